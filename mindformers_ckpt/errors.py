@@ -1,0 +1,59 @@
+"""The errors of the library, one tree.
+
+    CheckpointError
+    ├── ConfigError      a yaml key, option or hyperparameter is wrong
+    ├── StrategyError    a strategy file cannot be read, or says something impossible
+    ├── FormatError      a checkpoint file is damaged, foreign or encrypted
+    ├── PlanError        source, strategies and target do not fit together
+    ├── TransferError    reading or writing bytes failed, or a worker died
+    ├── PublishError     a result cannot be put in its place
+    └── ClusterError     another rank failed, died or did not answer in time
+
+Every message says what is wrong, where, and what to do next.
+Where one input has several faults they are collected and raised together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class CheckpointError(Exception):
+    """Base of all errors that a user can act on; the command line prints them without a traceback."""
+
+
+class ConfigError(CheckpointError, ValueError):
+    """A yaml key, a command-line option or a hyperparameter is wrong."""
+
+
+class StrategyError(CheckpointError, ValueError):
+    """A strategy file cannot be read, or contradicts itself or its neighbours."""
+
+
+class FormatError(CheckpointError, ValueError):
+    """A checkpoint file is truncated, damaged, encrypted or no checkpoint at all."""
+
+
+class PlanError(CheckpointError, ValueError):
+    """Source, strategies and target do not fit together."""
+
+
+class TransferError(CheckpointError, OSError):
+    """Bytes could not be read or written, or a worker process died."""
+
+
+class PublishError(CheckpointError, OSError):
+    """A finished result cannot be put in its place."""
+
+
+class ClusterError(CheckpointError, RuntimeError):
+    """Another rank failed, died, or did not answer in time."""
+
+
+def describe_problems(headline: str, problems: Iterable[str], limit: int = 20) -> str:
+    """Join several faults of one input into one message: the headline, then a line each, at most `limit`."""
+    lines = list(problems)
+    shown = [f"  - {line}" for line in lines[:limit]]
+    if len(lines) > limit:
+        shown.append(f"  … and {len(lines) - limit} more")
+    return "\n".join([headline, *shown])
