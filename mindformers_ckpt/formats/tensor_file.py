@@ -1,0 +1,163 @@
+"""What both file formats have in common: tensors and the bytes of a file at which they lie."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+from mindformers_ckpt.errors import FormatError
+from mindformers_ckpt.formats.dtypes import DType
+
+_NO_METADATA: Mapping[str, str] = MappingProxyType({})
+
+_FOREIGN_FILES = (
+    (b"PK\x03\x04", "a zip archive, as PyTorch and numpy.savez write"),
+    (b"\x80", "a Python pickle"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull`"),
+    (b"<", "an HTML or XML page, perhaps of a failed download"),
+)
+
+
+class Segment(NamedTuple):
+    """A run of bytes of a file."""
+
+    offset: int
+    length: int
+
+
+class TensorSpec(NamedTuple):
+    """Name, element type and shape of a tensor. A `str` tensor has the shape (bytes,)."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the content."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorRecord(NamedTuple):
+    """A tensor in a file: the segments, in order and none empty, joined are its row-major content."""
+
+    spec: TensorSpec
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says about its tensors, in file order.
+
+    `size` is that of the file in bytes. `metadata` is empty for a `.ckpt`. `crc` is the CRC-32 stored in
+    the file (not verified), None where there is none.
+    """
+
+    path: Path
+    format: str
+    size: int
+    tensors: dict[str, TensorRecord]
+    metadata: dict[str, str]
+    crc: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """A file to be written: its size, the frames (offset, bytes) around the contents, and the tensors.
+
+    `tensors` is what `read_header` will find, in file order.
+    """
+
+    size: int
+    frames: tuple[tuple[int, bytes], ...]
+    tensors: dict[str, TensorRecord]
+
+
+def read_header(path: str | Path) -> Header:
+    """Read which tensors a `.ckpt` or `.safetensors` file holds, and where; the suffix tells the format.
+
+    Reads headers only and checks every length against the size of the file. Raises FormatError when the
+    file is missing, truncated, damaged, encrypted, or something else than its suffix says.
+    """
+    from mindformers_ckpt.formats import ckpt, safetensors
+
+    path = Path(path)
+    if path.suffix == ".ckpt":
+        return ckpt.scan(path)
+    if path.suffix == ".safetensors":
+        return safetensors.scan(path)
+    raise FormatError(f"{path}: a checkpoint file must end in .ckpt or .safetensors")
+
+
+def layout_file(
+    format: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str] = _NO_METADATA
+) -> FileLayout:
+    """Lay out a file of `format` ("ckpt" or "safetensors") that holds `specs`.
+
+    A `.ckpt` has no place for `metadata`; it is left out there. Raises FormatError when the format cannot
+    hold a tensor.
+    """
+    from mindformers_ckpt.formats import ckpt, safetensors
+
+    if format == "ckpt":
+        return ckpt.layout(specs)
+    if format == "safetensors":
+        return safetensors.layout(specs, metadata)
+    raise FormatError(f"unknown checkpoint format {format!r}: choose ckpt or safetensors")
+
+
+@contextmanager
+def open_to_scan(path: Path) -> Iterator[tuple[int, int]]:
+    """Open a regular file for scattered reads: its descriptor and its size in bytes.
+
+    Raises FormatError when it is missing, no regular file, empty, or cannot be read.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise FormatError(f"{path}: a checkpoint file is expected here, this is no regular file")
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size == 0:
+                raise FormatError(f"{path}: the file is empty; save or copy it again")
+            if sys.platform == "linux":
+                # Read-ahead would fetch the contents between the headers.
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            yield descriptor, size
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def describe_foreign_file(start: bytes) -> str:
+    """Say what a file that begins with `start` is, as far as its first bytes tell."""
+    kinds = [kind for magic, kind in _FOREIGN_FILES if start.startswith(magic)]
+    return f"it looks like {kinds[0]}" if kinds else f"it begins with {start[:8].hex(' ')}"
+
+
+def check_names(specs: Sequence[TensorSpec]) -> None:
+    """Refuse names that no file can hold: used twice, or no valid Unicode (FormatError)."""
+    seen: set[str] = set()
+    for spec in specs:
+        if spec.name in seen:
+            raise FormatError(f"tensor {spec.name!r} is to be written twice into one file")
+        if not spec.name.isascii():
+            try:
+                spec.name.encode()
+            except UnicodeEncodeError as error:
+                raise FormatError(f"tensor name {spec.name!r} is no valid Unicode") from error
+        seen.add(spec.name)

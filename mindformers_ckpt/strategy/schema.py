@@ -1,0 +1,65 @@
+"""The protobuf schema of strategy files (`node_strategy.proto` of MindSpore), built without generated code.
+
+Generated modules refuse protobuf runtimes older than their generator; a descriptor built here works with
+every runtime, and its own pool keeps it apart from the copy that MindSpore registers.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+_PACKAGE = "mindspore.straspb"
+# message -> fields as (name, number, type, repeated); a type in upper case is a scalar of protobuf.
+_MESSAGES: dict[str, list[tuple[str, int, str, bool]]] = {
+    "ParallelStrategy": [("dim", 1, "UINT32", True)],
+    "ParallelStrategys": [("stage", 1, "UINT32", False), ("parallel_strategy", 2, "ParallelStrategy", True)],
+    "ParallelStrategyItem": [
+        ("node_name", 1, "STRING", False),
+        ("parallel_strategys", 2, "ParallelStrategys", False),
+    ],
+    "DevMatrix": [("dim", 1, "UINT32", True)],
+    "TensorMap": [("dim", 1, "INT32", True)],
+    "ParamSplitShape": [("dim", 1, "INT64", True)],
+    "IndicesOffset": [("dim", 1, "INT64", True)],
+    "ParallelLayouts": [
+        ("dev_matrix", 1, "DevMatrix", True),
+        ("tensor_map", 2, "TensorMap", True),
+        ("param_split_shape", 3, "ParamSplitShape", True),
+        ("indices_offset", 4, "IndicesOffset", True),
+        ("field", 5, "INT32", False),
+        ("opt_weight_shard_step", 6, "INT32", False),
+        ("opt_weight_shard_size", 7, "INT32", False),
+    ],
+    "ParallelLayoutItem": [
+        ("param_name", 1, "STRING", False),
+        ("parallel_layouts", 2, "ParallelLayouts", False),
+    ],
+    "ParallelStrategyMap": [
+        ("current_stage", 1, "UINT32", False),
+        ("parallel_strategy_item", 2, "ParallelStrategyItem", True),
+        ("parallel_layout_item", 3, "ParallelLayoutItem", True),
+    ],
+}
+
+
+@cache
+def strategy_map_class() -> Any:
+    """The message class `ParallelStrategyMap`, the content of a strategy file."""
+    Field = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="node_strategy.proto", package=_PACKAGE, syntax="proto2")
+    for message_name, fields in _MESSAGES.items():
+        message = file.message_type.add(name=message_name)
+        for name, number, kind, repeated in fields:
+            label = Field.LABEL_REPEATED if repeated else Field.LABEL_REQUIRED
+            field = message.field.add(name=name, number=number, label=label)
+            if kind.isupper():
+                field.type = getattr(Field, f"TYPE_{kind}")
+            else:
+                field.type = Field.TYPE_MESSAGE
+                field.type_name = f".{_PACKAGE}.{kind}"
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.ParallelStrategyMap"))
