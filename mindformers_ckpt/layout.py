@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -36,7 +36,7 @@ class Layout:
             -1 for all ranks that hold the same slice (`opt_weight_shard_size` in strategy files).
         optimizer_step: `opt_weight_shard_step` as recorded; kept for writing, no rule needs it.
         flat_shape: `tensor_shape` of a JSON strategy, where a dimension that is cut along several axes is
-            written as several dimensions; empty otherwise. `for_shape` undoes it.
+            written as several dimensions; empty otherwise. `for_shard` and `for_whole` undo it.
     """
 
     device_matrix: tuple[int, ...]
@@ -110,73 +110,77 @@ class Layout:
         self._check_dimensions(shard_shape)
         return tuple(extent * cut for extent, cut in zip(shard_shape, self.cuts, strict=True))
 
-    def box(self, full_shape: Sequence[int], rank: int) -> Box:
-        """The box of a tensor of `full_shape` that `rank` (counted within its stage) holds.
+    def boxes(self, full_shape: Sequence[int]) -> tuple[Box, ...]:
+        """The box of a tensor of `full_shape` that each rank of the stage holds.
 
         Raises StrategyError when a dimension does not divide into its cuts.
         """
-        self._check_dimensions(full_shape)
-        start, stop = [], []
-        for extent, cut, index in zip(full_shape, self.cuts, self.cells[rank], strict=True):
-            piece, rest = divmod(extent, cut)
-            if rest:
-                raise StrategyError(
-                    f"a tensor of shape {list(full_shape)} cannot be cut evenly by {self.describe()}: "
-                    f"a dimension of {extent} is to be cut into {cut} pieces"
-                )
-            start.append(index * piece)
-            stop.append((index + 1) * piece)
-        return Box(tuple(start), tuple(stop))
+        return _boxes(self, tuple(full_shape))
+
+    def box(self, full_shape: Sequence[int], rank: int) -> Box:
+        """The box that `rank` (counted within its stage) holds; see `boxes`."""
+        return _boxes(self, tuple(full_shape))[rank]
+
+    def shards(self, full_shape: Sequence[int]) -> tuple[tuple[Box, tuple[int, ...]], ...]:
+        """The distinct boxes of a tensor, each with the ranks of the stage that hold it."""
+        return _shards(self, tuple(full_shape))
 
     def same_slices(self, other: Layout) -> bool:
         """Whether every rank holds the same box of any tensor under both layouts."""
         return self.cuts == other.cuts and self.cells == other.cells
 
-    def for_shape(self, shape: Sequence[int]) -> Layout:
-        """The layout with one tensor-map entry a dimension, for a shard of `shape`.
+    def for_shard(self, shape: Sequence[int]) -> Layout:
+        """The layout with one tensor-map entry a dimension, for a tensor whose shards have `shape`.
 
         Undoes what strategy files leave open: a JSON strategy flattens a dimension that is cut along
         several axes into several dimensions, and a protobuf strategy writes the several axes of a
         one-dimensional tensor like the axes of several dimensions. Raises StrategyError when the layout
-        cannot be that of a tensor of this shape.
+        cannot be that of such a tensor.
         """
-        if len(self.tensor_map) == len(shape):
-            return self if not self.flat_shape else replace(self, flat_shape=())
-        if len(shape) == 1 and not self.flat_shape and all(len(axes) == 1 for axes in self.tensor_map):
-            return replace(self, tensor_map=(tuple(axes[0] for axes in self.tensor_map),))
-        foldings = self._foldings(shape) if self.flat_shape else set()
-        if len(foldings) == 1:
-            return foldings.pop()
-        if foldings:
-            raise StrategyError(
-                f"the JSON layout ({self.describe()}, flattened shape {list(self.flat_shape)}) fits a shard of "
-                f"{list(shape)} in more than one way; save the strategy in the .ckpt flavour instead"
-            )
-        self._check_dimensions(shape)
-        raise AssertionError("unreachable: the numbers of dimensions differ")
+        return self._fitted(tuple(shape), lambda layout: _divided(layout._whole_shape(), layout.cuts))
 
-    def _foldings(self, shard_shape: Sequence[int]) -> set[Layout]:
-        """Every way to join flattened dimensions so that they make a shard of this shape.
+    def for_whole(self, shape: Sequence[int]) -> Layout:
+        """The layout with one tensor-map entry a dimension, for a whole tensor of `shape`; see `for_shard`."""
+        return self._fitted(tuple(shape), Layout._whole_shape)
+
+    def _fitted(self, shape: tuple[int, ...], shape_of: Callable[[Layout], tuple[int, ...]]) -> Layout:
+        if not self.flat_shape:
+            one_axis_each = all(len(axes) == 1 for axes in self.tensor_map)
+            if len(shape) == 1 < len(self.tensor_map) and one_axis_each:
+                return replace(self, tensor_map=(tuple(axes[0] for axes in self.tensor_map),))
+            self._check_dimensions(shape)
+            return self
+        fitting = {layout for layout in self._foldings(len(shape)) if shape_of(layout) == shape}
+        if not fitting:
+            raise StrategyError(
+                f"the strategy records the shape {list(self.flat_shape)} ({self.describe()}), which does not go "
+                f"with {list(shape)}"
+            )
+        unflattened = {replace(layout, flat_shape=()) for layout in fitting}
+        if len(unflattened) > 1:
+            raise StrategyError(
+                f"the JSON layout ({self.describe()}, flattened shape {list(self.flat_shape)}) fits {list(shape)} "
+                "in more than one way; save the strategy in the .ckpt flavour instead"
+            )
+        return unflattened.pop()
+
+    def _foldings(self, dimensions: int) -> set[Layout]:
+        """Every way to join flattened dimensions to so many dimensions.
 
         Of the dimensions that become one, all but the last are cut into pieces of one index.
         """
-        held = [
-            extent // math.prod(map(self._extent, axes))
-            for extent, axes in zip(self.flat_shape, self.tensor_map, strict=True)
-        ]
-        wanted = list(shard_shape)
-        if wanted:
-            wanted[0] *= self.optimizer_pieces
+        pieces = [math.prod(map(self._extent, axes)) for axes in self.tensor_map]
         found = set()
-        for inner in itertools.combinations(range(1, len(held)), len(wanted) - 1):
-            groups = list(itertools.pairwise((0, *inner, len(held))))
-            if all(
-                held[last - 1] == extent and all(part == 1 for part in held[first : last - 1])
-                for extent, (first, last) in zip(wanted, groups, strict=True)
-            ):
+        for inner in itertools.combinations(range(1, len(pieces)), dimensions - 1) if dimensions else ((),):
+            groups = list(itertools.pairwise((0, *inner, len(pieces)))) if dimensions else []
+            if all(self.flat_shape[first : last - 1] == tuple(pieces[first : last - 1]) for first, last in groups):
                 joined = tuple(sum(self.tensor_map[first:last], ()) for first, last in groups)
-                found.add(replace(self, tensor_map=joined, flat_shape=()))
+                shape = tuple(math.prod(self.flat_shape[first:last]) for first, last in groups)
+                found.add(replace(self, tensor_map=joined, flat_shape=shape))
         return found
+
+    def _whole_shape(self) -> tuple[int, ...]:
+        return self.flat_shape
 
     def _extent(self, axis: int) -> int:
         return self.device_matrix[len(self.device_matrix) - 1 - axis]
@@ -204,14 +208,14 @@ def _cells(layout: Layout) -> tuple[tuple[int, ...], ...]:
     coordinates = [_coordinates(rank, matrix) for rank in range(count)]
     sliced: list[tuple[int, ...]] = []
     for coordinate in coordinates:
-        cell = []
+        indices: list[int] = []
         for axes in layout.tensor_map:
             index = 0
             for axis in axes:
                 position = len(matrix) - 1 - axis
                 index = index * matrix[position] + coordinate[position]
-            cell.append(index)
-        sliced.append(tuple(cell))
+            indices.append(index)
+        sliced.append(tuple(indices))
     pieces = layout.optimizer_pieces
     if pieces == 1:
         return tuple(sliced)
@@ -229,6 +233,37 @@ def _cells(layout: Layout) -> tuple[tuple[int, ...], ...]:
             f"so nobody would hold some of the {pieces} pieces"
         )
     return tuple(cells)
+
+
+@lru_cache(maxsize=4096)
+def _boxes(layout: Layout, full_shape: tuple[int, ...]) -> tuple[Box, ...]:
+    layout._check_dimensions(full_shape)
+    cuts = layout.cuts
+    for extent, cut in zip(full_shape, cuts, strict=True):
+        if extent % cut:
+            raise StrategyError(
+                f"a tensor of shape {list(full_shape)} cannot be cut evenly by {layout.describe()}: "
+                f"a dimension of {extent} is to be cut into {cut} pieces"
+            )
+    pieces = _divided(full_shape, cuts)
+    by_cell: dict[tuple[int, ...], Box] = {}
+    for cell in layout.cells:
+        if cell not in by_cell:
+            start = tuple(index * piece for index, piece in zip(cell, pieces, strict=True))
+            by_cell[cell] = Box(start, tuple(map(sum, zip(start, pieces, strict=True))))
+    return tuple(by_cell[cell] for cell in layout.cells)
+
+
+@lru_cache(maxsize=4096)
+def _shards(layout: Layout, full_shape: tuple[int, ...]) -> tuple[tuple[Box, tuple[int, ...]], ...]:
+    holders: dict[Box, list[int]] = {}
+    for rank, box in enumerate(_boxes(layout, full_shape)):
+        holders.setdefault(box, []).append(rank)
+    return tuple((box, tuple(ranks)) for box, ranks in holders.items())
+
+
+def _divided(shape: Sequence[int], cuts: Sequence[int]) -> tuple[int, ...]:
+    return tuple(extent // cut for extent, cut in zip(shape, cuts, strict=True))
 
 
 def _coordinates(rank: int, matrix: Sequence[int]) -> tuple[int, ...]:

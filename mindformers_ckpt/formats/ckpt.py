@@ -22,16 +22,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mindformers_ckpt.errors import FormatError, TransferError
-from mindformers_ckpt.formats.dtypes import DType, from_ckpt
+from mindformers_ckpt.formats.dtypes import from_ckpt
 from mindformers_ckpt.formats.tensor_file import (
     FileLayout,
     Header,
+    Malformed,
     Segment,
     TensorRecord,
     TensorSpec,
     check_names,
     describe_foreign_file,
-    open_to_scan,
+    open_to_read,
 )
 
 RECORD_LIMIT = 512 * 1024 * 1024
@@ -49,7 +50,7 @@ _TRAILER_SIZE = len(_TRAILER_MARK) + 10
 _CIPHER_MARKS = (b"\xd8\x5e\x3a\x7f", b"\xd9\x5e\x3a\x7f", b"\xda\x5e\x3a\x7f")  # AES-GCM, AES-CBC, SM4-CBC
 
 _WINDOW = 512
-_HEAD_LIMIT = 1024 * 1024
+_HEAD_LIMIT = 256 * 1024
 _CRC_BLOCK = 4 * 1024 * 1024
 
 
@@ -60,7 +61,7 @@ def scan(path: Path) -> Header:
     `str` is its bytes (MindSpore ignores the dims of one). A file cut off exactly between two tensors
     cannot be told from a complete one. Raises FormatError.
     """
-    with open_to_scan(path) as (descriptor, size):
+    with open_to_read(path, scattered=True) as (descriptor, size):
         scanner = _Scanner(path, descriptor, size)
         scanner.check_start()
         tensors = scanner.tensors()
@@ -101,19 +102,20 @@ def verify_crc(header: Header) -> None:
     Raises FormatError on a mismatch, or when the file stores none.
     """
     if header.crc is None:
-        raise FormatError(f"{header.path}: holds no CRC-32; it was saved without crc_check=True")
+        raise FormatError(f"{header.path}: has no CRC-32 trailer; it was saved without crc_check=True")
     found = _crc32(header.path, header.size - _TRAILER_SIZE)
     if found != header.crc:
         raise FormatError(
-            f"{header.path}: damaged: the bytes have the CRC-32 {found:08x}, the file stores {header.crc:08x}; "
-            "restore it from a good copy"
+            f"{header.path}: damaged: the bytes have the CRC-32 {found:08x}, the file stores "
+            f"{header.crc:08x}; restore it from a good copy"
         )
 
 
 def append_crc(path: Path) -> None:
     """Append the CRC-32 trailer that `mindspore.save_checkpoint(..., crc_check=True)` writes.
 
-    Raises FormatError when the file is no `.ckpt` or has the trailer, TransferError when it cannot be written.
+    Raises FormatError when the file is no `.ckpt` or has the trailer already, TransferError when it cannot
+    be written.
     """
     header = scan(path)
     if header.crc is not None:
@@ -127,17 +129,12 @@ def append_crc(path: Path) -> None:
 
 
 class _Head(NamedTuple):
-    """What stands before the content of a record. `start` is the byte at which the record begins."""
+    """What stands before the content of a record, and where the content lies."""
 
-    start: int
     name: str
     dims: tuple[int, ...]
     type_name: str
     content: Segment
-
-
-class _Malformed(Exception):
-    """A record is no valid one; the message says what is wrong and where."""
 
 
 class _Scanner:
@@ -149,24 +146,23 @@ class _Scanner:
         self._path = path
         self._descriptor = descriptor
         self._size = size
-        self._position = 0
         self._window = b""
         self._base = 0
+        self._position = 0
         self._last_good: str | None = None
 
     def check_start(self) -> None:
         """Refuse encrypted and foreign files by their first bytes."""
-        self._window = os.pread(self._descriptor, _WINDOW, 0)
-        start = self._window
+        start = os.pread(self._descriptor, _WINDOW, 0)
         if start.startswith(_CIPHER_MARKS):
             raise FormatError(
-                f"{self._path}: the file is encrypted; save it again with "
-                "mindspore.save_checkpoint(mindspore.load_checkpoint(file, dec_key=...), new_file)"
+                f"{self._path}: the file is encrypted; load it with mindspore.load_checkpoint(..., "
+                "dec_key=...) and save it without a key"
             )
-        if start[0] == _VALUE or self._at_trailer():
+        if start[0] == _VALUE:
             return
         if start[8:9] == b"{":
-            kind = "it looks like a .safetensors file, then it should be named so"
+            kind = "it looks like a .safetensors file, and should be named so"
         elif start[0] in b"\x08\x12{":
             kind = "it looks like a strategy file"
         else:
@@ -176,38 +172,206 @@ class _Scanner:
     def tensors(self) -> dict[str, TensorRecord]:
         """Join the records of each tensor, and check their bytes against its shape."""
         tensors: dict[str, TensorRecord] = {}
-        spec: TensorSpec | None = None
-        first: _Head | None = None
+        current: TensorSpec | None = None
         segments: list[Segment] = []
         missing = 0
         for head in self._heads():
-            if first is None or head.name != first.name:
-                if missing and spec:
+            spec = self._spec(head)
+            if current is None or spec.name != current.name:
+                if missing:
                     break
-                if head.name in tensors:
-                    raise self._fail(f"tensor {head.name!r} appears a second time", head.start)
-                first, segments = head, []
-                spec = self._spec(head)
-                missing = spec.nbytes
-            elif head.dims != first.dims or head.type_name != first.type_name:
-                raise self._fail(f"the records of tensor {head.name!r} differ in dims or type", head.start)
+                if spec.name in tensors:
+                    raise self._error(f"tensor {spec.name!r} appears a second time")
+                current, segments, missing = spec, [], spec.nbytes
+            elif spec != current:
+                raise self._error(f"the records of tensor {spec.name!r} differ in dims or type")
             missing -= head.content.length
             if missing < 0:
-                raise self._fail(f"{_describe(head)} holds {-missing} bytes too many", head.start)
+                raise self._error(f"{_describe(spec)} has {-missing} bytes too many")
             if head.content.length:
                 segments.append(head.content)
             if not missing:
-                tensors[head.name] = TensorRecord(spec, tuple(segments))
-                self._last_good = head.name
-        if missing and first:
-            raise self._fail(f"{_describe(first)} lacks {missing} bytes", first.start)
+                tensors[spec.name] = TensorRecord(spec, tuple(segments))
+                self._last_good = spec.name
+        if current and missing:
+            raise self._error(f"{_describe(current)} lacks {missing} bytes")
         return tensors
 
     def trailer(self) -> int | None:
-        """The CRC-32 stored after the records, None when they fill the file."""
+        """The CRC-32 that stands after the records, None when the records fill the file."""
         if self._position == self._size:
             return None
-        crc = int.from_bytes(self._bytes_at(self._position, _TRAILER_SIZE)[len(_TRAILER_MARK) :], "big")
+        stored = os.pread(self._descriptor, _TRAILER_SIZE, self._position)[len(_TRAILER_MARK) :]
+        crc = int.from_bytes(stored, "big")
         if crc >> 32:
-            raise self._fail("the CRC-32 trailer is damaged", self._position)
+            raise self._error("the CRC-32 in the trailer is over 32 bits")
         return crc
+
+    def _heads(self) -> Iterator[_Head]:
+        while self._position < self._size and not self._at_trailer():
+            head = self._head()
+            yield head
+            self._position = head.content.offset + head.content.length
+
+    def _at_trailer(self) -> bool:
+        if self._size - self._position != _TRAILER_SIZE:
+            return False
+        return os.pread(self._descriptor, len(_TRAILER_MARK), self._position) == _TRAILER_MARK
+
+    def _head(self) -> _Head:
+        """Parse the head at the position, from the present window where it lies in it whole."""
+        try:
+            while True:
+                try:
+                    return _parse_head(self._window, self._position - self._base, self._base, self._size)
+                except IndexError:
+                    self._widen()
+        except Malformed as error:
+            raise self._error(str(error)) from None
+
+    def _widen(self) -> None:
+        """Read a window that begins at the position; a longer one when it begins there already."""
+        known = len(self._window) if self._base == self._position else 0
+        if known >= _HEAD_LIMIT:
+            raise Malformed(f"the name and dims of a record take over {_HEAD_LIMIT} bytes")
+        self._base = self._position
+        self._window = os.pread(self._descriptor, max(_WINDOW, 8 * known), self._base)
+        if len(self._window) <= known:
+            raise Malformed("the file ends inside a record: it is truncated")
+
+    def _spec(self, head: _Head) -> TensorSpec:
+        try:
+            dtype = from_ckpt(head.type_name)
+        except FormatError as error:
+            raise self._error(f"tensor {head.name!r}: {error}") from None
+        shape = head.dims
+        if dtype.name == "str":
+            shape = (head.content.length,)
+        elif shape == (0,) and head.content.length:
+            shape = ()
+        return TensorSpec(head.name, dtype, shape)
+
+    def _error(self, what: str) -> FormatError:
+        after = "before any tensor" if self._last_good is None else f"last good tensor {self._last_good!r}"
+        return FormatError(
+            f"{self._path}: {what} (at byte {self._position} of {self._size}, {after}); "
+            "the file is damaged or no MindSpore checkpoint, restore it from a good copy"
+        )
+
+
+def _parse_head(window: bytes, at: int, base: int, size: int) -> _Head:
+    """Parse the head of the record at `at` of a window that begins at byte `base` of a file of `size` bytes.
+
+    Raises IndexError when the window ends before the head does, Malformed when it is no head.
+    """
+    if window[at] != _VALUE:
+        raise Malformed("no record begins here")
+    length, at = _varint(window, at + 1)
+    end = at + length
+    if base + end > size:
+        raise Malformed(f"a record of {length} bytes reaches over the end of the file: it is truncated")
+    raw_name, at = _field(window, at, end, _TAG)
+    name = _text(raw_name)
+    if window[at] == _MAP_TENSOR:
+        raise Malformed(f"{name!r} is a MapParameter (hash table), which cannot be re-sliced")
+    at = _enter(window, at, end, _TENSOR)
+    dims = []
+    while window[at] == _DIMENSION:
+        dimension, at = _varint(window, at + 1)
+        if dimension >> 63:
+            raise Malformed(f"tensor {name!r} has a negative dimension")
+        dims.append(dimension)
+    raw_type, at = _field(window, at, end, _TYPE)
+    at = _enter(window, at, end, _CONTENT)
+    return _Head(name, tuple(dims), _text(raw_type), Segment(base + at, end - at))
+
+
+def _enter(window: bytes, at: int, end: int, key: int) -> int:
+    """The start of the field `key`, the last one of its message, which must reach exactly to `end`."""
+    if window[at] != key:
+        raise Malformed(f"a record lacks field {key >> 3} where it must stand")
+    length, at = _varint(window, at + 1)
+    if at + length != end:
+        raise Malformed("the lengths in a record contradict each other")
+    return at
+
+
+def _field(window: bytes, at: int, end: int, key: int) -> tuple[bytes, int]:
+    """The bytes of the field `key` at `at`, and where the next one begins, which must lie in the window."""
+    if window[at] != key:
+        raise Malformed(f"a record lacks field {key >> 3} where it must stand")
+    length, at = _varint(window, at + 1)
+    stop = at + length
+    if stop > end:
+        raise Malformed("the lengths in a record contradict each other")
+    if stop >= len(window):
+        raise IndexError
+    return window[at:stop], stop
+
+
+def _varint(window: bytes, at: int) -> tuple[int, int]:
+    """The base-128 number at `at`, and where it ends."""
+    byte = window[at]
+    if byte < 0x80:
+        return byte, at + 1
+    value = byte & 0x7F
+    for shift in range(7, 70, 7):
+        at += 1
+        byte = window[at]
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at + 1
+    raise Malformed("a number in a record is longer than 10 bytes")
+
+
+def _text(raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        raise Malformed(f"a name in a record is no UTF-8: {raw[:40]!r}") from None
+
+
+def _encode_head(spec: TensorSpec, length: int) -> bytes:
+    """The head of a record whose content is `length` bytes."""
+    dims = (0,) if spec.dtype.name == "str" else spec.shape
+    tensor = b"".join(
+        [
+            *(bytes([_DIMENSION]) + _encode_varint(dimension) for dimension in dims),
+            _encode_field(_TYPE, spec.dtype.ckpt.encode()),
+            bytes([_CONTENT]),
+            _encode_varint(length),
+        ]
+    )
+    value = (
+        _encode_field(_TAG, spec.name.encode())
+        + bytes([_TENSOR])
+        + _encode_varint(len(tensor) + length)
+        + tensor
+    )
+    return bytes([_VALUE]) + _encode_varint(len(value) + length) + value
+
+
+def _encode_field(key: int, content: bytes) -> bytes:
+    return bytes([key]) + _encode_varint(len(content)) + content
+
+
+def _encode_varint(value: int) -> bytes:
+    groups = bytearray()
+    while value > 0x7F:
+        groups.append(value & 0x7F | 0x80)
+        value >>= 7
+    groups.append(value)
+    return bytes(groups)
+
+
+def _describe(spec: TensorSpec) -> str:
+    return f"tensor {spec.name!r} ({spec.dtype.ckpt}, shape {spec.shape}, {spec.nbytes} bytes)"
+
+
+def _crc32(path: Path, stop: int) -> int:
+    """The CRC-32 of the first `stop` bytes of a file."""
+    crc = 0
+    with open_to_read(path) as (descriptor, _):
+        for offset in range(0, stop, _CRC_BLOCK):
+            crc = zlib.crc32(os.pread(descriptor, min(_CRC_BLOCK, stop - offset), offset), crc)
+    return crc

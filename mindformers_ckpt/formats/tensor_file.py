@@ -26,6 +26,10 @@ _FOREIGN_FILES = (
 )
 
 
+class Malformed(Exception):
+    """Some bytes break the rules of their format; a scan turns it into a FormatError that names the file."""
+
+
 class Segment(NamedTuple):
     """A run of bytes of a file."""
 
@@ -62,8 +66,8 @@ class TensorRecord(NamedTuple):
 class Header:
     """What a file says about its tensors, in file order.
 
-    `size` is that of the file in bytes. `metadata` is empty for a `.ckpt`. `crc` is the CRC-32 stored in
-    the file (not verified), None where there is none.
+    `size` is that of the file in bytes. `metadata` is empty for a `.ckpt`. `crc` is the CRC-32 that a `.ckpt`
+    stores (not verified), else None.
     """
 
     path: Path
@@ -120,8 +124,10 @@ def layout_file(
 
 
 @contextmanager
-def open_to_scan(path: Path) -> Iterator[tuple[int, int]]:
-    """Open a regular file for scattered reads: its descriptor and its size in bytes.
+def open_to_read(path: Path, scattered: bool = False) -> Iterator[tuple[int, int]]:
+    """Open a regular file: its descriptor and its size in bytes.
+
+    `scattered` keeps the system from reading ahead, which would fetch the contents between the headers.
 
     Raises FormatError when it is missing, no regular file, empty, or cannot be read.
     """
@@ -133,8 +139,7 @@ def open_to_scan(path: Path) -> Iterator[tuple[int, int]]:
             size = os.fstat(descriptor).st_size
             if size == 0:
                 raise FormatError(f"{path}: the file is empty; save or copy it again")
-            if sys.platform == "linux":
-                # Read-ahead would fetch the contents between the headers.
+            if scattered and sys.platform == "linux":
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
             yield descriptor, size
         finally:

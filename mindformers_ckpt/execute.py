@@ -1,0 +1,275 @@
+"""Runs a plan: streams bytes from source files to target files, in one process or several.
+
+Work is cut into tasks by output bytes, so that one huge tensor is spread over processes like a thousand
+small ones. Every tensor is copied block by block; a block of source bytes is read once and goes to all
+target files that take a part of it. Nothing here knows of strategies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mindformers_ckpt.box import Box, block_count, blocks, hull, offset_in
+from mindformers_ckpt.errors import TransferError
+from mindformers_ckpt.plan import Plan, SourceFile, TargetFile, Transfer
+from mindformers_ckpt.shard_io import BLOCK_BYTES, FileSink, ShardReader, Sink
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_TASKS = 64
+_SMALLEST_TASK, _LARGEST_TASK = 8 << 20, 256 << 20
+
+
+class Slice(NamedTuple):
+    """Some consecutive blocks of a transfer, counted from `first`."""
+
+    transfer: Transfer
+    first: int
+    blocks: int
+
+
+class Task(NamedTuple):
+    """A unit of work: about equally many output bytes each."""
+
+    number: int
+    slices: tuple[Slice, ...]
+    bytes_written: int
+
+
+class TensorHash(NamedTuple):
+    """xxh3-128 of the content of a tensor in a target file."""
+
+    file: int
+    name: str
+    digest: str
+
+
+class Done(NamedTuple):
+    """What a finished task reports."""
+
+    task: int
+    bytes_written: int
+    hashes: tuple[TensorHash, ...]
+
+
+def cut_into_tasks(plan: Plan, *, by_rank: bool = False, whole_tensors: bool = False) -> list[Task]:
+    """Cut a plan into tasks: by output bytes, or one a target file (`by_rank`).
+
+    With `whole_tensors` no tensor is cut over two tasks, as content hashes need it.
+    The cut depends on the plan alone, so that an interrupted run can be resumed.
+    """
+    if by_rank:
+        parts = [plan.for_targets([file]) for file in range(len(plan.targets))]
+        return [
+            Task(number, tuple(_slices(part.transfers)), part.bytes_written) for number, part in enumerate(parts)
+        ]
+    size = max(_SMALLEST_TASK, min(_LARGEST_TASK, plan.bytes_written // _TASKS))
+    tasks: list[Task] = []
+    pending: list[Slice] = []
+    held = 0
+    for transfer in plan.transfers:
+        total = block_count(_wanted(transfer), _block_elements(transfer))
+        cost = transfer.bytes_written / max(total, 1)
+        first = 0
+        while first < total:
+            room = total - first
+            if not whole_tensors:
+                room = min(room, max(1, int((size - held) / cost)))
+            pending.append(Slice(transfer, first, room))
+            held += int(room * cost)
+            first += room
+            if held >= size or (first < total and not whole_tensors):
+                tasks.append(Task(len(tasks), tuple(pending), held))
+                pending, held = [], 0
+    if pending:
+        tasks.append(Task(len(tasks), tuple(pending), held))
+    return tasks
+
+
+def _slices(transfers: Sequence[Transfer]) -> Iterator[Slice]:
+    for transfer in transfers:
+        yield Slice(transfer, 0, block_count(_wanted(transfer), _block_elements(transfer)))
+
+
+def _wanted(transfer: Transfer) -> Box:
+    return hull([place.box for place in transfer.targets])
+
+
+def _block_elements(transfer: Transfer) -> int:
+    return max(1, BLOCK_BYTES // transfer.dtype.itemsize)
+
+
+class Copier:
+    """Copies slices of transfers from source shards to a sink. Holds the buffers and the open files."""
+
+    def __init__(self, sources: Sequence[SourceFile], sink: Sink, *, hashes: bool = False) -> None:
+        self._reader = ShardReader(sources)
+        self._sink = sink
+        self._hashes = hashes
+        self._buffer: np.ndarray[Any, np.dtype[np.uint8]] | None = None
+
+    def run(self, task: Task, check: Callable[[], None] = lambda: None) -> Done:
+        """Copy all blocks of a task; `check` is called between blocks and may raise to stop."""
+        hashes: list[TensorHash] = []
+        for piece in task.slices:
+            hashes += self._copy(piece, check)
+        return Done(task.number, task.bytes_written, tuple(hashes))
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def _copy(self, piece: Slice, check: Callable[[], None]) -> list[TensorHash]:
+        transfer = piece.transfer
+        takers: dict[Box, list[int]] = {}
+        for place in transfer.targets:
+            takers.setdefault(place.box, []).append(place.file)
+        digests = {box: _new_hash() for box in takers} if self._hashes else {}
+        wanted, limit = _wanted(transfer), _block_elements(transfer)
+        for number, block in enumerate(blocks(wanted, limit)):
+            if number < piece.first:
+                continue
+            if number >= piece.first + piece.blocks:
+                break
+            check()
+            self._copy_block(transfer, block, takers, digests)
+        return [
+            TensorHash(file, transfer.name, digests[box].hexdigest())
+            for box, files in takers.items()
+            if self._hashes
+            for file in files
+        ]
+
+    def _copy_block(
+        self, transfer: Transfer, block: Box, takers: dict[Box, list[int]], digests: dict[Box, Any]
+    ) -> None:
+        import numpy as np
+
+        dtype = transfer.dtype
+        if self._buffer is None:
+            self._buffer = np.empty(BLOCK_BYTES + 16, dtype=np.uint8)
+        size = block.volume * dtype.itemsize
+        array = self._buffer[:size].view(dtype.carrier).reshape(block.shape)
+        for place in transfer.sources:
+            part = place.box.intersect(block)
+            if part is not None:
+                self._reader.read(place, transfer.name, dtype, part, array[part.relative_to(block).slices()])
+        for box, files in takers.items():
+            part = box.intersect(block)
+            if part is None:
+                continue
+            content = np.ascontiguousarray(array[part.relative_to(block).slices()])
+            data = content.reshape(-1).view(np.uint8).data
+            if digests:
+                digests[box].update(data)
+            start = offset_in(part, box) * dtype.itemsize
+            for file in files:
+                self._sink.write(file, transfer.name, start, data)
+
+
+def _new_hash() -> Any:
+    import xxhash
+
+    return xxhash.xxh3_128()
+
+
+def copy_tasks(
+    plan: Plan,
+    folder: Path,
+    tasks: Sequence[Task],
+    *,
+    processes: int = 1,
+    hashes: bool = False,
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[Done]:
+    """Run tasks of a plan into prepared target files under `folder`, and yield each as it is done.
+
+    With more than one process, `processes - 1` workers are spawned and this process works as well.
+    The first failure stops everything. Raises TransferError, also when a worker dies; what `check`
+    raises goes through.
+    """
+    copier = Copier(plan.sources, FileSink(folder, plan.targets), hashes=hashes)
+    if processes <= 1 or len(tasks) <= 1:
+        for task in tasks:
+            yield copier.run(task, check)
+        copier.close()
+        return
+    context = multiprocessing.get_context("spawn")
+    workers = min(processes, len(tasks)) - 1
+    arguments = (plan.sources, folder, plan.targets, hashes)
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=arguments)
+    try:
+        with _blank_main():
+            futures = {pool.submit(_run_in_worker, task): task for task in tasks}
+        yield from _work_along(futures, copier, check)
+    except BrokenProcessPool as error:
+        raise TransferError(
+            "a worker process died; was it killed, or did the machine run out of memory? "
+            "Nothing was published; run the same command again, with fewer processes if memory is short"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        copier.close()
+
+
+def _work_along(
+    futures: dict[Future[Done], Task], copier: Copier, check: Callable[[], None]
+) -> Iterator[Done]:
+    """Take tasks from the far end while the workers take them from the front."""
+    waiting = dict(futures)
+    while waiting:
+        future, task = waiting.popitem()
+        if future.cancel():
+            yield copier.run(task, check)
+        else:
+            waiting = {future: task, **waiting}
+            break
+        for done in [future for future in waiting if future.done()]:
+            del waiting[done]
+            yield done.result()
+    for done in as_completed(waiting):
+        check()
+        yield done.result()
+
+
+_worker: Copier | None = None
+
+
+def _start_worker(
+    sources: tuple[SourceFile, ...], folder: Path, targets: tuple[TargetFile, ...], hashes: bool
+) -> None:
+    global _worker
+    _worker = Copier(sources, FileSink(folder, targets), hashes=hashes)
+
+
+def _run_in_worker(task: Task) -> Done:
+    assert _worker is not None
+    parent = os.getppid()
+
+    def check() -> None:
+        if os.getppid() != parent:
+            raise TransferError("the process that started this worker is gone")
+
+    return _worker.run(task, check)
+
+
+@contextlib.contextmanager
+def _blank_main() -> Iterator[None]:
+    """Hide `__main__` while workers start: spawn would import the training script, and MindSpore with it."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+

@@ -1,0 +1,196 @@
+"""The `.safetensors` format: 8 bytes (the header's length, little-endian), a JSON header, the contents.
+
+The checks are those of the reference library (https://github.com/huggingface/safetensors); duplicate keys,
+which its format description forbids and it does not notice, are refused as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from mindformers_ckpt.errors import FormatError
+from mindformers_ckpt.formats.dtypes import DType, by_name, from_safetensors
+from mindformers_ckpt.formats.tensor_file import (
+    FileLayout,
+    Header,
+    Malformed,
+    Segment,
+    TensorRecord,
+    TensorSpec,
+    check_names,
+    describe_foreign_file,
+    open_to_read,
+)
+
+HEADER_LIMIT = 100_000_000
+
+_METADATA = "__metadata__"
+_LENGTH_SIZE = 8
+_ALIGNMENT = 8
+_LARGEST = (1 << 64) - 1
+
+
+def scan(path: Path) -> Header:
+    """Read the header of a file; the tensors come in the order of their bytes.
+
+    An I8 tensor that the metadata calls Int4 is a qint4x2, which is how MindSpore saves one. Raises
+    FormatError when the file breaks any rule of the format.
+    """
+    with open_to_read(path, scattered=True) as (descriptor, size):
+        try:
+            text = _read_header_text(descriptor, size)
+            fields = _parse_json(text)
+            metadata = _check_metadata(fields.pop(_METADATA, {}))
+            tensors = _tensors(fields, metadata, _LENGTH_SIZE + len(text), size)
+        except Malformed as error:
+            raise FormatError(f"{path}: {error}; restore the file from a good copy") from None
+    return Header(path, "safetensors", size, tensors, metadata, None)
+
+
+def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> FileLayout:
+    """Lay out a file; wide element types come first, so that every tensor is aligned to its element size.
+
+    The order is otherwise that of `specs`. The metadata gets `"format": "ms"`, as MindSpore writes, unless
+    it has a format; `crc_num`, MindSpore's checksum of other contents, is left out. Raises FormatError when
+    the format has no such element type, or a name or the metadata cannot be written.
+    """
+    check_names(specs)
+    metadata = {"format": "ms", **metadata}
+    metadata.pop("crc_num", None)
+    header: dict[str, Any] = {_METADATA: metadata}
+    spans: list[tuple[TensorSpec, int]] = []
+    end = 0
+    for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
+        if spec.name == _METADATA:
+            raise FormatError(f"a .safetensors file cannot hold a tensor of the name {_METADATA!r}")
+        if spec.dtype.name == "qint4x2":
+            metadata[spec.name] = spec.dtype.ckpt
+        start, end = end, end + spec.nbytes
+        header[spec.name] = {
+            "dtype": _code(spec),
+            "shape": list(spec.shape),
+            "data_offsets": [start, end],
+        }
+        spans.append((spec, start))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    if len(text) > HEADER_LIMIT:
+        raise FormatError(f"the .safetensors header would take {len(text)} bytes, over {HEADER_LIMIT}")
+    frame = len(text).to_bytes(_LENGTH_SIZE, "little") + text
+    tensors = {spec.name: _record(spec, len(frame) + start) for spec, start in spans}
+    return FileLayout(len(frame) + end, ((0, frame),), tensors)
+
+
+def _code(spec: TensorSpec) -> str:
+    """The code of the element type; a qint4x2 is stored as I8, and marked in the metadata."""
+    code = "I8" if spec.dtype.name == "qint4x2" else spec.dtype.safetensors
+    if code is None:
+        raise FormatError(
+            f"tensor {spec.name!r}: .safetensors has no element type {spec.dtype.name}; write a .ckpt instead"
+        )
+    return code
+
+
+def _record(spec: TensorSpec, offset: int) -> TensorRecord:
+    nbytes = spec.nbytes
+    return TensorRecord(spec, (Segment(offset, nbytes),) if nbytes else ())
+
+
+def _read_header_text(descriptor: int, size: int) -> bytes:
+    start = os.pread(descriptor, 32, 0)
+    length = int.from_bytes(start[:_LENGTH_SIZE], "little")
+    if start[_LENGTH_SIZE : _LENGTH_SIZE + 1] != b"{" or length > HEADER_LIMIT:
+        kind = "it looks like a .ckpt file" if start[0] == 0x0A else describe_foreign_file(start)
+        raise Malformed(f"no .safetensors file, or truncated ({size} bytes): {kind}")
+    if _LENGTH_SIZE + length > size:
+        raise Malformed(f"truncated: the header ends at byte {_LENGTH_SIZE + length}, the file at {size}")
+    return os.pread(descriptor, length, _LENGTH_SIZE)
+
+
+def _parse_json(text: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(text.decode(), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        if b"\\u" in text:
+            json.dumps(fields, ensure_ascii=False).encode()  # an escape may be half of a surrogate pair
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"the header is no valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise Malformed("the header is no JSON object")
+    return fields
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"the key {name!r} appears twice")
+        fields[name] = value
+    return fields
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _check_metadata(metadata: object) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise Malformed(f"{_METADATA} must map strings to strings")
+    return metadata
+
+
+def _tensors(
+    fields: dict[str, Any], metadata: dict[str, str], base: int, size: int
+) -> dict[str, TensorRecord]:
+    """Check that the tensors fill the bytes from `base` to `size`, each with the bytes its shape needs."""
+    spans = sorted(
+        (_check_entry(name, entry, metadata) for name, entry in fields.items()), key=lambda span: span[:2]
+    )
+    tensors: dict[str, TensorRecord] = {}
+    position = 0
+    for start, end, spec in spans:
+        if start != position:
+            raise Malformed(f"tensor {spec.name!r} begins at byte {start} of the contents, not at {position}")
+        if spec.nbytes != end - start:
+            raise Malformed(
+                f"tensor {spec.name!r} ({spec.dtype.name}, shape {spec.shape}) needs {spec.nbytes} "
+                f"bytes and has {end - start}"
+            )
+        tensors[spec.name] = _record(spec, base + start)
+        position = end
+    if base + position != size:
+        raise Malformed(f"the contents end at byte {base + position}, the file at byte {size}")
+    return tensors
+
+
+def _check_entry(name: str, entry: Any, metadata: dict[str, str]) -> tuple[int, int, TensorSpec]:
+    """Where a tensor starts and ends in the contents, and what it is."""
+    if not isinstance(entry, dict):
+        raise Malformed(f"the entry of tensor {name!r} is no JSON object")
+    code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(code, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise Malformed(f"the entry of tensor {name!r} is not of the form dtype, shape, data_offsets")
+    spec = TensorSpec(name, _dtype(name, code, metadata), tuple(shape))
+    size = spec.dtype.itemsize
+    for dimension in shape:
+        # A later 0 must not hide the overflow: other readers multiply in 64 bits.
+        size *= dimension
+        if size > _LARGEST:
+            raise Malformed(f"tensor {name!r}: the shape {spec.shape} overflows")
+    return offsets[0], offsets[1], spec
+
+
+def _dtype(name: str, code: str, metadata: dict[str, str]) -> DType:
+    if code == "I8" and metadata.get(name) == "Int4":
+        return by_name("qint4x2")
+    try:
+        return from_safetensors(code)
+    except FormatError as error:
+        raise Malformed(f"tensor {name!r}: {error}") from None
+
+
+def _are_sizes(numbers: object) -> TypeGuard[list[int]]:
+    return isinstance(numbers, list) and all(type(n) is int and 0 <= n <= _LARGEST for n in numbers)

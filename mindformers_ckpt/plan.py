@@ -1,0 +1,310 @@
+"""Plan: which bytes of which source files make which target files.
+
+A plan is data. It is built from headers and strategies, checked before anything is written, can be priced,
+printed and cut up, and it is all that `execute` needs. One `Transfer` a tensor says where its boxes lie in
+the source files and where its boxes go in the target files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from mindformers_ckpt.box import Box, are_disjoint, covered_volume, hull
+from mindformers_ckpt.checkpoint import Checkpoint, LogicalTensor
+from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
+from mindformers_ckpt.formats import DType, TensorSpec
+from mindformers_ckpt.strategy.model import Strategy
+
+DEFAULT_PREFIX = "checkpoint_"
+# Targets of a training strategy need not be in the source: optimizer states and gradients of weights that
+# are there, and the adapters that a LoRA run adds, start from their initial values.
+_ADAPTER_MARKS = ("lora", "mindpet_delta")
+
+
+class SourceFile(NamedTuple):
+    """A file to read, with the size it had when the plan was made."""
+
+    path: Path
+    size: int
+
+
+class TargetFile(NamedTuple):
+    """A file to write: its path under the target folder, and its tensors in order."""
+
+    path: str
+    rank: int
+    format: str
+    tensors: tuple[TensorSpec, ...]
+
+
+class Place(NamedTuple):
+    """A box of a whole tensor, and the file (an index into the plan's list) that holds just this box."""
+
+    file: int
+    box: Box
+
+
+class Transfer(NamedTuple):
+    """All that happens to one tensor. The source boxes are disjoint; equal target boxes are replicas."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    sources: tuple[Place, ...]
+    targets: tuple[Place, ...]
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(place.box.volume for place in self.targets) * self.dtype.itemsize
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the source shards that lie in the hull of the targets: what execution reads."""
+        wanted = hull([place.box for place in self.targets])
+        return covered_volume(wanted, [place.box for place in self.sources]) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to read and what to write. `warnings` tell the user of choices that the plan made."""
+
+    sources: tuple[SourceFile, ...]
+    targets: tuple[TargetFile, ...]
+    transfers: tuple[Transfer, ...]
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def bytes_written(self) -> int:
+        """Content bytes of all target files."""
+        return sum(transfer.bytes_written for transfer in self.transfers)
+
+    @property
+    def bytes_read(self) -> int:
+        """Content bytes that are read, each source byte once however many targets take it."""
+        return sum(transfer.bytes_read for transfer in self.transfers)
+
+    def for_targets(self, files: Collection[int]) -> Plan:
+        """The part of the plan that writes these target files (indices stay those of the whole plan)."""
+        wanted = frozenset(files)
+        transfers = []
+        for transfer in self.transfers:
+            targets = tuple(place for place in transfer.targets if place.file in wanted)
+            if targets:
+                needed = hull([place.box for place in targets])
+                sources = tuple(place for place in transfer.sources if _meets(place.box, needed))
+                transfers.append(transfer._replace(sources=sources, targets=targets))
+        return replace(self, transfers=tuple(transfers))
+
+    def check(self) -> None:
+        """Check that every target box is in bounds and made, exactly once, of source bytes.
+
+        Raises PlanError that lists all tensors for which this does not hold.
+        """
+        problems = []
+        for transfer in self.transfers:
+            sources = tuple(place.box for place in transfer.sources)
+            targets = tuple(dict.fromkeys(place.box for place in transfer.targets))
+            fault = _cover_fault(transfer.shape, sources, targets)
+            if fault is not None:
+                problems.append(f"{transfer.name}: {fault}")
+        if problems:
+            raise PlanError(describe_problems("the plan does not make whole tensors", problems))
+
+
+def _meets(box: Box, other: Box) -> bool:
+    """Whether the boxes share an element; an empty tensor's box counts as met."""
+    return box.volume == 0 or box.intersect(other) is not None
+
+
+@lru_cache(maxsize=4096)
+def _cover_fault(shape: tuple[int, ...], sources: tuple[Box, ...], targets: tuple[Box, ...]) -> str | None:
+    whole = Box.whole(shape)
+    for box in (*sources, *targets):
+        if not whole.contains(box):
+            return f"the box {box} lies outside of the shape {list(shape)}"
+    if sum(box.volume for box in sources) > whole.volume or not (len(sources) > 256 or are_disjoint(sources)):
+        return "source shards overlap"
+    for box in targets:
+        held = covered_volume(box, sources)
+        if held != box.volume:
+            return f"of the box {box}, {box.volume - held} of {box.volume} elements are in no source file"
+    return None
+
+
+def build_plan(
+    source: Checkpoint,
+    target: Strategy,
+    *,
+    ranks: Iterable[int] | None = None,
+    prefix: str = DEFAULT_PREFIX,
+    format: str = "ckpt",
+    allow_missing: bool = False,
+) -> Plan:
+    """Plan the re-slicing of `source` for the ranks of `target` (all of them, or `ranks`).
+
+    The target files are `rank_<r>/<prefix><r>.<format>`. Tensors keep the source's order, those that both
+    strategies name first, as MindSpore's own tool writes them.
+
+    Raises PlanError (or the errors of reading the source) with everything that does not fit: tensors that
+    the target needs and nobody holds, shards of missing ranks, shapes that do not divide.
+    """
+    tensors = source.tensors()
+    chosen = sorted(set(range(target.rank_count) if ranks is None else ranks))
+    outside = [rank for rank in chosen if not 0 <= rank < target.rank_count]
+    if outside:
+        raise PlanError(f"ranks {outside[:8]} are not among the {target.rank_count} ranks of the target strategy")
+    warnings = list(source.files.warnings)
+    warnings += _one_sided(source.strategy, target, tensors)
+    missing = _missing_names(target, tensors)
+    if missing.required and not allow_missing:
+        headline = (
+            f"{source.files.root} lacks parameters that the target strategy ({target.origin}) has; "
+            "is it the checkpoint of this model?"
+        )
+        raise PlanError(describe_problems(headline, missing.required))
+    warnings += missing.notes
+    plan = _assemble(source, target, tensors, chosen, prefix, format)
+    plan = replace(plan, warnings=tuple(warnings))
+    plan.check()
+    return plan
+
+
+def _assemble(
+    source: Checkpoint,
+    target: Strategy,
+    tensors: Mapping[str, LogicalTensor],
+    ranks: Sequence[int],
+    prefix: str,
+    format: str,
+) -> Plan:
+    paths = source.used_files(tensors)
+    index = {path: number for number, path in enumerate(paths)}
+    position = {rank: number for number, rank in enumerate(ranks)}
+    held: list[list[TensorSpec]] = [[] for _ in ranks]
+    transfers, problems = [], []
+    for name in _target_order(source.strategy, target, tensors):
+        tensor = tensors[name]
+        try:
+            boxes = _target_boxes(tensor, target, ranks)
+        except StrategyError as error:
+            problems.append(f"{name}: {error}")
+            continue
+        if not boxes:
+            continue
+        needed = hull([box for _, box in boxes])
+        sources = tuple(Place(index[shard.path], shard.box) for shard in tensor.shards if _meets(shard.box, needed))
+        problems += [
+            f"{name}{list(tensor.spec.shape)}: the box {box} is held by ranks {list(holders)}, none of whose files "
+            "is there"
+            for box, holders in tensor.missing
+            if any(box.intersect(wanted) for _, wanted in boxes)
+        ]
+        targets = tuple(Place(position[rank], box) for rank, box in boxes)
+        transfers.append(Transfer(name, tensor.spec.dtype, tensor.spec.shape, sources, targets))
+        for place in targets:
+            held[place.file].append(TensorSpec(name, tensor.spec.dtype, place.box.shape))
+    if problems:
+        raise PlanError(describe_problems(f"{source.files.root} cannot be re-sliced for {target.describe()}", problems))
+    shared: dict[tuple[TensorSpec, ...], tuple[TensorSpec, ...]] = {}
+    targets_ = []
+    for rank, specs in zip(ranks, held, strict=True):
+        key = tuple(specs)
+        targets_.append(TargetFile(f"rank_{rank}/{prefix}{rank}.{format}", rank, format, shared.setdefault(key, key)))
+    files = tuple(SourceFile(path, path.stat().st_size) for path in paths)
+    return Plan(files, tuple(targets_), tuple(transfers))
+
+
+def _target_boxes(tensor: LogicalTensor, target: Strategy, ranks: Sequence[int]) -> list[tuple[int, Box]]:
+    """The target ranks that get a tensor, each with its box."""
+    name, shape = tensor.spec.name, tensor.spec.shape
+    owners = [stage for stage, layouts in enumerate(target.stages) if name in layouts]
+    if not owners:
+        whole = Box.whole(shape)
+        return [(rank, whole) for rank in ranks]
+    stages = set(owners)
+    if len(tensor.stages) > 1:
+        # Stages of the source share it, although a strategy file names it on one only: a tied embedding.
+        # MindSpore ties the first and the last stage.
+        stages.add(len(target.stages) - 1)
+    found = []
+    boxes: dict[int, tuple[Box, ...]] = {}
+    for rank in ranks:
+        stage, position = divmod(rank, target.stage_size)
+        if stage not in stages:
+            continue
+        if stage not in boxes:
+            layout = target.layout(name, stage)
+            assert layout is not None
+            boxes[stage] = layout.for_whole(shape).boxes(shape)
+        found.append((rank, boxes[stage][position]))
+    return found
+
+
+def _target_order(source: Strategy, target: Strategy, tensors: Iterable[str]) -> list[str]:
+    """Tensors that both strategies name first, then the rest: the order that MindSpore's tool writes."""
+
+    def named(strategy: Strategy, name: str) -> bool:
+        return strategy.is_complete or any(name in layouts for layouts in strategy.stages)
+
+    return sorted(tensors, key=lambda name: not (named(source, name) and named(target, name)))
+
+
+def _one_sided(source: Strategy, target: Strategy, tensors: Iterable[str]) -> list[str]:
+    """Warn of parameters that only one of two real strategies names: the file decides how they are read."""
+    if source.is_complete or target.is_complete:
+        return []
+    in_source, in_target = source.names(), target.names()
+    lost = [name for name in tensors if name in in_source and name not in in_target]
+    gained = [name for name in tensors if name in in_target and name not in in_source]
+    warnings = []
+    if lost:
+        warnings.append(f"not in the target strategy, every target rank gets them whole: {_shortened(lost)}")
+    if gained:
+        warnings.append(f"not in the source strategy, taken as whole in every source file: {_shortened(gained)}")
+    return warnings
+
+
+class _Missing(NamedTuple):
+    """Names of the target strategy that no source file holds: `required` ones, and remarks on the others."""
+
+    required: list[str]
+    notes: list[str]
+
+
+def _missing_names(target: Strategy, tensors: Mapping[str, LogicalTensor]) -> _Missing:
+    wanted = target.names()
+    absent = sorted(wanted - set(tensors))
+    states: dict[str, list[str]] = {}
+    required, adapters = [], []
+    present_kinds = {name.partition(".")[0] for name in tensors if _weight_of(name, wanted) is not None}
+    for name in absent:
+        kind = name.partition(".")[0]
+        if any(mark in name.lower() for mark in _ADAPTER_MARKS):
+            adapters.append(name)
+        elif _weight_of(name, wanted) is not None and kind not in present_kinds:
+            states.setdefault(kind, []).append(name)
+        else:
+            required.append(name)
+    notes = [
+        f"the source holds no {kind}.* ({len(names)} parameters of the target strategy): optimizer states that "
+        "are not in the checkpoint start from their initial values"
+        for kind, names in states.items()
+    ]
+    if adapters:
+        notes.append(f"adapter parameters that are not in the source keep their initial values: {_shortened(adapters)}")
+    return _Missing(required, notes)
+
+
+def _weight_of(name: str, names: Collection[str]) -> str | None:
+    """The weight that a parameter is a state of ("adam_m.<weight>"), None when it is none."""
+    weight = name.partition(".")[2]
+    return weight if weight in names else None
+
+
+def _shortened(names: Sequence[str], limit: int = 5) -> str:
+    listed = ", ".join(names[:limit])
+    return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"

@@ -1,0 +1,275 @@
+"""Bytes in and out of checkpoint files: parts of shards, read and written at their places.
+
+Files are read with `pread` into a reused buffer and written with `pwrite`. Nothing is mapped: memory stays
+constant whatever the size of a file, a file that shrinks under our hands is an error and no crash, and
+network file systems are read in large sequential calls.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mindformers_ckpt.box import Box, blocks, is_one_run, offset_in, run_length
+from mindformers_ckpt.errors import FormatError, TransferError
+from mindformers_ckpt.formats import DType, FileLayout, Header, Segment, layout_file, read_header
+from mindformers_ckpt.plan import Place, SourceFile, TargetFile
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+# Small enough to stay in the cache between the read and the write, large enough to make system calls rare.
+BLOCK_BYTES = 2 << 20
+# Shorter runs of a shard are read together with what lies between them, longer ones by themselves.
+_RUN_BYTES = 16 << 10
+_OPEN_FILES = 256
+
+
+class _Descriptors:
+    """Open file descriptors, the least recently used ones closed beyond a limit."""
+
+    def __init__(self, flags: int) -> None:
+        self._flags = flags
+        self._open: OrderedDict[Path, int] = OrderedDict()
+
+    def get(self, path: Path) -> int:
+        descriptor = self._open.get(path)
+        if descriptor is not None:
+            self._open.move_to_end(path)
+            return descriptor
+        while len(self._open) >= _OPEN_FILES:
+            os.close(self._open.popitem(last=False)[1])
+        try:
+            descriptor = os.open(path, self._flags)
+        except OSError as error:
+            raise TransferError(f"{path}: cannot be opened: {error.strerror}") from error
+        self._open[path] = descriptor
+        return descriptor
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+class ShardReader:
+    """Reads parts of the shards that a plan's source files hold.
+
+    A file is checked against the plan when it is first used: its size, and of every tensor that is read the
+    element type and the shape. Raises TransferError when it is not what the plan was made from.
+    """
+
+    def __init__(self, files: Sequence[SourceFile]) -> None:
+        self._files = files
+        self._headers: dict[int, Header] = {}
+        self._descriptors = _Descriptors(os.O_RDONLY)
+        self._scratch = bytearray()
+
+    def read(self, place: Place, name: str, dtype: DType, part: Box, out: Array) -> None:
+        """Read `part` (a box of the whole tensor, inside the shard's) into an array of its shape."""
+        segments = self._segments(place, name, dtype)
+        path = self._files[place.file].path
+        outer = place.box
+        if is_one_run(part.shape, outer.shape):
+            start = offset_in(part, outer) * dtype.itemsize
+            if out.flags.c_contiguous:
+                self._read_bytes(path, segments, start, _flat_bytes(out))
+            else:
+                self._read_strided(path, segments, dtype, part, outer, out)
+        else:
+            self._read_runs(path, segments, dtype, part, outer, out)
+
+    def close(self) -> None:
+        self._descriptors.close()
+
+    def _segments(self, place: Place, name: str, dtype: DType) -> tuple[Segment, ...]:
+        header = self._headers.get(place.file)
+        file = self._files[place.file]
+        if header is None:
+            try:
+                header = read_header(file.path)
+            except FormatError as error:
+                raise TransferError(str(error)) from error
+            if header.size != file.size:
+                raise TransferError(
+                    f"{file.path} has {header.size} bytes, {file.size} when the work was planned: "
+                    "it was changed meanwhile"
+                )
+            self._headers[place.file] = header
+        record = header.tensors.get(name)
+        if record is None or record.spec.dtype != dtype or record.spec.shape != place.box.shape:
+            found = "is not there" if record is None else f"is {record.spec.dtype.name}{list(record.spec.shape)}"
+            raise TransferError(
+                f"{file.path}: {name} {found}, but {dtype.name}{list(place.box.shape)} is expected from the other "
+                "files of the stage"
+            )
+        return record.segments
+
+    def _read_runs(
+        self, path: Path, segments: Sequence[Segment], dtype: DType, part: Box, outer: Box, out: Array
+    ) -> None:
+        """Read a part that is several runs of its shard: run by run, or with the bytes between them."""
+        if run_length(part.shape, outer.shape) * dtype.itemsize >= _RUN_BYTES:
+            for run, index in _runs(part, outer):
+                self._read_run(path, segments, dtype, run, outer, out[index])
+            return
+        span = (offset_in(_last(part), outer) - offset_in(part, outer) + 1) * dtype.itemsize
+        if span <= BLOCK_BYTES:
+            self._read_strided(path, segments, dtype, part, outer, out)
+            return
+        axis = next(axis for axis, extent in enumerate(part.shape) if extent > 1)
+        middle = part.shape[axis] // 2
+        for first, last in ((0, middle), (middle, part.shape[axis])):
+            start = (*part.start[:axis], part.start[axis] + first, *part.start[axis + 1 :])
+            stop = (*part.stop[:axis], part.start[axis] + last, *part.stop[axis + 1 :])
+            index = (slice(None),) * axis + (slice(first, last),)
+            self._read_runs(path, segments, dtype, Box(start, stop), outer, out[index])
+
+    def _read_run(
+        self, path: Path, segments: Sequence[Segment], dtype: DType, run: Box, outer: Box, out: Array
+    ) -> None:
+        """Read a single run of a shard into an array that need not be contiguous."""
+        if out.flags.c_contiguous:
+            start = offset_in(run, outer) * dtype.itemsize
+            self._read_bytes(path, segments, start, _flat_bytes(out))
+        else:
+            self._read_strided(path, segments, dtype, run, outer, out)
+
+    def _read_strided(
+        self, path: Path, segments: Sequence[Segment], dtype: DType, part: Box, outer: Box, out: Array
+    ) -> None:
+        """Read all bytes from the first to the last element of a part, and pick its elements out of them."""
+        import numpy as np
+
+        first = offset_in(part, outer)
+        span = (offset_in(_last(part), outer) - first + 1) * dtype.itemsize
+        if len(self._scratch) < span:
+            self._scratch = bytearray(span)
+        self._read_bytes(path, segments, first * dtype.itemsize, memoryview(self._scratch)[:span])
+        strides, step = [], dtype.itemsize
+        for extent in reversed(outer.shape):
+            strides.append(step)
+            step *= extent
+        out[...] = np.ndarray(part.shape, dtype.carrier, self._scratch, 0, tuple(reversed(strides)))
+
+    def _read_bytes(self, path: Path, segments: Sequence[Segment], start: int, view: memoryview) -> None:
+        """Fill `view` with the bytes of a tensor's content from `start` on."""
+        for offset, length in file_ranges(segments, start, len(view)):
+            self._fill(path, offset, view[:length])
+            view = view[length:]
+
+    def _fill(self, path: Path, offset: int, view: memoryview) -> None:
+        descriptor = self._descriptors.get(path)
+        while view:
+            try:
+                count = os.preadv(descriptor, [view], offset)
+            except OSError as error:
+                raise TransferError(f"{path}: reading at byte {offset} failed: {error.strerror}") from error
+            if count == 0:
+                raise TransferError(f"{path} ends at byte {offset}: it was shortened while it was read")
+            offset += count
+            view = view[count:]
+
+
+class Sink(Protocol):
+    """Where the contents of target tensors go, in pieces of consecutive bytes."""
+
+    def write(self, file: int, name: str, start: int, data: memoryview) -> None:
+        """Put bytes at `start` of the content of a tensor of a target file (an index into the plan's list)."""
+
+
+class FileSink:
+    """Writes target files under a folder. `prepare` makes them; then any process may fill in contents.
+
+    Raises TransferError when the disk is full or cannot be written.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[TargetFile]) -> None:
+        self._folder = folder
+        self._files = files
+        self._layouts: dict[tuple[str, int], FileLayout] = {}
+        self._descriptors = _Descriptors(os.O_WRONLY)
+
+    def layout(self, file: int) -> FileLayout:
+        """Where everything goes in a target file; files with the same tensors share it."""
+        target = self._files[file]
+        key = (target.format, id(target.tensors))
+        if key not in self._layouts:
+            self._layouts[key] = layout_file(target.format, target.tensors)
+        return self._layouts[key]
+
+    def path(self, file: int) -> Path:
+        return self._folder / self._files[file].path
+
+    def prepare(self, file: int) -> None:
+        """Create a target file in its final size, with everything in it but the contents of the tensors."""
+        path, layout = self.path(file), self.layout(file)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as stream:
+                os.ftruncate(stream.fileno(), layout.size)
+                for offset, data in layout.frames:
+                    os.pwrite(stream.fileno(), data, offset)
+        except OSError as error:
+            raise TransferError(f"{path}: cannot be written: {error.strerror}") from error
+
+    def write(self, file: int, name: str, start: int, data: memoryview) -> None:
+        path = self.path(file)
+        descriptor = self._descriptors.get(path)
+        for offset, length in file_ranges(self.layout(file).tensors[name].segments, start, len(data)):
+            piece, data = data[:length], data[length:]
+            while piece:
+                try:
+                    count = os.pwrite(descriptor, piece, offset)
+                except OSError as error:
+                    raise TransferError(f"{path}: writing failed: {error.strerror}") from error
+                offset += count
+                piece = piece[count:]
+
+    def close(self) -> None:
+        self._descriptors.close()
+
+
+class ArraySink:
+    """Collects the tensors of one target file in memory, as writable byte arrays by name."""
+
+    def __init__(self, target: TargetFile, allocate: Callable[[int], Array]) -> None:
+        self.contents: dict[str, Array] = {spec.name: allocate(spec.nbytes) for spec in target.tensors}
+
+    def write(self, file: int, name: str, start: int, data: memoryview) -> None:
+        self.contents[name].data[start : start + len(data)] = data
+
+
+def file_ranges(segments: Sequence[Segment], start: int, length: int) -> Iterator[tuple[int, int]]:
+    """The byte ranges (offset, length) of a file that hold `length` bytes from `start` of a tensor's content."""
+    for segment in segments:
+        if not length:
+            return
+        if start >= segment.length:
+            start -= segment.length
+            continue
+        count = min(length, segment.length - start)
+        yield segment.offset + start, count
+        start, length = 0, length - count
+
+
+def _flat_bytes(array: Array) -> memoryview:
+    """The bytes of a contiguous array."""
+    return array.reshape(-1).view("u1").data
+
+
+def _last(box: Box) -> Box:
+    """The box of the last element."""
+    return Box(tuple(stop - 1 for stop in box.stop), box.stop)
+
+
+def _runs(part: Box, outer: Box) -> Iterator[tuple[Box, tuple[slice, ...]]]:
+    """The runs of a part in its shard, each with its index in an array of the part."""
+    for run in blocks(part, run_length(part.shape, outer.shape)):
+        yield run, run.relative_to(part).slices()
+
+
