@@ -29,7 +29,7 @@ class Box(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(stop - start for start, stop in zip(self.start, self.stop, strict=True))
+        return tuple(stop - start for start, stop in zip(self.start, self.stop))
 
     @property
     def volume(self) -> int:
@@ -40,36 +40,36 @@ class Box(NamedTuple):
         """The part that both boxes hold, or None when that is empty."""
         start = tuple(map(max, self.start, other.start))
         stop = tuple(map(min, self.stop, other.stop))
-        for first, last in zip(start, stop, strict=True):
+        for first, last in zip(start, stop):
             if first >= last:
                 return None
         return Box(start, stop)
 
     def contains(self, other: Box) -> bool:
         """Whether every index of `other` is an index of this box."""
-        return all(a <= b for a, b in zip(self.start, other.start, strict=True)) and all(
-            a >= b for a, b in zip(self.stop, other.stop, strict=True)
+        return all(a <= b for a, b in zip(self.start, other.start)) and all(
+            a >= b for a, b in zip(self.stop, other.stop)
         )
 
     def relative_to(self, outer: Box) -> Box:
         """The same box, counted from the first index of `outer`."""
         return Box(
-            tuple(a - b for a, b in zip(self.start, outer.start, strict=True)),
-            tuple(a - b for a, b in zip(self.stop, outer.start, strict=True)),
+            tuple(a - b for a, b in zip(self.start, outer.start)),
+            tuple(a - b for a, b in zip(self.stop, outer.start)),
         )
 
     def slices(self) -> tuple[slice, ...]:
         """The box as an index for an array of the whole tensor."""
-        return tuple(slice(start, stop) for start, stop in zip(self.start, self.stop, strict=True))
+        return tuple(slice(start, stop) for start, stop in zip(self.start, self.stop))
 
     def __str__(self) -> str:
-        return "[" + ", ".join(f"{a}:{b}" for a, b in zip(self.start, self.stop, strict=True)) + "]"
+        return "[" + ", ".join(f"{a}:{b}" for a, b in zip(self.start, self.stop)) + "]"
 
 
 def hull(boxes: Sequence[Box]) -> Box:
     """The smallest box that contains all of `boxes` (at least one)."""
-    start = tuple(map(min, zip(*(box.start for box in boxes), strict=True)))
-    stop = tuple(map(max, zip(*(box.stop for box in boxes), strict=True)))
+    start = tuple(map(min, zip(*(box.start for box in boxes))))
+    stop = tuple(map(max, zip(*(box.stop for box in boxes))))
     return Box(start, stop)
 
 
@@ -90,7 +90,7 @@ def run_length(shape: Sequence[int], outer_shape: Sequence[int]) -> int:
     Equal to the volume of the box when the whole box is one run.
     """
     length = 1
-    for extent, outer in zip(reversed(shape), reversed(outer_shape), strict=True):
+    for extent, outer in zip(reversed(shape), reversed(outer_shape)):
         length *= extent
         if extent != outer:
             break
@@ -105,7 +105,7 @@ def is_one_run(shape: Sequence[int], outer_shape: Sequence[int]) -> bool:
 def offset_in(box: Box, outer: Box) -> int:
     """Position of the first element of `box` in the row-major order of `outer`, in elements."""
     offset = 0
-    for start, first, last in zip(box.start, outer.start, outer.stop, strict=True):
+    for start, first, last in zip(box.start, outer.start, outer.stop):
         offset = offset * (last - first) + (start - first)
     return offset
 

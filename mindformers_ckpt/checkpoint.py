@@ -218,4 +218,3 @@ def _merged(first: LogicalTensor, second: LogicalTensor) -> LogicalTensor:
     best = second if first.missing and not second.missing else first
     layout = first.layout or second.layout
     return best._replace(stages=first.stages + second.stages, layout=layout)
-

@@ -61,6 +61,19 @@ class Done(NamedTuple):
     bytes_written: int
     hashes: tuple[TensorHash, ...]
 
+    def to_json(self) -> list[Any]:
+        """The report as JSON values, for the journal of a run."""
+        return [self.task, self.bytes_written, self.hashes]
+
+    @classmethod
+    def from_json(cls, value: Any) -> Done:
+        """Undo `to_json`. Raises ValueError for anything else."""
+        try:
+            task, written, hashes = value
+            return cls(int(task), int(written), tuple(TensorHash(*entry) for entry in hashes))
+        except TypeError as error:
+            raise ValueError(f"not the record of a task: {value!r}") from error
+
 
 def cut_into_tasks(plan: Plan, *, by_rank: bool = False, whole_tensors: bool = False) -> list[Task]:
     """Cut a plan into tasks: by output bytes, or one a target file (`by_rank`).
@@ -70,9 +83,7 @@ def cut_into_tasks(plan: Plan, *, by_rank: bool = False, whole_tensors: bool = F
     """
     if by_rank:
         parts = [plan.for_targets([file]) for file in range(len(plan.targets))]
-        return [
-            Task(number, tuple(_slices(part.transfers)), part.bytes_written) for number, part in enumerate(parts)
-        ]
+        return [Task(number, tuple(_slices(part.transfers)), part.bytes_written) for number, part in enumerate(parts)]
     size = max(_SMALLEST_TASK, min(_LARGEST_TASK, plan.bytes_written // _TASKS))
     tasks: list[Task] = []
     pending: list[Slice] = []
@@ -221,9 +232,7 @@ def copy_tasks(
         copier.close()
 
 
-def _work_along(
-    futures: dict[Future[Done], Task], copier: Copier, check: Callable[[], None]
-) -> Iterator[Done]:
+def _work_along(futures: dict[Future[Done], Task], copier: Copier, check: Callable[[], None]) -> Iterator[Done]:
     """Take tasks from the far end while the workers take them from the front."""
     waiting = dict(futures)
     while waiting:
@@ -244,9 +253,7 @@ def _work_along(
 _worker: Copier | None = None
 
 
-def _start_worker(
-    sources: tuple[SourceFile, ...], folder: Path, targets: tuple[TargetFile, ...], hashes: bool
-) -> None:
+def _start_worker(sources: tuple[SourceFile, ...], folder: Path, targets: tuple[TargetFile, ...], hashes: bool) -> None:
     global _worker
     _worker = Copier(sources, FileSink(folder, targets), hashes=hashes)
 
@@ -271,5 +278,3 @@ def _blank_main() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
-
-

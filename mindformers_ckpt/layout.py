@@ -25,7 +25,7 @@ from mindformers_ckpt.box import Box
 from mindformers_ckpt.errors import StrategyError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
     """How one parameter is cut over the ranks of a stage.
 
@@ -60,9 +60,7 @@ class Layout:
             raise StrategyError(f"an optimizer shard of {self.optimizer_shards} pieces means nothing")
 
     @classmethod
-    def on(
-        cls, mesh: Mapping[str, int], *dimensions: str | Sequence[str] | None, optimizer_shards: int = 0
-    ) -> Layout:
+    def on(cls, mesh: Mapping[str, int], *dimensions: str | Sequence[str] | None, optimizer_shards: int = 0) -> Layout:
         """A layout from named axes: `Layout.on({"dp": 2, "mp": 4}, "mp", None)`.
 
         One argument a dimension: the axis that cuts it, several axes, or None. Raises StrategyError for an
@@ -108,7 +106,7 @@ class Layout:
     def full_shape(self, shard_shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of the whole tensor, from the shape of one shard."""
         self._check_dimensions(shard_shape)
-        return tuple(extent * cut for extent, cut in zip(shard_shape, self.cuts, strict=True))
+        return tuple(extent * cut for extent, cut in zip(shard_shape, self.cuts))
 
     def boxes(self, full_shape: Sequence[int]) -> tuple[Box, ...]:
         """The box of a tensor of `full_shape` that each rank of the stage holds.
@@ -172,7 +170,8 @@ class Layout:
         pieces = [math.prod(map(self._extent, axes)) for axes in self.tensor_map]
         found = set()
         for inner in itertools.combinations(range(1, len(pieces)), dimensions - 1) if dimensions else ((),):
-            groups = list(itertools.pairwise((0, *inner, len(pieces)))) if dimensions else []
+            ends = (*inner, len(pieces))
+            groups = list(zip((0, *inner), ends)) if dimensions else []
             if all(self.flat_shape[first : last - 1] == tuple(pieces[first : last - 1]) for first, last in groups):
                 joined = tuple(sum(self.tensor_map[first:last], ()) for first, last in groups)
                 shape = tuple(math.prod(self.flat_shape[first:last]) for first, last in groups)
@@ -239,7 +238,7 @@ def _cells(layout: Layout) -> tuple[tuple[int, ...], ...]:
 def _boxes(layout: Layout, full_shape: tuple[int, ...]) -> tuple[Box, ...]:
     layout._check_dimensions(full_shape)
     cuts = layout.cuts
-    for extent, cut in zip(full_shape, cuts, strict=True):
+    for extent, cut in zip(full_shape, cuts):
         if extent % cut:
             raise StrategyError(
                 f"a tensor of shape {list(full_shape)} cannot be cut evenly by {layout.describe()}: "
@@ -249,8 +248,8 @@ def _boxes(layout: Layout, full_shape: tuple[int, ...]) -> tuple[Box, ...]:
     by_cell: dict[tuple[int, ...], Box] = {}
     for cell in layout.cells:
         if cell not in by_cell:
-            start = tuple(index * piece for index, piece in zip(cell, pieces, strict=True))
-            by_cell[cell] = Box(start, tuple(map(sum, zip(start, pieces, strict=True))))
+            start = tuple(index * piece for index, piece in zip(cell, pieces))
+            by_cell[cell] = Box(start, tuple(map(sum, zip(start, pieces))))
     return tuple(by_cell[cell] for cell in layout.cells)
 
 
@@ -263,7 +262,7 @@ def _shards(layout: Layout, full_shape: tuple[int, ...]) -> tuple[tuple[Box, tup
 
 
 def _divided(shape: Sequence[int], cuts: Sequence[int]) -> tuple[int, ...]:
-    return tuple(extent // cut for extent, cut in zip(shape, cuts, strict=True))
+    return tuple(extent // cut for extent, cut in zip(shape, cuts))
 
 
 def _coordinates(rank: int, matrix: Sequence[int]) -> tuple[int, ...]:

@@ -68,7 +68,7 @@ class Transfer(NamedTuple):
         return covered_volume(wanted, [place.box for place in self.sources]) * self.dtype.itemsize
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """What to read and what to write. `warnings` tell the user of choices that the plan made."""
 
@@ -211,7 +211,7 @@ def _assemble(
         raise PlanError(describe_problems(f"{source.files.root} cannot be re-sliced for {target.describe()}", problems))
     shared: dict[tuple[TensorSpec, ...], tuple[TensorSpec, ...]] = {}
     targets_ = []
-    for rank, specs in zip(ranks, held, strict=True):
+    for rank, specs in zip(ranks, held):
         key = tuple(specs)
         targets_.append(TargetFile(f"rank_{rank}/{prefix}{rank}.{format}", rank, format, shared.setdefault(key, key)))
     files = tuple(SourceFile(path, path.stat().st_size) for path in paths)

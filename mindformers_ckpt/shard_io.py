@@ -271,5 +271,3 @@ def _runs(part: Box, outer: Box) -> Iterator[tuple[Box, tuple[slice, ...]]]:
     """The runs of a part in its shard, each with its index in an array of the part."""
     for run in blocks(part, run_length(part.shape, outer.shape)):
         yield run, run.relative_to(part).slices()
-
-

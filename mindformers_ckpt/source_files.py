@@ -22,7 +22,7 @@ _STEP = re.compile(r"-(\d+)_(\d+)$")
 _DIGITS = re.compile(r"(\d+)")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SourceFiles:
     """The files of a checkpoint.
 

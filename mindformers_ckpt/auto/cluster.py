@@ -54,9 +54,7 @@ class Cluster:
     `nodes[r]` names the node of rank r.
     """
 
-    def __init__(
-        self, rank: int, size: int, nodes: tuple[str, ...], timeout: float, meeting: Meeting | None
-    ) -> None:
+    def __init__(self, rank: int, size: int, nodes: tuple[str, ...], timeout: float, meeting: Meeting | None) -> None:
         self.rank = rank
         self.size = size
         self.nodes = nodes
@@ -114,8 +112,7 @@ class Cluster:
         Raises RankError when a rank does not come, or something else listens on the address.
         """
         node = node_name({}) if node is None else node
-        key = hashlib.sha256(json.dumps([*address, size, job]).encode()).hexdigest()
-        meeting = meet(address, rank, size, key, node, timeout)
+        meeting = meet(address, rank, size, job, node, timeout)
         cluster = cls(rank, size, (), timeout, meeting)
         try:
             cluster.nodes = tuple(cluster._receive(meeting, JOIN))
@@ -232,7 +229,8 @@ class Cluster:
 
     def _lost(self, error: Exception, step: str | None) -> RankError:
         host_rank = self._meeting.host_rank if self._meeting is not None else None
-        self._error = RankError(f"rank {host_rank}, which coordinates, died: {error}", host_rank, step)
+        text = f"rank {host_rank}, which coordinates, died or is cut off: {error}"
+        self._error = RankError(text, host_rank, step)
         return self._error
 
 
@@ -285,13 +283,13 @@ def _meeting_address(env: Mapping[str, str]) -> Address:
     """Where the ranks meet: MINDFORMERS_CKPT_MASTER, or beside MindSpore's scheduler."""
     master = env.get("MINDFORMERS_CKPT_MASTER", "")
     if master:
+        source = f"MINDFORMERS_CKPT_MASTER={master}"
         host, _, digits = master.rpartition(":")
-        address = Address(host.strip("[]"), _integer({"the port": digits}, "the port") or 0)
+        host, port = host.strip("[]"), int(digits) if digits.isdecimal() else 0
     else:
-        port = _integer(env, "MS_SCHED_PORT") or 0
-        offset = PORT_OFFSET if port + PORT_OFFSET < 1 << 16 else -PORT_OFFSET
-        address = Address(env.get("MS_SCHED_HOST", ""), port + offset if port else 0)
-    if address.host in ("", "0.0.0.0", "::") or not 0 < address.port < 1 << 16:
-        source = "MINDFORMERS_CKPT_MASTER" if master else "MS_SCHED_HOST and MS_SCHED_PORT"
-        raise ConfigError(f"{source} give no address where the ranks can meet ({address}); {ADVICE}")
-    return address
+        host, port = env.get("MS_SCHED_HOST", ""), _integer(env, "MS_SCHED_PORT") or 0
+        source = f"MS_SCHED_HOST={host} and MS_SCHED_PORT={port or ''}"
+        port = port and port + (PORT_OFFSET if port + PORT_OFFSET < 1 << 16 else -PORT_OFFSET)
+    if host in ("", "0.0.0.0", "::") or not 0 < port < 1 << 16:
+        raise ConfigError(f"{source}: no address where the ranks can meet; {ADVICE}")
+    return Address(host, port)

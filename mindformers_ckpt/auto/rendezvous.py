@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import random
@@ -45,11 +46,11 @@ MAX_VALUES = 64 << 20  # bytes of all values of one step together
 MAX_MESSAGE = MAX_VALUES + (1 << 20)  # the rest: names, commas, an error's text
 MAX_HELLO = 4096  # what an unknown peer may make the coordinator keep
 HELLO_TIMEOUT = 10.0  # seconds in which an unknown peer has to introduce itself
-LINGER = 5.0  # seconds in which a coordinator that leaves still tells late ranks of a failure
+LINGER = 2.0  # seconds in which a coordinator that leaves still tells late ranks of a failure
 GRACE = 5.0  # seconds a rank waits beyond the time-out, so that the coordinator's answer comes first
 CONNECT_TIMEOUT = 5.0  # seconds of one attempt, where packets are swallowed
 FIRST_RETRY, LAST_RETRY = 0.02, 1.0  # seconds between attempts
-NOTICE = 60.0  # seconds after which a silent host counts as dead, if the time-out is not shorter
+NOTICE = 60.0  # seconds after which a silent host counts as dead, or half the time-out if that is less
 CHUNK = 1 << 16
 ADVICE = "set MINDFORMERS_CKPT_MASTER=host:port, on all ranks alike, to a free port of a node of this job"
 
@@ -129,8 +130,8 @@ class Decoder:
 
 
 def _tune(sock: socket.socket, timeout: float) -> None:
-    """Send small messages at once, and give a silent host up within `timeout` seconds, one minute at most."""
-    notice = min(timeout, NOTICE)
+    """Send small messages at once, and give a silent host up before the time-out does."""
+    notice = min(timeout / 2, NOTICE)
     probe = max(1, int(notice / 4))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -485,11 +486,12 @@ class Meeting(NamedTuple):
     coordinator: Coordinator | None
 
 
-def meet(address: Address, rank: int, size: int, key: str, node: str, timeout: float) -> Meeting:
+def meet(address: Address, rank: int, size: int, job: str, node: str, timeout: float) -> Meeting:
     """Join the ranks at the meeting address, as their coordinator if nobody else is.
 
     Raises RankError when something else listens there, or nothing answers within `timeout` seconds.
     """
+    key = hashlib.sha256(json.dumps([*address, size, job]).encode()).hexdigest()
     hello = {"kind": "hello", "protocol": PROTOCOL, "key": key, "size": size, "rank": rank, "node": node}
     deadline = time.monotonic() + timeout
     delay = FIRST_RETRY

@@ -49,6 +49,8 @@ _TRAILER_MARK = b"crc_num"
 _TRAILER_SIZE = len(_TRAILER_MARK) + 10
 _CIPHER_MARKS = (b"\xd8\x5e\x3a\x7f", b"\xd9\x5e\x3a\x7f", b"\xda\x5e\x3a\x7f")  # AES-GCM, AES-CBC, SM4-CBC
 
+_RESTORE = "the file is damaged or no MindSpore checkpoint, restore it from a good copy"
+
 _WINDOW = 512
 _HEAD_LIMIT = 256 * 1024
 _CRC_BLOCK = 4 * 1024 * 1024
@@ -159,11 +161,11 @@ class _Scanner:
                 f"{self._path}: the file is encrypted; load it with mindspore.load_checkpoint(..., "
                 "dec_key=...) and save it without a key"
             )
-        if start[0] == _VALUE:
+        if start[:1] == bytes([_VALUE]):
             return
         if start[8:9] == b"{":
             kind = "it looks like a .safetensors file, and should be named so"
-        elif start[0] in b"\x08\x12{":
+        elif start.startswith((b"\x08", b"\x12", b"{")):
             kind = "it looks like a strategy file"
         else:
             kind = describe_foreign_file(start)
@@ -227,7 +229,7 @@ class _Scanner:
                 except IndexError:
                     self._widen()
         except Malformed as error:
-            raise self._error(str(error)) from None
+            raise self._error(*error.args) from None
 
     def _widen(self) -> None:
         """Read a window that begins at the position; a longer one when it begins there already."""
@@ -243,7 +245,7 @@ class _Scanner:
         try:
             dtype = from_ckpt(head.type_name)
         except FormatError as error:
-            raise self._error(f"tensor {head.name!r}: {error}") from None
+            raise self._error(f"tensor {head.name!r}: {error}", "save it with a known type") from None
         shape = head.dims
         if dtype.name == "str":
             shape = (head.content.length,)
@@ -251,12 +253,9 @@ class _Scanner:
             shape = ()
         return TensorSpec(head.name, dtype, shape)
 
-    def _error(self, what: str) -> FormatError:
+    def _error(self, what: str, advice: str = _RESTORE) -> FormatError:
         after = "before any tensor" if self._last_good is None else f"last good tensor {self._last_good!r}"
-        return FormatError(
-            f"{self._path}: {what} (at byte {self._position} of {self._size}, {after}); "
-            "the file is damaged or no MindSpore checkpoint, restore it from a good copy"
-        )
+        return FormatError(f"{self._path}: {what} (at byte {self._position} of {self._size}, {after}); {advice}")
 
 
 def _parse_head(window: bytes, at: int, base: int, size: int) -> _Head:
@@ -273,7 +272,7 @@ def _parse_head(window: bytes, at: int, base: int, size: int) -> _Head:
     raw_name, at = _field(window, at, end, _TAG)
     name = _text(raw_name)
     if window[at] == _MAP_TENSOR:
-        raise Malformed(f"{name!r} is a MapParameter (hash table), which cannot be re-sliced")
+        raise Malformed(f"{name!r} is a MapParameter (hash table)", "save the checkpoint without it")
     at = _enter(window, at, end, _TENSOR)
     dims = []
     while window[at] == _DIMENSION:
@@ -342,12 +341,7 @@ def _encode_head(spec: TensorSpec, length: int) -> bytes:
             _encode_varint(length),
         ]
     )
-    value = (
-        _encode_field(_TAG, spec.name.encode())
-        + bytes([_TENSOR])
-        + _encode_varint(len(tensor) + length)
-        + tensor
-    )
+    value = _encode_field(_TAG, spec.name.encode()) + bytes([_TENSOR]) + _encode_varint(len(tensor) + length) + tensor
     return bytes([_VALUE]) + _encode_varint(len(value) + length) + value
 
 

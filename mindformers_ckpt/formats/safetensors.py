@@ -56,7 +56,7 @@ def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> FileLayo
 
     The order is otherwise that of `specs`. The metadata gets `"format": "ms"`, as MindSpore writes, unless
     it has a format; `crc_num`, MindSpore's checksum of other contents, is left out. Raises FormatError when
-    the format has no such element type, or a name or the metadata cannot be written.
+    the format has no such element type, or a name cannot be written.
     """
     check_names(specs)
     metadata = {"format": "ms", **metadata}
@@ -104,7 +104,7 @@ def _read_header_text(descriptor: int, size: int) -> bytes:
     start = os.pread(descriptor, 32, 0)
     length = int.from_bytes(start[:_LENGTH_SIZE], "little")
     if start[_LENGTH_SIZE : _LENGTH_SIZE + 1] != b"{" or length > HEADER_LIMIT:
-        kind = "it looks like a .ckpt file" if start[0] == 0x0A else describe_foreign_file(start)
+        kind = "it looks like a .ckpt file" if start.startswith(b"\n") else describe_foreign_file(start)
         raise Malformed(f"no .safetensors file, or truncated ({size} bytes): {kind}")
     if _LENGTH_SIZE + length > size:
         raise Malformed(f"truncated: the header ends at byte {_LENGTH_SIZE + length}, the file at {size}")
@@ -142,13 +142,9 @@ def _check_metadata(metadata: object) -> dict[str, str]:
     return metadata
 
 
-def _tensors(
-    fields: dict[str, Any], metadata: dict[str, str], base: int, size: int
-) -> dict[str, TensorRecord]:
+def _tensors(fields: dict[str, Any], metadata: dict[str, str], base: int, size: int) -> dict[str, TensorRecord]:
     """Check that the tensors fill the bytes from `base` to `size`, each with the bytes its shape needs."""
-    spans = sorted(
-        (_check_entry(name, entry, metadata) for name, entry in fields.items()), key=lambda span: span[:2]
-    )
+    spans = sorted((_check_entry(name, entry, metadata) for name, entry in fields.items()), key=lambda span: span[:2])
     tensors: dict[str, TensorRecord] = {}
     position = 0
     for start, end, spec in spans:

@@ -62,7 +62,7 @@ class TensorRecord(NamedTuple):
     segments: tuple[Segment, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Header:
     """What a file says about its tensors, in file order.
 
@@ -78,7 +78,7 @@ class Header:
     crc: int | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class FileLayout:
     """A file to be written: its size, the frames (offset, bytes) around the contents, and the tensors.
 
@@ -106,9 +106,7 @@ def read_header(path: str | Path) -> Header:
     raise FormatError(f"{path}: a checkpoint file must end in .ckpt or .safetensors")
 
 
-def layout_file(
-    format: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str] = _NO_METADATA
-) -> FileLayout:
+def layout_file(format: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str] = _NO_METADATA) -> FileLayout:
     """Lay out a file of `format` ("ckpt" or "safetensors") that holds `specs`.
 
     A `.ckpt` has no place for `metadata`; it is left out there. Raises FormatError when the format cannot
@@ -128,7 +126,6 @@ def open_to_read(path: Path, scattered: bool = False) -> Iterator[tuple[int, int
     """Open a regular file: its descriptor and its size in bytes.
 
     `scattered` keeps the system from reading ahead, which would fetch the contents between the headers.
-
     Raises FormatError when it is missing, no regular file, empty, or cannot be read.
     """
     try:

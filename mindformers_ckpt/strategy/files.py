@@ -236,9 +236,7 @@ def _layout(row: _Row) -> Layout:
         raise StrategyError("split manually into uneven pieces, which is not supported")
     per_dimension = row.tensor_map if len(row.tensor_map) > 1 else [[value] for value in row.tensor_map[0]]
     tensor_map = tuple(tuple(value for value in values if value != -1) for values in per_dimension)
-    return Layout(
-        tuple(row.device_matrix), tensor_map, row.optimizer_shards, row.optimizer_step, tuple(row.flat_shape)
-    )
+    return Layout(tuple(row.device_matrix), tensor_map, row.optimizer_shards, row.optimizer_step, tuple(row.flat_shape))
 
 
 def _message_rows(path: Path, data: bytes) -> _Rows:
@@ -338,7 +336,11 @@ def _merged_message(by_stage: Mapping[int, bytes]) -> bytes:
 
 
 def _merged_json(by_stage: Mapping[int, bytes]) -> bytes:
-    merged: dict[str, Any] = {"current_stage": _MERGED_MARK, "parallel_strategy_item": {}, "parallel_layout_item": {}}
+    merged: dict[str, Any] = {
+        "current_stage": _MERGED_MARK,
+        "parallel_strategy_item": {},
+        "parallel_layout_item": {},
+    }
     for stage in sorted(by_stage):
         content = json.loads(by_stage[stage])
         merged["parallel_strategy_item"].update(content["parallel_strategy_item"])

@@ -10,7 +10,7 @@ from mindformers_ckpt.errors import StrategyError
 from mindformers_ckpt.layout import Layout
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Strategy:
     """Layouts by stage and parameter name, for stages of equally many ranks.
 

@@ -48,17 +48,17 @@ _MESSAGES: dict[str, list[tuple[str, int, str, bool]]] = {
 @cache
 def strategy_map_class() -> Any:
     """The message class `ParallelStrategyMap`, the content of a strategy file."""
-    Field = descriptor_pb2.FieldDescriptorProto
+    field_type = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="node_strategy.proto", package=_PACKAGE, syntax="proto2")
     for message_name, fields in _MESSAGES.items():
         message = file.message_type.add(name=message_name)
         for name, number, kind, repeated in fields:
-            label = Field.LABEL_REPEATED if repeated else Field.LABEL_REQUIRED
+            label = field_type.LABEL_REPEATED if repeated else field_type.LABEL_REQUIRED
             field = message.field.add(name=name, number=number, label=label)
             if kind.isupper():
-                field.type = getattr(Field, f"TYPE_{kind}")
+                field.type = getattr(field_type, f"TYPE_{kind}")
             else:
-                field.type = Field.TYPE_MESSAGE
+                field.type = field_type.TYPE_MESSAGE
                 field.type_name = f".{_PACKAGE}.{kind}"
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)

@@ -281,11 +281,20 @@ def test_a_cut_trailer_is_noticed(file: Path) -> None:
         (record("w", [-1], "Int8", b""), "tensor 'w' has a negative dimension"),
         (record(b"\xff", [1], "Int8", b"a"), "no UTF-8"),
         (record("w", [1], b"\xff", b"a"), "no UTF-8"),
-        (record("w", [1], "Int7", b"a"), "tensor 'w': unknown .ckpt element type 'Int7'"),
-        (record("m", [1], "Int8", b"a", tensor_field=0x1A), "'m' is a MapParameter"),
+        (
+            record("w", [1], "Int7", b"a"),
+            "tensor 'w': unknown .ckpt element type 'Int7'.*save it with a known",
+        ),
+        (
+            record("m", [1], "Int8", b"a", tensor_field=0x1A),
+            "'m' is a MapParameter .*save the checkpoint without it",
+        ),
         (field(0x0A, field(0x12, b"") + field(0x0A, b"w")), "lacks field 1"),
         (field(0x0A, field(0x0A, b"w") + field(0x22, b"")), "lacks field 2"),
-        (field(0x0A, field(0x0A, b"w") + field(0x12, b"\x12\x04Int8")) + bytes(9), "contradict|lacks field 3"),
+        (
+            field(0x0A, field(0x0A, b"w") + field(0x12, b"\x12\x04Int8")) + bytes(9),
+            "contradict|lacks field 3",
+        ),
         (b"\x0a\x03\x0a\x09w" + bytes(20), "contradict each other"),
         (field(0x0A, field(0x0A, b"w") + field(0x12, field(0x1A, b""))), "lacks field 2"),
         (record("w", [1], "Int8", b"a") + b"garbage", "no record begins here"),

@@ -8,7 +8,7 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -212,6 +212,7 @@ def test_a_claimed_header_of_100_mb_is_not_allocated(file: Path) -> None:
         tracemalloc.stop()
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(

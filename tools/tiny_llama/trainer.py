@@ -48,7 +48,9 @@ class Journal:
 
     def write(self, event: str, **fields: Any) -> None:
         """Record one event; floats keep all their digits in the file."""
-        shown = (f"{key} {value:.6f}" if isinstance(value, float) else f"{key} {value}" for key, value in fields.items())
+        shown = (
+            f"{key} {value:.6f}" if isinstance(value, float) else f"{key} {value}" for key, value in fields.items()
+        )
         print(f"[{event}]", ", ".join(shown), flush=True)
         if self.file is not None:
             with self.file.open("a", encoding="utf-8") as stream:
@@ -79,9 +81,7 @@ def run(config: Path, overrides: Mapping[str, Any]) -> None:
 
     job = Job(settings, mesh, network, optimizer, journal)
     if loaded:
-        journal.write(
-            "load", parameters=len(loaded), global_step=job.global_step, seconds=time.perf_counter() - began
-        )
+        journal.write("load", parameters=len(loaded), global_step=job.global_step, seconds=time.perf_counter() - began)
         job.evaluate("after load")
     job.train()
 
@@ -100,9 +100,7 @@ def declared_layouts(axes: Mapping[str, Axes], mesh: Mesh) -> dict[str, Layout]:
     What is in no layout (global_step, beta powers, learning rate) is whole on every rank.
     """
     layouts = {name: Layout.on(mesh.sizes, *cut) for name, cut in axes.items()}
-    moments = {
-        f"{moment}.{name}": layout for moment in ("moment1", "moment2") for name, layout in layouts.items()
-    }
+    moments = {f"{moment}.{name}": layout for moment in ("moment1", "moment2") for name, layout in layouts.items()}
     return layouts | moments
 
 

@@ -1,0 +1,223 @@
+"""Results come into being whole: written aside, described by a manifest, put in place by one rename.
+
+A run writes into a hidden staging folder beside the destination. Only when every file is complete does the
+staging folder, with its manifest, take the destination's name. Whenever a run dies, the destination holds
+the old result, intact, or nothing; the next run clears what was left in staging, or resumes it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from mindformers_ckpt.errors import PublishError
+from mindformers_ckpt.execute import Done
+
+MANIFEST_FILE = "manifest.json"
+_JOURNAL = "journal"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@dataclass
+class Staging:
+    """The staging folder of one destination, held under a lock while a run writes it.
+
+    Use it as a context manager. `resume` keeps the finished tasks of an interrupted run of the same
+    `fingerprint`; otherwise leftovers are removed. `overwrite` allows a destination that is not empty and
+    replaces it as a whole, `add` puts new rank folders beside the ones it has.
+
+    Raises PublishError when the destination holds something, another process is writing it, or the folder
+    around it cannot be written.
+    """
+
+    destination: Path
+    fingerprint: str
+    overwrite: bool = False
+    resume: bool = False
+    add: bool = False
+
+    def __post_init__(self) -> None:
+        self.destination = Path(os.path.abspath(self.destination))
+        parent, name = self.destination.parent, self.destination.name
+        self.folder = parent / f".{name}.staging-{self.fingerprint[:16]}"
+        self._lock = FileLock(parent / f".{name}.lock")
+        self._journal = self.folder / _JOURNAL
+
+    def __enter__(self) -> Staging:
+        destination = self.destination
+        try:
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            self._check_destination()
+            self._acquire()
+        except PermissionError as error:
+            raise PublishError(
+                f"{destination.parent} cannot be written ({error.strerror}); results are made beside the "
+                "destination and renamed, so the folder around it must be writable"
+            ) from error
+        self._clear_leftovers()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove what a failure left half-made. An interrupted or a killed run can be resumed from it."""
+        if kind is not None and issubclass(kind, Exception):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.release()
+
+    def finished_tasks(self) -> dict[int, Done]:
+        """The tasks that an interrupted run of the same plan finished (none unless `resume`).
+
+        What was written before the machine restarted may not have reached the disk; then nothing counts.
+        """
+        if not self._journal.is_file():
+            return {}
+        first, *lines = self._journal.read_text().splitlines() or [""]
+        if first != _boot_id():
+            return {}
+        done = {}
+        for line in lines:
+            try:
+                record = Done.from_json(json.loads(line))
+            except ValueError:
+                break  # the line that was being written when the run died
+            done[record.task] = record
+        return done
+
+    def record(self, done: Iterable[Done]) -> None:
+        """Note finished tasks, so that the run can be resumed after them."""
+        with open(self._journal, "a") as stream:
+            if not stream.tell():
+                stream.write(_boot_id() + "\n")
+            stream.writelines(json.dumps(task.to_json()) + "\n" for task in done)
+
+    def publish(self, manifest: Mapping[str, Any], *, name: str = MANIFEST_FILE, fsync: bool = False) -> None:
+        """Write the manifest and put the result in place.
+
+        A destination that is replaced is exchanged for the new one in one step, then removed.
+        """
+        self._journal.unlink(missing_ok=True)
+        (self.folder / name).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        if fsync:
+            _sync_tree(self.folder)
+        try:
+            if not self.destination.exists() or not any(self.destination.iterdir()):
+                os.rename(self.folder, self.destination)
+            elif self.add:
+                self._add_entries(name)
+            else:
+                _exchange(self.folder, self.destination)
+                shutil.rmtree(self.folder)
+            if fsync:
+                _sync(self.destination.parent)
+        except OSError as error:
+            raise PublishError(
+                f"the finished result cannot be put at {self.destination}: {error.strerror}. "
+                f"It is complete in {self.folder}"
+            ) from error
+
+    def _check_destination(self) -> None:
+        destination = self.destination
+        if destination.is_symlink():
+            raise PublishError(f"{destination} is a symbolic link; give the folder it points to, or remove the link")
+        if destination.exists() and not destination.is_dir():
+            raise PublishError(f"{destination} is a file; a folder for the results was expected")
+        if os.path.ismount(destination):
+            raise PublishError(f"{destination} is a mount point and cannot be replaced; give a folder below it")
+        if destination.is_dir() and any(destination.iterdir()) and not (self.overwrite or self.add):
+            raise PublishError(
+                f"{destination} is not empty; choose another folder, or allow it to be replaced (--overwrite)"
+            )
+
+    def _acquire(self) -> None:
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise PublishError(f"another process is writing {self.destination} at this moment; wait for it") from None
+
+    def _clear_leftovers(self) -> None:
+        parent, name = self.folder.parent, self.destination.name
+        for leftover in parent.glob(f".{escape(name)}.staging-*"):
+            if not (self.resume and leftover == self.folder):
+                shutil.rmtree(leftover)
+        self.folder.mkdir(exist_ok=True)
+
+    def _add_entries(self, manifest_name: str) -> None:
+        """Move rank folders one by one, the manifest last."""
+        entries = sorted(self.folder.iterdir(), key=lambda entry: entry.name == manifest_name)
+        taken = [entry.name for entry in entries if entry.is_dir() and (self.destination / entry.name).exists()]
+        if taken and not self.overwrite:
+            raise PublishError(f"{self.destination} already holds {', '.join(taken[:8])}; allow it with --overwrite")
+        for entry in entries:
+            place = self.destination / entry.name
+            if entry.is_dir() and place.exists():
+                _exchange(entry, place)
+                shutil.rmtree(entry)
+            else:
+                os.replace(entry, place)
+        self.folder.rmdir()
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a published result, None when there is none: the result is not ours, or not whole."""
+    try:
+        content: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content
+
+
+def check_free_space(folder: Path, wanted: int) -> None:
+    """Raise PublishError when the disk below `folder` has fewer than `wanted` bytes free."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < wanted:
+        raise PublishError(
+            f"the result needs {wanted / 1e9:.2f} GB, but the disk of {existing} has {free / 1e9:.2f} GB free"
+        )
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Swap two names in one step (renameat2), or in three renames where the file system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2"):
+        arguments = (_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
+        if libc.renameat2(*arguments) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise OSError(code, os.strerror(code), str(second))
+    aside = second.with_name(f".{second.name}.replaced")
+    os.rename(second, aside)
+    os.rename(first, second)
+    os.rename(aside, first)
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _sync_tree(folder: Path) -> None:
+    for root, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(root, name))
+        _sync(Path(root))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,196 @@
+"""Re-slicing from one folder to another: plan, space, staging, copy, publish."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mindformers_ckpt.errors import PlanError
+from mindformers_ckpt.execute import Done, copy_tasks, cut_into_tasks
+from mindformers_ckpt.plan import Plan
+from mindformers_ckpt.publish import MANIFEST_FILE, Staging, check_free_space
+from mindformers_ckpt.shard_io import FileSink
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run a plan.
+
+    Attributes:
+        processes: processes that copy, this one included (`transform_process_num`).
+        by_rank: one target rank is the unit of work (`transform_by_rank`), instead of equal shares of bytes.
+        hashes: take xxh3-128 of every written tensor into the manifest.
+        fsync: force everything to the disk before the result is put in place.
+        crc: append the CRC-32 trailer that `mindspore.load_checkpoint(crc_check=True)` verifies.
+        overwrite: replace a destination that is not empty.
+        resume: go on after the finished tasks of an interrupted run of the same plan.
+        partial: the plan makes some of the ranks only; they are put beside the ones that are there.
+    """
+
+    processes: int = 1
+    by_rank: bool = False
+    hashes: bool = False
+    fsync: bool = False
+    crc: bool = False
+    overwrite: bool = False
+    resume: bool = False
+    partial: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did."""
+
+    destination: Path
+    files: int
+    bytes_read: int
+    bytes_written: int
+    resumed_bytes: int
+    seconds: float
+
+
+def transform(
+    plan: Plan,
+    destination: Path,
+    options: Options = Options(),
+    *,
+    about: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Report:
+    """Run a plan and publish its result at `destination`.
+
+    `about` goes into the manifest, `progress` is told the bytes written and the total after every task,
+    `check` is called between blocks and may raise to stop. Raises TransferError and PublishError; then the
+    destination is as it was.
+    """
+    started = time.monotonic()
+    destination = Path(destination).absolute()
+    check_apart(plan, destination)
+    fingerprint = fingerprint_of(plan, options)
+    staging = Staging(destination, fingerprint, options.overwrite, options.resume, add=options.partial)
+    with staging:
+        check_free_space(staging.folder, plan.bytes_written)
+        finished = staging.finished_tasks()
+        done = write_files(
+            plan,
+            staging.folder,
+            options,
+            finished=finished,
+            record=staging.record,
+            progress=progress,
+            check=check,
+        )
+        manifest = describe_result(plan, staging.folder, fingerprint, done, about or {})
+        name = MANIFEST_FILE if not options.partial else partial_manifest_name(plan)
+        staging.publish(manifest, name=name, fsync=options.fsync)
+    return Report(
+        destination,
+        len(plan.targets),
+        plan.bytes_read,
+        plan.bytes_written,
+        sum(task.bytes_written for task in finished.values()),
+        time.monotonic() - started,
+    )
+
+
+def write_files(
+    plan: Plan,
+    folder: Path,
+    options: Options,
+    *,
+    finished: dict[int, Done] | None = None,
+    record: Callable[[list[Done]], None] = lambda done: None,
+    progress: Progress | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> list[Done]:
+    """Write the target files of a plan under `folder`, all but the tasks already `finished`."""
+    done = dict(finished or {})
+    tasks = cut_into_tasks(plan, by_rank=options.by_rank, whole_tensors=options.hashes)
+    total = plan.bytes_written
+    written = sum(task.bytes_written for task in done.values())
+    sink = FileSink(folder, plan.targets)
+    if not done:
+        for file in range(len(plan.targets)):
+            sink.prepare(file)
+        record([])
+    pending = [task for task in tasks if task.number not in done]
+    copied = copy_tasks(plan, folder, pending, processes=options.processes, hashes=options.hashes, check=check)
+    for task in copied:
+        record([task])
+        done[task.task] = task
+        written += task.bytes_written
+        if progress is not None:
+            progress(written, total)
+    if options.crc:
+        _append_crcs(sink, plan)
+    return list(done.values())
+
+
+def check_apart(plan: Plan, destination: Path) -> None:
+    """Refuse a destination that holds a source file: publishing would replace it."""
+    real = destination.resolve()
+    inside = [file.path for file in plan.sources if file.path.resolve().is_relative_to(real)]
+    if inside:
+        raise PlanError(f"the target folder {destination} holds the source file {inside[0]}; choose another folder")
+
+
+def fingerprint_of(plan: Plan, options: Options) -> str:
+    """A digest of everything that decides which bytes are written where, and of the sources' identity."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in plan.sources:
+        status = file.path.stat()
+        digest.update(f"{file.path} {status.st_size} {status.st_mtime_ns}\n".encode())
+    for target in plan.targets:
+        digest.update(f"{target.path} {target.format}\n".encode())
+    for transfer in plan.transfers:
+        digest.update(repr(transfer).encode())
+    digest.update(f"{options.by_rank} {options.hashes} {options.crc}".encode())
+    return digest.hexdigest()
+
+
+def describe_result(
+    plan: Plan, folder: Path, fingerprint: str, done: Collection[Done], about: dict[str, Any]
+) -> dict[str, Any]:
+    """The manifest of a result: what was made of what, and the files with their sizes and hashes."""
+    from mindformers_ckpt import __version__
+
+    hashes: dict[int, dict[str, str]] = {}
+    for task in done:
+        for tensor in task.hashes:
+            hashes.setdefault(tensor.file, {})[tensor.name] = tensor.digest
+    files = []
+    for number, target in enumerate(plan.targets):
+        size = (folder / target.path).stat().st_size
+        entry = {"path": target.path, "rank": target.rank, "bytes": size, "tensors": len(target.tensors)}
+        if number in hashes:
+            entry["xxh3_128"] = hashes[number]
+        files.append(entry)
+    return {
+        "mindformers_ckpt": __version__,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "plan": fingerprint,
+        **about,
+        "sources": [{"path": str(file.path), "bytes": file.size} for file in plan.sources],
+        "files": files,
+    }
+
+
+def partial_manifest_name(plan: Plan) -> str:
+    """Manifest name of a run that makes some ranks only: several such runs share a destination."""
+    ranks = sorted(target.rank for target in plan.targets)
+    return f"manifest_rank_{ranks[0]}-{ranks[-1]}.json"
+
+
+def _append_crcs(sink: FileSink, plan: Plan) -> None:
+    from mindformers_ckpt.formats import ckpt
+
+    for number, target in enumerate(plan.targets):
+        if target.format == "ckpt":
+            ckpt.append_crc(sink.path(number))
