@@ -41,11 +41,31 @@ class TargetFile(NamedTuple):
     tensors: tuple[TensorSpec, ...]
 
 
+class View(NamedTuple):
+    """Where a box lies in a file's tensor that is not the box itself: fused, interleaved, stacked, transposed.
+
+    Attributes:
+        shape: a row-major reshape of the file's tensor.
+        box: the part of that view.
+        order: the view's axis that each dimension of the place's box runs along.
+    """
+
+    shape: tuple[int, ...]
+    box: Box
+    order: tuple[int, ...]
+
+
 class Place(NamedTuple):
-    """A box of a whole tensor, and the file (an index into the plan's list) that holds just this box."""
+    """A box of a whole tensor, and the file (an index into the plan's list) that holds it.
+
+    The file's tensor is just this box, unless a source has a `view`. `tensor` is its name in the file, ""
+    for the name of the whole tensor.
+    """
 
     file: int
     box: Box
+    tensor: str = ""
+    view: View | None = None
 
 
 class Transfer(NamedTuple):

@@ -7,6 +7,7 @@ network file systems are read in large sequential calls.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mindformers_ckpt.box import Box, blocks, is_one_run, offset_in, run_length
 from mindformers_ckpt.errors import FormatError, TransferError
 from mindformers_ckpt.formats import DType, FileLayout, Header, Segment, layout_file, read_header
-from mindformers_ckpt.plan import Place, SourceFile, TargetFile
+from mindformers_ckpt.plan import Place, SourceFile, TargetFile, View
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,15 +72,14 @@ class ShardReader:
 
     def read(self, place: Place, name: str, dtype: DType, part: Box, out: Array) -> None:
         """Read `part` (a box of the whole tensor, inside the shard's) into an array of its shape."""
-        segments = self._segments(place, name, dtype)
+        segments = self._segments(place, place.tensor or name, dtype)
         path = self._files[place.file].path
         outer = place.box
+        if place.view is not None:
+            part, out = _in_view(part.relative_to(place.box), place.view, out)
+            outer = Box.whole(place.view.shape)
         if is_one_run(part.shape, outer.shape):
-            start = offset_in(part, outer) * dtype.itemsize
-            if out.flags.c_contiguous:
-                self._read_bytes(path, segments, start, _flat_bytes(out))
-            else:
-                self._read_strided(path, segments, dtype, part, outer, out)
+            self._read_run(path, segments, dtype, part, outer, out)
         else:
             self._read_runs(path, segments, dtype, part, outer, out)
 
@@ -101,10 +101,14 @@ class ShardReader:
                 )
             self._headers[place.file] = header
         record = header.tensors.get(name)
-        if record is None or record.spec.dtype != dtype or record.spec.shape != place.box.shape:
+        expected = place.box.shape if place.view is None else place.view.shape
+        fits = record is not None and record.spec.dtype == dtype and record.spec.shape == expected
+        if place.view is not None and record is not None:
+            fits = record.spec.dtype == dtype and record.spec.size == math.prod(expected)
+        if record is None or not fits:
             found = "is not there" if record is None else f"is {record.spec.dtype.name}{list(record.spec.shape)}"
             raise TransferError(
-                f"{file.path}: {name} {found}, but {dtype.name}{list(place.box.shape)} is expected from the other "
+                f"{file.path}: {name} {found}, but {dtype.name}{list(expected)} is expected from the other "
                 "files of the stage"
             )
         return record.segments
@@ -260,6 +264,16 @@ def file_ranges(segments: Sequence[Segment], start: int, length: int) -> Iterato
 def _flat_bytes(array: Array) -> memoryview:
     """The bytes of a contiguous array."""
     return array.reshape(-1).view("u1").data
+
+
+def _in_view(part: Box, view: View, out: Array) -> tuple[Box, Array]:
+    """A part of a place's box as a part of the view, and the array for it with the axes of the view."""
+    start, stop = list(view.box.start), list(view.box.start)
+    for axis, first, last in zip(view.order, part.start, part.stop):
+        start[axis] += first
+        stop[axis] += last
+    inverse = sorted(range(len(view.order)), key=view.order.__getitem__)
+    return Box(tuple(start), tuple(stop)), out.transpose(inverse)
 
 
 def _last(box: Box) -> Box:

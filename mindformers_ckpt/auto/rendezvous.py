@@ -276,7 +276,8 @@ class Coordinator(threading.Thread):
     def stop(self) -> None:
         """End at once (from another thread): this rank has not joined here."""
         self._stopped = True
-        self._listener.shutdown(socket.SHUT_RDWR)  # wakes the selector
+        with contextlib.suppress(OSError):  # it has ended already
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the selector
         self.join(GRACE)
 
     def run(self) -> None:
@@ -332,7 +333,7 @@ class Coordinator(threading.Thread):
             return
         except OSError as error:
             self._selector.unregister(self._listener)  # or it would wake the selector for ever
-            if not self._stopped:
+            if not self._stopped and len(self._peers) + len(self._gone) < self._size:
                 text = f"rank {self._rank}, which coordinates, can take no more connections: {error}"
                 self._fail(self._rank, self._step, f"{text}; raise the limit of open files (ulimit -n)")
             return
@@ -365,7 +366,7 @@ class Coordinator(threading.Thread):
             self._drop(peer)
             self._depart(peer.rank)
         elif self._failure is not None:
-            return  # the peer has the failure in its queue
+            return  # no step can begin any more; the peer finds the failure in its queue
         elif kind == "gather":
             self._arrive(peer.rank, message["step"], message["value"])
         elif kind == "failed":

@@ -240,6 +240,9 @@ def test_check_sees_a_failure_and_it_is_final(address: Address) -> None:
             call()
         assert again.value is caught.value
     clusters[0].fail(RuntimeError("a consequence"))
+    with pytest.raises(RankError) as again:
+        clusters[0].check()
+    assert again.value is caught.value
     with pytest.raises(RankError, match="rank 1 failed in step 'copy'"):
         clusters[2].barrier("x")
     close_all(clusters)
