@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Box(NamedTuple):
@@ -58,9 +58,12 @@ class Box(NamedTuple):
             tuple(a - b for a, b in zip(self.stop, outer.start)),
         )
 
-    def slices(self) -> tuple[slice, ...]:
-        """The box as an index for an array of the whole tensor."""
-        return tuple(slice(start, stop) for start, stop in zip(self.start, self.stop))
+    def slices(self) -> tuple[Any, ...]:
+        """The box as an index for an array of the whole tensor, which gives a view of it.
+
+        It ends in an ellipsis: without one, an array of no dimensions gives a copy of its element.
+        """
+        return (*(slice(start, stop) for start, stop in zip(self.start, self.stop)), ...)
 
     def __str__(self) -> str:
         return "[" + ", ".join(f"{a}:{b}" for a, b in zip(self.start, self.stop)) + "]"
@@ -114,8 +117,9 @@ def blocks(box: Box, limit: int) -> Iterator[Box]:
     """Cut a box into blocks of at most `limit` elements, in row-major order.
 
     A block fixes the first dimensions to one index, takes a range of one dimension and all of the
-    dimensions behind it. So it is one run of `box`, and its intersection with any other box of the same
-    tensor is one run of that other box: reading or writing a shard's part of a block is one call.
+    dimensions behind it. So it is one run of `box`, and its intersection with any box inside of `box` is one
+    run of that: writing a shard's part of a block is one call, and so is reading it, unless the shard is
+    wider than `box`.
 
     Raises ValueError when `limit` is not positive. An empty box has no blocks.
     """

@@ -168,10 +168,11 @@ class Layout:
         Of the dimensions that become one, all but the last are cut into pieces of one index.
         """
         pieces = [math.prod(map(self._extent, axes)) for axes in self.tensor_map]
-        found = set()
-        for inner in itertools.combinations(range(1, len(pieces)), dimensions - 1) if dimensions else ((),):
-            ends = (*inner, len(pieces))
-            groups = list(zip((0, *inner), ends)) if dimensions else []
+        found: set[Layout] = set()
+        if not dimensions:
+            return found
+        for inner in itertools.combinations(range(1, len(pieces)), dimensions - 1):
+            groups = list(zip((0, *inner), (*inner, len(pieces))))
             if all(self.flat_shape[first : last - 1] == tuple(pieces[first : last - 1]) for first, last in groups):
                 joined = tuple(sum(self.tensor_map[first:last], ()) for first, last in groups)
                 shape = tuple(math.prod(self.flat_shape[first:last]) for first, last in groups)

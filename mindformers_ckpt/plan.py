@@ -264,6 +264,32 @@ def _target_boxes(tensor: LogicalTensor, target: Strategy, ranks: Sequence[int])
     return found
 
 
+def holds_same_slices(source: Checkpoint, target: Strategy) -> bool:
+    """Whether every rank of the target holds just the boxes that the same rank of the source holds.
+
+    However the device matrices are written: then nothing needs to be re-sliced.
+    """
+    strategy = source.strategy
+    if (strategy.rank_count, strategy.stage_size) != (target.rank_count, target.stage_size):
+        return False
+    ranks = range(strategy.rank_count)
+    for name, tensor in source.tensors().items():
+        shape = tensor.spec.shape
+        held: dict[int, Box] = {}
+        for stage in tensor.stages:
+            first = stage * strategy.stage_size
+            layout = strategy.layout(name, stage)
+            boxes = layout.for_whole(shape).boxes(shape) if layout is not None else ()
+            for position in range(strategy.stage_size):
+                held[first + position] = boxes[position] if boxes else Box.whole(shape)
+        try:
+            if held != dict(_target_boxes(tensor, target, ranks)):
+                return False
+        except StrategyError:
+            return False  # building the plan tells what does not fit
+    return True
+
+
 def _target_order(source: Strategy, target: Strategy, tensors: Iterable[str]) -> list[str]:
     """Tensors that both strategies name first, then the rest: the order that MindSpore's tool writes."""
 

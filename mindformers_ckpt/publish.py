@@ -3,6 +3,9 @@
 A run writes into a hidden staging folder beside the destination. Only when every file is complete does the
 staging folder, with its manifest, take the destination's name. Whenever a run dies, the destination holds
 the old result, intact, or nothing; the next run clears what was left in staging, or resumes it.
+
+Every staging folder has a lock beside it, which tells a run that is alive from one that died. Runs that add
+some ranks each may go on side by side; any other run has the destination for itself.
 """
 
 from __future__ import annotations
@@ -26,12 +29,13 @@ from mindformers_ckpt.execute import Done
 
 MANIFEST_FILE = "manifest.json"
 _JOURNAL = "journal"
+_PART = "part-"  # in the name of a staging folder whose run adds some ranks
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @dataclass
 class Staging:
-    """The staging folder of one destination, held under a lock while a run writes it.
+    """The staging folder of one run for a destination, held under a lock while the run writes it.
 
     Use it as a context manager. `resume` keeps the finished tasks of an interrupted run of the same
     `fingerprint`; otherwise leftovers are removed. `overwrite` allows a destination that is not empty and
@@ -50,22 +54,31 @@ class Staging:
     def __post_init__(self) -> None:
         self.destination = Path(os.path.abspath(self.destination))
         parent, name = self.destination.parent, self.destination.name
-        self.folder = parent / f".{name}.staging-{self.fingerprint[:16]}"
-        self._lock = FileLock(parent / f".{name}.lock")
+        self._prefix = f".{name}.staging-"
+        self.folder = parent / f"{self._prefix}{_PART if self.add else ''}{self.fingerprint[:16]}"
+        self._lock = _lock_of(self.folder)
         self._journal = self.folder / _JOURNAL
 
     def __enter__(self) -> Staging:
         destination = self.destination
+        self._check_destination()
         try:
             destination.parent.mkdir(parents=True, exist_ok=True)
-            self._check_destination()
-            self._acquire()
-        except PermissionError as error:
+            if not _is_free(self._lock):
+                raise PublishError(f"another process is making the same result for {destination}; wait for it")
+            try:
+                self._clear_leftovers()
+                self.folder.mkdir(exist_ok=True)
+            except BaseException:
+                self._release()
+                raise
+        except PublishError:
+            raise
+        except OSError as error:
             raise PublishError(
                 f"{destination.parent} cannot be written ({error.strerror}); results are made beside the "
                 "destination and renamed, so the folder around it must be writable"
             ) from error
-        self._clear_leftovers()
         return self
 
     def __exit__(
@@ -74,7 +87,7 @@ class Staging:
         """Remove what a failure left half-made. An interrupted or a killed run can be resumed from it."""
         if kind is not None and issubclass(kind, Exception):
             shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.release()
+        self._release()
 
     def finished_tasks(self) -> dict[int, Done]:
         """The tasks that an interrupted run of the same plan finished (none unless `resume`).
@@ -97,35 +110,39 @@ class Staging:
 
     def record(self, done: Iterable[Done]) -> None:
         """Note finished tasks, so that the run can be resumed after them."""
-        with open(self._journal, "a") as stream:
-            if not stream.tell():
-                stream.write(_boot_id() + "\n")
-            stream.writelines(json.dumps(task.to_json()) + "\n" for task in done)
+        try:
+            with open(self._journal, "a") as stream:
+                if not stream.tell():
+                    stream.write(_boot_id() + "\n")
+                stream.writelines(json.dumps(task.to_json()) + "\n" for task in done)
+        except OSError as error:
+            raise PublishError(f"{self._journal}: cannot be written: {error.strerror}") from error
 
     def publish(self, manifest: Mapping[str, Any], *, name: str = MANIFEST_FILE, fsync: bool = False) -> None:
         """Write the manifest and put the result in place.
 
         A destination that is replaced is exchanged for the new one in one step, then removed.
         """
-        self._journal.unlink(missing_ok=True)
-        (self.folder / name).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
-        if fsync:
-            _sync_tree(self.folder)
         try:
-            if not self.destination.exists() or not any(self.destination.iterdir()):
-                os.rename(self.folder, self.destination)
+            self._journal.unlink(missing_ok=True)
+            (self.folder / name).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+            if fsync:
+                _sync_tree(self.folder)
+            if self._take_name():
+                pass
             elif self.add:
                 self._add_entries(name)
-            else:
+            elif self.overwrite:
                 _exchange(self.folder, self.destination)
                 shutil.rmtree(self.folder)
+            else:
+                raise PublishError(f"{self.destination} was filled by somebody else while the result was made")
             if fsync:
                 _sync(self.destination.parent)
+        except PublishError:
+            raise
         except OSError as error:
-            raise PublishError(
-                f"the finished result cannot be put at {self.destination}: {error.strerror}. "
-                f"It is complete in {self.folder}"
-            ) from error
+            raise PublishError(f"the finished result cannot be put at {self.destination}: {error.strerror}") from error
 
     def _check_destination(self) -> None:
         destination = self.destination
@@ -140,33 +157,67 @@ class Staging:
                 f"{destination} is not empty; choose another folder, or allow it to be replaced (--overwrite)"
             )
 
-    def _acquire(self) -> None:
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise PublishError(f"another process is writing {self.destination} at this moment; wait for it") from None
-
     def _clear_leftovers(self) -> None:
-        parent, name = self.folder.parent, self.destination.name
-        for leftover in parent.glob(f".{escape(name)}.staging-*"):
-            if not (self.resume and leftover == self.folder):
+        """Remove the staging folders of runs that died; refuse when one is alive that would be in the way."""
+        part = self._prefix + _PART
+        for leftover in self.folder.parent.glob(f"{escape(self._prefix)}*"):
+            if leftover == self.folder:
+                if not self.resume:
+                    shutil.rmtree(leftover)
+            elif leftover.is_dir() and not (self.add and leftover.name.startswith(part)):
+                lock = _lock_of(leftover)
+                if not _is_free(lock):
+                    raise PublishError(f"another process is writing {self.destination} at this moment; wait for it")
                 shutil.rmtree(leftover)
-        self.folder.mkdir(exist_ok=True)
+                _remove(lock)
+
+    def _release(self) -> None:
+        _remove(self._lock)
+
+    def _take_name(self) -> bool:
+        """Rename the staging folder to the destination, unless that holds something."""
+        try:
+            os.rename(self.folder, self.destination)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                return False
+            raise
+        return True
 
     def _add_entries(self, manifest_name: str) -> None:
         """Move rank folders one by one, the manifest last."""
-        entries = sorted(self.folder.iterdir(), key=lambda entry: entry.name == manifest_name)
-        taken = [entry.name for entry in entries if entry.is_dir() and (self.destination / entry.name).exists()]
-        if taken and not self.overwrite:
-            raise PublishError(f"{self.destination} already holds {', '.join(taken[:8])}; allow it with --overwrite")
-        for entry in entries:
-            place = self.destination / entry.name
-            if entry.is_dir() and place.exists():
-                _exchange(entry, place)
-                shutil.rmtree(entry)
+        for folder in sorted({file.parent for file in self.folder.rglob("*") if file.is_file()} - {self.folder}):
+            place = self.destination / folder.relative_to(self.folder)
+            if place.exists() and not self.overwrite:
+                raise PublishError(f"{place} has come into being meanwhile; allow to replace it with --overwrite")
+            if place.exists():
+                _exchange(folder, place)
             else:
-                os.replace(entry, place)
-        self.folder.rmdir()
+                place.parent.mkdir(exist_ok=True)
+                os.rename(folder, place)
+        os.replace(self.folder / manifest_name, self.destination / manifest_name)
+        shutil.rmtree(self.folder)
+
+
+def _lock_of(folder: Path) -> FileLock:
+    return FileLock(f"{folder}.lock")
+
+
+def _is_free(lock: FileLock) -> bool:
+    """Take a lock unless another process holds it."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    except NotImplementedError:
+        pass  # a file system without locks, as some parallel ones are mounted: go on without
+    return True
+
+
+def _remove(lock: FileLock) -> None:
+    """Give a lock back and leave no file behind."""
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -176,6 +227,19 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content
+
+
+def read_manifests(folder: Path) -> dict[str, dict[str, Any]]:
+    """All manifests in a folder by name: of a whole result, or of runs that made some ranks each."""
+    found = {}
+    for path in sorted(folder.glob("manifest*.json")):
+        try:
+            content = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            continue
+        if isinstance(content, dict):
+            found[path.name] = content
+    return found
 
 
 def check_free_space(folder: Path, wanted: int) -> None:

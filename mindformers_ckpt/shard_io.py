@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mindformers_ckpt.box import Box, blocks, is_one_run, offset_in, run_length
 from mindformers_ckpt.errors import FormatError, TransferError
-from mindformers_ckpt.formats import DType, FileLayout, Header, Segment, layout_file, read_header
+from mindformers_ckpt.formats import DType, FileLayout, Header, Segment, TensorSpec, layout_file, read_header
 from mindformers_ckpt.plan import Place, SourceFile, TargetFile, View
 
 if TYPE_CHECKING:
@@ -163,20 +163,8 @@ class ShardReader:
     def _read_bytes(self, path: Path, segments: Sequence[Segment], start: int, view: memoryview) -> None:
         """Fill `view` with the bytes of a tensor's content from `start` on."""
         for offset, length in file_ranges(segments, start, len(view)):
-            self._fill(path, offset, view[:length])
+            fill(self._descriptors.get(path), path, offset, view[:length])
             view = view[length:]
-
-    def _fill(self, path: Path, offset: int, view: memoryview) -> None:
-        descriptor = self._descriptors.get(path)
-        while view:
-            try:
-                count = os.preadv(descriptor, [view], offset)
-            except OSError as error:
-                raise TransferError(f"{path}: reading at byte {offset} failed: {error.strerror}") from error
-            if count == 0:
-                raise TransferError(f"{path} ends at byte {offset}: it was shortened while it was read")
-            offset += count
-            view = view[count:]
 
 
 class Sink(Protocol):
@@ -248,6 +236,41 @@ class ArraySink:
         self.contents[name].data[start : start + len(data)] = data
 
 
+def read_file(path: Path, names: Container[str] | None = None) -> Iterator[tuple[TensorSpec, Array]]:
+    """The tensors of a file (those of `names`), each as the bytes of its content in memory of its own."""
+    import numpy as np
+
+    try:
+        header = read_header(path)
+    except FormatError as error:
+        raise TransferError(str(error)) from error
+    descriptors = _Descriptors(os.O_RDONLY)
+    try:
+        for name, record in header.tensors.items():
+            if names is None or name in names:
+                content = np.empty(record.spec.nbytes, np.uint8)
+                view = content.data
+                for segment in record.segments:
+                    fill(descriptors.get(path), path, segment.offset, view[: segment.length])
+                    view = view[segment.length :]
+                yield record.spec, content
+    finally:
+        descriptors.close()
+
+
+def fill(descriptor: int, path: Path, offset: int, view: memoryview) -> None:
+    """Fill `view` from a file. Raises TransferError when reading fails or the file ends before."""
+    while view:
+        try:
+            count = os.preadv(descriptor, [view], offset)
+        except OSError as error:
+            raise TransferError(f"{path}: reading at byte {offset} failed: {error.strerror}") from error
+        if count == 0:
+            raise TransferError(f"{path} ends at byte {offset}: it was shortened while it was read")
+        offset += count
+        view = view[count:]
+
+
 def file_ranges(segments: Sequence[Segment], start: int, length: int) -> Iterator[tuple[int, int]]:
     """The byte ranges (offset, length) of a file that hold `length` bytes from `start` of a tensor's content."""
     for segment in segments:
@@ -281,7 +304,7 @@ def _last(box: Box) -> Box:
     return Box(tuple(stop - 1 for stop in box.stop), box.stop)
 
 
-def _runs(part: Box, outer: Box) -> Iterator[tuple[Box, tuple[slice, ...]]]:
+def _runs(part: Box, outer: Box) -> Iterator[tuple[Box, tuple[Any, ...]]]:
     """The runs of a part in its shard, each with its index in an array of the part."""
     for run in blocks(part, run_length(part.shape, outer.shape)):
         yield run, run.relative_to(part).slices()

@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mindformers_ckpt.errors import PlanError
+from mindformers_ckpt.errors import PlanError, PublishError
 from mindformers_ckpt.execute import Done, copy_tasks, cut_into_tasks
+from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.plan import Plan
-from mindformers_ckpt.publish import MANIFEST_FILE, Staging, check_free_space
+from mindformers_ckpt.publish import MANIFEST_FILE, Staging, check_free_space, read_manifests
 from mindformers_ckpt.shard_io import FileSink
 
 Progress = Callable[[int, int], None]
+
+# What a process needs at most, whatever the size of the weights: interpreter, numpy and buffers.
+MEMORY_PER_PROCESS = 150_000_000
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Options:
         fsync: force everything to the disk before the result is put in place.
         crc: append the CRC-32 trailer that `mindspore.load_checkpoint(crc_check=True)` verifies.
         overwrite: replace a destination that is not empty.
-        resume: go on after the finished tasks of an interrupted run of the same plan.
+        resume: go on after the finished tasks of an interrupted run of the same plan; nothing is left to do
+            when the destination holds its whole result.
         partial: the plan makes some of the ranks only; they are put beside the ones that are there.
     """
 
@@ -74,10 +79,17 @@ def transform(
     destination = Path(destination).absolute()
     check_apart(plan, destination)
     fingerprint = fingerprint_of(plan, options)
+    about = about or {}
+    made = read_manifests(destination)
+    if options.resume and any(manifest.get("plan") == fingerprint for manifest in made.values()):
+        return _report(plan, destination, plan.bytes_written, started)
+    if options.partial:
+        check_addable(plan, destination, about, made, options.overwrite)
     staging = Staging(destination, fingerprint, options.overwrite, options.resume, add=options.partial)
     with staging:
-        check_free_space(staging.folder, plan.bytes_written)
         finished = staging.finished_tasks()
+        resumed = sum(task.bytes_written for task in finished.values())
+        check_free_space(staging.folder, plan.bytes_written - resumed)
         done = write_files(
             plan,
             staging.folder,
@@ -87,17 +99,24 @@ def transform(
             progress=progress,
             check=check,
         )
-        manifest = describe_result(plan, staging.folder, fingerprint, done, about or {})
+        manifest = describe_result(plan, staging.folder, fingerprint, done, about)
         name = MANIFEST_FILE if not options.partial else partial_manifest_name(plan)
         staging.publish(manifest, name=name, fsync=options.fsync)
-    return Report(
-        destination,
-        len(plan.targets),
-        plan.bytes_read,
-        plan.bytes_written,
-        sum(task.bytes_written for task in finished.values()),
-        time.monotonic() - started,
-    )
+    return _report(plan, destination, resumed, started)
+
+
+def _report(plan: Plan, destination: Path, resumed: int, started: float) -> Report:
+    seconds = time.monotonic() - started
+    return Report(destination, len(plan.targets), plan.bytes_read, plan.bytes_written, resumed, seconds)
+
+
+def affordable_processes(wanted: int) -> int:
+    """So many of the wanted processes as the free memory is enough for, at least one."""
+    if wanted == 1:
+        return 1
+    import psutil
+
+    return max(1, min(wanted, psutil.virtual_memory().available // MEMORY_PER_PROCESS))
 
 
 def write_files(
@@ -139,6 +158,29 @@ def check_apart(plan: Plan, destination: Path) -> None:
     inside = [file.path for file in plan.sources if file.path.resolve().is_relative_to(real)]
     if inside:
         raise PlanError(f"the target folder {destination} holds the source file {inside[0]}; choose another folder")
+
+
+def check_addable(
+    plan: Plan, destination: Path, about: dict[str, Any], made: dict[str, dict[str, Any]], overwrite: bool
+) -> None:
+    """Refuse to put ranks beside those of another run, or (without `overwrite`) over ranks that are there.
+
+    `made` are the manifests at the destination. Raises PublishError.
+    """
+    if not destination.is_dir() or not any(destination.iterdir()):
+        return
+    if not made:
+        raise PublishError(f"{destination} holds something else than the other ranks; choose another folder")
+    for name, manifest in made.items():
+        if any(manifest.get(key) != value for key, value in about.items()):
+            raise PublishError(
+                f"{destination} holds ranks of another source or target ({name}); they cannot be mixed: "
+                "choose another folder"
+            )
+    taken = sorted({Path(target.path).parent for target in plan.targets if (destination / target.path).parent.exists()})
+    if taken and not overwrite:
+        listed = ", ".join(map(str, taken[:8]))
+        raise PublishError(f"{destination} already holds {listed}; allow to replace them with --overwrite")
 
 
 def fingerprint_of(plan: Plan, options: Options) -> str:
@@ -184,13 +226,17 @@ def describe_result(
 
 def partial_manifest_name(plan: Plan) -> str:
     """Manifest name of a run that makes some ranks only: several such runs share a destination."""
-    ranks = sorted(target.rank for target in plan.targets)
-    return f"manifest_rank_{ranks[0]}-{ranks[-1]}.json"
+    ranks = sorted({target.rank for target in plan.targets})
+    spans = f"{ranks[0]}-{ranks[-1]}"
+    if len(ranks) <= ranks[-1] - ranks[0]:
+        spans += "_" + hashlib.blake2b(repr(ranks).encode(), digest_size=4).hexdigest()  # some in between are not
+    return f"manifest_rank_{spans}.json"
 
 
 def _append_crcs(sink: FileSink, plan: Plan) -> None:
     from mindformers_ckpt.formats import ckpt
 
     for number, target in enumerate(plan.targets):
-        if target.format == "ckpt":
+        # A run that was interrupted here has appended some.
+        if target.format == "ckpt" and read_header(sink.path(number)).crc is None:
             ckpt.append_crc(sink.path(number))

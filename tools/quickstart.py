@@ -9,6 +9,7 @@ Everything is written under ./output/quickstart; each run starts it anew.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -105,7 +106,8 @@ def main() -> int:
     print(f"\n{summary(jobs, records)}\n")
     for finding in findings:
         verdict = "holds" if finding.holds else "DOES NOT HOLD"
-        print(f"{verdict}: {finding.what}: difference {finding.difference:.1e}, allowed {finding.allowed:.0e}")
+        amounts = f"difference {finding.difference:.1e}, allowed {finding.allowed:.0e}"
+        print(f"{verdict}: {finding.what}: {amounts}")
     print(f"\n{time.monotonic() - began:.0f} s; checkpoints, strategies and logs are in {output}")
     return 0 if all(finding.holds for finding in findings) else 1
 
@@ -132,7 +134,7 @@ def run_job(job: Job, folder: Path, timeout: float = 600.0) -> Record:
         raise
     if process.poll() is None:
         stop(process)
-        raise JobFailedError(f"{job.name} took more than {timeout:.0f} s and was stopped.\n{failing_log(folder)}")
+        raise JobFailedError(f"{job.name} was stopped after {timeout:.0f} s.\n{failing_log(folder)}")
     if process.returncode:
         raise JobFailedError(f"{job.name} failed (exit code {process.returncode}).\n{failing_log(folder)}")
     record = read_record(folder / "losses.jsonl")
@@ -153,7 +155,7 @@ def command(job: Job, folder: Path, logs: Path) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of a job: this interpreter's msrun and python first, MindSpore's log at errors."""
+    """Return the environment of a job: msrun and python of this interpreter, MindSpore's log at errors."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     return {"GLOG_v": "3", "OMP_NUM_THREADS": "1", **os.environ, "PATH": path}
 
@@ -233,10 +235,11 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 def failing_log(folder: Path) -> str:
     """Return the end of the log that shows why a job failed, without MindSpore's warnings."""
-    workers = sorted((folder / "msrun_log").glob("worker_*.log"), key=lambda log: log.stat().st_mtime)
-    texts = {log: log.read_text(encoding="utf-8", errors="replace") for log in [*workers, folder / "console.log"]}
+    logs = sorted((folder / "msrun_log").glob("worker_*.log"), key=lambda log: log.stat().st_mtime)
+    logs.append(folder / "console.log")
+    texts = {log: log.read_text(encoding="utf-8", errors="replace") for log in logs}
     guilty = [log for log, text in texts.items() if re.search(r"^(Traceback|error:)", text, re.MULTILINE)]
-    chosen = guilty[0] if guilty else [*workers, folder / "console.log"][0]
+    chosen = guilty[0] if guilty else logs[0]
     lines = [line for line in texts[chosen].splitlines() if not NATIVE_LOG.match(line)]
     return "\n".join([f"The end of {chosen}:", *(f"  | {line}" for line in lines[-LOG_LINES:])])
 
@@ -252,7 +255,7 @@ def compare(reference: Record, chain: dict[Job, Record]) -> list[Finding]:
     """Compare each load with the save before it, and the losses of the chain with those of the reference."""
     findings = []
     jobs = list(chain)
-    for earlier, later in zip(jobs, jobs[1:], strict=False):
+    for earlier, later in itertools.pairwise(jobs):
         difference = relative_difference(chain[later].after_load, chain[earlier].before_save)
         what = f"evaluation loss of {later.name} after the load = of {earlier.name} before the save"
         findings.append(Finding(what, difference, LOAD_TOLERANCE))

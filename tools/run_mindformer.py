@@ -18,12 +18,17 @@ import os
 import sys
 from pathlib import Path
 
+from mindformers_ckpt.errors import CheckpointError
+
 # Several ranks share the cores of one machine; MindSpore reads this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def main() -> int:
-    """Parse the command line and run the job; 2 for a wrong yaml or option."""
+    """Parse the command line and run the job.
+
+    Returns 1 when the checkpoint hook refuses or fails, 2 for a wrong yaml or option.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="training yaml")
     arguments, rest = parser.parse_known_args()
@@ -36,6 +41,9 @@ def main() -> int:
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

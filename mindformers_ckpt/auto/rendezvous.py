@@ -28,6 +28,7 @@ import json
 import math
 import random
 import resource
+import select
 import selectors
 import socket
 import struct
@@ -200,6 +201,8 @@ class Link:
         except OSError:
             self._sock.close()
             raise
+        self._poller = select.poll()
+        self._poller.register(self._sock, select.POLLIN)
 
     def send(self, message: Message, deadline: float) -> None:
         """Send a message. Raises OSError when the connection is lost, or at the deadline."""
@@ -209,27 +212,22 @@ class Link:
     def receive(self, deadline: float) -> Message:
         """The next message. Raises TimeoutError at the deadline, ConnectionError when the link is lost."""
         while not self._inbox:
-            self._fill(max(deadline - time.monotonic(), 0.001))
+            self._fill(deadline - time.monotonic())
         return self._inbox.popleft()
 
     def poll(self) -> Message | None:
-        """The next message if there is one already. Raises ConnectionError when the connection is lost."""
-        try:
-            if not self._inbox:
+        """The next message if there is one already. Raises ConnectionError when the link is lost."""
+        if not self._inbox:
+            with contextlib.suppress(TimeoutError):
                 self._fill(0)
-        except BlockingIOError:
-            return None
         return self._inbox.popleft() if self._inbox else None
 
     def _fill(self, timeout: float) -> None:
-        self._sock.settimeout(timeout)
+        if not self._poller.poll(max(0, math.ceil(timeout * 1000))):
+            raise TimeoutError("no answer")
         try:
             data = self._sock.recv(CHUNK)
-        except BlockingIOError:
-            raise
         except OSError as error:
-            if isinstance(error, TimeoutError) and error.errno is None:
-                raise  # our own deadline; with an errno it is the kernel's: keepalive was not answered
             raise ConnectionError(f"connection lost: {error}") from error
         if not data:
             raise ConnectionError("connection closed")
@@ -239,7 +237,7 @@ class Link:
         _hang_up(self._sock)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class _Peer:
     sock: socket.socket
     hello_until: float

@@ -1,13 +1,13 @@
 """The command `mindformers-ckpt`: finds the subcommand, prints errors, sets the exit code.
 
-Exit codes: 0 done, 1 wrong input or failed, 2 usage.
+Exit codes: 0 done, 1 wrong input or failed, 2 usage, 130 interrupted.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
-import sys
-from typing import Any
+from typing import IO, Any
 
 import click
 
@@ -17,7 +17,23 @@ from mindformers_ckpt.errors import CheckpointError
 # command -> (module of the command, one line of help). Modules are imported when their command runs.
 _COMMANDS = {
     "transform": ("transform", "Re-slice a checkpoint for another parallel strategy."),
+    "plan": ("plan", "Say what transform would do; write nothing."),
+    "merge-strategy": ("merge_strategy", "Merge the strategy files of all ranks into one."),
 }
+
+
+class _Failure(click.ClickException):
+    """A known error: one message on stderr."""
+
+    exit_code = 1
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.secho("error: ", fg="red", bold=True, err=True, nl=False)
+        click.echo(self.message, err=True)
+
+
+class _Interrupted(_Failure):
+    exit_code = 130
 
 
 class _LazyGroup(click.Group):
@@ -27,9 +43,10 @@ class _LazyGroup(click.Group):
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
+        name = cmd_name.replace("_", "-")
+        if name not in _COMMANDS:
             return None
-        module = importlib.import_module(f"mindformers_ckpt.cli.{_COMMANDS[cmd_name][0]}")
+        module = importlib.import_module(f"mindformers_ckpt.cli.{_COMMANDS[name][0]}")
         command: click.Command = module.command
         return command
 
@@ -37,18 +54,37 @@ class _LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CheckpointError as error:
+            raise _Failure(str(error)) from error
+        except KeyboardInterrupt as error:
+            raise _Interrupted(" ".join(error.args) or "interrupted") from error
+        except OSError as error:
+            # A folder that may not be read, and the like; a closed pipe is click's business.
+            if error.filename is None or error.errno == errno.EPIPE:
+                raise
+            raise _Failure(f"{error.filename}: {error.strerror}") from error
 
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+
+def _with_hyphens(token: str) -> str:
+    """The guide writes options with underscores: --src_checkpoint is --src-checkpoint."""
+    return token.replace("_", "-")
+
+
+@click.group(
+    cls=_LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": _with_hyphens},
+)
 @click.version_option(__version__, prog_name="mindformers-ckpt")
 def cli() -> None:
-    """Re-slice MindSpore checkpoints between parallel strategies."""
+    """Re-slice MindSpore checkpoints between parallel strategies.
+
+    Options may be written with hyphens or underscores.
+    """
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line; a known error is one message on stderr and exit code 1."""
-    try:
-        cli.main(arguments, prog_name="mindformers-ckpt", standalone_mode=True)
-    except CheckpointError as error:
-        click.secho("error: ", fg="red", bold=True, err=True, nl=False)
-        click.echo(str(error), err=True)
-        sys.exit(1)
+    """Run the command line and exit with its code; a known error is one message on stderr."""
+    cli.main(arguments, prog_name="mindformers-ckpt")

@@ -30,7 +30,7 @@ class TrainStep(nn.Cell):  # type: ignore[misc]
         super().__init__(auto_prefix=False)
         self.network, self.optimizer = network, optimizer
         self.loss_and_gradients = ms.value_and_grad(network, None, weights=optimizer.parameters)
-        self.mean_of_replicas = MeanOfReplicas(mesh, [item.shape for item in optimizer.parameters])
+        self.mean_of_replicas = MeanOfReplicas(mesh)
 
     def construct(self, tokens: Tensor) -> Tensor:
         loss, gradients = self.loss_and_gradients(tokens)
@@ -48,9 +48,9 @@ class Journal:
 
     def write(self, event: str, **fields: Any) -> None:
         """Record one event; floats keep all their digits in the file."""
-        shown = (
+        shown = [
             f"{key} {value:.6f}" if isinstance(value, float) else f"{key} {value}" for key, value in fields.items()
-        )
+        ]
         print(f"[{event}]", ", ".join(shown), flush=True)
         if self.file is not None:
             with self.file.open("a", encoding="utf-8") as stream:
@@ -81,7 +81,8 @@ def run(config: Path, overrides: Mapping[str, Any]) -> None:
 
     job = Job(settings, mesh, network, optimizer, journal)
     if loaded:
-        journal.write("load", parameters=len(loaded), global_step=job.global_step, seconds=time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        journal.write("load", parameters=len(loaded), global_step=job.global_step, seconds=seconds)
         job.evaluate("after load")
     job.train()
 
@@ -100,8 +101,8 @@ def declared_layouts(axes: Mapping[str, Axes], mesh: Mesh) -> dict[str, Layout]:
     What is in no layout (global_step, beta powers, learning rate) is whole on every rank.
     """
     layouts = {name: Layout.on(mesh.sizes, *cut) for name, cut in axes.items()}
-    moments = {f"{moment}.{name}": layout for moment in ("moment1", "moment2") for name, layout in layouts.items()}
-    return layouts | moments
+    moments = ("moment1", "moment2")
+    return layouts | {f"{moment}.{name}": layouts[name] for moment in moments for name in layouts}
 
 
 class Job:

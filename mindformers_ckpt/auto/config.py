@@ -1,0 +1,201 @@
+"""The yaml keys of the checkpoint hook: one validated, frozen configuration.
+
+Keys that belong to the rest of a training yaml are left alone. Values may come as strings, as
+hyperparameters and environment values do: "True", "false" and "2" parse, nonsense is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Callable
+
+from mindformers_ckpt.errors import ConfigError, describe_problems
+
+RUN_MODES = ("train", "finetune", "predict", "eval")
+_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0", "")
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the hook does, in the guide's words.
+
+    Attributes:
+        load_checkpoint: file of complete weights, or folder of `rank_x` folders; "" loads nothing.
+        src_strategy_path_or_dir: strategy that the checkpoint was saved under; "" for complete weights.
+        auto_trans_ckpt: re-slice the checkpoint when its strategy is not the job's.
+        transform_process_num: processes that re-slice, of all nodes together.
+        transform_by_rank: one target rank is the unit of work.
+        output_dir: folder of `strategy`, `transformed_checkpoint` and what else the job writes.
+        use_parallel: False for a job on one card.
+        run_mode: train, finetune, predict or eval.
+        resume_training: True, or the name of the file to resume from ("<prefix>-<epoch>_<step>.ckpt").
+        only_save_strategy: write the strategy and stop.
+        load_ckpt_format: format of the transformed checkpoint, "ckpt" or "safetensors".
+        transform_timeout: seconds that ranks wait for each other at a step (our key).
+    """
+
+    load_checkpoint: str = ""
+    src_strategy_path_or_dir: str = ""
+    auto_trans_ckpt: bool = False
+    transform_process_num: int = 1
+    transform_by_rank: bool = False
+    output_dir: str = "./output"
+    use_parallel: bool = True
+    run_mode: str = "train"
+    resume_training: bool | str = False
+    only_save_strategy: bool = False
+    load_ckpt_format: str = "ckpt"
+    transform_timeout: float = 7200.0
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Config:
+        """Take the hook's keys out of a training configuration. Raises ConfigError listing all faults."""
+        chosen: dict[str, Any] = {}
+        problems = []
+        for field in fields(cls):
+            if field.name not in values or values[field.name] is None:
+                continue
+            try:
+                chosen[field.name] = _PARSERS[field.name](_expanded(values[field.name]))
+            except ValueError as error:
+                problems.append(f"{field.name}: {error}")
+        problems += _misspelt(values)
+        if problems:
+            raise ConfigError(describe_problems("the checkpoint keys of the configuration are wrong", problems))
+        return cls(**chosen)
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Config:
+        """Read the keys of a training yaml (anchors, merge keys and ${VARIABLE} values included).
+
+        `overrides` win over the file. Raises ConfigError when the file cannot be read or a value is wrong.
+        """
+        import yaml
+
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: the configuration cannot be read: {error}") from error
+        if content is None:
+            content = {}
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path}: a mapping of keys was expected, not {type(content).__name__}")
+        return cls.from_mapping({**content, **(overrides or {})})
+
+    @property
+    def strategy_dir(self) -> Path:
+        """Where the strategy of this run is saved (guide: output/strategy)."""
+        return Path(self.output_dir) / "strategy"
+
+    @property
+    def transformed_dir(self) -> Path:
+        """Where re-sliced checkpoints go (guide: output/transformed_checkpoint)."""
+        return Path(self.output_dir) / "transformed_checkpoint"
+
+    @property
+    def step_file(self) -> str | None:
+        """The file name to resume from, where resume_training names one."""
+        return self.resume_training if isinstance(self.resume_training, str) else None
+
+
+def parse_bool(value: Any) -> bool:
+    """True and False as bool or text. Raises ValueError for anything else."""
+    if isinstance(value, bool):
+        return value
+    text = str(value).strip().lower()
+    if text in _TRUE:
+        return True
+    if text in _FALSE:
+        return False
+    raise ValueError(f"True or False was expected, not {value!r}")
+
+
+def _expanded(value: Any) -> Any:
+    """Put environment values in for ${NAME} and ${NAME:-default}."""
+    if not isinstance(value, str):
+        return value
+
+    def lookup(match: re.Match[str]) -> str:
+        found = os.environ.get(match[1], match[2])
+        if found is None:
+            raise ValueError(f"the environment variable {match[1]} is not set")
+        return found
+
+    return _VARIABLE.sub(lookup, value)
+
+
+def _parse_path(value: Any) -> str:
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueError(f"a path was expected, not {value!r}")  # noqa: TRY004 (collected as ValueError)
+    text = os.fspath(value)
+    return "" if text == "None" else os.path.expanduser(text)
+
+
+def _parse_positive(value: Any) -> int:
+    try:
+        number = int(str(value).strip())
+    except ValueError:
+        number = 0
+    if number < 1 or isinstance(value, bool):
+        raise ValueError(f"a whole number of at least 1 was expected, not {value!r}")
+    return number
+
+
+def _parse_seconds(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise ValueError(f"a positive number of seconds was expected, not {value!r}")
+    return number
+
+
+def _parse_resume(value: Any) -> bool | str:
+    try:
+        return parse_bool(value)
+    except ValueError:
+        return str(value)
+
+
+def _choice(*choices: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if value not in choices:
+            raise ValueError(f"one of {', '.join(choices)} was expected, not {value!r}")
+        return str(value)
+
+    return parse
+
+
+_PARSERS: dict[str, Callable[[Any], Any]] = {
+    "load_checkpoint": _parse_path,
+    "src_strategy_path_or_dir": _parse_path,
+    "auto_trans_ckpt": parse_bool,
+    "transform_process_num": _parse_positive,
+    "transform_by_rank": parse_bool,
+    "output_dir": _parse_path,
+    "use_parallel": parse_bool,
+    "run_mode": _choice(*RUN_MODES),
+    "resume_training": _parse_resume,
+    "only_save_strategy": parse_bool,
+    "load_ckpt_format": _choice("ckpt", "safetensors"),
+    "transform_timeout": _parse_seconds,
+}
+
+
+def _misspelt(values: Mapping[str, Any]) -> list[str]:
+    """Keys that look like ours but are not: a typing error would silently switch the hook off."""
+    ours = list(_PARSERS)
+    problems = []
+    for key in values:
+        if isinstance(key, str) and key not in _PARSERS and ("ckpt" in key or key.startswith(("transform_", "src_"))):
+            close = difflib.get_close_matches(key, ours, n=1, cutoff=0.85)
+            if close and close[0] not in values:
+                problems.append(f"{key}: did you mean {close[0]}?")
+    return problems

@@ -1,0 +1,127 @@
+"""Options that several commands share, and their types."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from mindformers_ckpt.plan import DEFAULT_PREFIX
+
+_SPAN = re.compile(r"(\d+)(?:-(\d+))?")
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class StrategyPath(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+    """A strategy file or folder; "None" and "" stand for complete weights, as the guide writes them."""
+
+    name = "path"
+
+    def convert(
+        self, value: str | Path | None, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Path | None:
+        if value is None or str(value) in ("", "None"):
+            return None
+        return Path(value)
+
+
+class Ranks(click.ParamType):  # type: ignore[type-arg]
+    """Rank numbers and spans of them: "0-7,12"."""
+
+    name = "ranks"
+
+    def convert(
+        self, value: str | tuple[int, ...], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        ranks: set[int] = set()
+        for part in value.split(","):
+            match = _SPAN.fullmatch(part.strip())
+            if match is None:
+                self.fail(f"{value!r} is no list of ranks; write it like 0-7,12", param, ctx)
+            first, last = int(match[1]), int(match[2] or match[1])
+            if last < first:
+                self.fail(f"{part.strip()!r} ends before it begins", param, ctx)
+            ranks.update(range(first, last + 1))
+        return tuple(sorted(ranks))
+
+
+def _check_prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if "/" in value or "\0" in value:
+        raise click.BadParameter("a prefix of file names cannot hold a /")
+    return value
+
+
+_REQUEST_OPTIONS = (
+    click.option(
+        "--src-checkpoint",
+        type=click.Path(path_type=Path),
+        help="File of complete weights, a folder of such files, or the folder that holds rank_<n> folders.",
+    ),
+    click.option(
+        "--src-strategy",
+        type=StrategyPath(),
+        help="Strategy of the source: file, merged file or folder. None, or left out, for complete weights.",
+    ),
+    click.option(
+        "--dst-strategy",
+        type=StrategyPath(),
+        help="Strategy of the target. None, or left out, for complete weights.",
+    ),
+    click.option(
+        "--prefix",
+        default=DEFAULT_PREFIX,
+        show_default=True,
+        callback=_check_prefix,
+        help="Target files are rank_<n>/<prefix><n>.ckpt.",
+    ),
+    click.option(
+        "--format",
+        type=click.Choice(["ckpt", "safetensors"]),
+        help="Format of the target files.  [default: safetensors if all source files are, else ckpt]",
+    ),
+    click.option("--ranks", type=Ranks(), help="Make these target ranks only, like 0-7,12."),
+    click.option("--world-size", type=click.IntRange(min=1), help="Ranks of the target; checked against its strategy."),
+    click.option(
+        "--rank-id",
+        type=click.IntRange(min=0),
+        help="This process is one of --transform-process-num that were started by hand, with the first rank of "
+        "its share: for 8 ranks and 2 processes 0 or 4. It makes ranks 0-3 or 4-7 only.",
+    ),
+    click.option(
+        "--allow-missing",
+        is_flag=True,
+        help="Leave out parameters of the target strategy that are not in the source, instead of refusing.",
+    ),
+)
+
+DESTINATION = click.option(
+    "--dst-checkpoint-dir",
+    "--dst-checkpoint",
+    "destination",
+    type=click.Path(path_type=Path),
+    help="Folder for the result.",
+)
+PROCESSES = click.option(
+    "--transform-process-num",
+    "processes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Processes that copy.",
+)
+
+
+def request_options(command: Command) -> Command:
+    """Add the options that say what to make of what: the fields of a `Request`, and `--rank-id`'s process number."""
+    for option in reversed((*_REQUEST_OPTIONS[:1], DESTINATION, *_REQUEST_OPTIONS[1:], PROCESSES)):
+        command = option(command)
+    return command
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON report on stdout, notices on stderr.")

@@ -1,0 +1,159 @@
+"""From what the options ask for to a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mindformers_ckpt.checkpoint import Checkpoint
+from mindformers_ckpt.errors import ConfigError, PlanError
+from mindformers_ckpt.plan import Place, Plan, SourceFile, TargetFile, Transfer, build_plan
+from mindformers_ckpt.plan_file import Job
+from mindformers_ckpt.source_files import SourceFiles, find_source, separate_checkpoints
+from mindformers_ckpt.strategy.model import Strategy
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to make of what, as the options say it (see their help)."""
+
+    src_checkpoint: Path | None
+    src_strategy: Path | None
+    destination: Path | None
+    dst_strategy: Path | None
+    prefix: str
+    format: str | None
+    ranks: tuple[int, ...] | None
+    world_size: int | None
+    rank_id: int | None
+    allow_missing: bool
+    processes: int
+
+    def job(self) -> Job:
+        """Read headers and strategies, and plan. Raises UsageError for options that do not go together."""
+        if self.src_checkpoint is None:
+            raise click.UsageError("Missing option '--src-checkpoint'.")
+        if self.ranks is not None and self.rank_id is not None:
+            raise click.UsageError("--ranks and --rank-id both say which ranks to make; give one of them.")
+        files = find_source(self.src_checkpoint)
+        if self.destination is not None:
+            _check_outside(files, self.destination)
+        source, target = _read_strategy(self.src_strategy), _read_strategy(self.dst_strategy)
+        ranks = self._ranks(target)
+        format = self.format or _default_format(files)
+        plans = {}
+        for part in separate_checkpoints(files):
+            checkpoint = Checkpoint(part, source)
+            _check_strategy_names(checkpoint)
+            plans[part.name] = build_plan(
+                checkpoint,
+                target,
+                ranks=ranks,
+                prefix=self.prefix,
+                format=format,
+                allow_missing=self.allow_missing,
+            )
+        plan = next(iter(plans.values())) if len(plans) == 1 else _joined(plans)
+        about = {"source": source.describe(), "target": target.describe(), "source_path": str(files.root)}
+        partial = ranks is not None and len(set(ranks)) < target.rank_count
+        destination = None if self.destination is None else self.destination.absolute()
+        return Job(plan, about, partial, destination)
+
+    def _ranks(self, target: Strategy) -> Sequence[int] | None:
+        """The target ranks to make, None for all."""
+        count = target.rank_count
+        if self.world_size is not None and self.world_size != count:
+            raise ConfigError(
+                f"world_size is {self.world_size}, but the target strategy is for {count} "
+                f"{'rank' if count == 1 else 'ranks'} ({target.origin}); leave world_size out, or give the strategy "
+                f"of the job with {self.world_size}"
+            )
+        if self.rank_id is None:
+            return self.ranks
+        processes = min(self.processes, count)
+        size = count // processes
+        firsts = [number * size for number in range(processes)]
+        if self.rank_id not in firsts:
+            raise ConfigError(
+                f"rank_id {self.rank_id} begins no share: {processes} processes for {count} ranks begin at "
+                f"{', '.join(map(str, firsts))}"
+            )
+        last = count if self.rank_id == firsts[-1] else self.rank_id + size
+        return range(self.rank_id, last)
+
+
+def _read_strategy(path: Path | None) -> Strategy:
+    """The strategy at a path, or that of complete weights when there is none."""
+    if path is None:
+        return Strategy.complete()
+    from mindformers_ckpt.strategy.files import read_strategy
+
+    return read_strategy(path)
+
+
+def _default_format(files: SourceFiles) -> str:
+    used = [path for paths in files.by_rank.values() for path in paths]
+    return "safetensors" if all(path.suffix == ".safetensors" for path in used) else "ckpt"
+
+
+def _check_outside(files: SourceFiles, destination: Path) -> None:
+    """Refuse a target folder in the source folder, where the result would be taken for a part of the source."""
+    root = files.root.resolve()
+    if root.is_dir() and destination.resolve().is_relative_to(root):
+        raise PlanError(f"the target folder {destination} lies in the source folder {root}; choose another folder")
+
+
+def _check_strategy_names(source: Checkpoint) -> None:
+    """Refuse a strategy that names no tensor of the source: everything would be taken for replicated."""
+    if source.strategy.is_complete:
+        return
+    held: set[str] = set()
+    for stage in range(len(source.strategy.stages)):
+        ranks = [rank for rank in source.files.by_rank if source.strategy.stage_of(rank) == stage]
+        if ranks:
+            held.update(source.header_of(min(ranks)))
+    named = source.strategy.names()
+    if held and not held & named:
+        raise PlanError(
+            f"{source.files.root} and its strategy ({source.strategy.origin}) have no parameter in common: the files "
+            f"hold {min(held)}, …, the strategy names {min(named)}, …; it is the strategy of another model"
+        )
+
+
+def _joined(plans: Mapping[str, Plan]) -> Plan:
+    """One plan that makes the result of each in a folder of its name."""
+    sources: list[SourceFile] = []
+    targets: list[TargetFile] = []
+    transfers: list[Transfer] = []
+    warnings: list[str] = []
+    for name, plan in plans.items():
+        first_source, first_target = len(sources), len(targets)
+        sources += plan.sources
+        targets += [target._replace(path=f"{name}/{target.path}") for target in plan.targets]
+        transfers += [
+            transfer._replace(
+                sources=_shifted(transfer.sources, first_source), targets=_shifted(transfer.targets, first_target)
+            )
+            for transfer in plan.transfers
+        ]
+        warnings += [f"{name}: {warning}" for warning in plan.warnings]
+    return replace(
+        next(iter(plans.values())),
+        sources=tuple(sources),
+        targets=tuple(targets),
+        transfers=tuple(transfers),
+        warnings=tuple(warnings),
+    )
+
+
+def _shifted(places: Sequence[Place], by: int) -> tuple[Place, ...]:
+    return tuple(place._replace(file=place.file + by) for place in places)
+
+
+def about_ranks(plan: Plan) -> list[Any]:
+    """The target ranks of a plan, in order."""
+    return sorted({target.rank for target in plan.targets})

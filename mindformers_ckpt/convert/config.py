@@ -1,0 +1,103 @@
+"""What a model's config.json says, together with the options of the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mindformers_ckpt.errors import ConfigError, describe_problems
+
+CONFIG_FILE = "config.json"
+# The options of the guide, and the keys of config.json that say the same.
+_OPTION_KEYS = {
+    "n_head": ("num_attention_heads", "n_head"),
+    "hidden_size": ("hidden_size", "n_embed", "n_embd"),
+    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The values of a config.json. `path` is None when there is none; then only options are known."""
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+    def integer(self, *keys: str) -> int | None:
+        """The first of the keys that is there, None when none is. Raises ConfigError when it is no integer."""
+        for key in keys:
+            value = self.values.get(key)
+            if isinstance(value, bool) or not isinstance(value, (int, type(None))):
+                raise ConfigError(f"{self.path}: {key} is {value!r}, an integer is expected")
+            if value is not None:
+                return value
+        return None
+
+    def flag(self, *keys: str) -> bool:
+        """Whether one of the keys is there and true."""
+        return any(self.values.get(key) is True for key in keys)
+
+    def text(self, key: str) -> str:
+        """A text, "" when it is not there."""
+        value = self.values.get(key)
+        return value if isinstance(value, str) else ""
+
+    def with_options(self, options: Mapping[str, int | None]) -> ModelConfig:
+        """The configuration with options for what it lacks.
+
+        Raises ConfigError that lists all options which contradict it.
+        """
+        values = dict(self.values)
+        problems = []
+        for option, value in options.items():
+            if value is None:
+                continue
+            keys = _OPTION_KEYS[option]
+            known = self.integer(*keys)
+            if known is None:
+                values[keys[0]] = value
+            elif known != value:
+                name = next(key for key in keys if self.values.get(key) is not None)
+                problems.append(f"--{option} {value}: {self.path} says {name} {known}")
+        if problems:
+            raise ConfigError(describe_problems("options contradict the model's config.json", problems))
+        return ModelConfig(values, self.path)
+
+
+def read_config(folder: Path | None) -> ModelConfig:
+    """The config.json of a folder; an empty configuration when there is none.
+
+    Raises ConfigError when the file cannot be read as a JSON object.
+    """
+    path = folder / CONFIG_FILE if folder is not None else None
+    if path is None or not path.is_file():
+        return ModelConfig()
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is no JSON object")
+    return ModelConfig(values, path)
+
+
+def quotient(total: int | None, count: int | None) -> int | None:
+    """`total` over `count`, None when one is not known. Raises ConfigError when it does not divide."""
+    if total is None or not count:
+        return None
+    if total % count:
+        raise ConfigError(f"config.json: {total} does not divide into {count}")
+    return total // count
+
+
+def product(*factors: int | None) -> int | None:
+    """The product, None when a factor is not known."""
+    result = 1
+    for factor in factors:
+        if factor is None:
+            return None
+        result *= factor
+    return result

@@ -1,0 +1,114 @@
+"""A model: its names, its conversion tables, and what they take from its config.json."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from mindformers_ckpt.convert.config import ModelConfig
+from mindformers_ckpt.convert.rules import Side, Table, check_table
+from mindformers_ckpt.errors import ConfigError
+
+Runs = Mapping[str, Sequence[Mapping[str, int]]]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the tables of a model need of its config.json.
+
+    Attributes:
+        sizes: extents of axes by name, None where config.json does not tell.
+        runs: the captures over which rules are repeated: "layer" -> {"n": 0}, {"n": 1}, …
+        flags: conditions that hold ("tied", "bias").
+    """
+
+    sizes: Mapping[str, int | None]
+    runs: Runs
+    flags: frozenset[str] = frozenset()
+
+    def holds(self, condition: str) -> bool:
+        """Whether a rule's condition, "flag" or "!flag", holds."""
+        return not condition or (condition.lstrip("!") in self.flags) != condition.startswith("!")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that can be converted.
+
+    Attributes:
+        name: as `--model` takes it; `aliases` are other names of it.
+        model_types: its `model_type` in config.json.
+        tables: by naming of the MindSpore side, the default first. Where Hugging Face has several layouts of
+            the model, the naming is "<naming>:<layout>".
+        facts: reads a config.json.
+        layout: tells the Hugging Face layout from the config.json and the names of the source.
+        canonical: a name as a table spells it, from the spelling of a file, by side.
+        options: command-line options that are this model's own.
+    """
+
+    name: str
+    tables: Mapping[str, Table]
+    facts: Callable[[ModelConfig], Facts]
+    aliases: tuple[str, ...] = ()
+    model_types: tuple[str, ...] = ()
+    layout: Callable[[ModelConfig, Sequence[str]], str] | None = None
+    canonical: Mapping[Side, Callable[[str], str]] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for table in self.tables.values():
+            check_table(table)
+
+    @property
+    def namings(self) -> tuple[str, ...]:
+        """The namings of the MindSpore side, the default first."""
+        return tuple(dict.fromkeys(key.partition(":")[0] for key in self.tables))
+
+    def naming(self, wanted: str | None, qkv_concat: bool) -> str:
+        """The naming that is asked for. Raises ConfigError when the model has no such names."""
+        naming = wanted or self.namings[0]
+        if qkv_concat and naming != "mcore":
+            naming += "+qkv_concat"
+        if naming not in self.namings:
+            raise ConfigError(f"{self.name} has no {naming} names; it has {', '.join(self.namings)}")
+        return naming
+
+
+@lru_cache(maxsize=1)
+def models() -> Mapping[str, Model]:
+    """All models by name: every module of `models` that defines MODEL."""
+    from mindformers_ckpt.convert import models as package
+
+    found: dict[str, Model] = {}
+    for module in pkgutil.iter_modules(package.__path__):
+        model = getattr(importlib.import_module(f"{package.__name__}.{module.name}"), "MODEL", None)
+        if isinstance(model, Model):
+            found[model.name] = model
+    return found
+
+
+def find_model(name: str) -> Model | None:
+    """The model of a name or an alias; case, "-" and "." for "_" do not matter."""
+    wanted = _plain(name)
+    for model in models().values():
+        if wanted in map(_plain, (model.name, *model.aliases)):
+            return model
+    return None
+
+
+def model_of_config(config: ModelConfig) -> Model:
+    """The model that a config.json is of, by its model_type. Raises ConfigError when it is none of ours."""
+    kind = config.text("model_type")
+    for model in models().values():
+        if kind and kind in model.model_types:
+            return model
+    known = sorted(kind for model in models().values() for kind in model.model_types)
+    what = f"model_type {kind!r}" if kind else "no model_type"
+    raise ConfigError(f"{config.path or 'config.json'}: {what}; known are {', '.join(known)}")
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_").replace(".", "_")

@@ -1,0 +1,1 @@
+"""One file a model. Each defines MODEL; its tables are checked when it is loaded."""
