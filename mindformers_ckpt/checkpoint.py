@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from mindformers_ckpt.box import Box
 from mindformers_ckpt.errors import FormatError, PlanError, StrategyError, describe_problems
-from mindformers_ckpt.formats import Header, TensorSpec, read_header
+from mindformers_ckpt.formats import Header, TensorRecord, TensorSpec, read_header
 from mindformers_ckpt.layout import Layout
 from mindformers_ckpt.source_files import SourceFiles
 from mindformers_ckpt.strategy.model import Strategy
@@ -52,6 +52,8 @@ class Checkpoint:
     files: SourceFiles
     strategy: Strategy
     _headers: dict[Path, Header] = field(default_factory=dict)
+    _tensors: dict[str, LogicalTensor] | None = None
+    _by_rank: dict[int, dict[str, tuple[Path, TensorSpec]]] = field(default_factory=dict)
     _by_size: dict[tuple[int, tuple[int, ...]], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,6 +81,11 @@ class Checkpoint:
         Raises FormatError for damaged files, and PlanError that lists all tensors whose shards contradict
         each other or the strategy.
         """
+        if self._tensors is None:
+            self._tensors = self._find_tensors()
+        return self._tensors
+
+    def _find_tensors(self) -> dict[str, LogicalTensor]:
         self._raise_damaged()
         found: dict[str, LogicalTensor] = {}
         problems: list[str] = []
@@ -96,6 +103,11 @@ class Checkpoint:
 
     def header_of(self, rank: int) -> dict[str, tuple[Path, TensorSpec]]:
         """The tensors in the files of a rank: name -> (file, spec)."""
+        if rank not in self._by_rank:
+            self._by_rank[rank] = self._read_headers(rank)
+        return self._by_rank[rank]
+
+    def _read_headers(self, rank: int) -> dict[str, tuple[Path, TensorSpec]]:
         tensors: dict[str, tuple[Path, TensorSpec]] = {}
         for path in self.files.by_rank[rank]:
             for name, record in self._header(path).tensors.items():
@@ -106,6 +118,14 @@ class Checkpoint:
                     )
                 tensors[name] = (path, record.spec)
         return tensors
+
+    def holds(self, rank: int, name: str) -> bool:
+        """Whether the files of a rank are there and hold a tensor."""
+        return rank in self.files.by_rank and name in self.header_of(rank)
+
+    def record_of(self, rank: int, name: str) -> TensorRecord:
+        """Where a tensor lies in the file of a rank."""
+        return self._header(self.header_of(rank)[name][0]).tensors[name]
 
     def used_files(self, tensors: Mapping[str, LogicalTensor]) -> list[Path]:
         """The files that hold the chosen replicas, in order."""

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mindformers_ckpt.box import Box, block_count, blocks, hull, offset_in
 from mindformers_ckpt.errors import TransferError
-from mindformers_ckpt.plan import Plan, SourceFile, TargetFile, Transfer
-from mindformers_ckpt.shard_io import BLOCK_BYTES, FileSink, ShardReader, Sink
+from mindformers_ckpt.plan import Plan, SourceFile, TargetFile, Transfer, View
+from mindformers_ckpt.shard_io import BLOCK_BYTES, TRANSPOSE_BYTES, FileSink, ShardReader, Sink, target_runs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,7 +117,9 @@ def _wanted(transfer: Transfer) -> Box:
 
 
 def _block_elements(transfer: Transfer) -> int:
-    return max(1, BLOCK_BYTES // transfer.dtype.itemsize)
+    """A block of a transposed tensor takes a little of every row of the source, so there had better be few."""
+    transposed = any(place.view is not None and place.view.is_transposed for place in transfer.sources)
+    return max(1, (TRANSPOSE_BYTES if transposed else BLOCK_BYTES) // transfer.dtype.itemsize)
 
 
 class Copier:
@@ -141,10 +143,13 @@ class Copier:
 
     def _copy(self, piece: Slice, check: Callable[[], None]) -> list[TensorHash]:
         transfer = piece.transfer
-        takers: dict[Box, list[int]] = {}
+        takers: dict[tuple[Box, View | None], list[int]] = {}
         for place in transfer.targets:
-            takers.setdefault(place.box, []).append(place.file)
-        digests = {box: _new_hash() for box in takers} if self._hashes else {}
+            takers.setdefault((place.box, place.view), []).append(place.file)
+        # A tensor in several places of a file is not written in its order, so it has no digest.
+        digests: dict[tuple[Box, View | None], Any] = {}
+        if self._hashes:
+            digests = {taker: _new_hash() for taker in takers if taker[1] is None}
         wanted, limit = _wanted(transfer), _block_elements(transfer)
         for number, block in enumerate(blocks(wanted, limit)):
             if number < piece.first:
@@ -154,37 +159,41 @@ class Copier:
             check()
             self._copy_block(transfer, block, takers, digests)
         return [
-            TensorHash(file, transfer.name, digests[box].hexdigest())
-            for box, files in takers.items()
-            if self._hashes
-            for file in files
+            TensorHash(file, transfer.name, digest.hexdigest())
+            for taker, digest in digests.items()
+            for file in takers[taker]
         ]
 
     def _copy_block(
-        self, transfer: Transfer, block: Box, takers: dict[Box, list[int]], digests: dict[Box, Any]
+        self,
+        transfer: Transfer,
+        block: Box,
+        takers: dict[tuple[Box, View | None], list[int]],
+        digests: dict[tuple[Box, View | None], Any],
     ) -> None:
         import numpy as np
 
         dtype = transfer.dtype
-        if self._buffer is None:
-            self._buffer = np.empty(BLOCK_BYTES + 16, dtype=np.uint8)
         size = block.volume * dtype.itemsize
+        if self._buffer is None or len(self._buffer) < size:
+            self._buffer = np.empty(max(size, BLOCK_BYTES + 16), dtype=np.uint8)
         array = self._buffer[:size].view(dtype.carrier).reshape(block.shape)
         for place in transfer.sources:
             part = place.box.intersect(block)
             if part is not None:
                 self._reader.read(place, transfer.name, dtype, part, array[part.relative_to(block).slices()])
-        for box, files in takers.items():
+        for (box, view), files in takers.items():
             part = box.intersect(block)
             if part is None:
                 continue
             content = np.ascontiguousarray(array[part.relative_to(block).slices()])
             data = content.reshape(-1).view(np.uint8).data
-            if digests:
-                digests[box].update(data)
-            start = offset_in(part, box) * dtype.itemsize
-            for file in files:
-                self._sink.write(file, transfer.name, start, data)
+            if (box, view) in digests:
+                digests[box, view].update(data)
+            for start, count in target_runs(view, offset_in(part, box), part.volume):
+                piece, data = data[: count * dtype.itemsize], data[count * dtype.itemsize :]
+                for file in files:
+                    self._sink.write(file, transfer.name, start * dtype.itemsize, piece)
 
 
 def _new_hash() -> Any:

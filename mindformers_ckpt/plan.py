@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 from mindformers_ckpt.box import Box, are_disjoint, covered_volume, hull
 from mindformers_ckpt.checkpoint import Checkpoint, LogicalTensor
+from mindformers_ckpt.compute import Cast, Dequantise
 from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
 from mindformers_ckpt.formats import DType, TensorSpec
+from mindformers_ckpt.plausibility import check_contents
 from mindformers_ckpt.strategy.model import Strategy
 
 DEFAULT_PREFIX = "checkpoint_"
@@ -33,12 +35,13 @@ class SourceFile(NamedTuple):
 
 
 class TargetFile(NamedTuple):
-    """A file to write: its path under the target folder, and its tensors in order."""
+    """A file to write: its path under the target folder, its tensors in order, and what a header says of it."""
 
     path: str
     rank: int
     format: str
     tensors: tuple[TensorSpec, ...]
+    metadata: tuple[tuple[str, str], ...] = ()
 
 
 class View(NamedTuple):
@@ -47,25 +50,34 @@ class View(NamedTuple):
     Attributes:
         shape: a row-major reshape of the file's tensor.
         box: the part of that view.
-        order: the view's axis that each dimension of the place's box runs along.
+        order: the view's axis that each dimension of the place's box runs along. Empty at a target, where
+            both boxes have the same elements in the same row-major order, however many dimensions they have.
     """
 
     shape: tuple[int, ...]
     box: Box
     order: tuple[int, ...]
 
+    @property
+    def is_transposed(self) -> bool:
+        """Whether elements that are neighbours in the place's box lie apart in the file."""
+        extents = self.box.shape
+        axes = [axis for axis in self.order if extents[axis] > 1]
+        return bool(axes) and axes[-1] != max(axes)
+
 
 class Place(NamedTuple):
     """A box of a whole tensor, and the file (an index into the plan's list) that holds it.
 
-    The file's tensor is just this box, unless a source has a `view`. `tensor` is its name in the file, ""
-    for the name of the whole tensor.
+    The file's tensor is just this box, unless there is a `view`. `tensor` is its name in the file, "" for
+    the name of the whole tensor. `compute` makes the elements out of those of a source of another type.
     """
 
     file: int
     box: Box
     tensor: str = ""
     view: View | None = None
+    compute: Cast | Dequantise | None = None
 
 
 class Transfer(NamedTuple):
@@ -169,17 +181,18 @@ def build_plan(
     The target files are `rank_<r>/<prefix><r>.<format>`. Tensors keep the source's order, those that both
     strategies name first, as MindSpore's own tool writes them.
 
-    Raises PlanError (or the errors of reading the source) with everything that does not fit: tensors that
-    the target needs and nobody holds, shards of missing ranks, shapes that do not divide.
+    Raises PlanError (or the errors of reading the source) with everything that does not fit: contents that
+    contradict the source strategy, tensors that the target needs and nobody holds, shards of missing ranks,
+    shapes that do not divide.
     """
     tensors = source.tensors()
     chosen = sorted(set(range(target.rank_count) if ranks is None else ranks))
     outside = [rank for rank in chosen if not 0 <= rank < target.rank_count]
     if outside:
         raise PlanError(f"ranks {outside[:8]} are not among the {target.rank_count} ranks of the target strategy")
-    warnings = list(source.files.warnings)
+    warnings = [*source.files.warnings, *check_contents(source, tensors)]
     warnings += _one_sided(source.strategy, target, tensors)
-    missing = _missing_names(target, tensors)
+    missing = missing_names(target, tensors)
     if missing.required and not allow_missing:
         headline = (
             f"{source.files.root} lacks parameters that the target strategy ({target.origin}) has; "
@@ -209,7 +222,7 @@ def _assemble(
     for name in _target_order(source.strategy, target, tensors):
         tensor = tensors[name]
         try:
-            boxes = _target_boxes(tensor, target, ranks)
+            boxes = target_boxes(tensor, target, ranks)
         except StrategyError as error:
             problems.append(f"{name}: {error}")
             continue
@@ -238,7 +251,7 @@ def _assemble(
     return Plan(files, tuple(targets_), tuple(transfers))
 
 
-def _target_boxes(tensor: LogicalTensor, target: Strategy, ranks: Sequence[int]) -> list[tuple[int, Box]]:
+def target_boxes(tensor: LogicalTensor, target: Strategy, ranks: Sequence[int]) -> list[tuple[int, Box]]:
     """The target ranks that get a tensor, each with its box."""
     name, shape = tensor.spec.name, tensor.spec.shape
     owners = [stage for stage, layouts in enumerate(target.stages) if name in layouts]
@@ -283,7 +296,7 @@ def holds_same_slices(source: Checkpoint, target: Strategy) -> bool:
             for position in range(strategy.stage_size):
                 held[first + position] = boxes[position] if boxes else Box.whole(shape)
         try:
-            if held != dict(_target_boxes(tensor, target, ranks)):
+            if held != dict(target_boxes(tensor, target, ranks)):
                 return False
         except StrategyError:
             return False  # building the plan tells what does not fit
@@ -321,7 +334,8 @@ class _Missing(NamedTuple):
     notes: list[str]
 
 
-def _missing_names(target: Strategy, tensors: Mapping[str, LogicalTensor]) -> _Missing:
+def missing_names(target: Strategy, tensors: Mapping[str, LogicalTensor]) -> _Missing:
+    """The names of the target strategy that are not among the tensors."""
     wanted = target.names()
     absent = sorted(wanted - set(tensors))
     states: dict[str, list[str]] = {}

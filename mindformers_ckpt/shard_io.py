@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mindformers_ckpt.box import Box, blocks, is_one_run, offset_in, run_length
+from mindformers_ckpt.compute import Cast, Dequantise, cast, dequantise
 from mindformers_ckpt.errors import FormatError, TransferError
 from mindformers_ckpt.formats import DType, FileLayout, Header, Segment, TensorSpec, layout_file, read_header
+from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.plan import Place, SourceFile, TargetFile, View
 
 if TYPE_CHECKING:
@@ -25,10 +27,12 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 # Small enough to stay in the cache between the read and the write, large enough to make system calls rare.
-BLOCK_BYTES = 2 << 20
+BLOCK_BYTES = 4 << 20
+TRANSPOSE_BYTES = 64 << 20
 # Shorter runs of a shard are read together with what lies between them, longer ones by themselves.
 _RUN_BYTES = 16 << 10
 _OPEN_FILES = 256
+_SCALES = 64
 
 
 class _Descriptors:
@@ -69,15 +73,64 @@ class ShardReader:
         self._headers: dict[int, Header] = {}
         self._descriptors = _Descriptors(os.O_RDONLY)
         self._scratch = bytearray()
+        self._scales: OrderedDict[tuple[int, str], Array] = OrderedDict()
 
     def read(self, place: Place, name: str, dtype: DType, part: Box, out: Array) -> None:
-        """Read `part` (a box of the whole tensor, inside the shard's) into an array of its shape."""
+        """Read `part` (a box of the whole tensor, inside the place's) into an array of its shape.
+
+        `dtype` is the element type of the array; the file holds another where the place has a computation.
+        """
+        if place.compute is not None:
+            self._read_computed(place, name, dtype, part, out)
+            return
         segments = self._segments(place, place.tensor or name, dtype)
         path = self._files[place.file].path
         outer = place.box
         if place.view is not None:
             part, out = _in_view(part.relative_to(place.box), place.view, out)
             outer = Box.whole(place.view.shape)
+        if place.view is not None and place.view.is_transposed:
+            import numpy as np
+
+            straight = np.empty(part.shape, dtype.carrier)
+            self._read_part(path, segments, dtype, part, outer, straight)
+            out[...] = straight
+        else:
+            self._read_part(path, segments, dtype, part, outer, out)
+
+    def _read_computed(self, place: Place, name: str, dtype: DType, part: Box, out: Array) -> None:
+        """Read elements of another type, and compute those of `dtype` from them."""
+        import numpy as np
+
+        compute = place.compute
+        assert compute is not None
+        values = np.empty(part.shape, compute.dtype.carrier)
+        self.read(place._replace(compute=None), name, compute.dtype, part, values)
+        if isinstance(compute, Cast):
+            out[...] = cast(values, compute.dtype, dtype)
+            return
+        view = place.view or View(place.box.shape, Box.whole(place.box.shape), tuple(range(len(place.box.shape))))
+        inner, values = _in_view(part.relative_to(place.box), view, values)
+        _, target = _in_view(part.relative_to(place.box), view, out)
+        target[...] = dequantise(values, compute, inner, view.shape, self._scale(compute), dtype)
+
+    def _scale(self, compute: Dequantise) -> Array:
+        """The factors of an FP8 tensor, as a matrix. The last ones are kept: a tensor is read in many parts."""
+        import numpy as np
+
+        key = (compute.scale_file, compute.scale)
+        if key not in self._scales:
+            box = Box.whole(compute.scale_shape)
+            factors = np.empty(box.shape, np.uint32)
+            self.read(Place(compute.scale_file, box, compute.scale), compute.scale, by_name("float32"), box, factors)
+            if len(self._scales) >= _SCALES:
+                self._scales.popitem(last=False)
+            self._scales[key] = factors.view(np.float32)
+        return self._scales[key]
+
+    def _read_part(
+        self, path: Path, segments: Sequence[Segment], dtype: DType, part: Box, outer: Box, out: Array
+    ) -> None:
         if is_one_run(part.shape, outer.shape):
             self._read_run(path, segments, dtype, part, outer, out)
         else:
@@ -181,7 +234,7 @@ class FileSink:
     """
 
     def __init__(self, folder: Path, files: Sequence[TargetFile]) -> None:
-        self._folder = folder
+        self._paths = [folder / file.path for file in files]
         self._files = files
         self._layouts: dict[tuple[str, int], FileLayout] = {}
         self._descriptors = _Descriptors(os.O_WRONLY)
@@ -191,11 +244,11 @@ class FileSink:
         target = self._files[file]
         key = (target.format, id(target.tensors))
         if key not in self._layouts:
-            self._layouts[key] = layout_file(target.format, target.tensors)
+            self._layouts[key] = layout_file(target.format, target.tensors, dict(target.metadata))
         return self._layouts[key]
 
     def path(self, file: int) -> Path:
-        return self._folder / self._files[file].path
+        return self._paths[file]
 
     def prepare(self, file: int) -> None:
         """Create a target file in its final size, with everything in it but the contents of the tensors."""
@@ -269,6 +322,23 @@ def fill(descriptor: int, path: Path, offset: int, view: memoryview) -> None:
             raise TransferError(f"{path} ends at byte {offset}: it was shortened while it was read")
         offset += count
         view = view[count:]
+
+
+def target_runs(view: View | None, start: int, count: int) -> Iterator[tuple[int, int]]:
+    """Where a run of a target place's box lies in the file's tensor: runs (start, count), in elements."""
+    if view is None:
+        yield start, count
+        return
+    length = run_length(view.box.shape, view.shape)
+    outer = Box.whole(view.shape)
+    strides = [math.prod(view.box.shape[axis + 1 :]) for axis in range(len(view.shape))]
+    while count:
+        index = tuple(
+            first + start // stride % extent for first, stride, extent in zip(view.box.start, strides, view.box.shape)
+        )
+        step = min(count, length - start % length)
+        yield offset_in(Box(index, tuple(at + 1 for at in index)), outer), step
+        start, count = start + step, count - step
 
 
 def file_ranges(segments: Sequence[Segment], start: int, length: int) -> Iterator[tuple[int, int]]:

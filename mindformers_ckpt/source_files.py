@@ -10,10 +10,12 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 
 from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.formats import read_header
 
 SUFFIXES = (".ckpt", ".safetensors")
 INDEX_FILE = "model.safetensors.index.json"
@@ -141,9 +143,12 @@ def _complete_folder(root: Path) -> SourceFiles:
 
 def _indexed_files(root: Path, index: Path) -> tuple[Path, ...]:
     try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        file_of: dict[str, str] = dict(json.loads(index.read_bytes())["weight_map"])
+        names = sorted(set(file_of.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PlanError(f"{index} is not a safetensors index ({error!r})") from None
+    if not names or not all(isinstance(name, str) for name in names):
+        raise PlanError(f"{index} is not a safetensors index: its weight_map does not map tensors to file names")
     # File names in an index come from outside: they may not lead out of the folder.
     foreign = [name for name in names if Path(name).name != name]
     if foreign:
@@ -151,4 +156,38 @@ def _indexed_files(root: Path, index: Path) -> tuple[Path, ...]:
     missing = [name for name in names if not (root / name).is_file()]
     if missing:
         raise PlanError(describe_problems(f"{index} names files that are not there", missing))
+    held = {name: read_header(root / name).tensors for name in names}
+    absent = [f"{tensor} in {name}" for tensor, name in file_of.items() if tensor not in held[name]]
+    if absent:
+        raise PlanError(describe_problems(f"{index} names tensors that are not there; is it of these files?", absent))
     return tuple(root / name for name in names)
+
+
+def separate_checkpoints(files: SourceFiles) -> list[SourceFiles]:
+    """The checkpoints that a source holds: several where a folder holds several files of complete weights.
+
+    Files without a tensor name in common are one checkpoint. Where every two files have names in common,
+    each file is a checkpoint of its own.
+
+    Raises PlanError when neither holds, or two files would give results of the same name; FormatError for
+    damaged files.
+    """
+    if files.sharded or len(files.by_rank[0]) == 1 or (files.root / INDEX_FILE).is_file():
+        return [files]
+    paths = files.by_rank[0]
+    names = {path: set(read_header(path).tensors) for path in paths}
+    pairs = list(combinations(paths, 2))
+    apart = [pair for pair in pairs if names[pair[0]].isdisjoint(names[pair[1]])]
+    if len(apart) == len(pairs):
+        together = f"{len(paths)} files are read as one checkpoint: {', '.join(path.name for path in paths)}"
+        return [replace(files, warnings=(*files.warnings, together))]
+    if apart:
+        first, second = apart[0]
+        raise PlanError(
+            f"{files.root} holds {len(paths)} files, some of which repeat tensors and some of which do not "
+            f"({first.name} and {second.name} have none in common); give the file to read, or a folder with the "
+            "files of one checkpoint"
+        )
+    if len({path.stem for path in paths}) < len(paths):
+        raise PlanError(f"{files.root} holds a .ckpt and a .safetensors file of the same name; give the file to read")
+    return [SourceFiles(path, {0: (path,)}, sharded=False) for path in paths]

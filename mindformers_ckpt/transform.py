@@ -68,11 +68,13 @@ def transform(
     about: dict[str, Any] | None = None,
     progress: Progress | None = None,
     check: Callable[[], None] = lambda: None,
+    companions: Callable[[Path], None] = lambda folder: None,
 ) -> Report:
     """Run a plan and publish its result at `destination`.
 
     `about` goes into the manifest, `progress` is told the bytes written and the total after every task,
-    `check` is called between blocks and may raise to stop. Raises TransferError and PublishError; then the
+    `check` is called between blocks and may raise to stop, `companions` puts further files into the folder of
+    the result before it is published. Raises TransferError and PublishError; then the
     destination is as it was.
     """
     started = time.monotonic()
@@ -100,6 +102,7 @@ def transform(
             check=check,
         )
         manifest = describe_result(plan, staging.folder, fingerprint, done, about)
+        companions(staging.folder)
         name = MANIFEST_FILE if not options.partial else partial_manifest_name(plan)
         staging.publish(manifest, name=name, fsync=options.fsync)
     return _report(plan, destination, resumed, started)
@@ -108,6 +111,11 @@ def transform(
 def _report(plan: Plan, destination: Path, resumed: int, started: float) -> Report:
     seconds = time.monotonic() - started
     return Report(destination, len(plan.targets), plan.bytes_read, plan.bytes_written, resumed, seconds)
+
+
+def ranks_of(plan: Plan) -> list[int]:
+    """The target ranks that a plan makes, in order."""
+    return sorted({target.rank for target in plan.targets})
 
 
 def affordable_processes(wanted: int) -> int:
@@ -226,7 +234,7 @@ def describe_result(
 
 def partial_manifest_name(plan: Plan) -> str:
     """Manifest name of a run that makes some ranks only: several such runs share a destination."""
-    ranks = sorted({target.rank for target in plan.targets})
+    ranks = ranks_of(plan)
     spans = f"{ranks[0]}-{ranks[-1]}"
     if len(ranks) <= ranks[-1] - ranks[0]:
         spans += "_" + hashlib.blake2b(repr(ranks).encode(), digest_size=4).hexdigest()  # some in between are not

@@ -73,7 +73,8 @@ command -v msrun >/dev/null || fail "msrun is not in PATH; it comes with MindSpo
 ORDER=()
 while IFS= read -r -d '' word; do
     ORDER+=("$word")
-done < <(xargs printf '%s\0' <<<"$1")
+done < <(xargs --no-run-if-empty printf '%s\0' <<<"$1")
+wait $! || fail "the first argument is no command line: $1"
 ((${#ORDER[@]})) || fail "the first argument is the script to run with its arguments, not '$1'"
 # "run_mindformer.py ...", as in MindFormers' own folder, means the script beside this one.
 TOOLS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

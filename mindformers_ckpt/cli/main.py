@@ -18,6 +18,7 @@ from mindformers_ckpt.errors import CheckpointError
 _COMMANDS = {
     "transform": ("transform", "Re-slice a checkpoint for another parallel strategy."),
     "plan": ("plan", "Say what transform would do; write nothing."),
+    "convert": ("convert", "Convert weights between Hugging Face and MindSpore."),
     "merge-strategy": ("merge_strategy", "Merge the strategy files of all ranks into one."),
 }
 

@@ -118,10 +118,12 @@ PROCESSES = click.option(
 
 
 def request_options(command: Command) -> Command:
-    """Add the options that say what to make of what: the fields of a `Request`, and `--rank-id`'s process number."""
+    """Add the options that say what to make of what: the fields of a `Request`."""
     for option in reversed((*_REQUEST_OPTIONS[:1], DESTINATION, *_REQUEST_OPTIONS[1:], PROCESSES)):
         command = option(command)
     return command
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON report on stdout, notices on stderr.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON report on stdout, notices on stderr."
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import click
 
@@ -15,6 +15,14 @@ from mindformers_ckpt.plan import Place, Plan, SourceFile, TargetFile, Transfer,
 from mindformers_ckpt.plan_file import Job
 from mindformers_ckpt.source_files import SourceFiles, find_source, separate_checkpoints
 from mindformers_ckpt.strategy.model import Strategy
+
+
+class Prepared(NamedTuple):
+    """What a request comes to."""
+
+    job: Job
+    source: Strategy
+    target: Strategy
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class Request:
     allow_missing: bool
     processes: int
 
-    def job(self) -> Job:
+    def prepare(self) -> Prepared:
         """Read headers and strategies, and plan. Raises UsageError for options that do not go together."""
         if self.src_checkpoint is None:
             raise click.UsageError("Missing option '--src-checkpoint'.")
@@ -42,7 +50,7 @@ class Request:
         files = find_source(self.src_checkpoint)
         if self.destination is not None:
             _check_outside(files, self.destination)
-        source, target = _read_strategy(self.src_strategy), _read_strategy(self.dst_strategy)
+        source, target = read_optional_strategy(self.src_strategy), read_optional_strategy(self.dst_strategy)
         ranks = self._ranks(target)
         format = self.format or _default_format(files)
         plans = {}
@@ -61,7 +69,7 @@ class Request:
         about = {"source": source.describe(), "target": target.describe(), "source_path": str(files.root)}
         partial = ranks is not None and len(set(ranks)) < target.rank_count
         destination = None if self.destination is None else self.destination.absolute()
-        return Job(plan, about, partial, destination)
+        return Prepared(Job(plan, about, partial, destination), source, target)
 
     def _ranks(self, target: Strategy) -> Sequence[int] | None:
         """The target ranks to make, None for all."""
@@ -86,13 +94,13 @@ class Request:
         return range(self.rank_id, last)
 
 
-def _read_strategy(path: Path | None) -> Strategy:
+def read_optional_strategy(path: Path | None) -> Strategy:
     """The strategy at a path, or that of complete weights when there is none."""
     if path is None:
         return Strategy.complete()
     from mindformers_ckpt.strategy.files import read_strategy
 
-    return read_strategy(path)
+    return read_strategy(path.absolute())
 
 
 def _default_format(files: SourceFiles) -> str:
@@ -152,8 +160,3 @@ def _joined(plans: Mapping[str, Plan]) -> Plan:
 
 def _shifted(places: Sequence[Place], by: int) -> tuple[Place, ...]:
     return tuple(place._replace(file=place.file + by) for place in places)
-
-
-def about_ranks(plan: Plan) -> list[Any]:
-    """The target ranks of a plan, in order."""
-    return sorted({target.rank for target in plan.targets})

@@ -2,119 +2,157 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from mindformers_ckpt.checkpoint import Checkpoint
+from mindformers_ckpt.cli.notices import amount, warn
+from mindformers_ckpt.cli.options import json_option, request_options
 from mindformers_ckpt.cli.progress import show_progress
-from mindformers_ckpt.plan import DEFAULT_PREFIX, Plan, build_plan
-from mindformers_ckpt.source_files import find_source
-from mindformers_ckpt.strategy.model import Strategy
-from mindformers_ckpt.transform import Options, transform
-
-
-class StrategyPath(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
-    """A strategy file or folder; "None" and "" stand for complete weights, as the guide writes them."""
-
-    name = "path"
-
-    def convert(
-        self, value: str | Path | None, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Path | None:
-        if value is None or str(value) in ("", "None"):
-            return None
-        return Path(value)
-
-
-def read_optional_strategy(path: Path | None) -> Strategy:
-    """The strategy at a path, or that of complete weights when there is none."""
-    if path is None:
-        return Strategy.complete()
-    from mindformers_ckpt.strategy.files import read_strategy
-
-    return read_strategy(path)
+from mindformers_ckpt.cli.request import Request
+from mindformers_ckpt.errors import FormatError, describe_problems
+from mindformers_ckpt.formats import read_header
+from mindformers_ckpt.plan import Plan
+from mindformers_ckpt.plan_file import Job, read_plan
+from mindformers_ckpt.transform import Options, Report, affordable_processes, ranks_of, transform
 
 
 @click.command("transform")
-@click.option(
-    "--src-checkpoint",
-    "--src_checkpoint",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="File of complete weights, or the folder that holds rank_<n> folders.",
-)
-@click.option(
-    "--src-strategy",
-    "--src_strategy",
-    type=StrategyPath(),
-    help="Strategy of the source: file, merged file or folder. Leave out for complete weights.",
-)
-@click.option(
-    "--dst-checkpoint-dir",
-    "--dst_checkpoint_dir",
-    "--dst_checkpoint",
-    "destination",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Folder for the result.",
-)
-@click.option(
-    "--dst-strategy",
-    "--dst_strategy",
-    type=StrategyPath(),
-    help="Strategy of the target. Leave out for complete weights.",
-)
-@click.option("--prefix", default=DEFAULT_PREFIX, show_default=True, help="Files are named rank_<n>/<prefix><n>.ckpt.")
-@click.option(
-    "--transform-process-num",
-    "--transform_process_num",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Processes that copy.",
-)
+@request_options
 @click.option(
     "--transform-by-rank",
-    "--transform_by_rank",
     type=bool,
     default=False,
     show_default=True,
-    help="Make one target rank the unit of work.",
+    help="Make one target rank the unit of work, instead of equal shares of bytes.",
+)
+@click.option(
+    "--plan",
+    "plan_file",
+    type=click.Path(path_type=Path),
+    help="Run a plan that `mindformers-ckpt plan --out` wrote; it decides source, target and file names.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a target folder that is not empty.")
+@click.option("--resume", is_flag=True, help="Go on after what an interrupted run of the same command has done.")
+@click.option("--hash", "hashes", is_flag=True, help="Take xxh3-128 of every written tensor into the manifest.")
+@click.option("--fsync", is_flag=True, help="Force the result to the disk before it gets its name.")
+@click.option(
+    "--crc-check", is_flag=True, help="Verify the CRC-32 that source .ckpt files store, and append one to target files."
+)
+@json_option
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 def command(
-    src_checkpoint: Path,
-    src_strategy: Path | None,
-    destination: Path,
-    dst_strategy: Path | None,
-    prefix: str,
-    transform_process_num: int,
     transform_by_rank: bool,
+    plan_file: Path | None,
     overwrite: bool,
+    resume: bool,
+    hashes: bool,
+    fsync: bool,
+    crc_check: bool,
+    as_json: bool,
     quiet: bool,
+    **asked: Any,
 ) -> None:
     """Re-slice a checkpoint for another parallel strategy.
 
     The result is rank_<n>/<prefix><n>.ckpt under the target folder, which appears only when it is complete.
     """
-    source = Checkpoint(find_source(src_checkpoint), read_optional_strategy(src_strategy))
-    target = read_optional_strategy(dst_strategy)
-    plan = build_plan(source, target, prefix=prefix)
-    _warn(plan)
-    options = Options(processes=transform_process_num, by_rank=transform_by_rank, overwrite=overwrite)
-    about = {"source": source.strategy.describe(), "target": target.describe()}
-    with show_progress("transform", quiet=quiet) as progress:
-        report = transform(plan, destination, options, about=about, progress=progress)
+    request = Request(**asked)
+    job = request.prepare().job if plan_file is None else _planned(plan_file)
+    destination = request.destination or job.destination
+    if destination is None:
+        raise click.UsageError("Missing option '--dst-checkpoint-dir'.")
     if not quiet:
-        click.echo(
-            f"{report.files} files, {report.bytes_written / 1e9:.3f} GB written to {report.destination} "
-            f"in {report.seconds:.2f} s"
-        )
+        warn(job.plan.warnings)
+    if crc_check:
+        _verify_crcs(job.plan, quiet)
+    options = Options(
+        processes=_processes(request, quiet),
+        by_rank=transform_by_rank,
+        hashes=hashes,
+        fsync=fsync,
+        crc=crc_check,
+        overwrite=overwrite,
+        resume=resume,
+        partial=job.partial,
+    )
+    report = _run(job, destination, options, quiet)
+    if as_json:
+        click.echo(json.dumps(_as_json(report, job), ensure_ascii=False))
+    elif not quiet:
+        click.echo(_as_text(report))
 
 
-def _warn(plan: Plan) -> None:
-    for warning in plan.warnings:
-        click.secho("warning: ", fg="yellow", err=True, nl=False)
-        click.echo(warning, err=True)
+def _run(job: Job, destination: Path, options: Options, quiet: bool) -> Report:
+    try:
+        with show_progress("transform", quiet=quiet) as progress:
+            return transform(job.plan, destination, options, about=job.about, progress=progress)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; {destination} is as it was. The same command with --resume goes on from here"
+        ) from None
+
+
+def _planned(plan_file: Path) -> Job:
+    """The job of a plan file; refuse options that it has decided already."""
+    context = click.get_current_context()
+    free = {"destination", "processes"}
+    decided = [
+        f"--{name.replace('_', '-')}"
+        for name in Request.__dataclass_fields__
+        if name not in free and context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    if decided:
+        raise click.UsageError(f"the plan decides {', '.join(decided)}; make another plan, or leave --plan out")
+    return read_plan(plan_file)
+
+
+def _processes(request: Request, quiet: bool) -> int:
+    """Processes that copy: one where the processes are started by hand."""
+    if request.rank_id is not None:
+        return 1
+    processes = affordable_processes(request.processes)
+    if processes < request.processes and not quiet:
+        warn([f"the free memory is enough for {processes} of {request.processes} processes; so many are used"])
+    return processes
+
+
+def _verify_crcs(plan: Plan, quiet: bool) -> None:
+    """Compare the CRC-32 of source files with their bytes. Raises FormatError that lists all damaged files."""
+    from mindformers_ckpt.formats.ckpt import verify_crc
+
+    headers = [read_header(file.path) for file in plan.sources if file.path.suffix == ".ckpt"]
+    stored = [header for header in headers if header.crc is not None]
+    if len(stored) < len(headers) and not quiet:
+        names = ", ".join(str(header.path) for header in headers[:3] if header.crc is None)
+        warn([f"{len(headers) - len(stored)} of {len(headers)} .ckpt files store no CRC-32 to verify: {names} …"])
+    problems = []
+    total, done = sum(header.size for header in stored), 0
+    with show_progress("verify CRC", quiet=quiet) as progress:
+        for header in stored:
+            try:
+                verify_crc(header)
+            except FormatError as error:
+                problems.append(str(error))
+            done += header.size
+            if progress is not None:
+                progress(done, total)
+    if problems:
+        raise FormatError(problems[0] if len(problems) == 1 else describe_problems("damaged files", problems))
+
+
+def _as_json(report: Report, job: Job) -> dict[str, Any]:
+    values = {**asdict(report), "destination": str(report.destination), "seconds": round(report.seconds, 3)}
+    return {**values, "ranks": ranks_of(job.plan), "warnings": list(job.plan.warnings)}
+
+
+def _as_text(report: Report) -> str:
+    files = f"{report.files} {'file' if report.files == 1 else 'files'}, {amount(report.bytes_written)}"
+    if report.resumed_bytes == report.bytes_written:
+        return f"nothing to do: {report.destination} has {files} of this run already"
+    resumed = f" ({amount(report.resumed_bytes)} of it before)" if report.resumed_bytes else ""
+    return f"{files} written to {report.destination} in {report.seconds:.2f} s{resumed}"

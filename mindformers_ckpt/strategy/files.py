@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -234,7 +234,9 @@ class _Rows(NamedTuple):
 def _layout(row: _Row) -> Layout:
     if row.manual_split:
         raise StrategyError("split manually into uneven pieces, which is not supported")
-    per_dimension = row.tensor_map if len(row.tensor_map) > 1 else [[value] for value in row.tensor_map[0]]
+    per_dimension = row.tensor_map
+    if len(per_dimension) == 1:
+        per_dimension = [[value] for value in per_dimension[0]]
     tensor_map = tuple(tuple(value for value in values if value != -1) for values in per_dimension)
     return Layout(tuple(row.device_matrix), tensor_map, row.optimizer_shards, row.optimizer_step, tuple(row.flat_shape))
 
@@ -266,14 +268,12 @@ def _json_rows(path: Path, data: bytes) -> _Rows:
         content = json.loads(data)
         layouts = []
         for name, item in content["parallel_layout_item"].items():
-            flat = item["tensor_map"]
-            nested = [part if isinstance(part, list) else [part] for part in flat]
             row = _Row(
-                item["dev_matrix"],
-                nested if len(nested) != 1 else [nested[0]],
-                item.get("opt_weight_shard_step", 0),
-                item.get("opt_weight_shard_size", 0),
-                item.get("tensor_shape", ()),
+                _numbers(item["dev_matrix"]),
+                [_numbers(part if isinstance(part, list) else [part]) for part in item["tensor_map"]],
+                int(item.get("opt_weight_shard_step", 0)),
+                int(item.get("opt_weight_shard_size", 0)),
+                _numbers(item.get("tensor_shape", ())),
                 bool(item.get("param_split_shape") or item.get("indices_offset")),
             )
             layouts.append((name, row))
@@ -282,6 +282,10 @@ def _json_rows(path: Path, data: bytes) -> _Rows:
         return _Rows(int(content.get("current_stage", _SINGLE_MARK)), stage, layouts)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StrategyError(f"{path} is not a strategy file (JSON: {error!r})") from None
+
+
+def _numbers(values: Iterable[Any]) -> list[int]:
+    return [int(value) for value in values]
 
 
 def _to_message(layouts: Mapping[str, Layout], stage: int) -> Any:

@@ -145,10 +145,8 @@ class MeanOfReplicas(nn.Cell):  # type: ignore[misc]
     def construct(self, loss: Tensor, gradients: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         if self.dp == 1:
             return loss, gradients
-        means = ()
-        for gradient in gradients:
-            means += (self.all_reduce(gradient) / self.dp,)
-        return self.all_reduce(loss) / self.dp, means
+        means = [self.all_reduce(gradient) / self.dp for gradient in gradients]
+        return self.all_reduce(loss) / self.dp, tuple(means)
 
 
 def use_cpu() -> None:

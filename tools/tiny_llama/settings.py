@@ -175,7 +175,12 @@ def build_settings(content: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def _section(kind: type[Section], content: Mapping[str, Any], path: tuple[str, ...], problems: list[str]) -> Section:
+def _section(
+    kind: type[Section],
+    content: Mapping[str, Any],
+    path: tuple[str, ...],
+    problems: list[str],
+) -> Section:
     values: Any = content
     for key in path:
         values = values.get(key) or {}

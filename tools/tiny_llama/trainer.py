@@ -49,7 +49,7 @@ class Journal:
     def write(self, event: str, **fields: Any) -> None:
         """Record one event; floats keep all their digits in the file."""
         shown = [
-            f"{key} {value:.6f}" if isinstance(value, float) else f"{key} {value}" for key, value in fields.items()
+            f"{name} {value:.6f}" if isinstance(value, float) else f"{name} {value}" for name, value in fields.items()
         ]
         print(f"[{event}]", ", ".join(shown), flush=True)
         if self.file is not None:
@@ -74,8 +74,6 @@ def run(config: Path, overrides: Mapping[str, Any]) -> None:
     hook.prepare()
     if settings.use_parallel:
         hook.declare(declared_layouts(network.axes, mesh))
-    if hook.config.only_save_strategy:
-        return
     began = time.perf_counter()
     loaded = hook.load(network, optimizer)
 
@@ -92,7 +90,8 @@ def learning_rates(schedule: ScheduleSettings) -> NDArray[np.float32]:
     steps = np.arange(schedule.total_steps)
     warmup = np.minimum(1.0, (steps + 1) / max(1, schedule.warmup_steps))
     decay = 0.55 + 0.45 * np.cos(np.pi * steps / schedule.total_steps)
-    return (schedule.learning_rate * warmup * decay).astype(np.float32)
+    rates: NDArray[np.float32] = (schedule.learning_rate * warmup * decay).astype(np.float32)
+    return rates
 
 
 def declared_layouts(axes: Mapping[str, Axes], mesh: Mesh) -> dict[str, Layout]:

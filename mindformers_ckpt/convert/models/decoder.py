@@ -132,9 +132,7 @@ def layers(entries: Sequence[Entry], ms: str = LEGACY_LAYER, over: str = "layer"
     return prefixed(entries, HF_LAYER, ms, over=over)
 
 
-LEGACY_LAYERS = layers(
-    [*LEGACY_NORMS, *LEGACY_QKV, *LEGACY_OUTPUT, *LEGACY_FFN, *ATTENTION_LORA, *FFN_LORA, *BUFFERS]
-)
+LEGACY_LAYERS = layers([*LEGACY_NORMS, *LEGACY_QKV, *LEGACY_OUTPUT, *LEGACY_FFN, *ATTENTION_LORA, *FFN_LORA, *BUFFERS])
 LEGACY = (*LEGACY_START, *LEGACY_LAYERS, *LEGACY_END)
 
 # "High performance" names of MindFormers 1.4 and later; files of 1.3 have the same names with plain [q; k; v].

@@ -1,0 +1,94 @@
+"""`mindformers-ckpt convert`: Hugging Face weights to MindSpore and back, with the guide's options."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mindformers_ckpt.cli.notices import amount, warn
+from mindformers_ckpt.cli.options import StrategyPath, json_option
+from mindformers_ckpt.cli.progress import show_progress
+from mindformers_ckpt.convert.plugins import find_plugin, parse_extra, run_plugin
+from mindformers_ckpt.convert.run import DTYPES, Request, convert
+from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.transform import Options, affordable_processes
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command("convert", context_settings={"ignore_unknown_options": True, "show_default": True})
+@click.option("--model", help="llama, glm-n, qwen, mixtral, deepseek, …; left out: what config.json says.")
+@click.option("--reversed", "reverse", is_flag=True, help="From MindSpore to Hugging Face.")
+@click.option("--input-path", type=_PATH, required=True, help="Weights: a folder, or a file in it.")
+@click.option("--output-path", type=_PATH, required=True, help="File, or folder for several files.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Element type of the result; left out: as it is.")
+@click.option("--n-head", type=int, help="Attention heads, where config.json lacks them (BLOOM).")
+@click.option("--hidden-size", type=int, help="Hidden size, where config.json lacks it (BLOOM).")
+@click.option("--layers", type=int, help="Layers, where config.json lacks them (GPT2, WizardCoder).")
+@click.option("--is-pretrain", type=bool, help="Swin: weights of pre-training.")
+@click.option("--telechat-type", help="TeleChat: telechat_7b or telechat_12b.")
+@click.option("--format", type=click.Choice(["ckpt", "safetensors"]), help="Of the MindSpore files.")
+@click.option("--naming", type=click.Choice(["legacy", "mcore"]), help="MindSpore names; left out: the model's usual.")
+@click.option("--qkv-concat", is_flag=True, help="Query, key, value in one tensor; gate and up too.")
+@click.option("--hf-config", type=_PATH, help="Folder of config.json and tokenizer files.")
+@click.option("--dst-strategy", type=StrategyPath(), help="Cut for this strategy in the same pass.")
+@click.option("--write-tied", is_flag=True, help="Write a tied output layer as a tensor of its own.")
+@click.option("--process-num", type=click.IntRange(min=1), default=1, help="Processes that copy.")
+@click.option("--plugin", type=_PATH, help="Folder with convert_weight.py and convert_reversed.py of your own.")
+@click.option("--overwrite", is_flag=True, help="Replace what is at the output path.")
+@json_option
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+@click.argument("extra", nargs=-1, type=click.UNPROCESSED)
+def command(
+    model: str | None,
+    reverse: bool,
+    input_path: Path,
+    output_path: Path,
+    dst_strategy: Path | None,
+    format: str | None,
+    process_num: int,
+    plugin: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    extra: tuple[str, ...],
+    **choices: Any,
+) -> None:
+    """Convert weights between Hugging Face and MindSpore.
+
+    Options that no model of ours knows are passed on to a plugin.
+    """
+    converter = find_plugin(model or "", reverse, plugin)
+    if converter is not None:
+        given = {name: str(value) for name, value in choices.items() if value not in (None, False, choices["dtype"])}
+        run_plugin(converter, input_path, output_path, choices["dtype"], {**given, **parse_extra(list(extra))})
+        return
+    if extra:
+        raise click.UsageError(f"No such option or argument: {' '.join(extra)}")
+    request = Request(model, input_path, reverse, **choices)
+    options = Options(processes=affordable_processes(process_num), overwrite=overwrite)
+    with show_progress("convert", quiet=quiet or as_json) as progress:
+        result = convert(
+            request, output_path, format=format, target=_strategy(dst_strategy), options=options, progress=progress
+        )
+    if not quiet:
+        warn(result.warnings)
+    if as_json:
+        click.echo(json.dumps(asdict(result), indent=1, ensure_ascii=False, default=str))
+    elif not quiet:
+        click.echo(
+            f"{result.model} ({result.naming} names): {result.tensors} tensors, {amount(result.bytes_written)} in "
+            f"{result.files} files at {result.destination}, {result.seconds:.2f} s"
+        )
+
+
+def _strategy(path: Path | None) -> Strategy | None:
+    if path is None:
+        return None
+    from mindformers_ckpt.strategy.files import read_strategy
+
+    return read_strategy(path)

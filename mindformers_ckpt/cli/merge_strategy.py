@@ -1,0 +1,25 @@
+"""`mindformers-ckpt merge-strategy`: what `mindspore.parallel.merge_pipeline_strategys` does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mindformers_ckpt.strategy.files import merge_strategies
+
+
+@click.command("merge-strategy")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path))
+def command(folder: Path, file: Path) -> None:
+    """Merge the strategy files of all ranks in FOLDER into FILE.
+
+    FILE is what --src-strategy and --dst-strategy take for a job with a pipeline. It may lie in FOLDER.
+    """
+    strategy = merge_strategies(folder, file)
+    stages = len(strategy.stages)
+    click.echo(
+        f"{file}: {stages} {'stage' if stages == 1 else 'stages'} of {strategy.stage_size} ranks, "
+        f"{len(strategy.names())} parameters"
+    )

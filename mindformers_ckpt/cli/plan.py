@@ -1,0 +1,198 @@
+"""`mindformers-ckpt plan`: what transform would do, without doing it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mindformers_ckpt.box import Box
+from mindformers_ckpt.cli.notices import amount, warn
+from mindformers_ckpt.cli.options import json_option, request_options
+from mindformers_ckpt.cli.request import Prepared, Request
+from mindformers_ckpt.formats import TensorSpec, layout_file
+from mindformers_ckpt.plan import Plan, Transfer
+from mindformers_ckpt.plan_file import write_plan
+from mindformers_ckpt.transform import MEMORY_PER_PROCESS, check_apart, ranks_of
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a plan would do.
+
+    Attributes:
+        source, target: the two sides in words.
+        destination: folder for the result, when it is given.
+        files_read, files_written: number of files.
+        ranks: target ranks.
+        bytes_read: bytes of tensors that are read, each once.
+        bytes_needed: bytes of tensors that the targets are made of, replicas counted once.
+        over_read: bytes_read / bytes_needed.
+        bytes_written: bytes of tensors in the target files, replicas included.
+        disk_needed: size of the target files.
+        disk_free: free bytes where the destination would be; None when that is not given.
+        memory_needed: bytes, at most, of all processes.
+        parameters: number of tensors.
+        renamed: tensors of another name in the source: name -> name there.
+        dropped: tensors of the source that no target file can hold.
+        replicated: tensors that every target rank gets whole.
+        one_sided: tensors that one of the two strategies names and the other does not.
+    """
+
+    source: str
+    target: str
+    destination: str | None
+    files_read: int
+    files_written: int
+    ranks: list[int]
+    bytes_read: int
+    bytes_needed: int
+    over_read: float
+    bytes_written: int
+    disk_needed: int
+    disk_free: int | None
+    memory_needed: int
+    parameters: int
+    renamed: dict[str, str]
+    dropped: list[str]
+    replicated: list[str]
+    one_sided: list[str]
+    warnings: list[str]
+
+
+@click.command("plan")
+@request_options
+@click.option("--out", type=click.Path(path_type=Path), help="Write the plan to this file, for transform --plan.")
+@json_option
+def command(out: Path | None, as_json: bool, **asked: Any) -> None:
+    """Say what transform would do, and write nothing but the plan file that is asked for.
+
+    Parameters are those of transform.
+    """
+    request = Request(**asked)
+    prepared = request.prepare()
+    job = prepared.job
+    if job.destination is not None:
+        check_apart(job.plan, job.destination)
+    summary = _summary(prepared, request.processes if request.rank_id is None else 1)
+    if out is not None:
+        write_plan(job, out)
+    if as_json:
+        click.echo(json.dumps(asdict(summary), ensure_ascii=False))
+        return
+    warn(summary.warnings)
+    for name, text in _lines(summary):
+        click.echo(f"{name + ':':<12} {text}")
+    if out is not None:
+        click.echo(f"Written to {out}; run it with: mindformers-ckpt transform --plan {out}")
+
+
+def _summary(prepared: Prepared, processes: int) -> Summary:
+    job = prepared.job
+    plan = job.plan
+    needed = sum(map(_needed, plan.transfers))
+    free = None if job.destination is None else shutil.disk_usage(_existing(job.destination)).free
+    return Summary(
+        source=job.about["source"],
+        target=job.about["target"],
+        destination=None if job.destination is None else str(job.destination),
+        files_read=len(plan.sources),
+        files_written=len(plan.targets),
+        ranks=ranks_of(plan),
+        bytes_read=plan.bytes_read,
+        bytes_needed=needed,
+        over_read=round(plan.bytes_read / needed, 3) if needed else 1.0,
+        bytes_written=plan.bytes_written,
+        disk_needed=_file_bytes(plan),
+        disk_free=free,
+        memory_needed=processes * MEMORY_PER_PROCESS,
+        parameters=len(plan.transfers),
+        renamed=_renamed(plan),
+        dropped=_dropped(plan),
+        replicated=[transfer.name for transfer in plan.transfers if _is_replicated(transfer, len(plan.targets))],
+        one_sided=_one_sided(prepared),
+        warnings=list(plan.warnings),
+    )
+
+
+def _needed(transfer: Transfer) -> int:
+    boxes = {place.box for place in transfer.targets}
+    # Stages that share a tensor may cut it differently: then boxes overlap.
+    volume = min(sum(box.volume for box in boxes), Box.whole(transfer.shape).volume)
+    return volume * transfer.dtype.itemsize
+
+
+def _file_bytes(plan: Plan) -> int:
+    """The size of all target files, heads included."""
+    sizes: dict[tuple[str, tuple[TensorSpec, ...]], int] = {}
+    total = 0
+    for target in plan.targets:
+        key = (target.format, target.tensors)
+        if key not in sizes:
+            sizes[key] = layout_file(target.format, target.tensors).size
+        total += sizes[key]
+    return total
+
+
+def _renamed(plan: Plan) -> dict[str, str]:
+    return {
+        transfer.name: place.tensor for transfer in plan.transfers for place in transfer.sources if place.tensor
+    }
+
+
+def _dropped(plan: Plan) -> list[str]:
+    """Tensors without elements, which a .ckpt cannot hold."""
+    files = (target.tensors for target in plan.targets if target.format == "ckpt")
+    return sorted({spec.name for tensors in files for spec in tensors if not spec.size})
+
+
+def _is_replicated(transfer: Transfer, files: int) -> bool:
+    whole = Box.whole(transfer.shape)
+    return len(transfer.targets) == files > 1 and all(place.box == whole for place in transfer.targets)
+
+
+def _one_sided(prepared: Prepared) -> list[str]:
+    """Tensors of the plan that one of two strategies names: the other takes them for replicated."""
+    if prepared.source.is_complete or prepared.target.is_complete:
+        return []
+    in_one = prepared.source.names() ^ prepared.target.names()
+    return [transfer.name for transfer in prepared.job.plan.transfers if transfer.name in in_one]
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _lines(summary: Summary) -> list[tuple[str, str]]:
+    """The summary for people: a name and a text a line."""
+    counted = [
+        f"{len(names)} {what}{_examples(names)}"
+        for what, names in (
+            ("whole on every target rank", summary.replicated),
+            ("in one strategy only", summary.one_sided),
+            ("renamed", summary.renamed),
+            ("dropped (no elements)", summary.dropped),
+        )
+        if names
+    ]
+    free = "" if summary.disk_free is None else f", {amount(summary.disk_free)} are free"
+    return [
+        ("source", f"{summary.source}; {summary.files_read} files to read"),
+        ("target", f"{summary.target}; {summary.files_written} files to write"),
+        ("read", f"{amount(summary.bytes_read)} of tensors, {summary.over_read:.2f} x what is needed"),
+        ("write", f"{amount(summary.bytes_written)} of tensors, replicas included"),
+        ("parameters", "; ".join([str(summary.parameters), *counted])),
+        ("disk", f"{amount(summary.disk_needed)} needed{free}"),
+        ("memory", f"{amount(summary.memory_needed)} at most, whatever the size of the weights"),
+        ("result", summary.destination or "no target folder given"),
+    ]
+
+
+def _examples(names: Sequence[str] | dict[str, str]) -> str:
+    some = ", ".join(list(names)[:3])
+    return f" ({some}{', …' if len(names) > 3 else ''})"

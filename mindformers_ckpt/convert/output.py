@@ -1,0 +1,99 @@
+"""What surrounds converted weights: indexes, the model's other files, and putting a single file in place."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from mindformers_ckpt.convert.config import CONFIG_FILE
+from mindformers_ckpt.errors import PublishError
+from mindformers_ckpt.plan import Plan
+
+INDEX_FILE = "model.safetensors.index.json"
+NAME_MAP_FILE = "param_name_map.json"
+# Configuration, tokenizer and the code of a model, as Hugging Face repositories hold them beside the weights.
+_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
+_NOT_COMPANIONS = (".index.json", "manifest.json", NAME_MAP_FILE)
+
+
+def write_index(plan: Plan, folder: Path) -> None:
+    """The index of several safetensors files, by which `from_pretrained` finds them."""
+    if len(plan.targets) == 1:
+        return
+    places = {spec.name: target.path for target in plan.targets for spec in target.tensors}
+    index = {"metadata": {"total_size": plan.bytes_written}, "weight_map": dict(sorted(places.items()))}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_name_map(plan: Plan, folder: Path) -> None:
+    """Tensor name -> file, as MindSpore Transformers looks it up in a folder of safetensors files."""
+    places = {spec.name: target.path for target in plan.targets for spec in target.tensors}
+    (folder / NAME_MAP_FILE).write_text(json.dumps(places, indent=2) + "\n")
+
+
+def copy_companions(origin: Path | None, folder: Path, dtype: str | None, *, plain: bool) -> None:
+    """Carry over config.json, tokenizer files and the like.
+
+    `dtype` is the element type that was chosen, and `plain` says that nothing is quantised any more: both are
+    put right in config.json, by which `from_pretrained` loads.
+    """
+    if origin is None:
+        return
+    for pattern in _COMPANIONS:
+        for file in origin.glob(pattern):
+            if file.is_file() and not file.name.endswith(_NOT_COMPANIONS) and file.name != CONFIG_FILE:
+                shutil.copyfile(file, folder / file.name)
+    if (origin / CONFIG_FILE).is_file():
+        values = json.loads((origin / CONFIG_FILE).read_bytes())
+        adapted = _adapted_config(values, dtype, plain)
+        if adapted == values:
+            shutil.copyfile(origin / CONFIG_FILE, folder / CONFIG_FILE)
+        else:
+            (folder / CONFIG_FILE).write_text(json.dumps(adapted, indent=2, ensure_ascii=False) + "\n")
+
+
+def _adapted_config(values: dict[str, Any], dtype: str | None, plain: bool) -> dict[str, Any]:
+    adapted = dict(values)
+    if plain:
+        adapted.pop("quantization_config", None)
+    for key in ("dtype", "torch_dtype"):
+        if dtype is not None and key in adapted:
+            adapted[key] = dtype
+    return adapted
+
+
+@contextmanager
+def staged_file(destination: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside a file, to make the file in under its own name; it is renamed when all went well.
+
+    Raises PublishError when there is something at the destination, or it cannot be written.
+    """
+    destination = Path(os.path.abspath(destination))
+    if destination.is_dir():
+        raise PublishError(f"{destination} is a folder; a file was expected")
+    if destination.exists() and not overwrite:
+        raise PublishError(f"{destination} exists; choose another name, or allow it to be replaced (--overwrite)")
+    staging = destination.parent / f".{destination.name}.staging"
+    lock = FileLock(destination.parent / f".{destination.name}.lock")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise PublishError(f"another process is writing {destination} at this moment; wait for it") from None
+    except OSError as error:
+        raise PublishError(f"{destination.parent} cannot be written: {error.strerror}") from error
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        yield staging
+        os.replace(staging / destination.name, destination)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        lock.release()

@@ -1,0 +1,296 @@
+"""A conversion from the command line's words to the published result."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mindformers_ckpt.box import Box
+from mindformers_ckpt.convert.config import ModelConfig, read_config
+from mindformers_ckpt.convert.model import Model, find_model, model_of_config, models
+from mindformers_ckpt.convert.output import copy_companions, staged_file, write_index, write_name_map
+from mindformers_ckpt.convert.planning import Conversion, plan_tensors
+from mindformers_ckpt.convert.rules import Side
+from mindformers_ckpt.convert.targets import rank_files, whole_files
+from mindformers_ckpt.convert.weights import (
+    Found,
+    Weights,
+    config_folder,
+    huggingface_files,
+    mindspore_files,
+    read_weights,
+)
+from mindformers_ckpt.errors import ConfigError, PlanError, describe_problems
+from mindformers_ckpt.formats.dtypes import by_name
+from mindformers_ckpt.plan import DEFAULT_PREFIX, Place, Plan, SourceFile
+from mindformers_ckpt.publish import check_free_space
+from mindformers_ckpt.source_files import SUFFIXES
+from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.transform import Options, Progress, check_apart, transform, write_files
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+SHARD_BYTES = 5 * 10**9
+_COMPARED_BYTES = 4 << 20
+_PLAIN = Options()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be converted, and how. Words are those of the command line.
+
+    Attributes:
+        model: name or alias; None for the model of the config.json.
+        input_path: a Hugging Face folder or a file in it; with `reverse` a MindSpore file or folder.
+        reverse: from MindSpore to Hugging Face.
+        dtype: "fp32", "bf16" or "fp16" for all floating-point tensors; None keeps what they are.
+        naming: "legacy" or "mcore" names on the MindSpore side; None for the model's default.
+        qkv_concat: query, key and value, and gate and up, in one tensor each (legacy names).
+        hf_config: folder of the model's config.json and tokenizer, if not the source's own.
+        write_tied: write the output layer too where it is tied to the embedding.
+        n_head, hidden_size, layers: what config.json may lack; a contradiction to it is an error.
+        is_pretrain, telechat_type: options of Swin and TeleChat.
+    """
+
+    model: str | None
+    input_path: Path
+    reverse: bool = False
+    dtype: str | None = None
+    naming: str | None = None
+    qkv_concat: bool = False
+    hf_config: Path | None = None
+    write_tied: bool = False
+    n_head: int | None = None
+    hidden_size: int | None = None
+    layers: int | None = None
+    is_pretrain: bool | None = None
+    telechat_type: str | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A conversion that has been planned: the model, the naming, and the folder of its config.json."""
+
+    request: Request
+    model: Model
+    naming: str
+    config: ModelConfig
+    config_folder: Path | None
+    conversion: Conversion
+
+    @property
+    def dtype(self) -> str | None:
+        return DTYPES[self.request.dtype] if self.request.dtype else None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a conversion made."""
+
+    model: str
+    naming: str
+    destination: Path
+    files: int
+    tensors: int
+    bytes_written: int
+    seconds: float
+    warnings: tuple[str, ...]
+
+
+def prepare(request: Request) -> Prepared:
+    """Read headers and plan all tensors. Raises ConfigError, FormatError and PlanError; nothing is written."""
+    path = Path(os.path.abspath(request.input_path))
+    files = mindspore_files(path) if request.reverse else huggingface_files(path)
+    folder = config_folder(path if path.is_dir() else path.parent, request.hf_config)
+    options = {"n_head": request.n_head, "hidden_size": request.hidden_size, "layers": request.layers}
+    config = read_config(folder).with_options(options)
+    model = _model(request, config)
+    naming = model.naming(request.naming, request.qkv_concat)
+    origin: Side = "ms" if request.reverse else "hf"
+    source = read_weights(path, files, model.canonical.get(origin, str))
+    config = _with_model_options(model, request, config, source)
+    table = model.tables[_table_key(model, naming, config, source)]
+    conversion = plan_tensors(
+        table,
+        model.facts(config),
+        config,
+        source,
+        "hf" if request.reverse else "ms",
+        dtype=by_name(DTYPES[request.dtype]) if request.dtype else None,
+        write_copies=request.write_tied,
+    )
+    _check_copies(conversion.copies)
+    return Prepared(request, model, naming, config, folder, conversion)
+
+
+def convert(
+    request: Request,
+    output: Path,
+    *,
+    format: str | None = None,
+    target: Strategy | None = None,
+    options: Options = _PLAIN,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Result:
+    """Convert weights and publish them at `output`.
+
+    To MindSpore: one file, when `output` ends in .ckpt or .safetensors; a folder of files of at most
+    `shard_bytes` otherwise; the rank folders of a strategy when `target` is one. To Hugging Face: always a
+    folder, which `from_pretrained` loads. What was at `output` before stays as it is until the end.
+    """
+    if request.reverse and (target is not None or format == "ckpt"):
+        raise ConfigError("a strategy and the format ckpt are of the MindSpore side; leave them out with --reversed")
+    started = time.monotonic()
+    prepared = prepare(request)
+    plan = _targets(prepared, output, format, target, shard_bytes)
+    plan.check()
+    output = Path(os.path.abspath(output))
+    if not request.reverse and target is None and output.suffix in SUFFIXES:
+        check_apart(plan, output)
+        with staged_file(output, options.overwrite) as staging:
+            check_free_space(staging, plan.bytes_written)
+            write_files(plan, staging, options, progress=progress, check=check)
+    else:
+        _write_folder(prepared, plan, output, options, progress, check)
+    return Result(
+        prepared.model.name,
+        prepared.naming,
+        output,
+        len(plan.targets),
+        len(prepared.conversion.tensors),
+        plan.bytes_written,
+        time.monotonic() - started,
+        plan.warnings,
+    )
+
+
+def plan_ranks(
+    request: Request,
+    target: Strategy,
+    *,
+    ranks: Iterable[int] | None = None,
+    prefix: str = DEFAULT_PREFIX,
+    format: str = "ckpt",
+) -> Plan:
+    """The plan that makes the files of a strategy's ranks out of Hugging Face weights, in one pass.
+
+    Raises what `prepare` raises, and PlanError where weights and strategy do not fit together.
+    """
+    prepared = prepare(request)
+    origin = str(request.input_path)
+    plan = rank_files(prepared.conversion, target, ranks=ranks, prefix=prefix, format=format, origin=origin)
+    plan.check()
+    return plan
+
+
+def _targets(prepared: Prepared, output: Path, format: str | None, target: Strategy | None, shard_bytes: int) -> Plan:
+    request, conversion = prepared.request, prepared.conversion
+    if target is not None:
+        return rank_files(conversion, target, format=format or "ckpt", origin=str(request.input_path))
+    if request.reverse:
+        pytorch = (("format", "pt"),)
+        return whole_files(conversion, "model", "safetensors", limit=shard_bytes, metadata=pytorch)
+    suffix = output.suffix.lstrip(".") if output.suffix in SUFFIXES else ""
+    if suffix and format and suffix != format:
+        raise ConfigError(f"--format {format} contradicts the name {output.name}")
+    # Two layouts have gone by the same names in the past; a file that can should say which it has.
+    metadata = (("model", prepared.model.name), ("naming", prepared.naming))
+    if suffix:
+        return whole_files(conversion, output.name, suffix, metadata=metadata)
+    return whole_files(conversion, "ms-model", format or "ckpt", limit=shard_bytes, metadata=metadata)
+
+
+def _write_folder(
+    prepared: Prepared,
+    plan: Plan,
+    output: Path,
+    options: Options,
+    progress: Progress | None,
+    check: Callable[[], None],
+) -> None:
+    request = prepared.request
+    if output.suffix in (*SUFFIXES, ".bin", ".pt", ".pth"):
+        raise ConfigError(f"{output} has the name of a file, but the result is a folder; give the name of a folder")
+    about: dict[str, Any] = {
+        "model": prepared.model.name,
+        "naming": prepared.naming,
+        "direction": "to Hugging Face" if request.reverse else "to MindSpore",
+    }
+
+    def add_companions(folder: Path) -> None:
+        if request.reverse:
+            write_index(plan, folder)
+            copy_companions(prepared.config_folder, folder, prepared.dtype, plain=True)
+        elif all(target.format == "safetensors" and "/" not in target.path for target in plan.targets):
+            write_name_map(plan, folder)
+
+    transform(plan, output, options, about=about, progress=progress, check=check, companions=add_companions)
+
+
+def _model(request: Request, config: ModelConfig) -> Model:
+    if request.model is None:
+        return model_of_config(config)
+    model = find_model(request.model)
+    if model is None:
+        raise ConfigError(f"unknown model {request.model!r}; known are {', '.join(models())}")
+    return model
+
+
+def _with_model_options(model: Model, request: Request, config: ModelConfig, source: Weights) -> ModelConfig:
+    """The configuration with the model's own options, and with the number of layers when nothing tells it."""
+    values = dict(config.values)
+    for option in ("is_pretrain", "telechat_type"):
+        value = getattr(request, option)
+        if value is None:
+            continue
+        if option not in model.options:
+            raise ConfigError(f"--{option} is no option of the model {model.name}")
+        values[option] = value
+    return ModelConfig(values, config.path)
+
+
+def _table_key(model: Model, naming: str, config: ModelConfig, source: Weights) -> str:
+    if model.layout is None:
+        return naming
+    return f"{naming}:{model.layout(config, list(source.tensors))}"
+
+
+def _check_copies(copies: Sequence[tuple[Found, Found]]) -> None:
+    """Compare tensors that a model ties with what they are tied to. Raises PlanError that lists differences."""
+    different = [
+        f"{copy.spec.name} is not equal to {original.spec.name}"
+        for copy, original in copies
+        if not _are_equal(copy, original)
+    ]
+    if different:
+        headline = "config.json ties tensors that differ; set tie_word_embeddings to false if they should be kept"
+        raise PlanError(describe_problems(headline, different))
+
+
+def _are_equal(first: Found, second: Found) -> bool:
+    import numpy as np
+
+    from mindformers_ckpt.box import blocks
+    from mindformers_ckpt.shard_io import ShardReader
+
+    if (first.spec.dtype, first.spec.shape) != (second.spec.dtype, second.spec.shape):
+        return False
+    whole = Box.whole(first.spec.shape)
+    reader = ShardReader([SourceFile(found.path, found.path.stat().st_size) for found in (first, second)])
+    try:
+        for block in blocks(whole, _COMPARED_BYTES // first.spec.dtype.itemsize):
+            contents = []
+            for file, found in enumerate((first, second)):
+                out = np.empty(block.shape, found.spec.dtype.carrier)
+                reader.read(Place(file, whole, found.spec.name), found.spec.name, found.spec.dtype, block, out)
+                contents.append(out)
+            if not np.array_equal(contents[0], contents[1]):
+                return False
+    finally:
+        reader.close()
+    return True

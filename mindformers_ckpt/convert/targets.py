@@ -1,0 +1,168 @@
+"""Where converted tensors go: one file, files of bounded size, or the ranks of a strategy."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from mindformers_ckpt.box import Box, hull
+from mindformers_ckpt.checkpoint import LogicalTensor
+from mindformers_ckpt.convert.planning import Conversion, Converted
+from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
+from mindformers_ckpt.formats import TensorSpec
+from mindformers_ckpt.plan import DEFAULT_PREFIX, Place, Plan, TargetFile, Transfer, View, missing_names, target_boxes
+from mindformers_ckpt.strategy.model import Strategy
+
+Metadata = tuple[tuple[str, str], ...]
+
+
+def whole_files(
+    conversion: Conversion, name: str, format: str, *, limit: int | None = None, metadata: Metadata = ()
+) -> Plan:
+    """Complete weights in a file of this name, or in several of at most `limit` bytes.
+
+    With a limit, `name` gets the number of the file: "model-{number:05d}-of-{count:05d}.safetensors"; a single
+    file is "model.safetensors". A tensor over the limit has a file of its own.
+    """
+    files: list[list[Converted]] = [[]]
+    held = 0
+    for converted in conversion.tensors:
+        if limit is not None and files[-1] and held + converted.spec.nbytes > limit:
+            files.append([])
+            held = 0
+        files[-1].append(converted)
+        held += converted.spec.nbytes
+    targets, transfers = [], []
+    for number, content in enumerate(files):
+        path = f"{name}.{format}" if limit is not None else name
+        if len(files) > 1:
+            path = f"{name}-{number + 1:05d}-of-{len(files):05d}.{format}"
+        targets.append(TargetFile(path, number, format, tuple(item.spec for item in content), metadata))
+        for converted in content:
+            place = Place(number, Box.whole(converted.transfer.shape))
+            transfers.append(converted.transfer._replace(targets=(place,)))
+    return Plan(conversion.files, tuple(targets), tuple(transfers), conversion.warnings)
+
+
+def rank_files(
+    conversion: Conversion,
+    target: Strategy,
+    *,
+    ranks: Iterable[int] | None = None,
+    prefix: str = DEFAULT_PREFIX,
+    format: str = "ckpt",
+    origin: str = "the source",
+) -> Plan:
+    """The files that re-slicing the complete weights would make: `rank_<r>/<prefix><r>.<format>`.
+
+    Raises PlanError that lists parameters of the strategy which the weights lack, and shapes that do not divide.
+    """
+    chosen = sorted(set(range(target.rank_count) if ranks is None else ranks))
+    logical = {item.spec.name: LogicalTensor(item.spec, (), (), None, (0,)) for item in conversion.tensors}
+    absent = missing_names(target, logical)
+    if absent.required:
+        raise PlanError(
+            describe_problems(
+                f"{origin} lacks parameters that the target strategy ({target.origin}) has", absent.required
+            )
+        )
+    held: list[list[TensorSpec]] = [[] for _ in chosen]
+    position = {rank: number for number, rank in enumerate(chosen)}
+    named = target.names()
+    transfers, problems = [], []
+    # The order of `build_plan`: what the strategy names comes first.
+    order = sorted(conversion.tensors, key=lambda item: not target.is_complete and item.spec.name not in named)
+    for converted in order:
+        spec = converted.spec
+        try:
+            boxes = target_boxes(logical[spec.name], target, chosen)
+        except StrategyError as error:
+            problems.append(f"{spec.name}: {error}")
+            continue
+        if boxes:
+            transfers.append(_cut(converted, [(position[rank], box) for rank, box in boxes]))
+        for rank, box in boxes:
+            held[position[rank]].append(TensorSpec(spec.name, spec.dtype, box.shape))
+    if problems:
+        raise PlanError(describe_problems(f"the weights cannot be cut for {target.describe()}", problems))
+    shared: dict[tuple[TensorSpec, ...], tuple[TensorSpec, ...]] = {}
+    files = []
+    for rank, specs in zip(chosen, held):
+        key = tuple(specs)
+        files.append(TargetFile(f"rank_{rank}/{prefix}{rank}.{format}", rank, format, shared.setdefault(key, key)))
+    return Plan(conversion.files, tuple(files), tuple(transfers), (*conversion.warnings, *absent.notes))
+
+
+class _Run(NamedTuple):
+    """A box of the axes of one dimension, and the indices of the dimension that it takes."""
+
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+    first: int
+    last: int
+
+
+def _cut(converted: Converted, boxes: Sequence[tuple[int, Box]]) -> Transfer:
+    """The transfer with target places for boxes of the real shape, (file, box) each.
+
+    A box that is not one box of the view is several.
+    """
+    pieces: dict[Box, list[tuple[Box, View | None]]] = {}
+    targets = []
+    for file, box in boxes:
+        if box not in pieces:
+            pieces[box] = list(_in_view(box, converted))
+        targets += [Place(file, part, view=view) for part, view in pieces[box]]
+    wanted = hull([place.box for place in targets])
+    sources = tuple(
+        place
+        for place in converted.transfer.sources
+        if place.box.volume == 0 or place.box.intersect(wanted) is not None
+    )
+    return converted.transfer._replace(sources=sources, targets=tuple(targets))
+
+
+def _in_view(box: Box, converted: Converted) -> Iterator[tuple[Box, View | None]]:
+    """A box of the tensor's real shape as boxes of its view, each with its place in the shard."""
+    space, at = converted.transfer.shape, 0
+    runs = []
+    for first, last, count in zip(box.start, box.stop, converted.groups):
+        runs.append(list(_runs(first, last, space[at : at + count], 0)))
+        at += count
+    for choice in itertools.product(*runs):
+        part = Box(
+            tuple(index for run in choice for index in run.start), tuple(index for run in choice for index in run.stop)
+        )
+        inner = Box(tuple(run.first for run in choice), tuple(run.last for run in choice)).relative_to(box)
+        whole = inner == Box.whole(box.shape)
+        yield part, None if whole else View(box.shape, inner, ())
+
+
+def _runs(first: int, last: int, extents: tuple[int, ...], base: int) -> Iterator[_Run]:
+    """Cut the indices first:last of a dimension into boxes of the axes that make it up, in order.
+
+    `base` is added to the indices that are reported.
+    """
+    inner = math.prod(extents[1:])
+    if len(extents) == 1:
+        yield _Run((first,), (last,), base + first, base + last)
+        return
+
+    def within(index: int, low: int, high: int) -> Iterator[_Run]:
+        for run in _runs(low, high, extents[1:], base + index * inner):
+            yield run._replace(start=(index, *run.start), stop=(index + 1, *run.stop))
+
+    (head, low), (tail, high) = divmod(first, inner), divmod(last, inner)
+    if head == tail:
+        yield from within(head, low, high)
+        return
+    if low:
+        yield from within(head, low, inner)
+        head += 1
+    if head < tail:
+        rest = extents[1:]
+        yield _Run((head, *(0 for _ in rest)), (tail, *rest), base + head * inner, base + tail * inner)
+    if high:
+        yield from within(tail, 0, high)

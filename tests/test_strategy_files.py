@@ -1,0 +1,463 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recorded import CONFIGURATIONS, STRATEGIES, Recorded, recorded
+
+from mindformers_ckpt.box import Box
+from mindformers_ckpt.errors import StrategyError
+from mindformers_ckpt.layout import Layout
+from mindformers_ckpt.strategy.files import (
+    is_strategy_folder,
+    merge_strategies,
+    rank_file_name,
+    read_strategy,
+    write_strategy,
+)
+from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.strategy.schema import strategy_map_class
+
+DP2MP2 = Layout((2, 2), ((0,), ()))
+LAYOUTS = {"w": DP2MP2, "b": Layout((2, 2), ((),))}
+
+# Where a strategy does not say what the ranks of its network hold: configuration -> kind of deviation -> what.
+# "absent" is not in the strategy of its stage, "other" is a slice other than the strategy says.
+TIED = "model.tok_embeddings.embedding_weight"
+EXCEPTIONS = {
+    # Frozen parameters under only_trainable_params=True.
+    "dp2mp4_frozen": {"absent": {f"model.layers.0.{name}" for name in (
+        *(f"attention.w{which}.weight" for which in "qkvo"), *(f"feed_forward.w{which}.weight" for which in "123"),
+        "attention_norm.weight", "ffn_norm.weight")} | {TIED}},
+    # The embedding that stage 1 shares with stage 0.
+    "dp2mp2pp2_tied": {"absent": {f"{kind}{TIED}" for kind in ("", "adam_m.", "adam_v.", "accu_grads.")}},
+    "dp2mp2pp2_tied_embdp": {"absent": {f"{kind}{TIED}" for kind in ("", "adam_m.", "adam_v.", "accu_grads.")}},
+    "dp4pp2_opt_size2_tied": {
+        "absent": {f"{kind}{TIED}" for kind in ("", "adam_m.", "adam_v.", "accu_grads.")},
+        # Gradients that are not cut by the optimizer shard, although the file says so.
+        "other": {f"accu_grads.model.layers.{layer}.{name}.weight" for layer in (2, 3) for name in (
+            *(f"attention.w{which}" for which in "qkvo"), *(f"feed_forward.w{which}" for which in "123"))},
+    },
+    # Cut on the devices, whole in the checkpoint that aggregated_save writes.
+    "dp4mp2_opt_aggsave": {"other": {
+        f"{kind}{name}"
+        for kind in ("", "adam_m.", "adam_v.")
+        for name in (TIED, "lm_head.weight", *(
+            f"model.layers.{layer}.{part}.weight" for layer in range(4) for part in (
+                *(f"attention.w{which}" for which in "qkvo"), *(f"feed_forward.w{which}" for which in "123")))) }},
+}  # fmt: skip
+
+
+def job_strategy(config: Recorded, tmp_path: Path) -> Strategy:
+    """The strategy of a configuration; stage 0 of the one that recorded only stage 1 comes from its neighbour."""
+    if config.name != "dp2mp2pp2_tied_embdp":
+        return read_strategy(config.folder)
+    folder = tmp_path / "strategy"
+    shutil.copytree(config.folder, folder)
+    shutil.copy(STRATEGIES / "dp2mp2pp2_tied" / rank_file_name(0), folder)
+    return read_strategy(folder)
+
+
+def deviations(config: Recorded, strategy: Strategy) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for name, parameter in config.parameters.items():
+        for rank, shape in parameter.shapes.items():
+            assert config.stage_of_rank[rank] == strategy.stage_of(rank)
+            layout = strategy.stages[strategy.stage_of(rank)].get(name)
+            if layout is None:
+                found.setdefault("absent", set()).add(name)
+                continue
+            box = layout.for_whole(parameter.full_shape).box(parameter.full_shape, rank % strategy.stage_size)
+            assert layout.for_shard(box.shape) == layout.for_whole(parameter.full_shape)
+            if box.shape != shape or box != parameter.slices.get(rank, box):
+                found.setdefault("other", set()).add(name)
+    return found
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_boxes_are_the_slices_that_the_framework_cut(name: str, tmp_path: Path) -> None:
+    config = recorded(name)
+    assert sum(len(parameter.shapes) for parameter in config.parameters.values()) >= 78
+    assert deviations(config, job_strategy(config, tmp_path)) == EXCEPTIONS.get(name, {})
+
+
+def test_only_states_of_several_axes_are_known_by_shape_alone() -> None:
+    by_shape = {
+        name
+        for name in CONFIGURATIONS
+        for parameter in recorded(name).parameters.values()
+        if parameter.slices.keys() != parameter.shapes.keys()
+    }
+    assert by_shape == {
+        "dp2mp4_layout_dpmp", "dp2mp4_layout_dpmp_json", "dp4mp2_layout_mpdp_opt", "layout_cube", "layout_mixed",
+    }  # fmt: skip
+    for name in by_shape:
+        parameters = recorded(name).parameters.items()
+        assert all(parameter.startswith("adam_") for parameter, seen in parameters if not seen.slices)
+
+
+def test_a_tied_embedding_is_cut_on_the_second_stage_as_on_the_first() -> None:
+    config = recorded("dp2mp2pp2_tied")
+    for kind in ("", "adam_m.", "adam_v."):
+        parameter = config.parameters[kind + TIED]
+        assert set(parameter.slices) == set(range(8))
+        for rank, box in parameter.slices.items():
+            layout = config.strategy.layout(kind + TIED, config.strategy.stage_of(rank))
+            assert layout is not None
+            assert layout.box(parameter.full_shape, rank % 4) == box
+
+
+def test_the_second_copy_of_a_tied_embedding_escapes_the_optimizer_shard() -> None:
+    config = recorded("dp4pp2_opt_size2_tied")
+    layout = read_strategy(config.folder).layout(TIED, 1)
+    parameter = config.parameters[TIED]
+    assert layout is not None
+    assert layout.optimizer_shards == 2
+    assert {box.shape for box in parameter.slices.values()} == {parameter.full_shape}
+
+
+def test_aggregated_save_says_what_the_checkpoint_holds() -> None:
+    config = recorded("dp4mp2_opt_aggsave")
+    on_device = recorded("dp4mp2_opt").strategy
+    assert {layout.optimizer_shards for layout in config.strategy.stages[0].values()} == {0}
+    for name in EXCEPTIONS["dp4mp2_opt_aggsave"]["other"]:
+        layout = on_device.stages[0][name]
+        shape = config.parameters[name].full_shape
+        for rank, box in config.parameters[name].slices.items():
+            assert layout.box(shape, rank) == box
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_files_of_all_ranks_say_the_same_as_one(name: str) -> None:
+    config = recorded(name)
+    if name == "dp2mp2pp2_tied_embdp":
+        with pytest.raises(StrategyError, match=r"pipeline stages \[0\] are missing \(stages \[1\] are there\)"):
+            read_strategy(config.folder)
+        return
+    by_folder = read_strategy(config.folder)
+    if name == "dp4pp2_opt_size2_tied":  # a pipeline without a merged file
+        with pytest.raises(StrategyError, match="of pipeline stage 0 alone; give the merged file or the folder"):
+            read_strategy(config.file)
+        return
+    by_file = read_strategy(config.file)
+    assert by_folder.stages == by_file.stages
+    assert by_folder.stage_size == by_file.stage_size
+    assert is_strategy_folder(config.folder)
+
+
+@pytest.mark.parametrize("name", ["dp2mp2pp2", "dp1mp4pp2", "pp4", "dp2pp4", "dp2mp2pp2_json"])
+def test_merging_again_gives_the_recorded_strategy(name: str, tmp_path: Path) -> None:
+    config = recorded(name)
+    merged = tmp_path / "new" / f"merged{config.file.suffix}"
+    returned = merge_strategies(config.folder, merged)
+    assert returned.stages == read_strategy(merged).stages == config.strategy.stages
+    # A single file that stands for the job must not be the file of one stage.
+    stage_file = next(config.folder.glob(f"ckpt_strategy_rank_0.{config.file.suffix[1:]}"))
+    with pytest.raises(StrategyError, match="of pipeline stage 0 alone"):
+        read_strategy(stage_file)
+    last = max(config.folder.glob("ckpt_strategy_rank_*"))
+    with pytest.raises(StrategyError, match=f"of pipeline stage {len(config.strategy.stages) - 1} alone"):
+        read_strategy(last)
+
+
+def test_merging_into_the_folder_itself(tmp_path: Path) -> None:
+    folder = tmp_path / "strategy"
+    shutil.copytree(recorded("dp2mp2pp2").folder, folder)
+    target = folder / "merged_ckpt_strategy.ckpt"
+    target.write_bytes(b"old")
+    merge_strategies(folder, target)
+    assert read_strategy(target).stages == read_strategy(folder).stages
+    assert sorted(folder.glob(".*")) == []
+
+
+def test_merging_needs_all_stages_and_leaves_the_old_file(tmp_path: Path) -> None:
+    folder = tmp_path / "strategy"
+    folder.mkdir()
+    shutil.copy(recorded("pp4").folder / rank_file_name(2), folder)
+    target = tmp_path / "merged.ckpt"
+    target.write_bytes(b"old")
+    with pytest.raises(StrategyError, match=r"pipeline stages \[0, 1\] are missing \(stages \[2\] are there\)"):
+        merge_strategies(folder, target)
+    assert target.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("suffix", ["ckpt", "json"])
+def test_written_files_are_read_back(suffix: str, tmp_path: Path) -> None:
+    layouts = {
+        "w": Layout((2, 4), ((0,), ()), -1, 4),
+        "v": Layout((8,), ((), (0,))),
+        "b": Layout((2, 2, 2), ((),), 2, 1),
+        "scale": Layout((8,), ()),
+    }
+    for rank in range(16):
+        write_strategy(layouts, tmp_path / rank_file_name(rank, suffix), stage=rank // 8)
+    strategy = read_strategy(tmp_path)
+    assert strategy.stages == (layouts, layouts)
+    assert (strategy.stage_size, strategy.rank_count) == (8, 16)
+    merged = tmp_path / "merged" / f"merged.{suffix}"
+    merge_strategies(tmp_path, merged)
+    assert read_strategy(merged).stages == (layouts, layouts)
+
+
+def test_several_axes_are_written_to_ckpt_alone(tmp_path: Path) -> None:
+    layouts = {"w": Layout((2, 2, 2), ((2, 0), ())), "b": Layout((2, 2, 2), ((1, 0),))}
+    path = tmp_path / "strategy.ckpt"
+    write_strategy(layouts, path)
+    (stage,) = read_strategy(path).stages
+    assert stage["w"].for_shard((4, 4)) == layouts["w"]
+    assert stage["b"].for_shard((4,)) == layouts["b"]
+    with pytest.raises(StrategyError, match=r"w: a dimension cut along several axes cannot be written as JSON"):
+        write_strategy(layouts, tmp_path / "strategy.json")
+    assert not (tmp_path / "strategy.json").exists()
+
+
+@pytest.mark.parametrize("suffix", ["ckpt", "json"])
+def test_names_with_hyphens_and_numbers(suffix: str, tmp_path: Path) -> None:
+    layouts = {"my-layer-0.weight": DP2MP2, "3-w": DP2MP2, "-": DP2MP2, "名字": DP2MP2}
+    path = tmp_path / f"strategy.{suffix}"
+    write_strategy(layouts, path)
+    assert read_strategy(path).stages == (layouts,)
+    for rank in range(8):
+        write_strategy(layouts, tmp_path / "all" / rank_file_name(rank, suffix), stage=rank // 4)
+    merge_strategies(tmp_path / "all", tmp_path / f"merged.{suffix}")
+    assert read_strategy(tmp_path / f"merged.{suffix}").stages == (layouts, layouts)
+
+
+def test_names_that_all_look_like_those_of_a_merged_file(tmp_path: Path) -> None:
+    layouts = {"0-w": DP2MP2, "1-w": DP2MP2}
+    write_strategy(layouts, tmp_path / "strategy.ckpt")
+    assert read_strategy(tmp_path / "strategy.ckpt").stages == (layouts,)
+
+
+def test_a_folder_with_a_merged_file_alone(tmp_path: Path) -> None:
+    shutil.copy(recorded("dp2mp2pp2").file, tmp_path)
+    assert is_strategy_folder(tmp_path)
+    assert read_strategy(tmp_path).stages == recorded("dp2mp2pp2").strategy.stages
+    with pytest.raises(StrategyError, match="no strategy file"):
+        merge_strategies(tmp_path, tmp_path / "merged.ckpt")
+
+
+def test_missing_replicas_of_files_do_no_harm(tmp_path: Path) -> None:
+    for rank in (1, 6):
+        shutil.copy(recorded("dp2mp2pp2").folder / rank_file_name(rank), tmp_path)
+    assert read_strategy(tmp_path).stages == recorded("dp2mp2pp2").strategy.stages
+
+
+def message_bytes(layouts: Mapping[str, Layout], change: Callable[[Any], None], tmp_path: Path) -> bytes:
+    """The content of a strategy file, changed in its protobuf message."""
+    write_strategy(layouts, tmp_path / "plain.ckpt")
+    message = strategy_map_class()()
+    message.ParseFromString((tmp_path / "plain.ckpt").read_bytes())
+    change(message)
+    data: bytes = message.SerializeToString()
+    return data
+
+
+def test_an_uneven_split_is_refused_by_name(tmp_path: Path) -> None:
+    def split(message: Any) -> None:
+        message.parallel_layout_item[0].parallel_layouts.param_split_shape[0].dim.extend([64, 32])
+
+    path = tmp_path / "strategy.ckpt"
+    path.write_bytes(message_bytes(LAYOUTS, split, tmp_path))
+    with pytest.raises(StrategyError, match="w: split manually into uneven pieces"):
+        read_strategy(path)
+
+
+def test_all_unusable_layouts_are_listed(tmp_path: Path) -> None:
+    def spoil(message: Any) -> None:
+        for item in message.parallel_layout_item:
+            item.parallel_layouts.tensor_map[0].dim[0] = 7
+
+    path = tmp_path / "strategy.ckpt"
+    path.write_bytes(message_bytes(LAYOUTS, spoil, tmp_path))
+    with pytest.raises(StrategyError, match=r"(?s)strategy.ckpt: layouts.*- w: the tensor map .*- b: the tensor map"):
+        read_strategy(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty; a strategy file was expected"),
+        (b"garbage \xff\x00", "is not a strategy file"),
+        (b"{", "is not a strategy file"),
+        (b"{}", "is not a strategy file"),
+        (b'{"parallel_layout_item": {"w": {"dev_matrix": [2]}}}', "is not a strategy file"),
+        (b'{"parallel_layout_item": [1]}', "is not a strategy file"),
+        (b'{"parallel_layout_item": {"w": {"dev_matrix": ["x"], "tensor_map": [0]}}}', "is not a strategy file"),
+        (b'{"parallel_layout_item": {"w": {"dev_matrix": [2], "tensor_map": [null]}}}', "is not a strategy file"),
+        (b'{"parallel_layout_item": {"w": {"dev_matrix": 2, "tensor_map": [0]}}}', "is not a strategy file"),
+        (b'{"parallel_layout_item": {}}', "no parameter has a layout"),
+        (b"\x08\x02", "no parameter has a layout"),
+    ],
+)
+def test_files_that_are_no_strategies(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "strategy.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(StrategyError, match=message) as raised:
+        read_strategy(path)
+    assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["dp2mp2pp2", "dp2mp4_json"])
+def test_truncated_files(name: str, tmp_path: Path) -> None:
+    whole = recorded(name).file.read_bytes()
+    path = tmp_path / recorded(name).file.name
+    for length in range(1, len(whole), len(whole) // 20):
+        path.write_bytes(whole[:length])
+        try:
+            strategy = read_strategy(path)
+        except StrategyError as error:
+            assert str(path) in str(error)
+        else:  # cut between two parameters, or in what is not read
+            assert strategy.names() <= recorded(name).strategy.names()
+
+
+def test_a_checkpoint_is_no_strategy(tmp_path: Path) -> None:
+    from recorded import random_model, write_tensors
+
+    path = write_tensors(tmp_path / "model.ckpt", random_model({"w": (4, 4)}))
+    with pytest.raises(StrategyError, match=r"model\.ckpt"):
+        read_strategy(path)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(StrategyError, match="no strategy file or folder at"):
+        read_strategy(tmp_path / "nothing")
+    with pytest.raises(StrategyError, match=r"no strategy file \(ckpt_strategy_rank_<n>.ckpt\) in this folder"):
+        read_strategy(tmp_path)
+    assert not is_strategy_folder(tmp_path)
+    assert not is_strategy_folder(tmp_path / "nothing")
+
+
+def test_files_of_different_runs_are_refused(tmp_path: Path) -> None:
+    write_strategy(LAYOUTS, tmp_path / rank_file_name(0))
+    write_strategy({"w": Layout((4,), ((0,), ()))}, tmp_path / rank_file_name(3))
+    with pytest.raises(StrategyError, match=r"(?s)files of different runs are mixed.*rank_0.ckpt and .*rank_3.ckpt"):
+        read_strategy(tmp_path)
+
+
+def test_a_stale_file_of_a_larger_run_is_refused(tmp_path: Path) -> None:
+    for rank in (0, 1, 2, 3, 5):
+        write_strategy(LAYOUTS, tmp_path / rank_file_name(rank))
+    with pytest.raises(StrategyError, match=r"rank_5\.ckpt says stage 0, but rank 5 of 4 does not exist"):
+        read_strategy(tmp_path)
+
+
+def test_a_file_of_the_wrong_stage_is_refused(tmp_path: Path) -> None:
+    for rank, stage in enumerate((0, 0, 0, 1, 1, 1, 1, 1)):
+        write_strategy(LAYOUTS, tmp_path / rank_file_name(rank), stage)
+    with pytest.raises(StrategyError, match=r"rank_3\.ckpt says stage 1, but rank 3 of 8 belongs to stage 0"):
+        read_strategy(tmp_path)
+
+
+def test_layouts_on_different_numbers_of_ranks_are_refused(tmp_path: Path) -> None:
+    write_strategy({"w": DP2MP2, "v": Layout((8,), ((0,), ()))}, tmp_path / "strategy.ckpt")
+    with pytest.raises(StrategyError, match=r"different numbers of ranks: w on 4 ranks.*, v on 8 ranks"):
+        read_strategy(tmp_path / "strategy.ckpt")
+
+
+def test_both_flavours_in_one_folder_are_refused(tmp_path: Path) -> None:
+    write_strategy(LAYOUTS, tmp_path / rank_file_name(0, "ckpt"))
+    write_strategy(LAYOUTS, tmp_path / rank_file_name(1, "json"))
+    with pytest.raises(StrategyError, match=r"\.ckpt and \.json strategy files are mixed"):
+        read_strategy(tmp_path)
+    shutil.copy(tmp_path / rank_file_name(1, "json"), tmp_path / rank_file_name(0, "json"))
+    with pytest.raises(StrategyError, match=r"\.ckpt and \.json strategy files are mixed"):
+        read_strategy(tmp_path)
+
+
+def test_two_files_of_one_rank_are_refused(tmp_path: Path) -> None:
+    write_strategy(LAYOUTS, tmp_path / "ckpt_strategy_rank_0.ckpt")
+    write_strategy(LAYOUTS, tmp_path / "old_rank_0.ckpt")
+    with pytest.raises(StrategyError, match="are both strategy files of rank 0"):
+        read_strategy(tmp_path)
+
+
+def test_a_merged_file_under_the_name_of_a_rank_is_refused(tmp_path: Path) -> None:
+    shutil.copy(recorded("pp4").file, tmp_path / rank_file_name(0))
+    with pytest.raises(StrategyError, match="is a merged strategy under the name of a rank's file"):
+        read_strategy(tmp_path)
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StrategyError, match="cannot write the strategy file"):
+        write_strategy(LAYOUTS, tmp_path / "file" / "strategy.ckpt")
+
+
+def test_the_strategy_of_complete_weights() -> None:
+    strategy = Strategy.complete()
+    assert strategy.is_complete
+    assert (strategy.rank_count, strategy.names(), strategy.layout("w", 0)) == (1, set(), None)
+    assert strategy.describe() == "complete weights"
+    assert recorded("dp1").strategy.is_complete
+    assert recorded("dp2mp2pp2").strategy.describe().startswith("8 ranks, 2 pipeline stages of 4 (")
+    with pytest.raises(StrategyError, match="no parameter has a layout"):
+        Strategy.of_stages(({},), "here")
+
+
+def test_a_json_file_with_several_axes_is_the_protobuf_file() -> None:
+    as_json, as_message = recorded("dp2mp4_layout_dpmp_json"), recorded("dp2mp4_layout_dpmp")
+    assert as_json.strategy.names() == as_message.strategy.names()
+    joined = 0
+    for name, parameter in as_json.parameters.items():
+        fitted = as_json.strategy.stages[0][name].for_whole(parameter.full_shape)
+        assert fitted == as_message.strategy.stages[0][name].for_whole(parameter.full_shape)
+        joined += any(len(axes) > 1 for axes in fitted.tensor_map)
+    assert joined > 50
+    content = json.loads(as_json.file.read_bytes())
+    assert max(len(item["tensor_shape"]) for item in content["parallel_layout_item"].values()) == 3
+
+
+def test_recorded_boxes_are_boxes() -> None:
+    parameter = recorded("dp2mp4").parameters["lm_head.weight"]
+    assert parameter.slices[5] == Box((64, 0), (128, 64))
+
+
+class TestMindSporeAgrees:
+    """MindSpore's own functions on the same files."""
+
+    @pytest.fixture(autouse=True)
+    def _mindspore(self) -> None:
+        pytest.importorskip("mindspore")
+
+    @pytest.mark.parametrize("name", ["dp2mp2pp2", "dp2mp2pp2_tied", "dp1mp4pp2", "pp4", "dp2pp4", "dp2mp2pp2_json"])
+    def test_merged_file(self, name: str, tmp_path: Path) -> None:
+        import mindspore as ms
+
+        folder = tmp_path / "strategy"
+        folder.mkdir()
+        for file in recorded(name).folder.glob("ckpt_strategy_rank_*"):
+            shutil.copy(file, folder)
+        suffix = recorded(name).file.suffix
+        theirs, ours = tmp_path / f"theirs{suffix}", tmp_path / f"ours{suffix}"
+        ms.parallel.merge_pipeline_strategys(str(folder), str(theirs))
+        merge_strategies(folder, ours)
+        assert by_stage(ours) == by_stage(theirs)
+        assert read_strategy(theirs).stages == read_strategy(ours).stages
+
+    def test_a_written_file_is_merged_as_a_recorded_one(self, tmp_path: Path) -> None:
+        import mindspore as ms
+
+        for rank in range(8):
+            write_strategy(LAYOUTS, tmp_path / "all" / rank_file_name(rank), rank // 4)
+        ms.parallel.merge_pipeline_strategys(str(tmp_path / "all"), str(tmp_path / "merged.ckpt"))
+        assert read_strategy(tmp_path / "merged.ckpt").stages == (LAYOUTS, LAYOUTS)
+
+
+def by_stage(path: Path) -> Any:
+    """The content of a merged strategy file with its items sorted by stage: MindSpore's order is that of the disk."""
+    if path.suffix == ".json":
+        content = json.loads(path.read_bytes())
+        items = content["parallel_layout_item"]
+        order = sorted(items, key=lambda name: int(name.partition("-")[0]))
+        return content["current_stage"], content["parallel_strategy_item"], [(name, items[name]) for name in order]
+    message = strategy_map_class()()
+    message.ParseFromString(path.read_bytes())
+    strategies = sorted(message.parallel_strategy_item, key=lambda item: item.parallel_strategys.stage)
+    layouts = sorted(message.parallel_layout_item, key=lambda item: int(item.param_name.partition("-")[0]))
+    return message.current_stage, strategies, layouts

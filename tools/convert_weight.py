@@ -1,0 +1,11 @@
+"""The guide's weight conversion tool: `mindformers-ckpt convert` under its familiar name.
+
+python tools/convert_weight.py --model llama --input_path /home/user/torch_weights --output_path llama.ckpt
+"""
+
+import sys
+
+from mindformers_ckpt.cli.main import main
+
+if __name__ == "__main__":
+    main(["convert", *sys.argv[1:]])
