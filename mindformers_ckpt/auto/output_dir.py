@@ -3,53 +3,85 @@
 The guide has both removed when automatic conversion is on. Here nothing is deleted before what replaces it
 is complete: the old strategy folder is moved aside while the job writes its own, and comes back when the
 load fails; `transformed_checkpoint` is replaced in one step when the new one is complete.
+
+What a killed job leaves is put right by any of its other ranks, or else by the next job.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from mindformers_ckpt.errors import ConfigError, PublishError, describe_problems
 
+log = logging.getLogger("mindformers_ckpt")
+
 
 class OutputDir:
-    """The output dir of a job, seen by the one rank that changes it.
+    """The output dir of a job.
 
-    The job that clears holds a lock from `clear` to `keep` or `restore`; a second job is refused.
+    The rank that clears it holds a lock from `clear` to `keep` or `restore`; a second job is refused.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
         self.strategy = self.root / "strategy"
         self.transformed = self.root / "transformed_checkpoint"
+        # There from `clear` to `keep`: the old strategy folder, an empty folder where there was none.
         self._previous = self.root / ".strategy.previous"
         self._holder = self.root / ".checkpoint_hook.holder"
         self._lock = FileLock(self.root / ".checkpoint_hook.lock")
+        self._cleared = False
 
-    def check_apart(self, load_checkpoint: str, src_strategy: str) -> None:
-        """Refuse sources that lie in what would be cleared; symbolic links are resolved. Touches nothing."""
-        cleared = [(folder, folder.resolve()) for folder in (self.strategy, self.transformed)]
+    def check_apart(
+        self, load_checkpoint: str, src_strategy: str, files: Iterable[Path] = (), *, strategy_only: bool = False
+    ) -> None:
+        """Refuse sources that lie in what would be cleared; symbolic links are resolved. Touches nothing.
+
+        `files` are those that the source consists of, `strategy_only` says that nothing but the strategy
+        folder will be cleared. Raises ConfigError.
+        """
+        cleared = (self.strategy,) if strategy_only else (self.strategy, self.transformed)
         problems = []
         for key, value in (("load_checkpoint", load_checkpoint), ("src_strategy_path_or_dir", src_strategy)):
-            real = Path(value).resolve() if value else None
-            for folder, real_folder in cleared:
-                if real is not None and (real.is_relative_to(real_folder) or real_folder.is_relative_to(real)):
-                    what = "the last run's strategy" if folder == self.strategy else "a transformed checkpoint"
-                    aim = self.root.parent / "checkpoint_source" / Path(value).name
-                    problems.append(
-                        f"{key}: {value} lies in {folder}, which is cleared for {what}; move it away first, "
-                        f"e.g. mv {value} {aim}, and set {key} to that"
-                    )
+            if value:
+                paths = [Path(value), *(files if key == "load_checkpoint" else ())]
+                problems += [problem for folder in cleared for problem in self._overlap(key, value, paths, folder)]
         if problems:
             headline = "the source is in a folder that automatic conversion clears; nothing was touched"
             raise ConfigError(describe_problems(headline, problems))
+        if not strategy_only and (self.transformed.is_symlink() or os.path.ismount(self.transformed)):
+            raise ConfigError(
+                f"{self.transformed} is a link or a mount point, which cannot be replaced as a whole; remove it, "
+                "or set output_dir to a folder on the disk where the results should lie"
+            )
+
+    def _overlap(self, key: str, value: str, paths: list[Path], folder: Path) -> list[str]:
+        real_folder = folder.resolve()
+        content = "the last run's strategy" if folder == self.strategy else "a transformed checkpoint"
+        for path in paths:
+            real = path.resolve()
+            if real.is_relative_to(real_folder):
+                aim = self.root.parent / "checkpoint_source" / Path(value).name
+                what = f"{value} lies in" if path == paths[0] else f"{path} is a file in"
+                return [
+                    f"{key}: {what} {folder}, which is cleared of {content}; move it away first, "
+                    f"e.g. mkdir -p {aim.parent} && mv {value} {aim}, and set {key} to that"
+                ]
+            if real_folder.is_relative_to(real):
+                return [
+                    f"{key}: {value} contains {folder}, which is cleared of {content}; set output_dir to a folder "
+                    f"outside of {value}, or {key} to the folder with the files themselves"
+                ]
+        return []
 
     def clear(self) -> None:
-        """Make an empty strategy folder, with the old one moved aside. Links are removed, never followed.
+        """Make an empty strategy folder, with the old one moved aside. Links are moved, never followed.
 
         Raises PublishError when another job works here.
         """
@@ -62,32 +94,74 @@ class OutputDir:
                 f"another job ({holder}) is loading weights with the output dir {self.root}; "
                 "wait for it, or give this job another output_dir"
             ) from None
+        except NotImplementedError:
+            log.warning("%s is on a disk without file locks: a second job on it would not be noticed", self.root)
+        self._cleared = True
         self._holder.write_text(f"process {os.getpid()} on {os.uname().nodename}")
-        if self._previous.exists() or self._previous.is_symlink():
-            _remove(self.strategy)  # of a run that died: what it replaced is still aside
-        elif self.strategy.exists() or self.strategy.is_symlink():
+        for waste in self.root.glob(".removed-*"):
+            _remove(waste)
+        if _is_there(self._previous):
+            self._discard(self.strategy)  # of a run that died: what it replaced is still aside
+        elif _is_there(self.strategy):
             os.rename(self.strategy, self._previous)
+        else:
+            self._previous.mkdir()
         self.strategy.mkdir()
 
-    def keep(self, transformed: bool) -> None:
-        """The load is done: remove what it replaced. `transformed`: whether this run made a new checkpoint."""
-        _remove(self._previous)
-        if not transformed:
-            _remove(self.transformed)
+    def keep(self, *, clear_transformed: bool = False) -> None:
+        """The load is done: remove the old strategy, and the transformed checkpoint if it is stale."""
+        self._discard(self._previous)
+        if clear_transformed:
+            self._discard(self.transformed)
         self._release()
 
-    def restore(self) -> None:
-        """The load failed: put the old strategy back. Does nothing unless this process cleared."""
-        if not self._lock.is_locked:
+    def restore(self, *, settled: bool = True) -> None:
+        """The load failed, or an earlier job died: put the old strategy back.
+
+        Any rank may call this; the one that cleared goes first, as long as it lives. Until the job is
+        `settled` other ranks may still write their strategy, so what was set aside is then kept, and the last
+        rank that comes here, or the next job, has the last word.
+        """
+        if not self._cleared and not self._take_over():
             return
-        if self._previous.exists() or self._previous.is_symlink():
-            _remove(self.strategy)
-            os.rename(self._previous, self.strategy)
+        if _is_there(self._previous):
+            self._discard(self.strategy)
+            if self._previous.is_symlink() or any(self._previous.iterdir()):
+                if settled or self._previous.is_symlink():
+                    os.rename(self._previous, self.strategy)
+                else:
+                    shutil.copytree(self._previous, self.strategy, symlinks=True)
+            elif settled:
+                self._previous.rmdir()
         self._release()
+
+    def _take_over(self) -> bool:
+        """Take the lock of a job that left something to put right, unless it is alive."""
+        if not _is_there(self._previous):
+            return False
+        try:
+            self._lock.acquire(timeout=0)
+        except (Timeout, NotImplementedError, OSError):
+            return False
+        self._cleared = True
+        return True
 
     def _release(self) -> None:
+        self._cleared = False
         self._holder.unlink(missing_ok=True)
         self._lock.release()
+
+    def _discard(self, path: Path) -> None:
+        """Remove a folder in one step, as others see it; a killed removal is finished by the next job."""
+        if _is_there(path):
+            waste = self.root / f".removed-{path.name.lstrip('.')}-{os.getpid()}"
+            _remove(waste)
+            os.rename(path, waste)
+            _remove(waste)
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
 
 
 def _remove(path: Path) -> None:

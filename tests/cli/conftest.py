@@ -3,8 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from tests.cli.toy import write_toy
+from toy import write_toy
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+from recorded import Tensor, random_bits, write_ranks, write_tensors
 
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.layout import Layout
 from mindformers_ckpt.strategy.files import write_strategy
-from tests.recorded import Tensor, random_bits, write_ranks, write_tensors
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOOLS = ROOT / "tools"
