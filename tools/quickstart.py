@@ -102,6 +102,9 @@ def main() -> int:
         except JobFailedError as error:
             print(f"\n{error}", file=sys.stderr)
             return 1
+        except KeyboardInterrupt:
+            print("\nstopped; all workers have been ended", file=sys.stderr)
+            return 130
     findings = compare(records[0], dict(zip(CHAIN, records[1:], strict=True)))
     print(f"\n{summary(jobs, records)}\n")
     for finding in findings:

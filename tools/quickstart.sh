@@ -52,7 +52,7 @@ else
     PIP=("$PYTHON" -m pip --python "$VENV/bin/python")
     "$PYTHON" -c 'import pip' 2>/dev/null || fail "$PYTHON has no pip; on Debian: apt-get install python3-pip"
 fi
-echo "Installing the project and its dependencies (the first time this fetches MindSpore, about 400 MB)"
+echo "Installing the project and its dependencies (MindSpore is large: 3 GB on disk)"
 "${PIP[@]}" install --disable-pip-version-check --quiet '.[mindspore]' || fail "pip could not install the project; see above"
 
 exec "$VENV/bin/python" tools/quickstart.py "$@"

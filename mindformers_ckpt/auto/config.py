@@ -18,6 +18,7 @@ from mindformers_ckpt.errors import ConfigError, describe_problems
 
 RUN_MODES = ("train", "finetune", "predict", "eval")
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0", "")
+_STEP_FILE = re.compile(r"-\d+_\d+$|\.(ckpt|safetensors)$")
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
@@ -34,7 +35,8 @@ class Config:
         output_dir: folder of `strategy`, `transformed_checkpoint` and what else the job writes.
         use_parallel: False for a job on one card.
         run_mode: train, finetune, predict or eval.
-        resume_training: True, or the name of the file to resume from ("<prefix>-<epoch>_<step>.ckpt").
+        resume_training: whether the state of the optimizer is loaded too; or the name of the file to resume
+            from ("<prefix>-<epoch>_<step>.ckpt"). Left out: it is loaded into an optimizer that is there.
         only_save_strategy: write the strategy and stop.
         load_ckpt_format: format of the transformed checkpoint, "ckpt" or "safetensors".
         transform_timeout: seconds that ranks wait for each other at a step (our key).
@@ -48,7 +50,7 @@ class Config:
     output_dir: str = "./output"
     use_parallel: bool = True
     run_mode: str = "train"
-    resume_training: bool | str = False
+    resume_training: bool | str | None = None
     only_save_strategy: bool = False
     load_ckpt_format: str = "ckpt"
     transform_timeout: float = 7200.0
@@ -157,11 +159,17 @@ def _parse_seconds(value: Any) -> float:
     return number
 
 
+def _parse_output_dir(value: Any) -> str:
+    return _parse_path(value) or Config.output_dir
+
+
 def _parse_resume(value: Any) -> bool | str:
     try:
         return parse_bool(value)
     except ValueError:
-        return str(value)
+        if isinstance(value, str) and _STEP_FILE.search(value):
+            return value
+    raise ValueError(f"True, False or a file name like llama-3_150.ckpt was expected, not {value!r}")
 
 
 def _choice(*choices: str) -> Callable[[Any], str]:
@@ -179,7 +187,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "auto_trans_ckpt": parse_bool,
     "transform_process_num": _parse_positive,
     "transform_by_rank": parse_bool,
-    "output_dir": _parse_path,
+    "output_dir": _parse_output_dir,
     "use_parallel": parse_bool,
     "run_mode": _choice(*RUN_MODES),
     "resume_training": _parse_resume,
