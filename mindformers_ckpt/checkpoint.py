@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -13,10 +13,13 @@ from mindformers_ckpt.formats import Header, TensorRecord, TensorSpec, read_head
 from mindformers_ckpt.layout import Layout
 from mindformers_ckpt.source_files import SourceFiles
 from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.strategy.nearby import strategy_near
 
 # Up to so many files every header is read before work starts. Beyond, a file of the same stage and the same
-# size as one already read is taken to hold the same tensors; it is checked when it is opened for its bytes.
+# size and beginning as one already read is taken to hold the same tensors; it is checked when it is opened for
+# its bytes.
 _SCAN_ALL_FILES = 64
+_FIRST_BYTES = 48
 
 
 class Shard(NamedTuple):
@@ -46,15 +49,17 @@ class LogicalTensor(NamedTuple):
 class Checkpoint:
     """Files by rank under a strategy. Headers are read when they are needed, contents never.
 
-    Raises PlanError when files and strategy do not belong together.
+    With `names` other tensors in the files are left aside. Raises PlanError when files and strategy do not
+    belong together.
     """
 
     files: SourceFiles
     strategy: Strategy
+    names: Container[str] | None = None
     _headers: dict[Path, Header] = field(default_factory=dict)
     _tensors: dict[str, LogicalTensor] | None = None
-    _by_rank: dict[int, dict[str, tuple[Path, TensorSpec]]] = field(default_factory=dict)
-    _by_size: dict[tuple[int, tuple[int, ...]], int] = field(default_factory=dict)
+    _by_rank: dict[int, dict[str, tuple[Path, TensorRecord]]] = field(default_factory=dict)
+    _by_looks: dict[tuple[object, ...], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         ranks, count = set(self.files.by_rank), self.strategy.rank_count
@@ -64,9 +69,11 @@ class Checkpoint:
                 "ranks; leave the source strategy out, or give the folder that holds the rank_<n> folders"
             )
         if self.files.sharded and self.strategy.is_complete and len(ranks) > 1:
+            near = strategy_near(self.files.root, max(ranks) + 1)
             raise PlanError(
                 f"{self.files.root} holds the shards of {len(ranks)} ranks, but no source strategy is given; "
                 "name the strategy file or folder they were saved under"
+                + (f", which could be {near} (it is for as many ranks)" if near is not None else "")
             )
         surplus = sorted(rank for rank in ranks if rank >= count)
         if surplus:
@@ -103,12 +110,22 @@ class Checkpoint:
 
     def header_of(self, rank: int) -> dict[str, tuple[Path, TensorSpec]]:
         """The tensors in the files of a rank: name -> (file, spec)."""
+        return {name: (path, record.spec) for name, (path, record) in self.records_of(rank).items()}
+
+    def records_of(self, rank: int) -> dict[str, tuple[Path, TensorRecord]]:
+        """The tensors in the files of a rank, and where they lie in them: name -> (file, record)."""
         if rank not in self._by_rank:
-            self._by_rank[rank] = self._read_headers(rank)
+            like, own = self._alike(rank), self.files.by_rank[rank]
+            if like == rank:
+                self._by_rank[rank] = self._read_headers(rank)
+            else:
+                places = dict(zip(self.files.by_rank[like], own))
+                records = self.records_of(like).items()
+                self._by_rank[rank] = {name: (places[path], record) for name, (path, record) in records}
         return self._by_rank[rank]
 
-    def _read_headers(self, rank: int) -> dict[str, tuple[Path, TensorSpec]]:
-        tensors: dict[str, tuple[Path, TensorSpec]] = {}
+    def _read_headers(self, rank: int) -> dict[str, tuple[Path, TensorRecord]]:
+        tensors: dict[str, tuple[Path, TensorRecord]] = {}
         for path in self.files.by_rank[rank]:
             for name, record in self._header(path).tensors.items():
                 if name in tensors:
@@ -116,16 +133,12 @@ class Checkpoint:
                         f"{path} and {tensors[name][0]} both hold {name}: these are several checkpoints, not one; "
                         "name the file to read"
                     )
-                tensors[name] = (path, record.spec)
+                tensors[name] = (path, record)
         return tensors
 
     def holds(self, rank: int, name: str) -> bool:
         """Whether the files of a rank are there and hold a tensor."""
-        return rank in self.files.by_rank and name in self.header_of(rank)
-
-    def record_of(self, rank: int, name: str) -> TensorRecord:
-        """Where a tensor lies in the file of a rank."""
-        return self._header(self.header_of(rank)[name][0]).tensors[name]
+        return rank in self.files.by_rank and name in self.records_of(rank)
 
     def used_files(self, tensors: Mapping[str, LogicalTensor]) -> list[Path]:
         """The files that hold the chosen replicas, in order."""
@@ -156,21 +169,20 @@ class Checkpoint:
         first = stage * self.strategy.stage_size
         return [rank for rank in range(first, first + self.strategy.stage_size) if rank in self.files.by_rank]
 
-    def _alike(self, rank: int, stage: int) -> int:
+    def _alike(self, rank: int) -> int:
         """The rank of the stage whose header stands for this rank's: its own where sources are moderate."""
         if len(self.files.by_rank) <= _SCAN_ALL_FILES:
             return rank
-        sizes = tuple(path.stat().st_size for path in self.files.by_rank[rank])
-        return self._by_size.setdefault((stage, sizes), rank)
+        stage, files = self.strategy.stage_of(rank), self.files.by_rank[rank]
+        return self._by_looks.setdefault((stage, *map(_looks, files)), rank)
 
     def _holders(self, stage: int) -> dict[str, dict[int, tuple[Path, TensorSpec]]]:
         """For every tensor that files of the stage hold: rank -> file and spec of its shard."""
         holders: dict[str, dict[int, tuple[Path, TensorSpec]]] = {}
         for rank in self._ranks(stage):
-            like = self._alike(rank, stage)
-            for name, (path, spec) in self.header_of(like).items():
-                own = path if like == rank else self.files.by_rank[rank][self.files.by_rank[like].index(path)]
-                holders.setdefault(name, {})[rank] = (own, spec)
+            for name, (path, record) in self.records_of(rank).items():
+                if self.names is None or name in self.names:
+                    holders.setdefault(name, {})[rank] = (path, record.spec)
         return holders
 
     def _tensor(self, name: str, stage: int, holders: Mapping[int, tuple[Path, TensorSpec]]) -> LogicalTensor:
@@ -203,29 +215,34 @@ class Checkpoint:
         layout = self.strategy.layout(name, stage)
         if layout is None:
             return None
-        fitted = layout.for_shard(shard.shape)
         if name in self.strategy.stages[stage]:
-            return fitted
-        return self._shared_layout(name, fitted, shard)
+            return layout.for_shard(shard.shape)
+        return self._shared_layout(name, layout, shard)
 
     def _shared_layout(self, name: str, layout: Layout, shard: TensorSpec) -> Layout | None:
         """The layout of a parameter shared with another stage, whose layout alone is recorded.
 
-        MindSpore cuts the second copy along the tensor map, but does not always apply the optimizer shard
-        to it; the shape tells.
+        `layout` is the likely one. The shape tells whether the shard is cut like those of the other stage
+        (an optimizer shard), or not at all.
         """
         owner = next(number for number, layouts in enumerate(self.strategy.stages) if name in layouts)
         ranks = self._ranks(owner)
-        specs = (self.header_of(self._alike(rank, owner)).get(name) for rank in ranks)
+        specs = (self.header_of(rank).get(name) for rank in ranks)
         reference = next((spec for spec in specs if spec is not None), None)
         if reference is None:
-            return layout
-        full = layout.full_shape(reference[1].shape)
-        plain = Layout(layout.device_matrix, layout.tensor_map)
-        for candidate in (layout, plain):
+            return layout.for_shard(shard.shape)
+        owners_layout = self.strategy.stages[owner][name].for_shard(reference[1].shape)
+        full = owners_layout.full_shape(reference[1].shape)
+        for candidate in (layout.for_whole(full), owners_layout):
             if candidate.full_shape(shard.shape) == full:
                 return candidate
-        return None if shard.shape == full else layout
+        return None if shard.shape == full else layout.for_shard(shard.shape)
+
+
+def _looks(path: Path) -> tuple[int, bytes]:
+    """The size of a file and its first bytes, in which its first tensor is named."""
+    with path.open("rb") as stream:
+        return path.stat().st_size, stream.read(_FIRST_BYTES)
 
 
 def _merged(first: LogicalTensor, second: LogicalTensor) -> LogicalTensor:

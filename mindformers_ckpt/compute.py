@@ -74,9 +74,9 @@ def _converted(numbers: Array, target: DType) -> Array:
 
     with np.errstate(all="ignore"):
         result = numbers.astype(_numeric(target.name))
-        too_large = ~np.isfinite(result)
-    if too_large.any() and np.isfinite(numbers[too_large]).any():
-        largest = np.abs(numbers[np.isfinite(numbers)]).max()
+        too_large = np.isfinite(numbers) & ~np.isfinite(result)
+    if too_large.any():
+        largest = np.abs(numbers[too_large]).max()
         raise TransferError(f"a value of magnitude {float(largest):g} does not fit {target.name}; choose bf16 or fp32")
     return result.view(target.carrier)
 

@@ -11,9 +11,10 @@ import contextlib
 import multiprocessing
 import os
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,9 +25,12 @@ from mindformers_ckpt.plan import Plan, SourceFile, TargetFile, Transfer, View
 from mindformers_ckpt.shard_io import BLOCK_BYTES, TRANSPOSE_BYTES, FileSink, ShardReader, Sink, target_runs
 
 if TYPE_CHECKING:
+    from multiprocessing.synchronize import Event
+
     import numpy as np
 
 _TASKS = 64
+_SECONDS_BETWEEN_CHECKS = 0.2
 _SMALLEST_TASK, _LARGEST_TASK = 8 << 20, 256 << 20
 
 
@@ -225,7 +229,8 @@ def copy_tasks(
         return
     context = multiprocessing.get_context("spawn")
     workers = min(processes, len(tasks)) - 1
-    arguments = (plan.sources, folder, plan.targets, hashes)
+    stop = context.Event()
+    arguments = (plan.sources, folder, plan.targets, hashes, stop)
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=arguments)
     try:
         with _blank_main():
@@ -237,6 +242,7 @@ def copy_tasks(
             "Nothing was published; run the same command again, with fewer processes if memory is short"
         ) from error
     finally:
+        stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
         copier.close()
 
@@ -244,36 +250,56 @@ def copy_tasks(
 def _work_along(futures: dict[Future[Done], Task], copier: Copier, check: Callable[[], None]) -> Iterator[Done]:
     """Take tasks from the far end while the workers take them from the front."""
     waiting = dict(futures)
+
+    def check_all() -> None:
+        check()
+        for future in waiting:
+            if future.done() and future.exception() is not None:
+                future.result()
+
     while waiting:
         future, task = waiting.popitem()
         if future.cancel():
-            yield copier.run(task, check)
+            yield copier.run(task, check_all)
         else:
             waiting = {future: task, **waiting}
             break
         for done in [future for future in waiting if future.done()]:
             del waiting[done]
             yield done.result()
-    for done in as_completed(waiting):
+    while waiting:
         check()
-        yield done.result()
+        for done in wait(waiting, _SECONDS_BETWEEN_CHECKS, return_when=FIRST_COMPLETED).done:
+            del waiting[done]
+            yield done.result()
 
 
 _worker: Copier | None = None
+_stop: Event | None = None
 
 
-def _start_worker(sources: tuple[SourceFile, ...], folder: Path, targets: tuple[TargetFile, ...], hashes: bool) -> None:
-    global _worker
-    _worker = Copier(sources, FileSink(folder, targets), hashes=hashes)
+def _start_worker(
+    sources: tuple[SourceFile, ...], folder: Path, targets: tuple[TargetFile, ...], hashes: bool, stop: Event
+) -> None:
+    global _worker, _stop
+    _worker, _stop = Copier(sources, FileSink(folder, targets), hashes=hashes), stop
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End when the starting process is gone: a worker that waits for work would not notice."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run_in_worker(task: Task) -> Done:
     assert _worker is not None
-    parent = os.getppid()
 
     def check() -> None:
-        if os.getppid() != parent:
-            raise TransferError("the process that started this worker is gone")
+        if _stop is not None and _stop.is_set():
+            raise TransferError("the work was stopped")
 
     return _worker.run(task, check)
 

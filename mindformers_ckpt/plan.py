@@ -158,7 +158,7 @@ def _cover_fault(shape: tuple[int, ...], sources: tuple[Box, ...], targets: tupl
     for box in (*sources, *targets):
         if not whole.contains(box):
             return f"the box {box} lies outside of the shape {list(shape)}"
-    if sum(box.volume for box in sources) > whole.volume or not (len(sources) > 256 or are_disjoint(sources)):
+    if sum(box.volume for box in sources) > whole.volume or not are_disjoint(sources):
         return "source shards overlap"
     for box in targets:
         held = covered_volume(box, sources)

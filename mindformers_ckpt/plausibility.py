@@ -132,8 +132,8 @@ def _spread(items: Sequence[_T]) -> list[_T]:
 
 def _sample(source: Checkpoint, rank: int, name: str) -> bytes:
     """Some bytes of a rank's shard, from its start and its middle."""
-    record = source.record_of(rank, name)
-    with open(source.header_of(rank)[name][0], "rb") as stream:
+    path, record = source.records_of(rank)[name]
+    with path.open("rb") as stream:
         parts = []
         for segment in record.segments[:1]:
             for offset in {0, segment.length // 2 // record.spec.dtype.itemsize * record.spec.dtype.itemsize}:

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mindformers_ckpt.box import (
@@ -112,11 +112,25 @@ def test_hull_is_the_smallest_box_around_boxes(case: tuple[tuple[int, ...], list
         assert around.stop[axis] == max(box.stop[axis] for box in boxes)
 
 
-@given(boxes_of(4))
-def test_covered_volume_counts_elements(case: tuple[tuple[int, ...], list[Box]]) -> None:
-    _, (box, *others) = case
-    assume(are_disjoint(others))
-    assert covered_volume(box, others) == len(indices(box) & set().union(*map(indices, others)))
+@given(boxes_of(6), st.integers(1, 6))
+def test_disjoint_boxes_share_no_index(case: tuple[tuple[int, ...], list[Box]], count: int) -> None:
+    boxes = case[1][:count]
+    held = [index for box in boxes for index in indices(box)]
+    assert are_disjoint(boxes) == (len(set(held)) == len(held))
+
+
+@pytest.mark.parametrize("shape", [(1024, 1), (1, 1024), (32, 32)])
+def test_thousands_of_boxes_are_compared_quickly(shape: tuple[int, int]) -> None:
+    cells = [Box((row, column), (row + 1, column + 1)) for row in range(shape[0]) for column in range(shape[1])]
+    assert are_disjoint(cells)
+    assert not are_disjoint([*cells, cells[123]])
+
+
+@given(boxes_of(), st.integers(1, 20), st.integers(1, 3))
+def test_covered_volume_counts_elements(case: tuple[tuple[int, ...], list[Box]], limit: int, step: int) -> None:
+    shape, (box,) = case
+    disjoint = list(blocks(Box.whole(shape), limit))[::step]
+    assert covered_volume(box, disjoint) == len(indices(box) & set().union(*map(indices, disjoint)))
 
 
 @given(boxes_of(2))

@@ -104,13 +104,15 @@ def test_ranks_that_hold_different_shapes(tmp_path: Path) -> None:
 
 def test_a_tensor_of_other_dimensions(tmp_path: Path) -> None:
     write_ranks(tmp_path, {rank: random_model({"w": (8,), "v": (4, 2)}) for rank in range(4)})
-    with pytest.raises(PlanError, match=r"w: the layout .* is that of a tensor of 2 dimensions, but the shape is \[8\]"):
+    with pytest.raises(
+        PlanError, match=r"w: the layout .* is that of a tensor of 2 dimensions, but the shape is \[8\]"
+    ):
         opened(tmp_path, MP4).tensors()
 
 
 def test_complete_weights_under_a_strategy(tmp_path: Path) -> None:
     path = write_tensors(tmp_path / "model.ckpt", MODEL)
-    with pytest.raises(PlanError, match="is complete weights, but its strategy .* is for 4 ranks"):
+    with pytest.raises(PlanError, match=r"is complete weights, but its strategy .* is for 4 ranks"):
         opened(path, MP4)
     assert list(opened(path, Strategy.complete()).tensors()) == list(MODEL)
 
@@ -181,7 +183,7 @@ def test_a_tied_embedding_whose_first_stage_lost_ranks(tmp_path: Path) -> None:
     assert tensor.missing == ()
 
 
-@pytest.mark.parametrize("second_copy", ["cut", "whole", "as recorded"])
+@pytest.mark.parametrize("second_copy", ["cut", "whole"])
 def test_the_second_copy_of_a_tied_embedding_may_lack_the_optimizer_shard(second_copy: str, tmp_path: Path) -> None:
     name, other = "emb", "head"
     cut = Layout((4,), ((), ()), optimizer_shards=2, optimizer_step=1)
@@ -193,7 +195,10 @@ def test_the_second_copy_of_a_tied_embedding_may_lack_the_optimizer_shard(second
         if rank < 4:
             ranks[rank] = {name: model[name].part(box)}
         else:
-            ranks[rank] = {other: model[other].part(box), name: model[name].part(box if second_copy == "cut" else whole)}
+            ranks[rank] = {
+                other: model[other].part(box),
+                name: model[name].part(box if second_copy == "cut" else whole),
+            }
     write_ranks(tmp_path, ranks)
     tensors = opened(tmp_path, strategy).tensors()
     assert tensors[name].spec.shape == (8, 4)

@@ -78,7 +78,7 @@ def test_a_named_step(wanted: str, tmp_path: Path) -> None:
     for rank in range(2):
         touch(tmp_path, *(f"rank_{rank}/llama_rank_{rank}-{step}.ckpt" for step in ("1_5", "1_15", "2_5", "11_5")))
     if wanted == "1_5.ckpt":  # no file is called so, and no epoch and step are told apart from a name without "-"
-        with pytest.raises(PlanError, match="no file for '1_5.ckpt'"):
+        with pytest.raises(PlanError, match=r"no file for '1_5\.ckpt'"):
             find_source(tmp_path, wanted)
         return
     assert chosen(tmp_path, wanted) == {0: ["llama_rank_0-1_5.ckpt"], 1: ["llama_rank_1-1_5.ckpt"]}
@@ -93,7 +93,9 @@ def test_a_named_file(tmp_path: Path) -> None:
 
 def test_all_ranks_without_a_file_are_listed(tmp_path: Path) -> None:
     touch(tmp_path, "rank_0/a-1_1.ckpt", "rank_1/notes.txt", "rank_2/a-1_2.ckpt", "rank_3/a-1_1.ckpt")
-    with pytest.raises(PlanError, match=r"files of some ranks are missing\n  - rank_1: no checkpoint file in .*rank_1$"):
+    with pytest.raises(
+        PlanError, match=r"files of some ranks are missing\n  - rank_1: no checkpoint file in .*rank_1$"
+    ):
         find_source(tmp_path)
     with pytest.raises(PlanError, match=r"(?s)rank_1: no file for 'a-1_1'.*rank_2: no file for 'a-1_1'"):
         find_source(tmp_path, "a-1_1")
@@ -102,7 +104,7 @@ def test_all_ranks_without_a_file_are_listed(tmp_path: Path) -> None:
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="there is no checkpoint at"):
         find_source(tmp_path / "nothing")
-    with pytest.raises(PlanError, match="holds neither rank_<n> folders nor a .ckpt or .safetensors file"):
+    with pytest.raises(PlanError, match=r"holds neither rank_<n> folders nor a \.ckpt or .safetensors file"):
         find_source(tmp_path)
 
 

@@ -16,7 +16,6 @@ from recorded import (
     Tensor,
     assert_ranks,
     assert_same,
-    random_bits,
     random_model,
     read_ranks,
     recorded,
@@ -104,11 +103,14 @@ def ms() -> Any:
 
 
 def common_model(source: Recorded, target: Recorded) -> dict[str, Tensor]:
-    """Random weights and states of what both configurations have. Gradients are not in checkpoints."""
+    """Random weights and states of what both configurations have. Gradients are not in checkpoints.
+
+    Nor are second moments here: MindSpore's time goes by the number of tensors.
+    """
     names = {
         name: parameter.full_shape
         for name, parameter in source.parameters.items()
-        if name in target.parameters and not name.startswith("accu_grads.")
+        if name in target.parameters and not name.startswith(("accu_grads.", "adam_v."))
     }
     assert all(target.parameters[name].full_shape == shape for name, shape in names.items())
     # A checkpoint ends in what is in no strategy; MindSpore writes those last whatever their place.
@@ -139,8 +141,13 @@ def test_the_pairs() -> None:
     assert len(PAIRS) == len(set(PAIRS)) == 49
     complete = {name for pair in PAIRS for name in pair if recorded(name).is_complete}
     assert len(complete) == 20
-    # Where the source is a pipeline MindSpore writes the tensors in the order in which it met the stages.
-    assert sum(len(recorded(source).strategy.stages) == 1 for source, _ in PAIRS) == 37
+    assert sum(from_one_stage(recorded(source), recorded(target)) for source, target in PAIRS) == 40
+
+
+def from_one_stage(source: Recorded, target: Recorded) -> bool:
+    """Whether every target rank takes its tensors from one stage. MindSpore joins stages in an order of its own."""
+    stage_of = {name: stage for stage, layouts in enumerate(source.strategy.stages) for name in layouts}
+    return all(len({stage_of[name] for name in layouts if name in stage_of}) == 1 for layouts in target.strategy.stages)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=[f"{source}-{target}" for source, target in PAIRS])
@@ -161,7 +168,7 @@ def test_our_result_is_that_of_mindspore(pair: tuple[str, str], ms: Any, tmp_pat
         ours, theirs = (tmp_path / "ours" / name).read_bytes(), (tmp_path / "theirs" / name).read_bytes()
         assert len(ours) == len(theirs)
         identical.add(ours == theirs)
-    assert identical == {len(source.strategy.stages) == 1}
+    assert identical == {from_one_stage(source, target)}
     assert_mindspore_loads(ms, tmp_path / "ours", expected)
 
 
@@ -198,9 +205,7 @@ def test_a_strategy_that_we_wrote_is_read_by_mindspore(ms: Any, tmp_path: Path) 
     write_strategy(layouts, tmp_path / "strategy.ckpt")
     root = write_ranks(tmp_path / "complete", {0: model})
     transform(our_plan(root, Strategy.complete(), strategy), tmp_path / "ours")
-    ms.transform_checkpoints(
-        str(root), str(tmp_path / "theirs"), "checkpoint_", None, str(tmp_path / "strategy.ckpt")
-    )
+    ms.transform_checkpoints(str(root), str(tmp_path / "theirs"), "checkpoint_", None, str(tmp_path / "strategy.ckpt"))
     expected = cut(strategy, model)
     assert_ranks(tmp_path / "ours", expected)
     assert_ranks(tmp_path / "theirs", expected)
@@ -297,7 +302,10 @@ def test_json_strategies_with_several_axes(other: str, back: bool, ms: Any, tmp_
     transform(our_plan(root, strategy_of(source), strategy_of(target)), tmp_path / "ours")
     assert_ranks(tmp_path / "ours", slices_of(target, model, REPLICATED))
     files = [None if config.strategy.is_complete else str(config.file) for config in (source, target)]
-    with pytest.raises(ValueError, match="the tensor map dimensions must match the tensor shape dimensions"):
+    # Where both sides cut along several axes it fails in its framework.
+    with pytest.raises(
+        (ValueError, RuntimeError), match=r"the tensor map dimensions must match|is not a valid redistrbution op"
+    ):
         ms.transform_checkpoints(str(root), str(tmp_path / "theirs"), "checkpoint_", *files)
 
 
@@ -340,7 +348,7 @@ def test_a_tied_embedding_of_one_stage_does_not_reach_the_second(ms: Any, tmp_pa
     ms.transform_checkpoints(str(root), str(tmp_path / "theirs"), "checkpoint_", str(source.file), str(target.file))
     expected = slices_of(target, model, REPLICATED)
     for rank in range(4, 8):
-        for kind in ("", "adam_m.", "adam_v."):
+        for kind in ("", "adam_m."):
             del expected[rank][kind + TIED]
     assert_ranks(tmp_path / "ours", expected)
     assert_ranks(tmp_path / "theirs", expected)
@@ -369,7 +377,9 @@ def test_incumbent_finding_4_parameter_in_one_strategy_only(tmp_path: Path) -> N
     plan = our_plan(root, MP4, target)
     assert plan.warnings == ("not in the target strategy, every target rank gets them whole: v",)
     transform(plan, tmp_path / "ours")
-    assert_ranks(tmp_path / "ours", {rank: {**tensors, "v": model["v"]} for rank, tensors in cut(target, model).items()})
+    assert_ranks(
+        tmp_path / "ours", {rank: {**tensors, "v": model["v"]} for rank, tensors in cut(target, model).items()}
+    )
 
 
 def test_incumbent_finding_4_the_other_way_round(tmp_path: Path) -> None:
@@ -402,6 +412,43 @@ def test_incumbent_finding_5_no_strategy(tmp_path: Path) -> None:
     root = write_ranks(tmp_path / "source", cut(MP4, random_model({"w": (16, 4)})))
     with pytest.raises(PlanError, match="no source strategy is given"):
         our_plan(root, Strategy.complete(), MP2)
+
+
+def test_incumbent_finding_5_cut_along_another_dimension(tmp_path: Path) -> None:
+    """MindSpore puts the parts together the wrong way. Nothing in the files tells, if all shapes allow it."""
+    root = write_ranks(tmp_path / "source", cut(MP4, random_model({"w": (64, 64)})))
+    strategy = Strategy.of_stages(({"w": Layout((4,), ((), (0,)))},), "other")
+    plan = our_plan(root, strategy, Strategy.complete())
+    assert [spec.shape for spec in plan.targets[0].tensors] == [(16, 256)]
+
+
+def test_incumbent_finding_5_replicated_strategy_over_sliced_files(tmp_path: Path) -> None:
+    """MindSpore takes rank 0's shard for the whole. Replicas that differ give it away."""
+    root = write_ranks(tmp_path / "source", cut(MP4, random_model({"w": (64, 64), "v": (64, 64)})))
+    strategy = Strategy.of_stages(({"w": Layout((4,), ((), ())), "v": Layout((4,), ((), ()))},), "dp4")
+    with pytest.raises(PlanError, match=r"(?s)contradict its strategy \(dp4\).*w: ranks 0 and \d should hold the same"):
+        our_plan(root, strategy, Strategy.complete())
+
+
+def test_incumbent_finding_6_optimizer_shard_recorded_but_not_cut(tmp_path: Path) -> None:
+    """MindSpore returns (32, 4) with duplicated rows. Equal contents of all ranks give it away."""
+    root = write_ranks(tmp_path / "source", {rank: random_model({"w": (64, 16)}) for rank in range(2)})
+    strategy = Strategy.of_stages(({"w": Layout((2,), ((), ()), -1, 1)},), "dp2 optimizer shard")
+    with pytest.raises(PlanError, match="ranks 0 and 1 hold the same values"):
+        our_plan(root, strategy, Strategy.complete())
+
+
+def test_frozen_parameters_that_the_strategy_does_not_name(tmp_path: Path) -> None:
+    """only_trainable_params=True leaves them out of the strategy, although they are cut."""
+    config = recorded("dp2mp4_frozen")
+    model = random_model({name: seen.full_shape for name, seen in config.parameters.items()})
+    ranks = slices_of(config, model)
+    frozen = "model.layers.0.attention.wq.weight"
+    for rank, tensors in ranks.items():
+        tensors[frozen] = model[frozen].part(recorded("dp2mp4").parameters[frozen].slices[rank])
+    root = write_ranks(tmp_path / "source", ranks)
+    with pytest.raises(PlanError, match=r"(?s)contradict its strategy.*only_trainable_params: False.*wq\.weight"):
+        our_plan(root, config.strategy, Strategy.complete())
 
 
 def test_incumbent_finding_9_a_truncated_file_fails_the_run(tmp_path: Path) -> None:
@@ -454,8 +501,8 @@ def test_incumbent_finding_13_all_bits_of_all_types(name: str, tmp_path: Path) -
 
 
 def test_incumbent_finding_14_tensors_without_elements(tmp_path: Path) -> None:
-    """MindSpore drops them from .ckpt files; so do we, its load_checkpoint would misread them. .safetensors has them."""
-    model = {**random_model({"w": (8, 4), "v": (4, 8)}), "none": random_bits(by_name("float32"), (0, 4), np.random.default_rng(0))}
+    """MindSpore drops them from .ckpt files. So do we: its load_checkpoint would misread them there."""
+    model = random_model({"w": (8, 4), "v": (4, 8), "none": (0, 4)})
     root = write_ranks(tmp_path / "source", cut(MP4, model), "safetensors")
     transform(our_plan(root, MP4, MP2, format="safetensors"), tmp_path / "safetensors")
     assert_ranks(tmp_path / "safetensors", cut(MP2, model))

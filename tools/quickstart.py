@@ -238,11 +238,12 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 def failing_log(folder: Path) -> str:
     """Return the end of the log that shows why a job failed, without MindSpore's warnings."""
-    logs = sorted((folder / "msrun_log").glob("worker_*.log"), key=lambda log: log.stat().st_mtime)
-    logs.append(folder / "console.log")
-    texts = {log: log.read_text(encoding="utf-8", errors="replace") for log in logs}
-    guilty = [log for log, text in texts.items() if re.search(r"^(Traceback|error:)", text, re.MULTILINE)]
-    chosen = guilty[0] if guilty else logs[0]
+    workers = sorted((folder / "msrun_log").glob("worker_*.log"), key=lambda log: log.stat().st_mtime)
+    texts = {log: log.read_text(encoding="utf-8", errors="replace") for log in [*workers, folder / "console.log"]}
+    # The rank that failed first may show a traceback, where the others only repeat its error.
+    signs = (r"^Traceback", r"^error:")
+    guilty = [log for sign in signs for log in workers if re.search(sign, texts[log], re.MULTILINE)]
+    chosen = guilty[0] if guilty else folder / "console.log"
     lines = [line for line in texts[chosen].splitlines() if not NATIVE_LOG.match(line)]
     return "\n".join([f"The end of {chosen}:", *(f"  | {line}" for line in lines[-LOG_LINES:])])
 

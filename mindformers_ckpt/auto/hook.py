@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,10 @@ from mindformers_ckpt.auto.cluster import Cluster
 from mindformers_ckpt.auto.config import Config
 from mindformers_ckpt.auto.output_dir import OutputDir
 from mindformers_ckpt.auto.reslice import Reslicing
-from mindformers_ckpt.errors import ConfigError, PlanError
+from mindformers_ckpt.auto.shared_disk import not_shared, owners_of, wait_for_files
+from mindformers_ckpt.errors import CheckpointError, ConfigError, PlanError, StrategyError
 from mindformers_ckpt.layout import Layout
+from mindformers_ckpt.plan import holds_same_slices
 from mindformers_ckpt.shard_io import read_file
 from mindformers_ckpt.source_files import find_source
 from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies, rank_file_name, read_strategy
@@ -48,6 +49,10 @@ class CheckpointHook:
         self.transformed_dir = config.transformed_dir.absolute()
         self._output = OutputDir(Path(config.output_dir))
         self._cluster: Cluster | None = None
+        self._owner = MAIN_RANK
+        self._is_shared = True  # the output dir, by all nodes
+        self._settled = True  # no rank is compiling, which would write its strategy
+        self._old_file: tuple[int, int] | None = None  # of the own strategy file before the network is compiled
         _show_log()
 
     @classmethod
@@ -69,13 +74,19 @@ class CheckpointHook:
         `mindspore.communication.init()`.
         """
         self._cluster = self._join()
+        self._settled = True
         with self._together("prepare"):
-            if self._clears:
-                self._check_sources()
-            self._check_shared_disk()
-            if self._clears and self.cluster.rank == MAIN_RANK:
-                self._output.clear()
+            self._owner = self._find_owner()
+            self._check_sources()
+            self.cluster.barrier("checked")
+            if self.cluster.rank == self._owner:
+                if self._clears:
+                    self._output.clear()
+                else:
+                    self._output.restore()  # what a job that died has left
             self.cluster.barrier("cleared")
+            self._settled = not self._is_parallel
+            self._old_file = _state_of(self._own_strategy_file)
             if self._is_parallel:
                 from mindformers_ckpt.strategy import live
 
@@ -86,11 +97,13 @@ class CheckpointHook:
         from mindformers_ckpt.strategy import live
 
         with self._together("declare"):
+            self.cluster.check()
             live.declare(layouts, self.strategy_dir, self.cluster.rank, stage)
 
     def load(self, network: Cell, optimizer: Cell | None = None) -> dict[str, Any]:
         """Load this rank's weights into the network (and the optimizer), and return them by name.
 
+        The optimizer's state is loaded in training, unless `resume_training` is set to False.
         With `only_save_strategy` the strategy is completed and the process exits with 0.
         """
         with self._together("load"):
@@ -98,12 +111,12 @@ class CheckpointHook:
             loaded: dict[str, Any] = {}
             transformed = False
             if self.config.load_checkpoint and not self.config.only_save_strategy:
-                folder = self._weights_for(target)
-                transformed = folder is not None
-                loaded = self._read(folder, network, optimizer)
-            self.cluster.barrier("loaded")
-            if self._clears and self.cluster.rank == MAIN_RANK:
-                self._output.keep(transformed)
+                cells = self._cells(network, optimizer)
+                with self._weights_for(target, cells) as folder:
+                    transformed = folder is not None
+                    loaded = self._read(folder, cells)
+            if self._clears and self.cluster.rank == self._owner:
+                self._output.keep(clear_transformed=self._reslices and not transformed)
             self.cluster.barrier("done")
         self.cluster.close()
         if self.config.only_save_strategy:
@@ -116,8 +129,18 @@ class CheckpointHook:
         return self.config.use_parallel and self.cluster.size > 1
 
     @property
+    def _reslices(self) -> bool:
+        """Whether the job compares and re-slices: then its ranks need one shared output dir."""
+        config = self.config
+        return config.auto_trans_ckpt and bool(config.load_checkpoint) and not config.only_save_strategy
+
+    @property
     def _clears(self) -> bool:
-        return self.config.only_save_strategy or (self.config.auto_trans_ckpt and bool(self.config.load_checkpoint))
+        return self.config.only_save_strategy or self._reslices
+
+    @property
+    def _own_strategy_file(self) -> Path:
+        return self.strategy_dir / rank_file_name(self.cluster.rank)
 
     def _join(self) -> Cluster:
         env = os.environ if self.config.use_parallel else {}
@@ -125,91 +148,149 @@ class CheckpointHook:
 
     @contextmanager
     def _together(self, step: str) -> Iterator[None]:
-        """A failure in here reaches all ranks, and the old strategy comes back."""
+        """A failure in here reaches all ranks, and the old strategy comes back.
+
+        The rank that cleared puts it back, and if that one is dead, whoever survived it.
+        """
         try:
             with self.cluster.step(step):
-                yield
+                try:
+                    yield
+                except CheckpointError:
+                    self.cluster.check()  # where another rank failed before, that is the cause
+                    raise
         except BaseException:
-            if self.cluster.rank == MAIN_RANK:
-                self._output.restore()
+            if self._clears:
+                self._output.restore(settled=self._settled)
             self.cluster.close()
             raise
 
-    def _check_sources(self) -> None:
-        config = self.config
-        self._output.check_apart(config.load_checkpoint, config.src_strategy_path_or_dir)
+    def _find_owner(self) -> int:
+        """The rank that clears the output dir as this rank sees it. Raises ConfigError if it must be shared."""
+        if not self._clears or len(set(self.cluster.nodes)) == 1:
+            return MAIN_RANK
+        owners = owners_of(self._output.root, self.cluster)
+        if self._reslices and any(owner != MAIN_RANK for owner in owners):
+            raise ConfigError(not_shared(self.config, self._output.root, self.cluster.nodes, owners))
+        self._is_shared = all(owner == MAIN_RANK for owner in owners)
+        return owners[self.cluster.rank]
 
-    def _check_shared_disk(self) -> None:
-        """See that all nodes share the output dir: a file that the main rank makes must be there for all."""
-        if len(set(self.cluster.nodes)) == 1:
-            return
-        token = self.cluster.gather("token", secrets.token_hex(8))[MAIN_RANK]
-        probe = self._output.root / f".shared-disk-{token}"
-        if self.cluster.rank == MAIN_RANK:
-            probe.parent.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-        self.cluster.barrier("probe made")
-        seen = self.cluster.gather("probe seen", probe.exists())
-        if self.cluster.rank == MAIN_RANK:
-            probe.unlink()
-        if not all(seen):
-            blind = [rank for rank, sees in enumerate(seen) if not sees]
-            raise ConfigError(
-                f"the output dir {self._output.root} is not shared by all nodes: ranks {blind[:16]} do not see what "
-                f"rank {MAIN_RANK} writes. Put output_dir on a shared disk, or convert offline: run once with "
-                "only_save_strategy: True, collect the strategy files of all nodes in one folder, then\n  "
-                f"mindformers-ckpt transform --src_checkpoint {self.config.load_checkpoint} "
-                f"--src_strategy {self.config.src_strategy_path_or_dir or None} --dst_checkpoint_dir DIR "
-                "--dst_strategy FOLDER\nand copy each node the rank_<n> folders of its ranks"
-            )
+    def _check_sources(self) -> None:
+        """Find out what is wrong with the source before anything is cleared, and the network compiled."""
+        config = self.config
+        if self._reslices:
+            if self.cluster.rank == MAIN_RANK:
+                self._output.check_apart(config.load_checkpoint, config.src_strategy_path_or_dir)
+                source = Reslicing(config, self.cluster, self._output, Strategy.complete()).source()
+                source.tensors()
+                files = [file for files in source.files.by_rank.values() for file in files]
+                self._output.check_apart(config.load_checkpoint, config.src_strategy_path_or_dir, files)
+        elif config.only_save_strategy:
+            self._output.check_apart(config.load_checkpoint, config.src_strategy_path_or_dir, strategy_only=True)
+        elif config.load_checkpoint:
+            self._own_files(None)
 
     def _live_strategy(self) -> Strategy:
         """The strategy of this job; with a pipeline the files of all ranks are merged into one (guide)."""
         if not self._is_parallel:
             return Strategy.complete()
-        own = self.strategy_dir / rank_file_name(self.cluster.rank)
-        written = self.cluster.gather("strategy written", own.is_file())
+        is_written = _state_of(self._own_strategy_file) != self._old_file
+        written = self.cluster.gather("strategy written", is_written)
+        self._settled = True
         if not any(written):
             return Strategy.complete()  # data parallel only: MindSpore saves no strategy, every rank is whole
         lacking = [rank for rank, there in enumerate(written) if not there]
         if lacking:
             raise PlanError(f"ranks {lacking[:16]} wrote no strategy to {self.strategy_dir}, the others did")
+        if not self._clears or not self._is_shared:
+            return self._strategy_of_a_part()
         if self.cluster.rank == MAIN_RANK:
-            strategy = read_strategy(self.strategy_dir)
-            if len(strategy.stages) > 1:
-                merge_strategies(self.strategy_dir, self.strategy_dir / MERGED_FILE)
+            wait_for_files([self.strategy_dir / rank_file_name(rank) for rank in range(self.cluster.size)])
+            self._merge()
         self.cluster.barrier("strategy merged")
-        return read_strategy(self.strategy_dir)
+        merged = self.strategy_dir / MERGED_FILE
+        strategy = read_strategy(merged if merged.is_file() else self._own_strategy_file)
+        if strategy.rank_count != self.cluster.size:
+            raise StrategyError(
+                f"the strategy in {self.strategy_dir} is for {strategy.rank_count} ranks, but this job has "
+                f"{self.cluster.size}"
+            )
+        return strategy
 
-    def _weights_for(self, target: Strategy) -> Path | None:
-        """The folder of the re-sliced checkpoint, None when the source can be loaded as it is."""
-        if not self.config.auto_trans_ckpt:
-            return None
-        reslicing = Reslicing(self.config, self.cluster, self._output, target)
-        return reslicing.run()
+    def _merge(self) -> Strategy:
+        strategy = read_strategy(self.strategy_dir)
+        if len(strategy.stages) > 1:
+            merge_strategies(self.strategy_dir, self.strategy_dir / MERGED_FILE)
+        return strategy
 
-    def _read(self, folder: Path | None, network: Cell, optimizer: Cell | None) -> dict[str, Any]:
+    def _strategy_of_a_part(self) -> Strategy:
+        """What can be done where the folder may hold the files of other jobs, or of one node only."""
+        strategy = Strategy.complete()
+        if self.cluster.rank == MAIN_RANK:
+            try:
+                strategy = self._merge()
+            except StrategyError as error:
+                log.info("the strategy files of this job are not merged: %s", error)
+        return strategy
+
+    @contextmanager
+    def _weights_for(self, target: Strategy, cells: Sequence[Cell]) -> Iterator[Path | None]:
+        """The folder of the re-sliced checkpoint, None when the source is loaded as it is."""
         from mindformers_ckpt.auto import weights
 
-        file = self._own_file(folder)
-        for_training = self.config.run_mode in ("train", "finetune")
-        cells = [network] if optimizer is None or not for_training else [network, optimizer]
-        names = None if for_training else weights.wanted_names(network, None)
-        loaded = weights.parameters_of(read_file(file, names))
-        weights.check_shapes(cells, loaded, self._advice())
+        names = None if self._for_training else target.names() | weights.wanted_names(cells)
+        reslicing = Reslicing(self.config, self.cluster, self._output, target, names)
+        if self.config.auto_trans_ckpt:
+            with reslicing.resliced() as folder:
+                yield folder
+            return
+        if self.cluster.rank == MAIN_RANK and self.config.src_strategy_path_or_dir and not target.is_complete:
+            source = reslicing.source()
+            if source.files.sharded and not holds_same_slices(source, target):
+                raise PlanError(
+                    f"{source.files.root} was saved under another strategy ({source.strategy.describe()}) than this "
+                    f"job's ({target.describe()}); set auto_trans_ckpt: True"
+                )
+        yield None
+        self.cluster.barrier("loaded")
+
+    @property
+    def _for_training(self) -> bool:
+        return self.config.run_mode in ("train", "finetune")
+
+    def _cells(self, network: Cell, optimizer: Cell | None) -> list[Cell]:
+        """What is loaded into."""
+        if optimizer is None or not self._for_training:
+            return [network]
+        if self.config.resume_training is False:
+            log.info("resume_training: False: the optimizer starts anew")
+            return [network]
+        return [network, optimizer]
+
+    def _read(self, folder: Path | None, cells: Sequence[Cell]) -> dict[str, Any]:
+        from mindformers_ckpt.auto import weights
+
+        files = self._own_files(folder)
+        names = None if self._for_training else weights.wanted_names(cells)
+        loaded: dict[str, Any] = {}
+        for file in files:
+            found = weights.parameters_of(read_file(file, names))
+            twice = sorted(found.keys() & loaded.keys())
+            if twice:
+                raise PlanError(f"{files[0].parent} holds several checkpoints, {twice[0]} is in two; name the file")
+            loaded.update(found)
+        weights.check_fit(cells, loaded, self._advice())
         weights.load_into(cells, loaded)
-        log.info("rank %d: %d parameters loaded from %s", self.cluster.rank, len(loaded), file)
+        log.info("rank %d: %d parameters loaded from %s", self.cluster.rank, len(loaded), files[0])
         return loaded
 
-    def _own_file(self, folder: Path | None) -> Path:
+    def _own_files(self, folder: Path | None) -> tuple[Path, ...]:
         rank = self.cluster.rank
         source = find_source(folder or self.config.load_checkpoint, None if folder else self.config.step_file)
         files = source.by_rank.get(0 if set(source.by_rank) == {0} else rank)
         if files is None:
-            raise PlanError(f"{source.root} has no folder rank_{rank} for this rank. {self._advice()}")
-        if len(files) > 1:
-            raise PlanError(f"{source.root} holds several files; name the one to load, or set auto_trans_ckpt: True")
-        return files[0]
+            raise PlanError(f"{source.root} has no folder rank_{rank} for this rank; {self._advice()}")
+        return files
 
     def _advice(self) -> str:
         if self.config.auto_trans_ckpt:
@@ -232,6 +313,15 @@ def load_checkpoint(
     if compile is not None:
         compile()
     return hook.load(network, optimizer)
+
+
+def _state_of(file: Path) -> tuple[int, int] | None:
+    """What changes when a file is written anew; None when there is no file."""
+    try:
+        status = file.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_mtime_ns, status.st_ino
 
 
 def _show_log() -> None:

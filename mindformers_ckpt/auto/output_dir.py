@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -61,24 +61,24 @@ class OutputDir:
                 "or set output_dir to a folder on the disk where the results should lie"
             )
 
-    def _overlap(self, key: str, value: str, paths: list[Path], folder: Path) -> list[str]:
+    def _overlap(self, key: str, value: str, paths: list[Path], folder: Path) -> Iterator[str]:
+        """What is wrong with the paths of a source if `folder` is cleared: the first fault, or nothing."""
         real_folder = folder.resolve()
         content = "the last run's strategy" if folder == self.strategy else "a transformed checkpoint"
+        aim = self.root.parent / "checkpoint_source" / Path(value).name
         for path in paths:
             real = path.resolve()
             if real.is_relative_to(real_folder):
-                aim = self.root.parent / "checkpoint_source" / Path(value).name
                 what = f"{value} lies in" if path == paths[0] else f"{path} is a file in"
-                return [
-                    f"{key}: {what} {folder}, which is cleared of {content}; move it away first, "
-                    f"e.g. mkdir -p {aim.parent} && mv {value} {aim}, and set {key} to that"
-                ]
+                advice = f"move it away first, e.g. mkdir -p {aim.parent} && mv {value} {aim}, and set {key} to that"
+                yield f"{key}: {what} {folder}, which is cleared of {content}; {advice}"
+                return
             if real_folder.is_relative_to(real):
-                return [
-                    f"{key}: {value} contains {folder}, which is cleared of {content}; set output_dir to a folder "
-                    f"outside of {value}, or {key} to the folder with the files themselves"
-                ]
-        return []
+                advice = (
+                    f"set output_dir to a folder outside of {value}, or {key} to the folder with the files themselves"
+                )
+                yield f"{key}: {value} contains {folder}, which is cleared of {content}; {advice}"
+                return
 
     def clear(self) -> None:
         """Make an empty strategy folder, with the old one moved aside. Links are moved, never followed.

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import psutil
 
 from mindformers_ckpt.auto.cluster import Cluster
 from mindformers_ckpt.auto.config import Config
 from mindformers_ckpt.auto.output_dir import OutputDir
 from mindformers_ckpt.checkpoint import Checkpoint
+from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.execute import Task, copy_tasks, cut_into_tasks
+from mindformers_ckpt.machine import MEMORY_PER_PROCESS, free_memory, usable_cores
 from mindformers_ckpt.plan import Plan, build_plan, holds_same_slices
 from mindformers_ckpt.publish import Staging, check_free_space
 from mindformers_ckpt.shard_io import FileSink
@@ -27,81 +28,106 @@ from mindformers_ckpt.transform import Options, check_apart, describe_result, fi
 log = logging.getLogger("mindformers_ckpt")
 
 MAIN_RANK = 0
-# A worker needs about 60 MB; the rest is the margin that a training process next to it should have.
-_WORKER_MEMORY = 150 << 20
 _SECONDS_BETWEEN_LINES = 5.0
 
 
 @dataclass
 class Reslicing:
-    """One re-slicing of a job. All ranks call `run`; it returns on all of them or raises on all of them."""
+    """One re-slicing of a job. All ranks enter `resliced`; it succeeds on all of them or raises on all.
+
+    `names`: the tensors that the job wants, alike on all ranks; None for all.
+    """
 
     config: Config
     cluster: Cluster
     output: OutputDir
     target: Strategy
+    names: Container[str] | None = None
 
-    def run(self) -> Path | None:
-        """Re-slice the source for the job's strategy; the folder of the result, None when none is needed."""
-        return self._lead() if self.cluster.rank == MAIN_RANK else self._follow()
+    @contextmanager
+    def resliced(self) -> Iterator[Path | None]:
+        """Re-slice the source for the job's strategy; the folder to load from, None when none is needed.
 
-    def _lead(self) -> Path | None:
+        The result is published when all ranks leave: until all have loaded it, the old one stays in place.
+        """
+        if self.cluster.rank != MAIN_RANK:
+            yield self._follow()
+            self.cluster.barrier("loaded")
+            return
         plan = self._plan()
         if plan is None:
             log.info("the checkpoint has the strategy of this job: it is loaded as it is")
-            self.cluster.gather("plan", {"staging": None})
-            return None
+            self.cluster.gather("plan", {"folder": None})
+            yield None
+            self.cluster.barrier("loaded")
+            return
+        # The others learn of a failure before the folder is removed that they are reading.
+        with self._staging(plan) as staging, self.cluster.step("load"):
+            self._lead(plan, staging)
+            yield staging.folder / _name(plan)
+            self.cluster.barrier("loaded")
+            about = {"source_checkpoint": self.config.load_checkpoint, "target": self.target.describe()}
+            staging.publish(describe_result(plan, staging.folder, staging.fingerprint, (), about))
+            log.info("the re-sliced checkpoint is in %s", self.output.transformed / _name(plan))
+
+    def _staging(self, plan: Plan) -> Staging:
+        check_apart(plan, self.output.transformed)
+        options = Options(by_rank=self.config.transform_by_rank)
+        return Staging(self.output.transformed, fingerprint_of(plan, options), overwrite=True)
+
+    def _lead(self, plan: Plan, staging: Staging) -> None:
         for warning in plan.warnings:
             log.warning("%s", warning)
-        options = Options(by_rank=self.config.transform_by_rank)
-        fingerprint = fingerprint_of(plan, options)
-        check_apart(plan, self.output.transformed)
-        with Staging(self.output.transformed, fingerprint, overwrite=True) as staging:
-            check_free_space(staging.folder, plan.bytes_written)
-            sink = FileSink(staging.folder, plan.targets)
-            for file in range(len(plan.targets)):
-                sink.prepare(file)
-            log.info(
-                "re-slicing %s to %s: %d files, %.2f GB",
-                self.config.load_checkpoint,
-                self.target.describe(),
-                len(plan.targets),
-                plan.bytes_written / 1e9,
-            )
-            self.cluster.gather("plan", {"staging": str(staging.folder), "fingerprint": fingerprint})
-            self._copy_share(plan, staging.folder)
-            self.cluster.barrier("transformed")
-            about = {"source_checkpoint": self.config.load_checkpoint, "target": self.target.describe()}
-            staging.publish(describe_result(plan, staging.folder, fingerprint, (), about))
-        self.cluster.barrier("published")
-        return self._result()
+        check_free_space(staging.folder, plan.bytes_written)
+        sink = FileSink(staging.folder, plan.targets)
+        for file in range(len(plan.targets)):
+            sink.prepare(file)
+        log.info(
+            "re-slicing %s to %s: %d files, %.2f GB",
+            self.config.load_checkpoint,
+            self.target.describe(),
+            len(plan.targets),
+            plan.bytes_written / 1e9,
+        )
+        self.cluster.gather("plan", {"folder": str(staging.folder), "name": _name(plan), "digest": digest_of(plan)})
+        self._copy_share(plan, staging.folder)
+        self.cluster.barrier("transformed")
 
     def _follow(self) -> Path | None:
         told = self.cluster.gather("plan")[MAIN_RANK]
-        if told["staging"] is None:
+        if told["folder"] is None:
             return None
-        if self.cluster.is_first_on_node:
+        folder = Path(told["folder"])
+        if self._processes_here():
             plan = self._plan()
-            assert plan is not None
-            self._copy_share(plan, Path(told["staging"]))
+            if plan is None or digest_of(plan) != told["digest"]:
+                raise PlanError(
+                    f"node {self.cluster.node} sees other source files or strategies than rank {MAIN_RANK}; "
+                    "load_checkpoint and src_strategy_path_or_dir must be the same on all nodes"
+                )
+            self._copy_share(plan, folder)
         self.cluster.barrier("transformed")
-        self.cluster.barrier("published")
-        return self._result()
+        return folder / str(told["name"])
 
-    def _result(self) -> Path:
-        return self.output.transformed / self._source().files.name
-
-    def _source(self) -> Checkpoint:
+    def source(self) -> Checkpoint:
+        """The source and its strategy. Raises PlanError or StrategyError when they do not fit together."""
         config = self.config
         files = find_source(config.load_checkpoint, config.step_file)
         strategy = Strategy.complete()
-        if config.src_strategy_path_or_dir and files.sharded:
-            strategy = read_strategy(config.src_strategy_path_or_dir)
-        return Checkpoint(files, strategy)
+        if config.src_strategy_path_or_dir:
+            if files.sharded:
+                strategy = read_strategy(config.src_strategy_path_or_dir)
+            elif self.cluster.rank == MAIN_RANK:
+                log.warning(
+                    "%s is read as complete weights, src_strategy_path_or_dir is not used; for a sharded checkpoint "
+                    "load_checkpoint is the folder that holds the rank_<n> folders",
+                    files.root,
+                )
+        return Checkpoint(files, strategy, self.names)
 
     def _plan(self) -> Plan | None:
         """The plan of the whole job, None when every rank's slices are those of the source already."""
-        source = self._source()
+        source = self.source()
         if holds_same_slices(source, self.target):
             return None
         plan = build_plan(source, self.target, format=self.config.load_ckpt_format)
@@ -109,19 +135,41 @@ class Reslicing:
         targets = tuple(target._replace(path=f"{name}/{target.path}") for target in plan.targets)
         return replace(plan, targets=targets)
 
+    def _leaders(self) -> list[int]:
+        """The first rank of every node, in the order of the nodes' ranks."""
+        nodes = self.cluster.nodes
+        return [nodes.index(node) for node in dict.fromkeys(nodes)]
+
+    def _processes_here(self) -> int:
+        """How many of the job's processes are this rank's."""
+        leaders = self._leaders()
+        if self.cluster.rank not in leaders:
+            return 0
+        return spread(self.config.transform_process_num, len(leaders))[leaders.index(self.cluster.rank)]
+
     def _copy_share(self, plan: Plan, folder: Path) -> None:
         """Copy this node's tasks, in this node's processes."""
-        leaders = [ranks[0] for ranks in _ranks_by_node(self.cluster.nodes)]
+        leaders = self._leaders()
         shares = spread(self.config.transform_process_num, len(leaders))
-        position = leaders.index(self.cluster.rank)
-        tasks = share_of(cut_into_tasks(plan, by_rank=self.config.transform_by_rank), shares, position)
-        total = sum(task.bytes_written for task in tasks)
-        report = _progress(total)
+        tasks = cut_into_tasks(plan, by_rank=self.config.transform_by_rank)
+        tasks = share_of(tasks, shares, leaders.index(self.cluster.rank))
+        report = _progress(sum(task.bytes_written for task in tasks))
         done = 0
-        processes = affordable(shares[position])
+        processes = affordable(self._processes_here())
         for finished in copy_tasks(plan, folder, tasks, processes=processes, check=self.cluster.check):
             done += finished.bytes_written
             report(done)
+
+
+def digest_of(plan: Plan) -> str:
+    """A digest of what is read and written where, whatever the times of the files."""
+    content = [(str(file.path), file.size) for file in plan.sources], plan.targets, plan.transfers
+    return hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()
+
+
+def _name(plan: Plan) -> str:
+    """The folder of the result's rank folders: the checkpoint's name."""
+    return Path(plan.targets[0].path).parts[0]
 
 
 def spread(processes: int, nodes: int) -> list[int]:
@@ -138,25 +186,18 @@ def share_of(tasks: Sequence[Task], shares: Sequence[int], node: int) -> list[Ta
 
 def affordable(processes: int) -> int:
     """So many of `processes` as this node has cores and memory for, with a warning when they are fewer."""
-    free = psutil.virtual_memory().available
-    most = max(1, min(len(os.sched_getaffinity(0)), free // _WORKER_MEMORY))
+    free, cores = free_memory(), usable_cores()
+    most = max(1, min(cores, free // MEMORY_PER_PROCESS))
     if processes <= most:
         return processes
     log.warning(
         "transform_process_num: %d processes are used on this node instead of %d (%d cores, %.1f GB of memory free)",
         most,
         processes,
-        len(os.sched_getaffinity(0)),
+        cores,
         free / 1e9,
     )
     return most
-
-
-def _ranks_by_node(nodes: Sequence[str]) -> list[list[int]]:
-    by_node: dict[str, list[int]] = {}
-    for rank, node in enumerate(nodes):
-        by_node.setdefault(node, []).append(rank)
-    return list(by_node.values())
 
 
 def _progress(total: int) -> Callable[[int], None]:

@@ -63,9 +63,9 @@ def parameters_of(tensors: Iterable[tuple[TensorSpec, np.ndarray[Any, Any]]]) ->
     return loaded
 
 
-def wanted_names(network: Cell, optimizer: Cell | None) -> set[str]:
+def wanted_names(cells: Sequence[Cell]) -> set[str]:
     """The names of the parameters of the network and the optimizer."""
-    return set(_parameters([network] if optimizer is None else [network, optimizer]))
+    return set(_parameters(cells))
 
 
 def check_fit(cells: Sequence[Cell], loaded: Mapping[str, Any], advice: str) -> None:

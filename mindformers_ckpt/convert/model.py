@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 from mindformers_ckpt.convert.config import ModelConfig
 from mindformers_ckpt.convert.rules import Side, Table, check_table
 from mindformers_ckpt.errors import ConfigError
+
+_LAYER = re.compile(r"\b(?:layers|blocks|h)\.(\d+)\.")
 
 Runs = Mapping[str, Sequence[Mapping[str, int]]]
 
@@ -34,6 +38,12 @@ class Facts:
         return not condition or (condition.lstrip("!") in self.flags) != condition.startswith("!")
 
 
+def count_layers(names: Iterable[str]) -> Mapping[str, Any]:
+    """The number of layers, by the names of a source."""
+    numbers = [int(match[1]) for match in map(_LAYER.search, names) if match]
+    return {"num_hidden_layers": max(numbers) + 1} if numbers else {}
+
+
 @dataclass(frozen=True)
 class Model:
     """A model that can be converted.
@@ -45,6 +55,7 @@ class Model:
             the model, the naming is "<naming>:<layout>".
         facts: reads a config.json.
         layout: tells the Hugging Face layout from the config.json and the names of the source.
+        counted: what follows from the names of a source where config.json does not tell it.
         canonical: a name as a table spells it, from the spelling of a file, by side.
         options: command-line options that are this model's own.
     """
@@ -55,6 +66,7 @@ class Model:
     aliases: tuple[str, ...] = ()
     model_types: tuple[str, ...] = ()
     layout: Callable[[ModelConfig, Sequence[str]], str] | None = None
+    counted: Callable[[Iterable[str]], Mapping[str, Any]] = count_layers
     canonical: Mapping[Side, Callable[[str], str]] = field(default_factory=dict)
     options: tuple[str, ...] = ()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def prepare(request: Request) -> Prepared:
     naming = model.naming(request.naming, request.qkv_concat)
     origin: Side = "ms" if request.reverse else "hf"
     source = read_weights(path, files, model.canonical.get(origin, str))
-    config = _with_model_options(model, request, config, source)
+    config, warnings = _completed(model, request, config, source)
     table = model.tables[_table_key(model, naming, config, source)]
     conversion = plan_tensors(
         table,
@@ -123,6 +123,7 @@ def prepare(request: Request) -> Prepared:
         write_copies=request.write_tied,
     )
     _check_copies(conversion.copies)
+    conversion = replace(conversion, warnings=(*warnings, *conversion.warnings))
     return Prepared(request, model, naming, config, folder, conversion)
 
 
@@ -241,17 +242,25 @@ def _model(request: Request, config: ModelConfig) -> Model:
     return model
 
 
-def _with_model_options(model: Model, request: Request, config: ModelConfig, source: Weights) -> ModelConfig:
-    """The configuration with the model's own options, and with the number of layers when nothing tells it."""
+def _completed(
+    model: Model, request: Request, config: ModelConfig, source: Weights
+) -> tuple[ModelConfig, tuple[str, ...]]:
+    """The configuration with the model's own options, and what must be counted where nothing tells it."""
     values = dict(config.values)
     for option in ("is_pretrain", "telechat_type"):
         value = getattr(request, option)
-        if value is None:
-            continue
-        if option not in model.options:
+        if value is not None and option not in model.options:
             raise ConfigError(f"--{option} is no option of the model {model.name}")
-        values[option] = value
-    return ModelConfig(values, config.path)
+        if value is not None:
+            values[option] = value
+    if config.path is not None:
+        return ModelConfig(values, config.path), ()
+    counted = {key: value for key, value in model.counted(source.tensors).items() if key not in values}
+    told = ", ".join(f"{key} {value}" for key, value in counted.items())
+    warnings = [f"{source.folder} has no config.json; by the names of the tensors: {told}"] if counted else []
+    if request.reverse:
+        warnings.append("the result has no config.json, which from_pretrained needs; give its folder with --hf_config")
+    return ModelConfig({**counted, **values}), tuple(warnings)
 
 
 def _table_key(model: Model, naming: str, config: ModelConfig, source: Weights) -> str:

@@ -91,18 +91,20 @@ class FileLayout:
 
 
 def read_header(path: str | Path) -> Header:
-    """Read which tensors a `.ckpt` or `.safetensors` file holds, and where; the suffix tells the format.
+    """Read which tensors a `.ckpt`, `.safetensors` or PyTorch file holds, and where; the suffix tells the format.
 
     Reads headers only and checks every length against the size of the file. Raises FormatError when the
     file is missing, truncated, damaged, encrypted, or something else than its suffix says.
     """
-    from mindformers_ckpt.formats import ckpt, safetensors
+    from mindformers_ckpt.formats import ckpt, safetensors, torch_bin
 
     path = Path(path)
     if path.suffix == ".ckpt":
         return ckpt.scan(path)
     if path.suffix == ".safetensors":
         return safetensors.scan(path)
+    if path.suffix in torch_bin.SUFFIXES:
+        return torch_bin.scan(path)
     raise FormatError(f"{path}: a checkpoint file must end in .ckpt or .safetensors")
 
 

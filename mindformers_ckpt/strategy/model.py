@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mindformers_ckpt.errors import StrategyError
 from mindformers_ckpt.layout import Layout
@@ -73,13 +73,14 @@ class Strategy:
         """The layout of a parameter on a stage.
 
         MindSpore leaves a parameter that several stages share (a tied embedding) out of the files of all
-        but one of them; there the layout of the other stage holds. None when no stage has the parameter:
-        it is replicated.
+        but one of them; on the other stages its tensor map holds, but not its optimizer shard (seen on
+        compiled networks). None when no stage has the parameter: it is replicated.
         """
         own = self.stages[stage].get(name)
         if own is not None:
             return own
-        return next((layouts[name] for layouts in self.stages if name in layouts), None)
+        shared = next((layouts[name] for layouts in self.stages if name in layouts), None)
+        return None if shared is None else replace(shared, optimizer_shards=0, optimizer_step=0)
 
     def describe(self) -> str:
         """One line for messages and reports."""

@@ -248,7 +248,8 @@ def test_crcs_are_written_and_verified(toy: Path) -> None:
 
 def test_parameters_that_the_source_lacks_may_be_left_out(toy: Path) -> None:
     write_tensors(toy / "part.ckpt", {name: MODEL[name] for name in ("embedding.weight", "layers.0.weight")})
-    arguments = ["transform", "--src-checkpoint", "part.ckpt", "--dst-strategy", "dp2mp2", "--dst-checkpoint-dir", "out"]
+    arguments = ["transform", "--src-checkpoint", "part.ckpt", "--dst-strategy", "dp2mp2",
+                 "--dst-checkpoint-dir", "out"]  # fmt: skip
     refused = command(arguments, toy)
     assert refused.code == 1
     assert "layers.1.weight" in refused.err

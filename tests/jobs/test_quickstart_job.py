@@ -117,3 +117,16 @@ def test_a_chain_of_real_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     sizes = {path.stat().st_size for path in (tmp_path / second.name / "checkpoint").glob("rank_*/*.ckpt")}
     whole = next((tmp_path / reference.name / "checkpoint").glob("rank_0/*.ckpt"))
     assert max(sizes) < 0.75 * whole.stat().st_size
+
+
+def test_the_log_of_the_rank_that_failed_is_shown(tmp_path: Path) -> None:
+    logs = tmp_path / "msrun_log"
+    logs.mkdir()
+    (tmp_path / "console.log").write_text("Traceback of msrun\n")
+    (logs / "worker_0.log").write_text("[WARNING] native\nerror: rank 1 failed\n")
+    assert "rank 1 failed" in quickstart.failing_log(tmp_path)
+    (logs / "worker_1.log").write_text("Traceback (most recent call last):\nKeyError: 'x'\n")
+    shown = quickstart.failing_log(tmp_path)
+    assert "worker_1.log" in shown
+    assert "KeyError: 'x'" in shown
+    assert "native" not in shown

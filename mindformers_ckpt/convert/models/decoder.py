@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from mindformers_ckpt.convert.config import ModelConfig, quotient
 from mindformers_ckpt.convert.model import Facts, Runs
-from mindformers_ckpt.convert.rules import Copy, Drop, Entry, Rule, join, prefixed, rename
+from mindformers_ckpt.convert.rules import Copy, Drop, Entry, join, prefixed, rename
 
 HF_LAYER = "model.layers.{n}."
 LEGACY_LAYER = "model.layers.{n}."
@@ -37,7 +37,9 @@ def facts(config: ModelConfig) -> Facts:
             "queries": quotient(heads, groups),
             "dim": config.integer("head_dim") or quotient(config.integer("hidden_size"), heads),
             "ffn": config.integer("intermediate_size"),
+            "heads": heads,
             "expert": config.integer("num_local_experts", "num_experts"),
+            "expert_ffn": config.integer("moe_intermediate_size"),
         },
         layer_run(config),
         frozenset(flags),
@@ -102,10 +104,18 @@ def qkv_by_group(ms: str, bias: str = "bias") -> list[Entry]:
     ]
 
 
-def gate_up_by_row(ms: str, hf: str = "mlp.") -> Rule:
+def gate_up_by_row(ms: str, hf: str = "mlp.", ffn: str = "ffn") -> list[Entry]:
     """Gate and up in one matrix, their rows taking turns."""
-    axes = "ffn hidden"
-    return join(ms, "(ffn part) hidden", (f"{hf}gate_proj.weight", 1, axes), (f"{hf}up_proj.weight", 1, axes))
+    return [
+        join(
+            f"{ms}.{kind}",
+            f"({ffn} part)" + rest,
+            (f"{hf}gate_proj.{kind}", 1, ffn + rest),
+            (f"{hf}up_proj.{kind}", 1, ffn + rest),
+            when=when,
+        )
+        for kind, rest, when in (("weight", " hidden", ""), ("bias", "", "mlp_bias"))
+    ]
 
 
 def lora(pairs: Sequence[tuple[str, str]]) -> list[Entry]:
@@ -143,8 +153,9 @@ LEGACY_CONCAT = (
             *LEGACY_NORMS,
             *qkv_by_group("attention.w_qkv"),
             *LEGACY_OUTPUT,
-            gate_up_by_row("feed_forward.w_gate_hidden.weight"),
+            *gate_up_by_row("feed_forward.w_gate_hidden"),
             rename("mlp.down_proj.weight", "feed_forward.w2.weight"),
+            rename("mlp.down_proj.bias", "feed_forward.w2.bias", when="mlp_bias"),
             *BUFFERS,
         ]
     ),
@@ -159,7 +170,22 @@ MCORE_ATTENTION: list[Entry] = [
     rename("post_attention_layernorm.weight", "pre_mlp_layernorm.weight"),
 ]
 MCORE_FFN: list[Entry] = [
-    gate_up_by_row("mlp.linear_fc1.weight"),
+    *gate_up_by_row("mlp.linear_fc1"),
     rename("mlp.down_proj.weight", "mlp.linear_fc2.weight"),
+    rename("mlp.down_proj.bias", "mlp.linear_fc2.bias", when="mlp_bias"),
+]
+# Experts in two matrices for grouped multiplication: rows (expert, hidden), columns first gate, then up.
+MCORE_EXPERTS: list[Entry] = [
+    join(
+        "mlp.experts.weight1",
+        "(expert hidden) (part expert_ffn)",
+        ("mlp.experts.{expert}.gate_proj.weight", 1, "expert_ffn hidden"),
+        ("mlp.experts.{expert}.up_proj.weight", 1, "expert_ffn hidden"),
+    ),
+    join(
+        "mlp.experts.weight2",
+        "(expert expert_ffn) hidden",
+        ("mlp.experts.{expert}.down_proj.weight", 1, "hidden expert_ffn"),
+    ),
 ]
 MCORE = (*MCORE_START, *layers([*MCORE_ATTENTION, *MCORE_FFN, *BUFFERS], MCORE_LAYER), *MCORE_END)

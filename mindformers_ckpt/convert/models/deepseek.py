@@ -1,0 +1,175 @@
+"""DeepSeek-V3 and R1: latent attention, routed and shared experts, multi-token prediction (MTP) layers.
+
+The legacy names are those of the first training network with grouped multiplication, which keeps the rotary
+part of a head as two halves where Hugging Face keeps pairs. The mcore names are those since MindFormers 1.7.
+"""
+
+from mindformers_ckpt.convert.config import ModelConfig, quotient
+from mindformers_ckpt.convert.model import Facts, Model
+from mindformers_ckpt.convert.models import decoder
+from mindformers_ckpt.convert.rules import Copy, Entry, join, prefixed, rename, split
+
+_HF_MTP = "model.layers.{m}."
+
+
+def facts(config: ModelConfig) -> Facts:
+    """Sizes of latent attention, and which layers are dense, sparse or MTP; MTP layers follow the others."""
+    count = config.integer("num_hidden_layers") or 0
+    dense = config.integer("first_k_dense_replace") or 0
+    rope, nope = config.integer("qk_rope_head_dim"), config.integer("qk_nope_head_dim")
+    latent = config.integer("kv_lora_rank")
+    experts = config.integer("n_routed_experts")
+    layers = [{"n": number} for number in range(count)]
+    flags = {"tied"} if config.flag("tie_word_embeddings") else set()
+    if config.integer("q_lora_rank") is not None:
+        flags.add("q_lora")
+    if config.integer("n_shared_experts"):
+        flags.add("shared")
+    return Facts(
+        {
+            "head": config.integer("num_attention_heads"),
+            "pair": 2,
+            "rope_pairs": quotient(rope, 2),
+            "nope_pairs": quotient(nope, 2),
+            "latent_pairs": quotient(latent, 2),
+            "nope": nope,
+            "value": config.integer("v_head_dim"),
+            "hidden": config.integer("hidden_size"),
+            "ffn": config.integer("intermediate_size"),
+            "expert_ffn": config.integer("moe_intermediate_size"),
+            "expert": experts,
+        },
+        {
+            "layer": layers,
+            "dense": layers[:dense] if experts else layers,
+            "sparse": layers[dense:] if experts else [],
+            "mtp": [{"i": i, "m": count + i} for i in range(config.integer("num_nextn_predict_layers") or 0)],
+        },
+        frozenset(flags),
+    )
+
+
+def _mtp(hf: str, ms: str) -> Entry:
+    return rename(_HF_MTP + hf, ms, over="mtp", optional="mtp")
+
+
+def _mtp_copies() -> list[Entry]:
+    """An MTP layer of a Hugging Face file repeats the embedding and the output layer; MindSpore shares them."""
+    return [
+        Copy({"hf": _HF_MTP + hf}, {"hf": of}, over="mtp", optional="mtp", always=True)
+        for hf, of in (
+            ("embed_tokens.weight", "model.embed_tokens.weight"),
+            ("shared_head.head.weight", "lm_head.weight"),
+        )
+    ]
+
+
+LEGACY_ATTENTION: list[Entry] = [
+    rename("input_layernorm.weight", "attention_norm.weight", precise=True),
+    rename("self_attn.q_proj.weight", "attention.q_proj.weight", when="!q_lora"),
+    rename("self_attn.q_a_proj.weight", "attention.q2l_proj.weight", when="q_lora"),
+    rename("self_attn.q_a_layernorm.weight", "attention.lq_norm.weight", when="q_lora", precise=True),
+    split(
+        "self_attn.q_b_proj.weight",
+        "(head part pair) rank",
+        ("attention.l2q_nope_proj.weight", "nope_pairs"),
+        ("attention.l2q_pe_proj.weight", "rope_pairs", "(head pair part) rank"),
+        when="q_lora",
+    ),
+    split(
+        "self_attn.kv_a_proj_with_mqa.weight",
+        "(part pair) hidden",
+        ("attention.kv2l_latent_kv.weight", "latent_pairs"),
+        ("attention.kv2l_k_pe.weight", "rope_pairs", "(pair part) hidden"),
+    ),
+    rename("self_attn.kv_a_layernorm.weight", "attention.lkv_norm.weight", precise=True),
+    split(
+        "self_attn.kv_b_proj.weight",
+        "(head part) rank",
+        ("attention.lkv2kv_k_nope.weight", "nope"),
+        ("attention.lkv2kv_v.weight", "value"),
+    ),
+    rename("self_attn.o_proj.weight", "attention.wo.weight"),
+    rename("post_attention_layernorm.weight", "ffn_norm.weight", precise=True),
+]
+_FFN = (("gate", "w1"), ("down", "w2"), ("up", "w3"))
+LEGACY_DENSE: list[Entry] = [rename(f"mlp.{hf}_proj.weight", f"feed_forward.{ms}.weight") for hf, ms in _FFN]
+LEGACY_SPARSE: list[Entry] = [
+    rename("mlp.gate.weight", "feed_forward.routed_experts.router_dense.weight", precise=True),
+    rename("mlp.gate.e_score_correction_bias", "feed_forward.routed_experts.topk_bias", precise=True),
+    *(
+        rename(f"mlp.shared_experts.{hf}_proj.weight", f"feed_forward.shared_experts.{ms}.weight", when="shared")
+        for hf, ms in _FFN
+    ),
+    join(
+        "feed_forward.routed_experts.ffn.w1",
+        "expert hidden (part expert_ffn)",
+        ("mlp.experts.{expert}.gate_proj.weight", 1, "expert_ffn hidden"),
+        ("mlp.experts.{expert}.up_proj.weight", 1, "expert_ffn hidden"),
+    ),
+    join(
+        "feed_forward.routed_experts.ffn.w2",
+        "expert expert_ffn hidden",
+        ("mlp.experts.{expert}.down_proj.weight", 1, "hidden expert_ffn"),
+    ),
+]
+
+LEGACY: tuple[Entry, ...] = (
+    *decoder.LEGACY_START,
+    *decoder.layers(LEGACY_ATTENTION),
+    *decoder.layers(LEGACY_DENSE, over="dense"),
+    *decoder.layers(LEGACY_SPARSE, over="sparse"),
+    _mtp("enorm.weight", "model.mtp_hidden_fusers.{i}.norm_emb.weight"),
+    _mtp("hnorm.weight", "model.mtp_hidden_fusers.{i}.norm.weight"),
+    _mtp("eh_proj.weight", "model.mtp_hidden_fusers.{i}.dense.weight"),
+    *prefixed([*LEGACY_ATTENTION, *LEGACY_SPARSE], _HF_MTP, "model.layers.{m}.", over="mtp", optional="mtp"),
+    _mtp("shared_head.norm.weight", "model.mtp_norms.{i}.weight"),
+    *_mtp_copies(),
+    *decoder.LEGACY_END,
+)
+
+MCORE_ATTENTION: list[Entry] = [
+    rename("input_layernorm.weight", "input_layernorm.weight"),
+    rename("self_attn.q_a_proj.weight", "self_attention.linear_q_down_proj.weight"),
+    rename("self_attn.q_a_layernorm.weight", "self_attention.q_layernorm.weight"),
+    rename("self_attn.q_b_proj.weight", "self_attention.linear_q_up_proj.weight"),
+    rename("self_attn.kv_a_proj_with_mqa.weight", "self_attention.linear_kv_down_proj.weight"),
+    rename("self_attn.kv_a_layernorm.weight", "self_attention.kv_layernorm.weight"),
+    rename("self_attn.kv_b_proj.weight", "self_attention.linear_kv_up_proj.weight"),
+    rename("self_attn.o_proj.weight", "self_attention.linear_proj.weight"),
+    rename("post_attention_layernorm.weight", "pre_mlp_layernorm.weight"),
+]
+MCORE_SPARSE: list[Entry] = [
+    rename("mlp.gate.weight", "mlp.router.weight"),
+    rename("mlp.gate.e_score_correction_bias", "mlp.router.expert_bias", precise=True),
+    *(
+        entry._replace(when="shared")
+        for entry in (
+            decoder.gate_up_by_row("mlp.shared_experts.linear_fc1", "mlp.shared_experts.", "shared_ffn")[0],
+            rename("mlp.shared_experts.down_proj.weight", "mlp.shared_experts.linear_fc2.weight"),
+        )
+    ),
+    *decoder.MCORE_EXPERTS,
+]
+
+MCORE: tuple[Entry, ...] = (
+    *decoder.MCORE_START,
+    *decoder.layers(MCORE_ATTENTION, decoder.MCORE_LAYER),
+    *decoder.layers(decoder.MCORE_FFN, decoder.MCORE_LAYER, over="dense"),
+    *decoder.layers(MCORE_SPARSE, decoder.MCORE_LAYER, over="sparse"),
+    *(_mtp(f"{name}.weight", f"mtp.layers.{{i}}.{name}.weight") for name in ("enorm", "hnorm", "eh_proj")),
+    *prefixed(
+        [*MCORE_ATTENTION, *MCORE_SPARSE], _HF_MTP, "mtp.layers.{i}.transformer_layer.", over="mtp", optional="mtp"
+    ),
+    _mtp("shared_head.norm.weight", "mtp.layers.{i}.final_layernorm.weight"),
+    *_mtp_copies(),
+    *decoder.MCORE_END,
+)
+
+MODEL = Model(
+    name="deepseek",
+    aliases=("deepseekv3", "deepseek_v3", "deepseek3", "deepseek_r1"),
+    model_types=("deepseek_v3",),
+    tables={"legacy": LEGACY, "mcore": MCORE},
+    facts=facts,
+)

@@ -1,0 +1,220 @@
+"""The yaml keys: every key, its default, values as text, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mindformers_ckpt.auto.config import Config, parse_bool
+from mindformers_ckpt.errors import ConfigError
+
+DEFAULTS = {
+    "load_checkpoint": "",
+    "src_strategy_path_or_dir": "",
+    "auto_trans_ckpt": False,
+    "transform_process_num": 1,
+    "transform_by_rank": False,
+    "output_dir": "./output",
+    "use_parallel": True,
+    "run_mode": "train",
+    "resume_training": None,
+    "only_save_strategy": False,
+    "load_ckpt_format": "ckpt",
+    "transform_timeout": 7200.0,
+}
+
+
+def values_of(config: Config) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in DEFAULTS}
+
+
+def test_the_defaults() -> None:
+    assert values_of(Config.from_mapping({})) == DEFAULTS
+    assert values_of(Config()) == DEFAULTS
+
+
+@pytest.mark.parametrize("key", DEFAULTS)
+def test_a_key_without_a_value_has_its_default(key: str) -> None:
+    assert values_of(Config.from_mapping({key: None})) == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("load_checkpoint", "/data/llama.ckpt", "/data/llama.ckpt"),
+        ("load_checkpoint", Path("/data/model"), "/data/model"),
+        ("load_checkpoint", "None", ""),
+        ("src_strategy_path_or_dir", "", ""),
+        ("src_strategy_path_or_dir", "~/strategy", str(Path("~/strategy").expanduser())),
+        ("auto_trans_ckpt", True, True),
+        ("auto_trans_ckpt", "True", True),
+        ("auto_trans_ckpt", " false ", False),
+        ("auto_trans_ckpt", "", False),
+        ("auto_trans_ckpt", 1, True),
+        ("transform_process_num", 2, 2),
+        ("transform_process_num", "8", 8),
+        ("transform_by_rank", "yes", True),
+        ("output_dir", "/shared/out", "/shared/out"),
+        ("output_dir", "", "./output"),
+        ("use_parallel", "False", False),
+        ("run_mode", "finetune", "finetune"),
+        ("run_mode", "predict", "predict"),
+        ("run_mode", "eval", "eval"),
+        ("resume_training", "True", True),
+        ("resume_training", False, False),
+        ("resume_training", "llama_7b-3_150.ckpt", "llama_7b-3_150.ckpt"),
+        ("resume_training", "llama_7b-3_150", "llama_7b-3_150"),
+        ("only_save_strategy", "true", True),
+        ("load_ckpt_format", "safetensors", "safetensors"),
+        ("transform_timeout", "90", 90.0),
+    ],
+)
+def test_values_that_are_taken(key: str, value: Any, expected: Any) -> None:
+    assert values_of(Config.from_mapping({key: value})) == {**DEFAULTS, key: expected}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("load_checkpoint", 7),
+        ("load_checkpoint", ["a", "b"]),
+        ("auto_trans_ckpt", "ture"),
+        ("auto_trans_ckpt", 2),
+        ("transform_process_num", 0),
+        ("transform_process_num", -1),
+        ("transform_process_num", True),
+        ("transform_process_num", "two"),
+        ("transform_process_num", 1.5),
+        ("transform_by_rank", "maybe"),
+        ("run_mode", "training"),
+        ("run_mode", ["train"]),
+        ("resume_training", "ture"),
+        ("resume_training", 3),
+        ("load_ckpt_format", "pt"),
+        ("transform_timeout", 0),
+        ("transform_timeout", "inf"),
+        ("transform_timeout", "nan"),
+        ("transform_timeout", "soon"),
+    ],
+)
+def test_nonsense_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: .* was expected, not "):
+        Config.from_mapping({key: value})
+
+
+def test_all_faults_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.from_mapping({"auto_trans_ckpt": "ture", "transform_process_num": 0, "auto_trans_ckpts": True})
+    text = str(caught.value)
+    assert text.splitlines()[0] == "the checkpoint keys of the configuration are wrong"
+    assert [line.split(":")[0] for line in text.splitlines()[1:]] == ["  - auto_trans_ckpt", "  - transform_process_num"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("auto_trans_chpt", None),  # too far from a word of ours to be noticed
+        ("auto_tran_ckpt", "auto_trans_ckpt"),
+        ("transform_process_nums", "transform_process_num"),
+        ("src_strategy_path_or_dirs", "src_strategy_path_or_dir"),
+        ("load_ckpt_formats", "load_ckpt_format"),
+    ],
+)
+def test_misspelt_keys(wrong: str, right: str | None) -> None:
+    if right is None:
+        Config.from_mapping({wrong: True})
+        return
+    with pytest.raises(ConfigError, match=f"{wrong}: did you mean {right}"):
+        Config.from_mapping({wrong: "1"})
+
+
+def test_other_keys_of_a_training_yaml_are_left_alone() -> None:
+    others = {
+        "seed": 0,
+        "runner_config": {"epochs": 2},
+        "trainer": {"type": "CausalLanguageModelingTrainer"},
+        "remove_redundancy": False,
+        "save_ckpt_format": "ckpt",
+        "ckpt_remark": "x",
+        "src_ip": "10.0.0.1",
+        5: "a key that is no text",
+    }
+    assert values_of(Config.from_mapping(others)) == DEFAULTS
+
+
+YAML = """
+seed: 0
+folders: &folders
+  load_checkpoint: ${BASE}/llama
+  src_strategy_path_or_dir: ${STRATEGY:-/data/strategy}
+checkpoint: &checkpoint
+  <<: *folders
+  auto_trans_ckpt: &on True
+<<: *checkpoint
+transform_by_rank: *on
+output_dir: './output' # as MindFormers writes it
+resume_training: False
+load_ckpt_format: "ckpt"
+parallel_config:
+  data_parallel: 2
+"""
+
+
+def test_a_yaml_with_anchors_merge_keys_and_environment_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "finetune.yaml"
+    file.write_text(YAML)
+    monkeypatch.setenv("BASE", "/data")
+    monkeypatch.delenv("STRATEGY", raising=False)
+    expected = {
+        **DEFAULTS,
+        "load_checkpoint": "/data/llama",
+        "src_strategy_path_or_dir": "/data/strategy",
+        "auto_trans_ckpt": True,
+        "transform_by_rank": True,
+        "resume_training": False,
+    }
+    assert values_of(Config.from_yaml(file)) == expected
+    changed = Config.from_yaml(file, {"auto_trans_ckpt": "False", "transform_process_num": "2"})
+    assert values_of(changed) == {**expected, "auto_trans_ckpt": False, "transform_process_num": 2}
+    monkeypatch.delenv("BASE")
+    with pytest.raises(ConfigError, match="load_checkpoint: the environment variable BASE is not set"):
+        Config.from_yaml(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"load_checkpoint: [", "cannot be read"),
+        (b"- a\n- b\n", "a mapping of keys was expected, not list"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path: Path, content: bytes | None, text: str) -> None:
+    file = tmp_path / "a.yaml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"a.yaml: .*{text}"):
+        Config.from_yaml(file)
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").touch()
+    assert values_of(Config.from_yaml(tmp_path / "a.yaml")) == DEFAULTS
+
+
+def test_the_folders_of_the_guide() -> None:
+    config = Config(output_dir="/out", resume_training="a-1_2.ckpt")
+    assert config.strategy_dir == Path("/out/strategy")
+    assert config.transformed_dir == Path("/out/transformed_checkpoint")
+    assert config.step_file == "a-1_2.ckpt"
+    assert Config(resume_training=True).step_file is None
+
+
+def test_truth_as_text() -> None:
+    assert [parse_bool(text) for text in ("True", "yes", "on", "1")] == [True] * 4
+    assert [parse_bool(text) for text in ("False", "no", "off", "0", "")] == [False] * 5
+    with pytest.raises(ValueError, match="True or False was expected"):
+        parse_bool("t")

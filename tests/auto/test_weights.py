@@ -1,0 +1,178 @@
+"""Bytes into MindSpore parameters: copied once, every element type, and what does not fit told at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mindspore")
+
+import mindspore
+from mindspore import Tensor
+from networks import Net, content_of
+
+from mindformers_ckpt.auto.weights import check_fit, load_into, parameter_of, parameters_of, wanted_names
+from mindformers_ckpt.errors import ConfigError
+from mindformers_ckpt.formats import TensorSpec
+from mindformers_ckpt.formats.dtypes import by_name
+from mindformers_ckpt.shard_io import read_file
+
+from recorded import random_bits, write_tensors
+
+TYPES = (
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
+)
+ADVICE = "the advice"
+
+
+def bytes_of(dtype: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray[Any, Any]:
+    bits = random_bits(by_name(dtype), shape, np.random.default_rng(seed)).bits
+    return np.frombuffer(bits.tobytes(), np.uint8).copy()
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (), (1,)])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_network_keeps_the_memory_that_was_read_into(dtype: str, shape: tuple[int, ...]) -> None:
+    content = bytes_of(dtype, shape)
+    parameter = parameter_of(TensorSpec("w", by_name(dtype), shape), content)
+    assert (parameter.name, tuple(parameter.shape), parameter.dtype) == ("w", shape, getattr(mindspore, dtype))
+    net = Net({"w": (dtype, shape)})
+    loaded = {"w": parameter}
+    check_fit([net], loaded, ADVICE)
+    load_into([net], loaded)
+    assert net.w.data_ptr() == parameter.data_ptr() == content.ctypes.data
+    assert content_of(net.w) == content.tobytes()
+    content[:] = 1
+    assert content_of(net.w) == content.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tensors_without_elements(dtype: str) -> None:
+    parameter = parameter_of(TensorSpec("w", by_name(dtype), (0, 3)), np.empty(0, np.uint8))
+    assert (tuple(parameter.shape), parameter.dtype) == ((0, 3), getattr(mindspore, dtype))
+
+
+def test_the_values_are_those_of_mindspores_own_reading(tmp_path: Path) -> None:
+    generator = np.random.default_rng(1)
+    tensors = {name: random_bits(by_name(name), (4, 3), generator) for name in TYPES if not name.startswith("complex")}
+    file = write_tensors(tmp_path / "a.ckpt", tensors)
+    expected = mindspore.load_checkpoint(str(file))
+    found = parameters_of(read_file(file))
+    assert found.keys() == expected.keys()
+    for name, parameter in found.items():
+        assert parameter.dtype == expected[name].dtype
+        assert content_of(parameter) == content_of(expected[name])
+
+
+def test_text_is_read_as_mindspore_reads_it(tmp_path: Path) -> None:
+    file = tmp_path / "a.ckpt"
+    weight = {"name": "w", "data": Tensor(np.ones(2, np.float32))}
+    mindspore.save_checkpoint([weight], str(file), append_dict={"epoch_num": 3, "note": "größer", "rate": 0.5})
+    expected = mindspore.load_checkpoint(str(file))
+    found = parameters_of(read_file(file))
+    assert found.keys() == expected.keys() == {"w", "epoch_num", "note", "rate"}
+    assert found["note"] == expected["note"] == "größer"
+    assert found["epoch_num"].asnumpy() == expected["epoch_num"].asnumpy() == 3
+    net = Net({"w": ("float32", (2,))})
+    load_into([net], found)
+    assert net.w.asnumpy().tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "hifloat8"])
+def test_fp8_parameters_that_mindspore_cannot_make_are_told(dtype: str) -> None:
+    with pytest.raises(ConfigError, match=f"w: MindSpore .* makes no {dtype} parameters on this device; convert"):
+        parameter_of(TensorSpec("w", by_name(dtype), (2, 2)), np.zeros(4, np.uint8))
+
+
+def loaded_from(**tensors: tuple[str, Any]) -> dict[str, Any]:
+    """Parameters as they come out of a file: name -> (dtype, values)."""
+    found = {}
+    for name, (dtype, values) in tensors.items():
+        tensor = Tensor(np.asarray(values)).astype(getattr(mindspore, dtype))
+        content = np.frombuffer(content_of(tensor), np.uint8).copy()
+        found[name] = parameter_of(TensorSpec(name, by_name(dtype), tuple(tensor.shape)), content)
+    return found
+
+
+def test_names_that_only_one_side_has_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    net = Net({"both": ("float32", (2,)), "mine": ("float32", (2,)), "accu_grads.both": ("float32", (2,))})
+    optimizer = Net({"both": ("float32", (2,)), "moment1.both": ("float32", (2,))})
+    loaded = loaded_from(both=("float32", [3.0, 4.0]), theirs=("float32", [5.0]))
+    check_fit([net, optimizer], loaded, ADVICE)
+    load_into([net, optimizer], loaded)
+    assert [record.getMessage() for record in caplog.records if record.name == "mindformers_ckpt"] == [
+        "not loaded, not in the checkpoint: mine, moment1.both",
+        "in the checkpoint, not found in the network: theirs",
+    ]
+    assert net.both.asnumpy().tolist() == optimizer.both.asnumpy().tolist() == [3.0, 4.0]
+    assert net.mine.asnumpy().tolist() == [1.0, 1.0]
+
+
+def test_all_wrong_shapes_are_told_at_once_with_the_advice() -> None:
+    net = Net({"a": ("float32", (2,)), "b": ("float32", (2, 2)), "c": ("float32", (1,))})
+    loaded = loaded_from(a=("float32", [1.0]), b=("float32", [[1.0, 2.0]]), c=("float32", [1.0]))
+    with pytest.raises(ConfigError) as caught:
+        check_fit([net], loaded, ADVICE)
+    assert str(caught.value).splitlines() == [
+        "the checkpoint does not fit the network; the advice",
+        "  - a: [1] in the checkpoint, [2] in the network",
+        "  - b: [1, 2] in the checkpoint, [2, 2] in the network",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "values"),
+    [
+        ("bfloat16", "float32", [1.5, -2.0]),
+        ("float16", "bfloat16", [1.5, -2.0]),
+        ("float32", "float16", [1.5, float("inf")]),
+        ("int64", "int32", [-(2**31), 2**31 - 1]),
+        ("int8", "int64", [-128, 127]),
+    ],
+)
+def test_other_types_are_converted_where_the_values_fit(theirs: str, ours: str, values: list[float]) -> None:
+    net = Net({"w": (ours, (2,))})
+    loaded = loaded_from(w=(theirs, values))
+    check_fit([net], loaded, ADVICE)
+    load_into([net], loaded)
+    assert net.w.dtype == getattr(mindspore, ours)
+    assert net.w.astype(mindspore.float64).asnumpy().tolist() == values
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "values", "fault"),
+    [
+        ("int64", "int32", [2**40, 5], "out of range"),  # MindSpore makes 0 of it
+        ("float32", "float16", [1e9, 1.0], "out of range"),  # and infinity of this
+        ("bfloat16", "float16", [-1e9, 1.0], "out of range"),
+        ("int32", "float32", [1, 2], "MindSpore converts neither way"),
+        ("bool", "float32", [True, False], "MindSpore converts neither way"),
+        ("uint8", "int32", [1, 2], "MindSpore converts neither way"),
+    ],
+)
+def test_values_are_never_lost_without_a_word(theirs: str, ours: str, values: list[Any], fault: str) -> None:
+    net = Net({"w": (ours, (2,)), "v": (ours, (2,))})
+    with pytest.raises(ConfigError) as caught:
+        check_fit([net], loaded_from(w=(theirs, values), v=(theirs, values)), ADVICE)
+    text = str(caught.value)
+    assert "convert it to the network's types" in text
+    assert text.count(fault) == 2
+
+
+def test_rounding_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    net = Net({"w": ("bfloat16", (2,)), "v": ("float32", (2,))})
+    loaded = loaded_from(w=("float32", [1.001, 1.0]), v=("bfloat16", [1.0, 2.0]))
+    check_fit([net], loaded, ADVICE)
+    assert [record.getMessage() for record in caplog.records if record.name == "mindformers_ckpt"] == [
+        "rounded from Float32 to BFloat16, the type in the network: w"
+    ]
+
+
+def test_the_names_that_are_wanted() -> None:
+    net, optimizer = Net({"a": ("float32", (2,))}), Net({"b": ("float32", (2,))})
+    assert wanted_names([net]) == {"a"}
+    assert wanted_names([net, optimizer]) == {"a", "b"}

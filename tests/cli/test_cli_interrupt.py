@@ -1,0 +1,115 @@
+"""Ctrl-C and kill -9: one line, exit code 130, the old result intact, and the rest can be done later."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from recorded import Tensor, assert_same, read_tensors, write_tensors
+from toy import command, environment, listing
+
+from mindformers_ckpt.formats.dtypes import by_name
+
+# Tasks are 8 MB at least: these tensors are six tasks.
+MEGABYTE = 1 << 20
+LARGE = {
+    f"w{number}": Tensor(by_name("float32"), np.full((2 * MEGABYTE,), number, np.uint32)) for number in range(6)
+}
+ARGUMENTS = ["transform", "--src-checkpoint", "large.ckpt", "--dst-checkpoint-dir", "out"]
+# The command itself, made slow: it says when its first task begins, and takes a second for each.
+SLOW = """
+import sys, time
+from mindformers_ckpt import execute
+from mindformers_ckpt.cli.main import main
+
+run = execute.Copier.run
+
+def slow(self, task, *rest):
+    print("begins", flush=True)
+    time.sleep(1)
+    return run(self, task, *rest)
+
+execute.Copier.run = slow
+main()
+"""
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    write_tensors(tmp_path / "large.ckpt", LARGE)
+    return tmp_path
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_interrupt_and_resume(large: Path, processes: int) -> None:
+    code, errors = _stop(large, signal.SIGINT, processes)
+    assert code == 130, errors
+    assert errors == [
+        "error: interrupted; out is as it was. The same command with --resume goes on from here",
+    ]
+    assert not (large / "out").exists()
+    resumed = command([*ARGUMENTS, "--resume", "--json"], large)
+    assert resumed.code == 0, resumed
+    assert 0 < json.loads(resumed.out)["resumed_bytes"] < 6 * 8 * MEGABYTE
+    assert_same(read_tensors(large / "out/rank_0/checkpoint_0.ckpt"), LARGE)
+    assert not [path for path in listing(large) if "staging" in path]
+
+
+def test_an_old_result_survives_and_the_next_run_clears_up(large: Path) -> None:
+    assert command([*ARGUMENTS, "--prefix", "old_"], large).code == 0
+    code, _ = _stop(large, signal.SIGKILL, 1, "--overwrite")
+    assert code == -signal.SIGKILL
+    assert sorted(listing(large / "out")) == ["manifest.json", "rank_0", "rank_0/old_0.ckpt"]
+    assert [path for path in listing(large) if "staging" in path]
+    again = command([*ARGUMENTS, "--overwrite"], large)
+    assert again.code == 0, again
+    assert sorted(listing(large / "out")) == ["manifest.json", "rank_0", "rank_0/checkpoint_0.ckpt"]
+    assert not [path for path in listing(large) if "staging" in path]
+
+
+def test_a_second_run_for_the_same_folder_is_refused(large: Path) -> None:
+    process = _start(large, 1)
+    _wait_for_tasks(process, 1)
+    for options in ([], ["--prefix", "other_"]):
+        second = command([*ARGUMENTS, *options], large)
+        assert second.code == 1, second
+        assert "another process is" in second.err
+    assert process.wait(timeout=60) == 0
+    process.communicate()
+    assert_same(read_tensors(large / "out/rank_0/checkpoint_0.ckpt"), LARGE)
+
+
+def _start(folder: Path, processes: int, *options: str) -> subprocess.Popen[str]:
+    """Start the slow command in a process group of its own, as a shell does for Ctrl-C."""
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOW, *ARGUMENTS, "--transform-process-num", str(processes), *options],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _wait_for_tasks(process: subprocess.Popen[str], count: int) -> None:
+    assert process.stdout is not None
+    for _ in range(count):
+        assert process.stdout.readline() == "begins\n"
+
+
+def _stop(folder: Path, number: signal.Signals, processes: int, *options: str) -> tuple[int, list[str]]:
+    """Stop the command in its second task; the exit code and the lines on stderr."""
+    process = _start(folder, processes, *options)
+    _wait_for_tasks(process, 2)
+    time.sleep(0.2)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors.splitlines()

@@ -1,0 +1,537 @@
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from recorded import Tensor, assert_ranks, random_bits, random_model, read_ranks, write_ranks, write_tensors
+
+from mindformers_ckpt import execute, shard_io
+from mindformers_ckpt.box import Box
+from mindformers_ckpt.checkpoint import Checkpoint
+from mindformers_ckpt.errors import CheckpointError, TransferError
+from mindformers_ckpt.execute import Done, TensorHash, copy_tasks, cut_into_tasks
+from mindformers_ckpt.formats import TensorSpec, layout_file
+from mindformers_ckpt.formats.dtypes import by_name
+from mindformers_ckpt.layout import Layout
+from mindformers_ckpt.plan import Plan, build_plan
+from mindformers_ckpt.source_files import find_source
+from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.transform import Options, transform
+
+TYPES = ("bool", "int16", "float16", "bfloat16", "float32", "int64", "float64", "float8_e4m3fn", "complex64")
+COMPLETE = Strategy.complete()
+MP4 = Strategy.of_stages(({"w": Layout((4,), ((0,), ())), "v": Layout((4,), ((), (0,)))},), "mp4")
+MP2 = Strategy.of_stages(({"w": Layout((2,), ((), (0,))), "v": Layout((2,), ((), (0,)))},), "mp2")
+
+
+def parts(strategy: Strategy, model: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """What every rank holds: its part of the tensors of its stage, and what no strategy names."""
+    ranks: dict[int, dict[str, Tensor]] = {}
+    for rank in range(strategy.rank_count):
+        stage = strategy.stages[strategy.stage_of(rank)]
+        ranks[rank] = {}
+        for name, tensor in model.items():
+            if name in stage:
+                ranks[rank][name] = tensor.part(stage[name].box(tensor.bits.shape, rank % strategy.stage_size))
+            elif name not in strategy.names():
+                ranks[rank][name] = tensor
+    return ranks
+
+
+def plan_from(root: Path, source: Strategy, target: Strategy, **options: Any) -> Plan:
+    return build_plan(Checkpoint(find_source(root), source), target, **options)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """All files under a folder but the manifest, which holds the time."""
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name != "manifest.json"
+    }
+
+
+def worker_processes() -> list[psutil.Process]:
+    """The living worker processes of this one."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "spawn_main" in " ".join(child.cmdline()) and child.status() != psutil.STATUS_ZOMBIE:
+                found.append(child)
+    return found
+
+
+@pytest.fixture
+def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute, "_SMALLEST_TASK", 1)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Strategy, Strategy, dict[str, tuple[str, tuple[int, ...]]]]:
+    """Two strategies of up to two stages, and tensors (name -> type and shape) that both cut evenly."""
+    matrices = [draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)) for _ in range(2)]
+    stage_counts = [draw(st.integers(1, 2)) for _ in range(2)]
+    strategies: list[list[dict[str, Layout]]] = [[{} for _ in range(count)] for count in stage_counts]
+    tensors = {}
+    for number in range(draw(st.integers(1, 4))):
+        dimensions = draw(st.integers(0, 3))
+        layouts = [draw(layouts_on(tuple(matrix), dimensions)) for matrix in matrices]
+        shape = tuple(
+            math.lcm(*(layout.cuts[axis] for layout in layouts)) * draw(st.integers(1, 2)) for axis in range(dimensions)
+        )
+        name = f"t{number}"
+        tensors[name] = (draw(st.sampled_from(TYPES)), shape)
+        if draw(st.integers(0, 5)):  # now and then a tensor that no strategy names
+            for stages, layout in zip(strategies, layouts):
+                stages[draw(st.integers(0, len(stages) - 1))][name] = layout
+    for stages, matrix in zip(strategies, matrices):
+        for stage in stages:
+            stage.setdefault("known_to_all", Layout(tuple(matrix), ((),)))
+    tensors["known_to_all"] = ("int8", (2,))
+    source, target = (Strategy.of_stages(tuple(stages), "random") for stages in strategies)
+    return source, target, tensors
+
+
+@st.composite
+def layouts_on(draw: st.DrawFn, matrix: tuple[int, ...], dimensions: int) -> Layout:
+    mapping: list[tuple[int, ...]] = [()] * dimensions
+    for axis in draw(st.permutations(range(len(matrix)))):
+        where = draw(st.integers(-1, dimensions - 1))
+        if where >= 0:
+            mapping[where] += (axis,)
+    layout = Layout(matrix, tuple(mapping))
+    free = layout.rank_count // math.prod(layout.cuts)
+    if dimensions and free > 1 and draw(st.booleans()):
+        return Layout(matrix, tuple(mapping), draw(st.sampled_from([-1, free])), 1)
+    return layout
+
+
+@given(
+    case=cases(),
+    seed=st.integers(0, 1 << 30),
+    block=st.integers(1, 200),
+    run=st.sampled_from([1, 8, 1 << 14]),
+    formats=st.tuples(*[st.sampled_from(["ckpt", "safetensors"])] * 2),
+    options=st.builds(Options, by_rank=st.booleans(), hashes=st.booleans(), crc=st.booleans()),
+)
+@settings(max_examples=60)
+def test_any_layout_to_any_layout(
+    case: tuple[Strategy, Strategy, dict[str, tuple[str, tuple[int, ...]]]],
+    seed: int,
+    block: int,
+    run: int,
+    formats: tuple[str, str],
+    options: Options,
+) -> None:
+    """Through files, with blocks so small that their borders fall everywhere; a subset of the ranks as well."""
+    source, target, tensors = case
+    generator = np.random.default_rng(seed)
+    model = {name: random_bits(by_name(dtype), shape, generator) for name, (dtype, shape) in tensors.items()}
+    # hypothesis runs many examples in one test: the fixtures monkeypatch and tmp_path would be shared.
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        for module in (execute, shard_io):
+            patch.setattr(module, "BLOCK_BYTES", block)
+        patch.setattr(shard_io, "_RUN_BYTES", run)
+        patch.setattr(execute, "_SMALLEST_TASK", 1)
+        folder = Path(name)
+        root = write_ranks(folder / "source", parts(source, model), formats[0])
+        plan = plan_from(root, source, target, format=formats[1])
+        transform(plan, folder / "whole", options)
+        (folder / "whole" / "manifest.json").unlink()
+        assert_ranks(folder / "whole", parts(target, model))
+
+        some = sorted(set(generator.integers(0, target.rank_count, 2).tolist()))
+        transform(plan_from(root, source, target, format=formats[1], ranks=some), folder / "some", options)
+        (folder / "some" / "manifest.json").unlink()
+        whole = contents(folder / "whole")
+        assert contents(folder / "some") == {
+            path: data for path, data in whole.items() if int(path.split("/")[0][5:]) in some
+        }
+
+
+def test_hashes_are_those_of_the_written_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute, "BLOCK_BYTES", 64)
+    model = random_model({"w": (16, 8), "v": (8, 16), "step": ()})
+    plan = plan_from(write_ranks(tmp_path / "source", parts(MP4, model)), MP4, MP2)
+    from mindformers_ckpt.publish import read_manifest
+
+    transform(plan, tmp_path / "result", Options(hashes=True))
+    manifest = read_manifest(tmp_path / "result")
+    assert manifest is not None
+    (tmp_path / "result" / "manifest.json").unlink()
+    for entry in manifest["files"]:
+        tensors = read_ranks(tmp_path / "result")[entry["rank"]]
+        assert entry["xxh3_128"] == {
+            name: xxhash.xxh3_128_hexdigest(tensor.bits.tobytes()) for name, tensor in tensors.items()
+        }
+
+
+@pytest.mark.parametrize("options", [{}, {"by_rank": True}, {"whole_tensors": True}])
+def test_tasks_cover_every_block_once(
+    options: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execute, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(execute, "_SMALLEST_TASK", 300)
+    model = random_model({"w": (16, 8), "v": (8, 16), "u": (64, 64), "step": ()})
+    plan = plan_from(write_tensors(tmp_path / "model.ckpt", model), COMPLETE, MP4)
+    tasks = cut_into_tasks(plan, **options)
+    assert [task.number for task in tasks] == list(range(len(tasks)))
+    done = [(piece.transfer.name, number) for task in tasks for piece in task.slices for number in blocks_of(piece)]
+    if options.get("by_rank"):
+        assert len(tasks) == 4
+        assert sum(task.bytes_written for task in tasks) == plan.bytes_written
+        return
+    assert len(set(done)) == len(done)
+    assert sum(task.bytes_written for task in tasks) == pytest.approx(plan.bytes_written, rel=0.01)
+    names = [{name for name, _ in done} for done in ([(p.transfer.name, 0) for p in task.slices] for task in tasks)]
+    if options.get("whole_tensors"):
+        assert sorted(name for task in names for name in task) == sorted(model)
+    else:
+        assert max(task.bytes_written for task in tasks) <= 300 + 4 * 64
+        assert len(tasks) > 20
+    assert tasks == cut_into_tasks(plan, **options)
+
+
+def blocks_of(piece: execute.Slice) -> range:
+    return range(piece.first, piece.first + piece.blocks)
+
+
+def test_reports_go_through_json() -> None:
+    done = Done(3, 100, (TensorHash(0, "w", "ff"), TensorHash(1, "w", "00")))
+    assert Done.from_json([3, 100, [[0, "w", "ff"], [1, "w", "00"]]]) == done
+    for wrong in (None, 3, [3, 100], [3, 100, [[1]]], [3, 100, 5], ["x", 100, []], {}):
+        with pytest.raises(ValueError, match="."):
+            Done.from_json(wrong)
+
+
+@pytest.mark.parametrize("options", [Options(), Options(by_rank=True), Options(hashes=True)])
+def test_several_processes_write_what_one_writes(options: Options, tmp_path: Path, small_tasks: None) -> None:
+    model = random_model({"w": (1024, 2048), "v": (2048, 512), "step": (), "u": (300, 7)})
+    plan = plan_from(write_ranks(tmp_path / "source", parts(MP4, model)), MP4, MP2)
+    told: list[tuple[int, int]] = []
+    transform(plan, tmp_path / "one", options)
+    together = Options(3, options.by_rank, options.hashes)
+    transform(plan, tmp_path / "three", together, progress=lambda done, total: told.append((done, total)))
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+    assert told[-1] == (plan.bytes_written, plan.bytes_written)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert worker_processes() == []
+
+
+def test_no_descriptors_are_left_open(tmp_path: Path) -> None:
+    model = random_model({"w": (16, 8), "v": (8, 16)})
+    plan = plan_from(write_ranks(tmp_path / "source", parts(MP4, model)), MP4, MP2)
+    transform(plan, tmp_path / "first")
+    before = set(os.listdir("/proc/self/fd"))
+    transform(plan, tmp_path / "second")
+    for rank in range(4):
+        (tmp_path / "source" / f"rank_{rank}" / f"checkpoint_{rank}.ckpt").write_bytes(b"damaged")
+    with pytest.raises(TransferError):
+        transform(plan, tmp_path / "third")
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+# Failures. A sparse source is large work without a large disk.
+
+
+def sparse_source(folder: Path, megabytes: int) -> Path:
+    """Four rank files of holes, cut as MP4 says: w by rows, v by columns."""
+    rows = megabytes * 512  # 1024 float16 a row: half of the bytes in w, half in v
+    specs = [
+        TensorSpec("w", by_name("float16"), (rows // 8, 1024)),
+        TensorSpec("v", by_name("float16"), (rows // 2, 256)),
+    ]
+    layout = layout_file("ckpt", specs)
+    for rank in range(4):
+        path = folder / f"rank_{rank}" / f"checkpoint_{rank}.ckpt"
+        path.parent.mkdir(parents=True)
+        with path.open("wb") as file:
+            file.truncate(layout.size)
+            for offset, frame in layout.frames:
+                os.pwrite(file.fileno(), frame, offset)
+    return folder
+
+
+def sparse_plan(folder: Path, megabytes: int) -> Plan:
+    return plan_from(sparse_source(folder, megabytes), MP4, MP2)
+
+
+def old_result(destination: Path) -> dict[str, bytes]:
+    """A result of an earlier run."""
+    (destination / "rank_7").mkdir(parents=True)
+    (destination / "rank_7" / "checkpoint_7.ckpt").write_bytes(b"old")
+    (destination / "manifest.json").write_text("{}")
+    return {"rank_7/checkpoint_7.ckpt": b"old"}
+
+
+def assert_untouched(destination: Path, old: Mapping[str, bytes]) -> None:
+    assert contents(destination) == old
+    assert sorted(path.name for path in destination.parent.iterdir()) == sorted({destination.name, "source"})
+
+
+def test_a_killed_worker_fails_the_run(tmp_path: Path, small_tasks: None) -> None:
+    plan = sparse_plan(tmp_path / "source", 64)
+    old = old_result(tmp_path / "result")
+    killed: list[int] = []
+
+    def kill() -> None:
+        for child in worker_processes()[:1] if not killed else ():
+            killed.append(child.pid)
+            child.kill()
+        time.sleep(0.02)
+
+    with pytest.raises(TransferError, match="a worker process died; was it killed"):
+        transform(plan, tmp_path / "result", Options(processes=3, overwrite=True), check=kill)
+    assert len(killed) == 1
+    assert_untouched(tmp_path / "result", old)
+    assert worker_processes() == []
+
+
+def test_a_failing_worker_fails_the_run(tmp_path: Path, small_tasks: None) -> None:
+    plan = sparse_plan(tmp_path / "source", 64)
+    first = tmp_path / "source" / "rank_0" / "checkpoint_0.ckpt"
+    old = old_result(tmp_path / "result")
+    os.truncate(first, first.stat().st_size - 1)
+    # This process begins with the last tasks and is slow: the workers meet the damaged file.
+    with pytest.raises(TransferError, match=r"rank_0/checkpoint_0\.ckpt: .*truncated"):
+        transform(plan, tmp_path / "result", Options(processes=2, overwrite=True), check=lambda: time.sleep(0.05))
+    assert_untouched(tmp_path / "result", old)
+    assert worker_processes() == []
+
+
+def shorten(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def vanish(path: Path) -> None:
+    path.unlink()
+
+
+def exchange_for_a_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def exchange_for_a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def lengthen(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"crc_num" + bytes(10))
+
+
+def exchange_for_another_tensor(path: Path) -> None:
+    size = path.stat().st_size
+    layout = layout_file("ckpt", [TensorSpec("x", by_name("float16"), (512, 1024))])
+    path.write_bytes(b"".join(frame for _, frame in layout.frames))
+    os.truncate(path, size)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (shorten, "truncated"),
+        (vanish, "No such file"),
+        (exchange_for_a_directory, "no regular file"),
+        (exchange_for_a_pipe, "no regular file"),
+        (lengthen, "bytes when the work was planned: it was changed meanwhile"),
+        (exchange_for_another_tensor, "."),
+    ],
+)
+def test_a_source_that_changes_after_planning(
+    change: Callable[[Path], None], message: str, tmp_path: Path, small_tasks: None
+) -> None:
+    plan = sparse_plan(tmp_path / "source", 8)
+    old = old_result(tmp_path / "result")
+    change(tmp_path / "source" / "rank_2" / "checkpoint_2.ckpt")
+    with pytest.raises(CheckpointError, match=message) as raised:
+        transform(plan, tmp_path / "result", Options(overwrite=True))
+    assert "rank_2/checkpoint_2.ckpt" in str(raised.value)
+    assert_untouched(tmp_path / "result", old)
+
+
+def test_a_source_that_is_shortened_while_it_is_read(tmp_path: Path) -> None:
+    plan = sparse_plan(tmp_path / "source", 32)
+    path = tmp_path / "source" / "rank_3" / "checkpoint_3.ckpt"
+    calls = 0
+
+    def cut_off() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 12:  # in w: the file is open, its header checked
+            os.truncate(path, 1 << 20)
+
+    with pytest.raises(TransferError, match=r"checkpoint_3\.ckpt ends at byte 1048576: it was shortened while"):
+        transform(plan, tmp_path / "result", check=cut_off)
+    assert not (tmp_path / "result").exists()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["source"]
+
+
+def test_what_check_raises_goes_through(tmp_path: Path) -> None:
+    plan = sparse_plan(tmp_path / "source", 8)
+
+    def stop() -> None:
+        raise ZeroDivisionError("stop")
+
+    for processes in (1, 2):
+        with pytest.raises(ZeroDivisionError, match="stop"):
+            transform(plan, tmp_path / "result", Options(processes), check=stop)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["source"]
+    assert worker_processes() == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a tmpfs: {mounted.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_is_too_small(tmp_path: Path, small_disk: Path) -> None:
+    plan = sparse_plan(tmp_path / "source", 8)
+    with pytest.raises(CheckpointError, match=r"the result needs 0\.01 GB, but the disk of .* has 0\.00 GB free"):
+        transform(plan, small_disk / "result")
+    assert list(small_disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_disk_that_fills_up(
+    processes: int, tmp_path: Path, small_disk: Path, small_tasks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mindformers_ckpt import transform as module
+
+    monkeypatch.setattr(sys.modules[module.__module__] if callable(module) else module, "check_free_space", print)
+    plan = sparse_plan(tmp_path / "source", 8)
+    old = old_result(small_disk / "result")
+    with pytest.raises(TransferError, match=r"checkpoint_\d\.ckpt: writing failed: No space left on device"):
+        transform(plan, small_disk / "result", Options(processes, overwrite=True))
+    assert contents(small_disk / "result") == old
+    assert [entry.name for entry in small_disk.iterdir()] == ["result"]
+    assert worker_processes() == []
+
+
+def test_many_target_files_need_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_io, "_OPEN_FILES", 2)
+    model = random_model({"w": (16, 16), "v": (16, 16)})
+    strategy = Strategy.of_stages(({"w": Layout((16,), ((0,), ())), "v": Layout((16,), ((), (0,)))},), "mp16")
+    transform(plan_from(write_ranks(tmp_path / "source", parts(MP4, model)), MP4, strategy), tmp_path / "result")
+    (tmp_path / "result" / "manifest.json").unlink()
+    assert_ranks(tmp_path / "result", parts(strategy, model))
+
+
+# In processes of their own.
+
+JOB = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_execute import MP2, MP4, plan_from
+from mindformers_ckpt import execute
+from mindformers_ckpt.transform import Options, transform
+execute._SMALLEST_TASK = 1
+if __name__ == "__main__":
+    plan = plan_from(Path({source!r}), MP4, MP2)
+    {body}
+"""
+
+
+def start_job(folder: Path, body: str) -> subprocess.Popen[str]:
+    code = JOB.format(tests=str(Path(__file__).parent), source=str(folder / "source"), body=body)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kill_9_in_the_middle(processes: int, tmp_path: Path) -> None:
+    sparse_source(tmp_path / "source", 64)
+    old = old_result(tmp_path / "result")
+    job = start_job(
+        tmp_path,
+        "import time; transform("
+        f"plan, Path({str(tmp_path / 'result')!r}), Options({processes}, overwrite=True),"
+        "progress=lambda done, total: print(done, flush=True), check=lambda: time.sleep(0.2))",
+    )
+    assert job.stdout is not None
+    assert int(job.stdout.readline()) > 0
+    children = psutil.Process(job.pid).children(recursive=True)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    job.stdout.close()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert alive == []
+    assert contents(tmp_path / "result") == old
+    leftovers = {path.name for path in tmp_path.iterdir()} - {"source", "result"}
+    assert any(name.startswith(".result.staging-") for name in leftovers)
+
+    plan = plan_from(tmp_path / "source", MP4, MP2)
+    transform(plan, tmp_path / "result", Options(overwrite=True))
+    assert sorted(contents(tmp_path / "result")) == ["rank_0/checkpoint_0.ckpt", "rank_1/checkpoint_1.ckpt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "result"}
+
+
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
+    sparse_source(tmp_path / "source", 300)
+    body = f"""
+    peak = 0
+    def private():
+        global peak
+        lines = open("/proc/self/smaps_rollup").read().splitlines()
+        sizes = [int(line.split()[1]) for line in lines if line.startswith(("Private_Dirty", "Private_Clean"))]
+        peak = max(peak, sum(sizes) // 1024)
+    before = private() or peak
+    transform(plan, Path({str(tmp_path / "result")!r}), check=private)
+    print(before, peak)
+    """
+    job = start_job(tmp_path, body.strip())
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 0
+    before, peak = map(int, output.split())
+    assert sum(path.stat().st_size for path in (tmp_path / "result").rglob("*.ckpt")) > 300 * 1000 * 1000
+    assert peak - before < 30
+    assert peak < 120  # MiB, with pytest and hypothesis that the job imports
+
+
+def test_an_empty_plan_makes_nothing(tmp_path: Path) -> None:
+    model = random_model({"w": (4, 4), "v": (4, 4)})
+    plan = plan_from(write_tensors(tmp_path / "model.ckpt", model), COMPLETE, MP2).for_targets([])
+    assert cut_into_tasks(plan) == []
+    assert list(copy_tasks(plan, tmp_path, [])) == []
+
+
+def test_a_scalar_is_copied(tmp_path: Path) -> None:
+    """It once was not: an array of no dimensions, indexed with (), gives a copy."""
+    model = {name: Tensor(by_name("float32"), np.array(number, np.uint32)) for name, number in (("a", 7), ("b", 9))}
+    transform(plan_from(write_tensors(tmp_path / "model.ckpt", model), COMPLETE, COMPLETE), tmp_path / "result")
+    (tmp_path / "result" / "manifest.json").unlink()
+    assert_ranks(tmp_path / "result", {0: model})
+
+
+def test_boxes_of_a_plan_are_what_is_written(tmp_path: Path) -> None:
+    model = random_model({"w": (8, 8), "v": (8, 8)})
+    plan = plan_from(write_tensors(tmp_path / "model.ckpt", model), COMPLETE, MP4, ranks=[2])
+    assert plan.transfers[0].targets[0].box == Box((4, 0), (6, 8))

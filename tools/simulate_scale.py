@@ -1,0 +1,198 @@
+"""Plan the re-slicing of a DeepSeek-V3-sized checkpoint over thousands of ranks, on one machine.
+
+    python tools/simulate_scale.py                       # 2048 ranks (pipeline 16) -> 1024 ranks (pipeline 8)
+    python tools/simulate_scale.py --table               # 64 … 4096 source ranks, half as many targets
+    python tools/simulate_scale.py --merge 4096          # merging so many strategy files
+
+The files are sparse: their headers are real, their contents are holes. Nothing is copied; what is measured
+is opening the source, the plan of one target rank, the whole plan, and memory.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+
+from mindformers_ckpt.checkpoint import Checkpoint
+from mindformers_ckpt.formats import TensorSpec
+from mindformers_ckpt.formats.dtypes import by_name
+from mindformers_ckpt.layout import Layout
+from mindformers_ckpt.plan import TargetFile, build_plan
+from mindformers_ckpt.shard_io import FileSink
+from mindformers_ckpt.source_files import find_source
+from mindformers_ckpt.strategy.files import merge_strategies, rank_file_name, write_strategy
+from mindformers_ckpt.strategy.model import Strategy
+
+LAYERS, DENSE_LAYERS, EXPERTS = 61, 3, 256
+HIDDEN, FFN, MOE_FFN, VOCAB = 7168, 18432, 2048, 129280
+HEADS, Q_RANK, KV_RANK, NOPE, ROPE, V = 128, 1536, 512, 128, 64, 128
+COPIES = ("", "fp32_master.", "adam_m.", "adam_v.")  # bf16 weights, fp32 master weights and moments: 14 bytes each
+
+
+class Mesh(NamedTuple):
+    """Ranks of a job: data parallel x model parallel in a stage, and pipeline stages."""
+
+    dp: int
+    mp: int
+    pp: int
+
+    @property
+    def ranks(self) -> int:
+        return self.dp * self.mp * self.pp
+
+
+class Weight(NamedTuple):
+    """A weight of the model: the layer it belongs to, its shape, and the axis that cuts each dimension."""
+
+    name: str
+    layer: int
+    shape: tuple[int, ...]
+    cut: tuple[str | None, ...]
+
+
+def weights() -> Iterator[Weight]:
+    """The weights of DeepSeek-V3 with stacked experts and without the MTP layer."""
+    yield Weight("model.tok_embeddings.embedding_weight", 0, (VOCAB, HIDDEN), ("mp", None))
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}."
+        attention = {
+            "attention_norm.weight": ((HIDDEN,), (None,)),
+            "ffn_norm.weight": ((HIDDEN,), (None,)),
+            "attention.q2l_proj.weight": ((Q_RANK, HIDDEN), (None, None)),
+            "attention.lq_norm.weight": ((Q_RANK,), (None,)),
+            "attention.l2q_proj.weight": ((HEADS * (NOPE + ROPE), Q_RANK), ("mp", None)),
+            "attention.kv2l.weight": ((KV_RANK + ROPE, HIDDEN), (None, None)),
+            "attention.lkv_norm.weight": ((KV_RANK,), (None,)),
+            "attention.lkv2kv.weight": ((HEADS * (NOPE + V), KV_RANK), ("mp", None)),
+            "attention.wo.weight": ((HIDDEN, HEADS * V), (None, "mp")),
+        }
+        dense = {
+            "feed_forward.w1.weight": ((FFN, HIDDEN), ("mp", None)),
+            "feed_forward.w2.weight": ((HIDDEN, FFN), (None, "mp")),
+            "feed_forward.w3.weight": ((FFN, HIDDEN), ("mp", None)),
+        }
+        sparse = {
+            "feed_forward.routed_experts.router.dense.weight": ((EXPERTS, HIDDEN), (None, None)),
+            "feed_forward.routed_experts.ffn.w1.weight": ((EXPERTS, HIDDEN, 2 * MOE_FFN), ("dp", None, "mp")),
+            "feed_forward.routed_experts.ffn.w2.weight": ((EXPERTS, MOE_FFN, HIDDEN), ("dp", "mp", None)),
+            "feed_forward.shared_experts.w1.weight": ((MOE_FFN, HIDDEN), ("mp", None)),
+            "feed_forward.shared_experts.w2.weight": ((HIDDEN, MOE_FFN), (None, "mp")),
+            "feed_forward.shared_experts.w3.weight": ((MOE_FFN, HIDDEN), ("mp", None)),
+        }
+        for name, (shape, cut) in {**attention, **(dense if layer < DENSE_LAYERS else sparse)}.items():
+            yield Weight(prefix + name, layer, shape, cut)
+    yield Weight("model.norm_out.weight", LAYERS - 1, (HIDDEN,), (None,))
+    yield Weight("lm_head.weight", LAYERS - 1, (VOCAB, HIDDEN), ("mp", None))
+
+
+def strategy_of(mesh: Mesh) -> Strategy:
+    """The strategy of a job: tensor parallel, experts over data parallel, the rest with optimizer shards."""
+    stages: list[dict[str, Layout]] = [{} for _ in range(mesh.pp)]
+    axes = {"dp": mesh.dp, "mp": mesh.mp}
+    for weight in weights():
+        spare = "dp" not in weight.cut and weight.shape[0] % (mesh.dp * mesh.mp) == 0
+        layout = Layout.on(axes, *weight.cut, optimizer_shards=mesh.dp if spare and len(weight.shape) > 1 else 0)
+        for copy in COPIES:
+            stages[weight.layer * mesh.pp // LAYERS][copy + weight.name] = layout
+    return Strategy.of_stages(tuple(stages), f"simulated dp{mesh.dp} mp{mesh.mp} pp{mesh.pp}")
+
+
+def write_source(folder: Path, strategy: Strategy) -> None:
+    """The rank files of a job, sparse."""
+    shapes = {weight.name: weight.shape for weight in weights()}
+    for stage, layouts in enumerate(strategy.stages):
+        shards = []
+        for name, layout in layouts.items():
+            weight = name if name in shapes else name.partition(".")[2]
+            dtype = by_name("bfloat16" if weight == name else "float32")
+            shards.append(TensorSpec(name, dtype, layout.box(shapes[weight], 0).shape))
+        specs = (*shards, TensorSpec("global_step", by_name("int32"), (1,)))
+        ranks = range(stage * strategy.stage_size, (stage + 1) * strategy.stage_size)
+        files = [TargetFile(f"rank_{rank}/model_{rank}.ckpt", rank, "ckpt", specs) for rank in ranks]
+        sink = FileSink(folder, files)
+        for file in range(len(files)):
+            sink.prepare(file)
+
+
+def mesh_of(ranks: int, stages: int) -> Mesh:
+    """A mesh of so many ranks, model parallel 8 at the most."""
+    mp = min(8, ranks // stages)
+    return Mesh(ranks // stages // mp, mp, stages)
+
+
+def measure(folder: Path, source_ranks: int, source_stages: int, target_ranks: int, target_stages: int) -> str:
+    """Simulate one pair of jobs; a row of figures. To be run in a process of its own, for its memory."""
+    source_strategy = strategy_of(mesh_of(source_ranks, source_stages))
+    target = strategy_of(mesh_of(target_ranks, target_stages))
+    shutil.rmtree(folder, ignore_errors=True)
+    write_source(folder, source_strategy)
+    started = time.perf_counter()
+    source = Checkpoint(find_source(folder), source_strategy)
+    tensors = source.tensors()
+    opened = time.perf_counter()
+    build_plan(source, target, ranks=[target_ranks // 2])
+    one = time.perf_counter()
+    plan = build_plan(source, target)
+    whole = time.perf_counter()
+    shutil.rmtree(folder)
+    size = sum(tensor.spec.nbytes for tensor in tensors.values()) / 1e12
+    pairs = sum(len(transfer.targets) for transfer in plan.transfers)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return (
+        f"{source_ranks:6d} ({source_stages:2d}) -> {target_ranks:5d} ({target_stages:2d})  {len(tensors):6d}  "
+        f"{size:6.2f}  {opened - started:8.2f}  {one - opened:8.2f}  {whole - one:8.2f}  {peak:6.2f}  {pairs:9d}  "
+        f"{(whole - one) / pairs * 1e6:8.1f}"
+    )
+
+
+HEADER = "source ranks (stages) -> target  tensors  TB      open s    1 rank s  plan s    GB      pieces     us a piece"
+
+
+def merge(folder: Path, count: int) -> str:
+    """Merge the strategy files of a job of `count` ranks."""
+    shutil.rmtree(folder, ignore_errors=True)
+    strategy = strategy_of(mesh_of(count, 16))
+    for stage, layouts in enumerate(strategy.stages):
+        first = folder / rank_file_name(stage * strategy.stage_size)
+        write_strategy(layouts, first, stage)
+        data = first.read_bytes()
+        for rank in range(stage * strategy.stage_size, (stage + 1) * strategy.stage_size):
+            (folder / rank_file_name(rank)).write_bytes(data)
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    started = time.perf_counter()
+    merged = merge_strategies(folder, folder / "merged_ckpt_strategy.ckpt")
+    seconds = time.perf_counter() - started
+    shutil.rmtree(folder)
+    return f"{count} strategy files ({size:.0f} MB, {len(merged.names())} layouts) merged in {seconds:.2f} s"
+
+
+@click.command()
+@click.option("--folder", type=click.Path(path_type=Path), default=Path("output/scale"), show_default=True)
+@click.option("--table", is_flag=True, help="A row for 64, 128, … 4096 source ranks.")
+@click.option("--merge", "merged", type=int, help="Merge so many strategy files instead.")
+@click.option("--row", nargs=4, type=int, help="Source ranks and stages, target ranks and stages.")
+def main(folder: Path, table: bool, merged: int | None, row: tuple[int, int, int, int] | None) -> None:
+    """Simulate, and print a table."""
+    if merged:
+        click.echo(merge(folder, merged))
+        return
+    if row:
+        click.echo(measure(folder, *row))
+        return
+    rows = [(count, 16, count // 2, 8) for count in (64, 128, 256, 512, 1024, 2048, 4096)]
+    click.echo(HEADER)
+    for wanted in rows if table else [(2048, 16, 1024, 8)]:
+        arguments = ["--folder", str(folder), "--row", *map(str, wanted)]
+        subprocess.run([sys.executable, __file__, *arguments], check=True)
+
+
+if __name__ == "__main__":
+    main()
