@@ -1,4 +1,4 @@
-"""The few things that are computed on the way: casts, and the dequantisation of FP8 blocks.
+"""The few things that are computed on the way: casts, the dequantisation of FP8 blocks, merged LoRA branches.
 
 Values come and go as the bytes of their element type (see `DType.carrier`); results are rounded once, from
 the exact or the single-precision value.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 from mindformers_ckpt.box import Box
 from mindformers_ckpt.errors import TransferError
@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
+# All bits of the exponent set: infinite, or no number.
+_EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF0000000000000}
+# target -> types whose every number it holds
+_WITHIN = {
+    "bfloat16": ("float8_e4m3fn", "float8_e5m2"),
+    "float32": ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
+    "float64": ("float16", "bfloat16", "float32", "float8_e4m3fn", "float8_e5m2"),
+}
+# Rows and columns that are multiplied at a time.
+_TILE = (64, 256)
 FLOATS = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -49,6 +59,46 @@ class Dequantise(NamedTuple):
         return -(-self.matrix[0] // self.block[0]), -(-self.matrix[1] // self.block[1])
 
 
+class Piece(NamedTuple):
+    """A tensor of a file (an index into the plan's list) that is, perhaps reshaped, a box of a factor."""
+
+    file: int
+    tensor: str
+    box: Box
+
+
+class Factor(NamedTuple):
+    """A matrix of a LoRA branch, put together from pieces; what none of them holds is zero.
+
+    Attributes:
+        dtype: of the pieces.
+        shape: rows and columns.
+        view: a row-major reshape of the matrix, in which the boxes of the pieces lie.
+    """
+
+    dtype: DType
+    shape: tuple[int, int]
+    view: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+class Merge(NamedTuple):
+    """The source is a weight without its LoRA branch: the target is W + scaling · up · down.
+
+    Attributes:
+        dtype: of the weight, before and after.
+        up, down: the factors B [rows, rank] and A [rank, columns].
+    """
+
+    dtype: DType
+    up: Factor
+    down: Factor
+    scaling: float
+
+
+Compute = Union[Cast, Dequantise, Merge]
+
+
 def cast(values: Array, source: DType, target: DType) -> Array:
     """The same numbers in another floating-point type, rounded to the nearest, ties to even.
 
@@ -69,16 +119,58 @@ def dequantise(
     return _converted(numbers, target)
 
 
+def factor_values(values: Array, factor: Factor) -> Array:
+    """The elements of a factor's view as a matrix in single precision, filled up with zeros to whole tiles."""
+    import numpy as np
+
+    numbers = values.view(_numeric(factor.dtype.name)).reshape(factor.shape)
+    padded = np.zeros([-(-extent // tile) * tile for extent, tile in zip(factor.shape, _TILE)], np.float32)
+    padded[: factor.shape[0], : factor.shape[1]] = numbers
+    return padded
+
+
+def merge(values: Array, task: Merge, part: Box, up: Array, down: Array) -> Array:
+    """A part of a weight (a box of the whole matrix) with its LoRA branch added, as bytes of the weight's type.
+
+    `up` and `down` are what `factor_values` makes. Computed in single precision and rounded once. The product is
+    taken in tiles of one size that lie where they do for every part, so that an element does not depend on how a
+    weight is cut: matrix products of other shapes may add in another order.
+
+    Raises TransferError when a sum does not fit the type.
+    """
+    import numpy as np
+
+    rank = task.up.shape[1]
+    first = [start // tile * tile for start, tile in zip(part.start, _TILE)]
+    last = [-(-stop // tile) * tile for stop, tile in zip(part.stop, _TILE)]
+    left = up[first[0] : last[0], :rank].reshape(-1, 1, _TILE[0], rank)
+    right = down[:rank, first[1] : last[1]].reshape(rank, -1, _TILE[1]).transpose(1, 0, 2)
+    tiles = np.matmul(left, right)
+    tiles *= np.float32(task.scaling)
+    covered = Box(tuple(first), tuple(last))
+    product = tiles.transpose(0, 2, 1, 3).reshape(covered.shape)
+    numbers = values.view(_numeric(task.dtype.name)).astype(np.float32)
+    numbers += product[part.relative_to(covered).slices()]
+    return _converted(numbers, task.dtype)
+
+
 def _converted(numbers: Array, target: DType) -> Array:
+    """Numbers of a numpy type as the bytes of another type."""
     import numpy as np
 
     with np.errstate(all="ignore"):
-        result = numbers.astype(_numeric(target.name))
-        too_large = np.isfinite(numbers) & ~np.isfinite(result)
-    if too_large.any():
-        largest = np.abs(numbers[too_large]).max()
-        raise TransferError(f"a value of magnitude {float(largest):g} does not fit {target.name}; choose bf16 or fp32")
-    return result.view(target.carrier)
+        result = numbers.astype(_numeric(target.name)).view(target.carrier)
+        if numbers.dtype.name in _WITHIN.get(target.name, ()):
+            return result
+        mask = result.dtype.type(_EXPONENT[target.name])
+        lost = (result & mask) == mask
+        if lost.any():
+            values = numbers[lost].astype(np.float64)
+            values = values[np.isfinite(values)]
+            if len(values):
+                largest = np.abs(values).max()
+                raise TransferError(f"a value of magnitude {largest:g} does not fit {target.name}; choose bf16 or fp32")
+    return result
 
 
 def _matrix_indices(part: Box, view_shape: tuple[int, ...], matrix: tuple[int, int]) -> tuple[Array, Array]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from mindformers_ckpt.box import Box, are_disjoint, covered_volume, hull
 from mindformers_ckpt.checkpoint import Checkpoint, LogicalTensor
-from mindformers_ckpt.compute import Cast, Dequantise
+from mindformers_ckpt.compute import Compute
 from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
 from mindformers_ckpt.formats import DType, TensorSpec
 from mindformers_ckpt.plausibility import check_contents
@@ -70,14 +70,14 @@ class Place(NamedTuple):
     """A box of a whole tensor, and the file (an index into the plan's list) that holds it.
 
     The file's tensor is just this box, unless there is a `view`. `tensor` is its name in the file, "" for
-    the name of the whole tensor. `compute` makes the elements out of those of a source of another type.
+    the name of the whole tensor. `compute` makes the elements out of those of the source.
     """
 
     file: int
     box: Box
     tensor: str = ""
     view: View | None = None
-    compute: Cast | Dequantise | None = None
+    compute: Compute | None = None
 
 
 class Transfer(NamedTuple):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mindformers_ckpt.box import Box, blocks, is_one_run, offset_in, run_length
-from mindformers_ckpt.compute import Cast, Dequantise, cast, dequantise
+from mindformers_ckpt.compute import Cast, Dequantise, Factor, Merge, cast, dequantise, factor_values, merge
 from mindformers_ckpt.errors import FormatError, TransferError
 from mindformers_ckpt.formats import DType, FileLayout, Header, Segment, TensorSpec, layout_file, read_header
 from mindformers_ckpt.formats.dtypes import by_name
@@ -27,12 +27,13 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 # Small enough to stay in the cache between the read and the write, large enough to make system calls rare.
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 8 << 20
 TRANSPOSE_BYTES = 64 << 20
 # Shorter runs of a shard are read together with what lies between them, longer ones by themselves.
 _RUN_BYTES = 16 << 10
 _OPEN_FILES = 256
 _SCALES = 64
+_FACTORS = 4
 _STRIP = 64
 
 
@@ -75,6 +76,7 @@ class ShardReader:
         self._descriptors = _Descriptors(os.O_RDONLY)
         self._scratch = bytearray()
         self._scales: OrderedDict[tuple[int, str], Array] = OrderedDict()
+        self._factors: OrderedDict[Factor, Array] = OrderedDict()
 
     def read(self, place: Place, name: str, dtype: DType, part: Box, out: Array) -> None:
         """Read `part` (a box of the whole tensor, inside the place's) into an array of its shape.
@@ -110,6 +112,9 @@ class ShardReader:
         if isinstance(compute, Cast):
             out[...] = cast(values, compute.dtype, dtype)
             return
+        if isinstance(compute, Merge):
+            out[...] = merge(values, compute, part, self._factor(compute.up), self._factor(compute.down))
+            return
         view = place.view or View(place.box.shape, Box.whole(place.box.shape), tuple(range(len(place.box.shape))))
         inner, values = _in_view(part.relative_to(place.box), view, values)
         _, target = _in_view(part.relative_to(place.box), view, out)
@@ -128,6 +133,23 @@ class ShardReader:
                 self._scales.popitem(last=False)
             self._scales[key] = factors.view(np.float32)
         return self._scales[key]
+
+    def _factor(self, factor: Factor) -> Array:
+        """A whole factor of a LoRA branch. The last ones are kept: a weight is read in many parts."""
+        import numpy as np
+
+        if factor not in self._factors:
+            values = np.zeros(factor.view, factor.dtype.carrier)
+            for piece in factor.pieces:
+                shape = piece.box.shape
+                # A matrix of a file must have its very shape, a reshaped one at least its size.
+                view = View(shape, Box.whole(shape), tuple(range(len(shape)))) if len(factor.view) > 2 else None
+                place = Place(piece.file, piece.box, piece.tensor, view)
+                self.read(place, piece.tensor, factor.dtype, piece.box, values[piece.box.slices()])
+            if len(self._factors) >= _FACTORS:
+                self._factors.popitem(last=False)
+            self._factors[factor] = factor_values(values, factor)
+        return self._factors[factor]
 
     def _read_part(
         self, path: Path, segments: Sequence[Segment], dtype: DType, part: Box, outer: Box, out: Array

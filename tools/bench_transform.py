@@ -194,7 +194,7 @@ def ours(source: Path, src_strategy: str, target: Path, dst_strategy: str, *opti
 
 
 _MINDSPORE = """
-import glob, json, sys
+import glob, json, os, sys
 import mindspore as ms
 source, src, target, dst, way, format = json.loads(sys.argv[1])
 if way == "all":
@@ -203,6 +203,7 @@ if way == "all":
 else:
     files = {int(f.split("rank_")[-1].split("/")[0]): f for f in glob.glob(source + "/rank_*/*.ckpt")}
     for rank in range(way):
+        os.makedirs(f"{target}/rank_{rank}")
         needed = ms.rank_list_for_transform(rank, src, dst)
         ms.transform_checkpoint_by_rank(
             rank, {r: files[r] for r in needed}, f"{target}/rank_{rank}/checkpoint_{rank}.ckpt", src, dst)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Callable
 
+from mindformers_ckpt.auto.object_store import check_url, is_url
 from mindformers_ckpt.errors import ConfigError, describe_problems
 
 RUN_MODES = ("train", "finetune", "predict", "eval")
@@ -40,6 +41,9 @@ class Config:
         only_save_strategy: write the strategy and stop.
         load_ckpt_format: format of the transformed checkpoint, "ckpt" or "safetensors".
         transform_timeout: seconds that ranks wait for each other at a step (our key).
+        remote_save_url: obs:// or s3:// folder through which nodes without a shared disk exchange strategies
+            and weights; "" for none.
+        npu_num_per_node: ranks of such a node.
     """
 
     load_checkpoint: str = ""
@@ -54,6 +58,8 @@ class Config:
     only_save_strategy: bool = False
     load_ckpt_format: str = "ckpt"
     transform_timeout: float = 7200.0
+    remote_save_url: str = ""
+    npu_num_per_node: int = 8
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Config:
@@ -159,6 +165,13 @@ def _parse_seconds(value: Any) -> float:
     return number
 
 
+def _parse_url(value: Any) -> str:
+    """The URL of an object storage; what MindFormers' configurations have in its place counts as none."""
+    if value in ("", "None", "Please input obs url on AICC platform."):
+        return ""
+    return check_url(str(value))
+
+
 def _parse_output_dir(value: Any) -> str:
     return _parse_path(value) or Config.output_dir
 
@@ -194,6 +207,8 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "only_save_strategy": parse_bool,
     "load_ckpt_format": _choice("ckpt", "safetensors"),
     "transform_timeout": _parse_seconds,
+    "remote_save_url": _parse_url,
+    "npu_num_per_node": _parse_positive,
 }
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindformers_ckpt.auto.cluster import Cluster
+from mindformers_ckpt.auto.cluster import Cluster, RankError
 from mindformers_ckpt.auto.config import Config
 from mindformers_ckpt.auto.output_dir import OutputDir
 from mindformers_ckpt.auto.reslice import Reslicing
@@ -157,20 +157,34 @@ class CheckpointHook:
                 try:
                     yield
                 except CheckpointError:
-                    self.cluster.check()  # where another rank failed before, that is the cause
+                    self._check_others()
                     raise
         except BaseException:
-            if self._clears:
-                self._output.restore(settled=self._settled)
+            try:
+                if self._clears:
+                    self._output.restore(settled=self._settled)
+            except OSError as error:
+                log.warning("the old strategy is not put back yet, the next job will do it: %s", error)
             self.cluster.close()
             raise
 
+    def _check_others(self) -> None:
+        """Raise the failure of another rank, if there was one before: that is the cause of what happened here."""
+        try:
+            self.cluster.check()
+        except RankError as error:
+            if error.rank != self.cluster.rank:
+                raise
+
     def _find_owner(self) -> int:
-        """The rank that clears the output dir as this rank sees it. Raises ConfigError if it must be shared."""
+        """The rank that clears the output dir as this rank sees it.
+
+        Raises ConfigError on the main rank, which tells the others, if it must be shared but is not.
+        """
         if not self._clears or len(set(self.cluster.nodes)) == 1:
             return MAIN_RANK
         owners = owners_of(self._output.root, self.cluster)
-        if self._reslices and any(owner != MAIN_RANK for owner in owners):
+        if self._reslices and self.cluster.rank == MAIN_RANK and set(owners) != {MAIN_RANK}:
             raise ConfigError(not_shared(self.config, self._output.root, self.cluster.nodes, owners))
         self._is_shared = all(owner == MAIN_RANK for owner in owners)
         return owners[self.cluster.rank]
@@ -209,16 +223,16 @@ class CheckpointHook:
             self._merge()
         self.cluster.barrier("strategy merged")
         merged = self.strategy_dir / MERGED_FILE
-        strategy = read_strategy(merged if merged.is_file() else self._own_strategy_file)
+        return read_strategy(merged if merged.is_file() else self._own_strategy_file)
+
+    def _merge(self) -> Strategy:
+        """Read the files of all ranks and merge those of a pipeline. Raises StrategyError if they are not all."""
+        strategy = read_strategy(self.strategy_dir)
         if strategy.rank_count != self.cluster.size:
             raise StrategyError(
                 f"the strategy in {self.strategy_dir} is for {strategy.rank_count} ranks, but this job has "
                 f"{self.cluster.size}"
             )
-        return strategy
-
-    def _merge(self) -> Strategy:
-        strategy = read_strategy(self.strategy_dir)
         if len(strategy.stages) > 1:
             merge_strategies(self.strategy_dir, self.strategy_dir / MERGED_FILE)
         return strategy

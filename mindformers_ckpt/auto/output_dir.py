@@ -9,6 +9,7 @@ What a killed job leaves is put right by any of its other ranks, or else by the 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -20,6 +21,8 @@ from filelock import FileLock, Timeout
 from mindformers_ckpt.errors import ConfigError, PublishError, describe_problems
 
 log = logging.getLogger("mindformers_ckpt")
+
+_ATTEMPTS = 20
 
 
 class OutputDir:
@@ -124,16 +127,36 @@ class OutputDir:
         """
         if not self._cleared and not self._take_over():
             return
-        if _is_there(self._previous):
+        try:
+            if _is_there(self._previous):
+                self._put_back(settled)
+        finally:
+            self._release()
+
+    def _put_back(self, settled: bool) -> None:
+        is_link = self._previous.is_symlink()
+        if not is_link and not any(self._previous.iterdir()):  # there was none
             self._discard(self.strategy)
-            if self._previous.is_symlink() or any(self._previous.iterdir()):
-                if settled or self._previous.is_symlink():
-                    os.rename(self._previous, self.strategy)
-                else:
-                    shutil.copytree(self._previous, self.strategy, symlinks=True)
-            elif settled:
+            if settled:
                 self._previous.rmdir()
-        self._release()
+        elif settled or is_link:
+            self._rename_to_strategy(self._previous)
+        else:
+            copy = self.root / f".removed-copy-{os.getpid()}"
+            shutil.copytree(self._previous, copy, symlinks=True)
+            self._rename_to_strategy(copy)
+
+    def _rename_to_strategy(self, folder: Path) -> None:
+        """Put a folder in the place of the strategy folder, also when a late rank makes that anew meanwhile."""
+        for attempt in range(_ATTEMPTS):
+            self._discard(self.strategy)
+            try:
+                os.rename(folder, self.strategy)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR) or attempt + 1 == _ATTEMPTS:
+                    raise
+            else:
+                return
 
     def _take_over(self) -> bool:
         """Take the lock of a job that left something to put right, unless it is alive."""

@@ -315,6 +315,9 @@ class Coordinator(threading.Thread):
             missing = set(range(self._size)) - self._values.keys()
             verb = "has" if len(missing) == 1 else "have"
             text = f"step {self._step!r}: {name_ranks(missing)} {verb} not arrived within {self._timeout:g} s"
+            nodes = dict.fromkeys(self._peers[rank].node for rank in sorted(missing) if rank in self._peers)
+            if nodes:
+                text += f" (on {', '.join(nodes)})"
             host, port = self._listener.getsockname()[:2]
             if self._step == JOIN and (host.startswith("127.") or host == "::1"):
                 text += f" ({Address(host, port)} is reached from one node only; if there are more, {ADVICE})"

@@ -54,7 +54,7 @@ class Reslicing:
             yield self._follow()
             self.cluster.barrier("loaded")
             return
-        plan = self._plan()
+        plan = self.plan()
         if plan is None:
             log.info("the checkpoint has the strategy of this job: it is loaded as it is")
             self.cluster.gather("plan", {"folder": None})
@@ -99,7 +99,7 @@ class Reslicing:
             return None
         folder = Path(told["folder"])
         if self._processes_here():
-            plan = self._plan()
+            plan = self.plan()
             if plan is None or digest_of(plan) != told["digest"]:
                 raise PlanError(
                     f"node {self.cluster.node} sees other source files or strategies than rank {MAIN_RANK}; "
@@ -125,7 +125,7 @@ class Reslicing:
                 )
         return Checkpoint(files, strategy, self.names)
 
-    def _plan(self) -> Plan | None:
+    def plan(self) -> Plan | None:
         """The plan of the whole job, None when every rank's slices are those of the source already."""
         source = self.source()
         if holds_same_slices(source, self.target):

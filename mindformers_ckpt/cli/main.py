@@ -19,6 +19,7 @@ _COMMANDS = {
     "transform": ("transform", "Re-slice a checkpoint for another parallel strategy."),
     "plan": ("plan", "Say what transform would do; write nothing."),
     "convert": ("convert", "Convert weights between Hugging Face and MindSpore."),
+    "merge-lora": ("merge_lora", "Fold LoRA branches into the weights."),
     "merge-strategy": ("merge_strategy", "Merge the strategy files of all ranks into one."),
 }
 

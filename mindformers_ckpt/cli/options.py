@@ -51,7 +51,7 @@ class Ranks(click.ParamType):  # type: ignore[type-arg]
         return tuple(sorted(ranks))
 
 
-def _check_prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
+def check_prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if "/" in value or "\0" in value:
         raise click.BadParameter("a prefix of file names cannot hold a /")
     return value
@@ -77,7 +77,7 @@ _REQUEST_OPTIONS = (
         "--prefix",
         default=DEFAULT_PREFIX,
         show_default=True,
-        callback=_check_prefix,
+        callback=check_prefix,
         help="Target files are rank_<n>/<prefix><n>.ckpt.",
     ),
     click.option(

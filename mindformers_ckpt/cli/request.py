@@ -49,14 +49,14 @@ class Request:
             raise click.UsageError("--ranks and --rank-id both say which ranks to make; give one of them.")
         files = find_source(self.src_checkpoint)
         if self.destination is not None:
-            _check_outside(files, self.destination)
+            check_outside(files, self.destination)
         source, target = read_optional_strategy(self.src_strategy), read_optional_strategy(self.dst_strategy)
         ranks = self._ranks(target)
-        format = self.format or _default_format(files)
+        format = self.format or default_format(files)
         plans = {}
         for part in separate_checkpoints(files):
             checkpoint = Checkpoint(part, source)
-            _check_strategy_names(checkpoint)
+            check_strategy_names(checkpoint)
             plans[part.name] = build_plan(
                 checkpoint,
                 target,
@@ -103,19 +103,20 @@ def read_optional_strategy(path: Path | None) -> Strategy:
     return read_strategy(path.absolute())
 
 
-def _default_format(files: SourceFiles) -> str:
+def default_format(files: SourceFiles) -> str:
+    """That of the source files; ckpt for a mixture."""
     used = [path for paths in files.by_rank.values() for path in paths]
     return "safetensors" if all(path.suffix == ".safetensors" for path in used) else "ckpt"
 
 
-def _check_outside(files: SourceFiles, destination: Path) -> None:
+def check_outside(files: SourceFiles, destination: Path) -> None:
     """Refuse a target folder in the source folder, where the result would be taken for a part of the source."""
     root = files.root.resolve()
     if root.is_dir() and destination.resolve().is_relative_to(root):
         raise PlanError(f"the target folder {destination} lies in the source folder {root}; choose another folder")
 
 
-def _check_strategy_names(source: Checkpoint) -> None:
+def check_strategy_names(source: Checkpoint) -> None:
     """Refuse a strategy that names no tensor of the source: everything would be taken for replicated."""
     if source.strategy.is_complete:
         return

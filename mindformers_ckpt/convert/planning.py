@@ -50,7 +50,7 @@ class Conversion:
     files: tuple[SourceFile, ...]
     tensors: tuple[Converted, ...]
     copies: tuple[tuple[Found, Found], ...]
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 def plan_tensors(
@@ -70,16 +70,12 @@ def plan_tensors(
     matching = _match(table, facts, source, to)
     planner = _Planner(facts, config, source, dtype, matching.used)
     tensors: list[Converted] = []
-    by_target: dict[str, Converted] = {}
     for entry in matching.entries:
-        if isinstance(entry, Bound):
-            for converted in planner.convert(entry, to):
-                by_target[converted.spec.name] = converted
-                tensors.append(converted)
-        else:
-            copy, name = entry
-            if (copy.always or write_copies) and copy.of[to] in by_target:
-                tensors.append(_renamed(by_target[copy.of[to]], name))
+        tensors += planner.convert(entry, to)
+    by_target = {converted.spec.name: converted for converted in tensors}
+    for copy, name in matching.repeated:
+        if (copy.always or write_copies) and copy.of[to] in by_target:
+            tensors.append(_renamed(by_target[copy.of[to]], name))
     unknown = [name for name in source.tensors if name not in matching.used]
     problems = [f"missing: {name}" for name in matching.missing]
     problems += [f"unknown: {name} {_describe(source.tensors[name].spec)}" for name in unknown]
@@ -88,17 +84,21 @@ def plan_tensors(
         hint = "is it this model, and is its config.json the right one?"
         raise PlanError(describe_problems(f"{source.root} cannot be converted; {hint}", problems, limit=200))
     files = tuple(SourceFile(path, path.stat().st_size) for path in planner.files)
-    return Conversion(files, tuple(tensors), tuple(matching.copies), tuple(matching.warnings))
+    return Conversion(files, tuple(tensors), tuple(matching.copies))
 
 
 class _Matching(NamedTuple):
-    """What a table finds in a source: entries to convert in order, names it knows, names it lacks."""
+    """What a table finds in a source.
 
-    entries: list[Bound | tuple[Copy, str]]
+    Rules to convert, in order; copies to write, with their names; the names that it knows and that it lacks;
+    tensors that must be equal.
+    """
+
+    entries: list[Bound]
+    repeated: list[tuple[Copy, str]]
     used: set[str]
     missing: list[str]
     copies: list[tuple[Found, Found]]
-    warnings: list[str]
 
 
 def _match(table: Table, facts: Facts, source: Weights, to: Side) -> _Matching:
@@ -116,7 +116,7 @@ def _match(table: Table, facts: Facts, source: Weights, to: Side) -> _Matching:
         and entry.rule.optional
         and any(name in source.tensors for name in entry.names(origin))
     }
-    found = _Matching([], set(), [], [], [])
+    found = _Matching([], [], set(), [], [])
     for entry, captures in bound:
         if isinstance(entry, Bound):
             if entry.rule.optional and (entry.rule.optional, *captures.values()) not in present:
@@ -143,7 +143,7 @@ def _match_copy(
         if name in source.tensors and copy.of[origin] in source.tensors:
             found.copies.append((source.tensors[name], source.tensors[copy.of[origin]]))
     if to in copy.name:
-        found.entries.append((copy, copy.name[to].format(**captures)))
+        found.repeated.append((copy, copy.name[to].format(**captures)))
 
 
 class _Planner:

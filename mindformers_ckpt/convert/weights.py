@@ -72,11 +72,11 @@ def huggingface_files(path: Path) -> list[Path]:
     An index decides; without one the safetensors files are taken, or else those of PyTorch. Numbered files
     must be all there. Raises PlanError when files are missing or there are none.
     """
+    if not path.exists():
+        raise PlanError(f"there is nothing at {path}")
     if path.is_file() and not _is_part(path):
         return [path]
     folder = path if path.is_dir() else path.parent
-    if not folder.is_dir():
-        raise PlanError(f"there is nothing at {path}")
     for name in _INDEXES:
         if (folder / name).is_file():
             return _indexed(folder / name)

@@ -9,7 +9,6 @@ from typing import Any
 import mindspore
 import numpy as np
 from mindspore import Parameter, nn
-
 from recorded import Tensor
 
 

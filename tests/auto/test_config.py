@@ -109,7 +109,10 @@ def test_all_faults_are_told_at_once() -> None:
         Config.from_mapping({"auto_trans_ckpt": "ture", "transform_process_num": 0, "auto_trans_ckpts": True})
     text = str(caught.value)
     assert text.splitlines()[0] == "the checkpoint keys of the configuration are wrong"
-    assert [line.split(":")[0] for line in text.splitlines()[1:]] == ["  - auto_trans_ckpt", "  - transform_process_num"]
+    assert [line.split(":")[0] for line in text.splitlines()[1:]] == [
+        "  - auto_trans_ckpt",
+        "  - transform_process_num",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_sources_beside_it_are_accepted(root: Path, tmp_path: Path) -> None:
 def test_a_link_in_the_place_of_the_results_is_refused(root: Path, tmp_path: Path) -> None:
     os.rename(root / "transformed_checkpoint", tmp_path / "big_disk")
     (root / "transformed_checkpoint").symlink_to(tmp_path / "big_disk")
-    with pytest.raises(ConfigError, match="is a link or a mount point.*set output_dir to a folder on the disk"):
+    with pytest.raises(ConfigError, match=r"is a link or a mount point.*set output_dir to a folder on the disk"):
         OutputDir(root).check_apart(str(tmp_path / "model"), "")
 
 
@@ -280,6 +280,24 @@ def test_what_a_killed_job_left_is_healed_by_the_next_job(root: Path, job: subpr
     write_strategy(output, "newer strategy")
     output.keep()
     assert tree(root)["strategy/ckpt_strategy_rank_0.ckpt"] == "newer strategy"
+
+
+def test_a_rank_that_makes_the_folder_anew_meanwhile(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tree(root)
+    output = OutputDir(root)
+    output.clear()
+    write_strategy(output)
+    discard, times = output._discard, iter(range(3))
+
+    def discard_and_lose_the_race(path: Path) -> None:
+        discard(path)
+        if path == output.strategy and next(times, None) is not None:
+            output.strategy.mkdir()
+            write_strategy(output, "late")
+
+    monkeypatch.setattr(output, "_discard", discard_and_lose_the_race)
+    output.restore()
+    assert tree(root) == before
 
 
 class KilledError(BaseException):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from mindformers_ckpt.convert.model import find_model
 from mindformers_ckpt.convert.run import Request, convert
 from mindformers_ckpt.formats import read_header
@@ -197,8 +198,10 @@ def test_a_chosen_element_type_is_that_of_torch_and_of_the_loaded_model(tmp_path
     convert(Request("llama", tmp_path / "original", dtype="bf16"), tmp_path / "weights.safetensors")
     request = Request("llama", tmp_path / "weights.safetensors", reverse=True, hf_config=tmp_path / "original")
     convert(request, tmp_path / "back")
-    convert(Request("llama", tmp_path / "weights.safetensors", reverse=True, dtype="bf16",
-                    hf_config=tmp_path / "original"), tmp_path / "told")
+    convert(
+        Request("llama", tmp_path / "weights.safetensors", reverse=True, dtype="bf16", hf_config=tmp_path / "original"),
+        tmp_path / "told",
+    )
     model_class = getattr(transformers, class_name)
     original = model_class.from_pretrained(tmp_path / "original").state_dict()
     told = model_class.from_pretrained(tmp_path / "told")

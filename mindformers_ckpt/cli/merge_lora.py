@@ -1,0 +1,201 @@
+"""`mindformers-ckpt merge-lora`: fold LoRA branches into the weights, with the parameters of the guide's script."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mindformers_ckpt.checkpoint import Checkpoint
+from mindformers_ckpt.cli.notices import amount, warn
+from mindformers_ckpt.cli.options import PROCESSES, StrategyPath, check_prefix, json_option
+from mindformers_ckpt.cli.progress import show_progress
+from mindformers_ckpt.cli.request import (
+    check_outside,
+    check_strategy_names,
+    default_format,
+    read_optional_strategy,
+)
+from mindformers_ckpt.errors import PlanError, PublishError, StrategyError
+from mindformers_ckpt.lora import Scaling, plan_merge
+from mindformers_ckpt.plan import DEFAULT_PREFIX, Plan
+from mindformers_ckpt.source_files import SourceFiles, find_source, separate_checkpoints
+from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies
+from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.transform import Options, affordable_processes, transform
+
+_PATH = click.Path(path_type=Path)
+
+
+class _Ratio(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+    """A number, or a quotient like 16/8."""
+
+    name = "number"
+
+    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        try:
+            dividend, _, divisor = value.partition("/")
+            number = float(dividend) / float(divisor or 1)
+        except (ValueError, ZeroDivisionError):
+            number = math.nan
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no number; write it like 2 or 16/8", param, ctx)
+        return number
+
+
+@click.command("merge-lora")
+@click.option("--src-ckpt-strategy", "src_strategy", type=StrategyPath(), help="Strategy of the source; see above.")
+@click.option(
+    "--src-ckpt-path-or-dir",
+    "source",
+    type=_PATH,
+    required=True,
+    help="File of complete weights, or the folder that holds rank_<n> folders.",
+)
+@click.option("--dst-ckpt-dir", "destination", type=_PATH, required=True, help="Empty or new folder for the result.")
+@click.option(
+    "--prefix",
+    default=DEFAULT_PREFIX,
+    show_default=True,
+    callback=check_prefix,
+    help="Target files are rank_<n>/<prefix><n>.ckpt.",
+)
+@click.option("--lora-scaling", type=_Ratio(), help="lora_alpha / lora_rank of the training, like 2 or 16/8.")
+@click.option("--alpha", "--lora-alpha", "alpha", type=float, help="lora_alpha; the rank is that of the factors.")
+@click.option("--rank", "--lora-rank", "rank", type=click.IntRange(min=1), help="lora_rank, to check the factors.")
+@click.option("--use-rslora", is_flag=True, help="The scaling is alpha / sqrt(rank).")
+@click.option("--adapter", type=_PATH, help="Checkpoint or PEFT folder with the LoRA parameters, if not the source.")
+@click.option(
+    "--dst-strategy",
+    "--dst-ckpt-strategy",
+    "dst_strategy",
+    type=StrategyPath(),
+    help="Cut the merged weights for this strategy, in the same pass.",
+)
+@click.option("--merged-strategy", type=_PATH, help="Where to put the merged strategy of a folder.")
+@click.option(
+    "--save-format",
+    type=click.Choice(["ckpt", "safetensors"]),
+    help="Format of the result.  [default: safetensors if all source files are, else ckpt]",
+)
+@PROCESSES
+@json_option
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+def command(
+    src_strategy: Path | None,
+    source: Path,
+    destination: Path,
+    prefix: str,
+    adapter: Path | None,
+    dst_strategy: Path | None,
+    merged_strategy: Path | None,
+    save_format: str | None,
+    processes: int,
+    as_json: bool,
+    quiet: bool,
+    **scaling: Any,
+) -> None:
+    """Fold LoRA branches into the weights: W + scaling · B · A, without LoRA parameters.
+
+    Of a job with a pipeline, --src-ckpt-strategy is the folder with the strategy files of all ranks, which are
+    merged into merged_ckpt_strategy.ckpt there, or that file. Without a pipeline any rank's file will do, and for
+    complete weights it is left out.
+    """
+    if merged_strategy is not None and (src_strategy is None or not src_strategy.is_dir()):
+        raise click.UsageError("--merged-strategy is for a folder as --src-ckpt-strategy; leave it out.")
+    chosen = _scaling(**scaling)
+    _check_empty(destination)
+    strategy = _source_strategy(src_strategy, merged_strategy)
+    files = _single(source)
+    check_outside(files, destination)
+    checkpoint = Checkpoint(files, strategy)
+    check_strategy_names(checkpoint)
+    target = read_optional_strategy(dst_strategy)
+    plan = plan_merge(
+        checkpoint,
+        target,
+        chosen,
+        adapter=None if adapter is None else _adapter(adapter, strategy),
+        prefix=prefix,
+        format=save_format or default_format(files),
+    )
+    if not quiet:
+        warn(plan.warnings)
+    about = {"lora": "merged", "source": strategy.describe(), "target": target.describe(), "source_path": str(source)}
+    options = Options(processes=affordable_processes(processes))
+
+    def add_familiar_name(folder: Path) -> None:
+        if target.is_complete:
+            _link(folder, plan)
+
+    with show_progress("merge", quiet=quiet) as progress:
+        report = transform(
+            plan, destination, options, about=about, progress=progress, companions=add_familiar_name
+        )
+    if as_json:
+        click.echo(json.dumps({**asdict(report), "warnings": plan.warnings}, default=str, ensure_ascii=False))
+    elif not quiet:
+        click.echo(
+            f"{report.files} {'file' if report.files == 1 else 'files'}, {amount(report.bytes_written)} written to "
+            f"{report.destination} in {report.seconds:.2f} s"
+        )
+
+
+def _scaling(lora_scaling: float | None, alpha: float | None, rank: int | None, use_rslora: bool) -> Scaling:
+    if lora_scaling is not None and (alpha is not None or rank is not None or use_rslora):
+        raise click.UsageError("--lora-scaling is the whole factor; leave out --alpha, --rank and --use-rslora.")
+    return Scaling(lora_scaling, alpha, rank, use_rslora)
+
+
+def _check_empty(destination: Path) -> None:
+    if destination.is_dir() and any(destination.iterdir()):
+        raise PublishError(f"{destination} is not empty; give a new or an empty folder for the merged weights")
+
+
+def _source_strategy(path: Path | None, merged: Path | None) -> Strategy:
+    """The strategy of the source; that of a folder is merged into a file first.
+
+    Raises StrategyError when that file cannot be written.
+    """
+    if path is None or not path.is_dir() or not any(path.glob("*rank_*.*")):
+        return read_optional_strategy(path)
+    file = merged or path / MERGED_FILE
+    if merged is None and any(path.glob("*rank_*.json")):
+        file = file.with_suffix(".json")
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise StrategyError(
+            f"{file.parent} cannot be written, so that the strategy files cannot be merged there; allow it, or choose "
+            "another place for the merged file with --merged-strategy FILE"
+        )
+    return merge_strategies(path, file)
+
+
+def _single(path: Path) -> SourceFiles:
+    checkpoints = separate_checkpoints(find_source(path))
+    if len(checkpoints) > 1:
+        names = ", ".join(files.root.name for files in checkpoints)
+        raise PlanError(f"{path} holds several checkpoints ({names}); give the file to merge")
+    return checkpoints[0]
+
+
+def _adapter(path: Path, strategy: Strategy) -> Checkpoint:
+    """A checkpoint of LoRA parameters: complete, or cut by the strategy of the source."""
+    files = _single(path)
+    return Checkpoint(files, strategy if files.sharded else Strategy.complete())
+
+
+def _link(folder: Path, plan: Plan) -> None:
+    """The name under which MindFormers' script leaves its result, for the same file."""
+    (target,) = plan.targets
+    name = folder / f"merged_lora.{target.format}"
+    try:
+        os.link(folder / target.path, name)
+    except OSError:  # a file system without hard links
+        name.symlink_to(target.path)

@@ -1,0 +1,64 @@
+"""One rank of a job that loads weights the way MindFormers does: SOURCE FOLDER.
+
+It writes FOLDER/loaded_<rank>.npz. Then the strategy of rank 1 is lost, and FOLDER/failure_<rank>.txt tells
+what the rank was told.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindformers.tools.register import MindFormerConfig
+from mindformers.trainer.utils import transform_and_load_checkpoint
+from mindspore.communication import get_rank, init
+
+
+class Network(ms.nn.Cell):
+    """The parts of one of two ranks."""
+
+    def __init__(self, shapes, types):
+        super().__init__()
+        for name, shape in shapes.items():
+            setattr(self, name, ms.Parameter(ms.ops.zeros(shape, types[name]), name=name))
+
+
+def main():
+    source, folder = sys.argv[1:]
+    ms.set_device("CPU")
+    init()
+    rank = get_rank()
+    held = ms.load_checkpoint(source)
+    types = {name: parameter.dtype for name, parameter in held.items()}
+    network = Network({"emb": (4, 6), "wq": (6, 4), "norm": (6,)}, types)
+    config = {
+        "load_checkpoint": source,
+        "src_strategy_path_or_dir": "",
+        "auto_trans_ckpt": True,
+        "load_ckpt_format": "ckpt",
+        "use_parallel": True,
+        "output_dir": os.environ["LOCAL_DEFAULT_PATH"],
+        "transform_process_num": 2,
+        "model": {"model_config": {"type": "LlamaConfig"}},
+        "runner_config": {"step_scale": None},
+    }
+    transform_and_load_checkpoint(MindFormerConfig(**config), None, network, None)
+    loaded = {parameter.name: parameter for parameter in network.get_parameters()}
+    carriers = {2: np.uint16, 4: np.uint32, 8: np.uint64, 1: np.uint8}
+    np.savez(
+        Path(folder) / f"loaded_{rank}.npz",
+        **{
+            name: np.frombuffer(parameter.get_bytes(), carriers[parameter.itemsize])
+            for name, parameter in loaded.items()
+        },
+    )
+    if rank == 1:
+        Path(config["output_dir"], "strategy", "ckpt_strategy_rank_1.ckpt").unlink()
+    try:
+        transform_and_load_checkpoint(MindFormerConfig(**config), None, network, None)
+    except (ValueError, RuntimeError) as error:
+        Path(folder, f"failure_{rank}.txt").write_text(str(error))
+
+
+main()
