@@ -27,8 +27,8 @@ _WITHIN = {
     "float32": ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
     "float64": ("float16", "bfloat16", "float32", "float8_e4m3fn", "float8_e5m2"),
 }
-# Rows and columns that are multiplied at a time.
-_TILE = (64, 256)
+# Rows of B and columns of A that are multiplied at a time.
+UP_TILE, DOWN_TILE = (64, 1), (1, 256)
 FLOATS = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -119,39 +119,41 @@ def dequantise(
     return _converted(numbers, target)
 
 
-def factor_values(values: Array, factor: Factor) -> Array:
+def factor_values(values: Array, factor: Factor, tile: tuple[int, int]) -> Array:
     """The elements of a factor's view as a matrix in single precision, filled up with zeros to whole tiles."""
     import numpy as np
 
-    numbers = values.view(_numeric(factor.dtype.name)).reshape(factor.shape)
-    padded = np.zeros([-(-extent // tile) * tile for extent, tile in zip(factor.shape, _TILE)], np.float32)
-    padded[: factor.shape[0], : factor.shape[1]] = numbers
+    padded = np.zeros([-(-extent // size) * size for extent, size in zip(factor.shape, tile)], np.float32)
+    padded[: factor.shape[0], : factor.shape[1]] = values.view(_numeric(factor.dtype.name)).reshape(factor.shape)
     return padded
 
 
 def merge(values: Array, task: Merge, part: Box, up: Array, down: Array) -> Array:
     """A part of a weight (a box of the whole matrix) with its LoRA branch added, as bytes of the weight's type.
 
-    `up` and `down` are what `factor_values` makes. Computed in single precision and rounded once. The product is
-    taken in tiles of one size that lie where they do for every part, so that an element does not depend on how a
-    weight is cut: matrix products of other shapes may add in another order.
+    `up` and `down` are what `factor_values` makes with UP_TILE and DOWN_TILE. Computed in single precision and
+    rounded once. The product is taken in tiles of one size that lie where they do for every part, so that an
+    element does not depend on how a weight is cut: matrix products of other shapes may add in another order.
 
     Raises TransferError when a sum does not fit the type.
     """
     import numpy as np
 
-    rank = task.up.shape[1]
-    first = [start // tile * tile for start, tile in zip(part.start, _TILE)]
-    last = [-(-stop // tile) * tile for stop, tile in zip(part.stop, _TILE)]
-    left = up[first[0] : last[0], :rank].reshape(-1, 1, _TILE[0], rank)
-    right = down[:rank, first[1] : last[1]].reshape(rank, -1, _TILE[1]).transpose(1, 0, 2)
-    tiles = np.matmul(left, right)
-    tiles *= np.float32(task.scaling)
-    covered = Box(tuple(first), tuple(last))
-    product = tiles.transpose(0, 2, 1, 3).reshape(covered.shape)
-    numbers = values.view(_numeric(task.dtype.name)).astype(np.float32)
-    numbers += product[part.relative_to(covered).slices()]
-    return _converted(numbers, task.dtype)
+    height, width = UP_TILE[0], DOWN_TILE[1]
+    left, right = part.start[1] // width * width, -(-part.stop[1] // width) * width
+    columns = down[:, left:right].reshape(len(down), -1, width).transpose(1, 0, 2)
+    result = np.empty(part.shape, task.dtype.carrier)
+    for top in range(part.start[0] // height * height, part.stop[0], height):
+        covered = Box((top, left), (top + height, right))
+        strip = covered.intersect(part)
+        assert strip is not None
+        product = np.matmul(up[top : top + height], columns).transpose(1, 0, 2).reshape(covered.shape)
+        product *= np.float32(task.scaling)
+        index = strip.relative_to(part).slices()
+        numbers = product[strip.relative_to(covered).slices()]
+        numbers += values[index].view(_numeric(task.dtype.name))
+        result[index] = _converted(numbers, task.dtype)
+    return result
 
 
 def _converted(numbers: Array, target: DType) -> Array:

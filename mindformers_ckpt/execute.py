@@ -8,12 +8,14 @@ target files that take a part of it. Nothing here knows of strategies.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -25,8 +27,6 @@ from mindformers_ckpt.plan import Plan, SourceFile, TargetFile, Transfer, View
 from mindformers_ckpt.shard_io import BLOCK_BYTES, TRANSPOSE_BYTES, FileSink, ShardReader, Sink, target_runs
 
 if TYPE_CHECKING:
-    from multiprocessing.synchronize import Event
-
     import numpy as np
 
 _TASKS = 64
@@ -214,72 +214,87 @@ def copy_tasks(
     processes: int = 1,
     hashes: bool = False,
     check: Callable[[], None] = lambda: None,
-) -> Iterator[Done]:
+) -> Generator[Done, None, None]:
     """Run tasks of a plan into prepared target files under `folder`, and yield each as it is done.
 
     With more than one process, `processes - 1` workers are spawned and this process works as well.
-    The first failure stops everything. Raises TransferError, also when a worker dies; what `check`
-    raises goes through.
+    The first failure stops everything, and so does closing the generator. Raises TransferError, also when a
+    worker dies; what `check` raises goes through.
     """
-    copier = Copier(plan.sources, FileSink(folder, plan.targets), hashes=hashes)
-    if processes <= 1 or len(tasks) <= 1:
-        for task in tasks:
-            yield copier.run(task, check)
-        copier.close()
-        return
-    context = multiprocessing.get_context("spawn")
-    workers = min(processes, len(tasks)) - 1
-    stop = context.Event()
-    arguments = (plan.sources, folder, plan.targets, hashes, stop)
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=arguments)
+    sink = FileSink(folder, plan.targets)
+    copier = Copier(plan.sources, sink, hashes=hashes)
     try:
-        with _blank_main():
-            futures = {pool.submit(_run_in_worker, task): task for task in tasks}
-        yield from _work_along(futures, copier, check)
+        if processes <= 1 or len(tasks) <= 1:
+            for task in tasks:
+                yield copier.run(task, check)
+        else:
+            workers = min(processes, len(tasks)) - 1
+            yield from _copy_in_pool(workers, (plan.sources, folder, plan.targets, hashes), tasks, copier, check)
+    finally:
+        copier.close()
+        sink.close()
+
+
+def _copy_in_pool(
+    workers: int, arguments: tuple[Any, ...], tasks: Sequence[Task], copier: Copier, check: Callable[[], None]
+) -> Iterator[Done]:
+    context = multiprocessing.get_context("spawn")
+    # No Event: it has a lock, which a killed worker might take with it.
+    stop = context.RawValue(ctypes.c_bool, False)
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(*arguments, stop))
+    try:
+        yield from _work_along(pool, workers, tasks, copier, check)
     except BrokenProcessPool as error:
         raise TransferError(
             "a worker process died; was it killed, or did the machine run out of memory? "
             "Nothing was published; run the same command again, with fewer processes if memory is short"
         ) from error
     finally:
-        stop.set()
+        stop.value = True
         pool.shutdown(wait=True, cancel_futures=True)
-        copier.close()
 
 
-def _work_along(futures: dict[Future[Done], Task], copier: Copier, check: Callable[[], None]) -> Iterator[Done]:
-    """Take tasks from the far end while the workers take them from the front."""
-    waiting = dict(futures)
+def _work_along(
+    pool: ProcessPoolExecutor, workers: int, tasks: Sequence[Task], copier: Copier, check: Callable[[], None]
+) -> Iterator[Done]:
+    """Feed tasks from the front to the workers, and take tasks from the far end meanwhile.
 
-    def check_all() -> None:
+    The pool gets its tasks little by little: one that it has got cannot be taken back (a pool that breaks
+    while it holds cancelled tasks leaves its other workers behind).
+    """
+    left = deque(tasks)
+    given: set[Future[Done]] = set()
+
+    def feed() -> None:
         check()
-        for future in waiting:
-            if future.done() and future.exception() is not None:
+        unfinished = 0
+        for future in given:
+            if not future.done():
+                unfinished += 1
+            elif future.exception() is not None:
                 future.result()
+        while left and unfinished < 2 * workers:
+            with _blank_main():
+                given.add(pool.submit(_run_in_worker, left.popleft()))
+            unfinished += 1
 
-    while waiting:
-        future, task = waiting.popitem()
-        if future.cancel():
-            yield copier.run(task, check_all)
+    while left or given:
+        feed()
+        if left:
+            yield copier.run(left.pop(), feed)
         else:
-            waiting = {future: task, **waiting}
-            break
-        for done in [future for future in waiting if future.done()]:
-            del waiting[done]
-            yield done.result()
-    while waiting:
-        check()
-        for done in wait(waiting, _SECONDS_BETWEEN_CHECKS, return_when=FIRST_COMPLETED).done:
-            del waiting[done]
+            wait(given, _SECONDS_BETWEEN_CHECKS, return_when=FIRST_COMPLETED)
+        for done in [future for future in given if future.done()]:
+            given.remove(done)
             yield done.result()
 
 
 _worker: Copier | None = None
-_stop: Event | None = None
+_stop: ctypes.c_bool | None = None
 
 
 def _start_worker(
-    sources: tuple[SourceFile, ...], folder: Path, targets: tuple[TargetFile, ...], hashes: bool, stop: Event
+    sources: tuple[SourceFile, ...], folder: Path, targets: tuple[TargetFile, ...], hashes: bool, stop: ctypes.c_bool
 ) -> None:
     global _worker, _stop
     _worker, _stop = Copier(sources, FileSink(folder, targets), hashes=hashes), stop
@@ -298,7 +313,7 @@ def _run_in_worker(task: Task) -> Done:
     assert _worker is not None
 
     def check() -> None:
-        if _stop is not None and _stop.is_set():
+        if _stop is not None and _stop.value:
             raise TransferError("the work was stopped")
 
     return _worker.run(task, check)

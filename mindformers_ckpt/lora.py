@@ -164,7 +164,8 @@ def plan_merge(
     if adapter is not None:
         factors, origin = adapter.tensors(), adapter.files.root
         found = find_adapters(factors, origin)
-        warnings = _leftovers(set(factors) - found.names, held, origin)
+        others = {name: tensor for name, tensor in factors.items() if name not in found.names}
+        warnings = _leftovers(others, held, origin)
     if not found.branches:
         raise PlanError(f"{origin} holds no LoRA parameters; are its weights merged already?")
     folds = _fit(found.branches, held, factors, scaling, locate, origin)
@@ -174,13 +175,15 @@ def plan_merge(
     return _with_branches(plan, folds)
 
 
-def _leftovers(names: Iterable[str], base: Mapping[str, object], origin: Path) -> tuple[str, ...]:
-    """Refuse weights of an adapter that are no LoRA parameters; warn of other things in its files."""
-    trained = sorted(name for name in names if name in base or name.endswith((".weight", ".bias")))
+def _leftovers(
+    others: Mapping[str, LogicalTensor], base: Mapping[str, LogicalTensor], origin: Path
+) -> tuple[str, ...]:
+    """Refuse weights of an adapter that are no LoRA parameters; warn of single numbers, like the training step."""
+    trained = sorted(name for name, tensor in others.items() if name in base or tensor.spec.size > 1)
     if trained:
         headline = f"{origin} holds trained parameters besides LoRA branches, which cannot be merged"
         raise PlanError(describe_problems(headline, trained, _LISTED))
-    return (f"{origin}: not used: {', '.join(sorted(names))}",) if names else ()
+    return (f"{origin}: not used: {', '.join(sorted(others))}",) if others else ()
 
 
 class _Fold(NamedTuple):

@@ -162,7 +162,7 @@ class Staging:
         part = self._prefix + _PART
         for leftover in self.folder.parent.glob(f"{escape(self._prefix)}*"):
             if leftover == self.folder:
-                if not self.resume:
+                if not (self.resume and self._journal.is_file()):
                     shutil.rmtree(leftover)
             elif leftover.is_dir() and not (self.add and leftover.name.startswith(part)):
                 lock = _lock_of(leftover)

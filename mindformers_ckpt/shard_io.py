@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mindformers_ckpt.box import Box, blocks, is_one_run, offset_in, run_length
-from mindformers_ckpt.compute import Cast, Dequantise, Factor, Merge, cast, dequantise, factor_values, merge
+from mindformers_ckpt.compute import (
+    DOWN_TILE,
+    UP_TILE,
+    Cast,
+    Dequantise,
+    Factor,
+    Merge,
+    cast,
+    dequantise,
+    factor_values,
+    merge,
+)
 from mindformers_ckpt.errors import FormatError, TransferError
 from mindformers_ckpt.formats import DType, FileLayout, Header, Segment, TensorSpec, layout_file, read_header
 from mindformers_ckpt.formats.dtypes import by_name
@@ -113,7 +124,9 @@ class ShardReader:
             out[...] = cast(values, compute.dtype, dtype)
             return
         if isinstance(compute, Merge):
-            out[...] = merge(values, compute, part, self._factor(compute.up), self._factor(compute.down))
+            out[...] = merge(
+                values, compute, part, self._factor(compute.up, UP_TILE), self._factor(compute.down, DOWN_TILE)
+            )
             return
         view = place.view or View(place.box.shape, Box.whole(place.box.shape), tuple(range(len(place.box.shape))))
         inner, values = _in_view(part.relative_to(place.box), view, values)
@@ -134,7 +147,7 @@ class ShardReader:
             self._scales[key] = factors.view(np.float32)
         return self._scales[key]
 
-    def _factor(self, factor: Factor) -> Array:
+    def _factor(self, factor: Factor, tile: tuple[int, int]) -> Array:
         """A whole factor of a LoRA branch. The last ones are kept: a weight is read in many parts."""
         import numpy as np
 
@@ -148,7 +161,7 @@ class ShardReader:
                 self.read(place, piece.tensor, factor.dtype, piece.box, values[piece.box.slices()])
             if len(self._factors) >= _FACTORS:
                 self._factors.popitem(last=False)
-            self._factors[factor] = factor_values(values, factor)
+            self._factors[factor] = factor_values(values, factor, tile)
         return self._factors[factor]
 
     def _read_part(

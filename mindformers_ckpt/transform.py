@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Collection
@@ -9,17 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mindformers_ckpt.errors import PlanError, PublishError
+from mindformers_ckpt.errors import PlanError, PublishError, TransferError
 from mindformers_ckpt.execute import Done, copy_tasks, cut_into_tasks
 from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.plan import Plan
 from mindformers_ckpt.publish import MANIFEST_FILE, Staging, check_free_space, read_manifests
-from mindformers_ckpt.shard_io import FileSink
+from mindformers_ckpt.shard_io import BLOCK_BYTES, TRANSPOSE_BYTES, FileSink
 
 Progress = Callable[[int, int], None]
-
-# What a process needs at most, whatever the size of the weights: interpreter, numpy and buffers.
-MEMORY_PER_PROCESS = 150_000_000
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,7 @@ def transform(
 
     `about` goes into the manifest, `progress` is told the bytes written and the total after every task,
     `check` is called between blocks and may raise to stop, `companions` puts further files into the folder of
-    the result before it is published. Raises TransferError and PublishError; then the
-    destination is as it was.
+    the result before it is published. Raises TransferError and PublishError; then the destination is as it was.
     """
     started = time.monotonic()
     destination = Path(destination).absolute()
@@ -122,9 +119,9 @@ def affordable_processes(wanted: int) -> int:
     """So many of the wanted processes as the free memory is enough for, at least one."""
     if wanted == 1:
         return 1
-    import psutil
+    from mindformers_ckpt.machine import MEMORY_PER_PROCESS, free_memory
 
-    return max(1, min(wanted, psutil.virtual_memory().available // MEMORY_PER_PROCESS))
+    return max(1, min(wanted, free_memory() // MEMORY_PER_PROCESS))
 
 
 def write_files(
@@ -149,12 +146,13 @@ def write_files(
         record([])
     pending = [task for task in tasks if task.number not in done]
     copied = copy_tasks(plan, folder, pending, processes=options.processes, hashes=options.hashes, check=check)
-    for task in copied:
-        record([task])
-        done[task.task] = task
-        written += task.bytes_written
-        if progress is not None:
-            progress(written, total)
+    with contextlib.closing(copied):  # whatever goes wrong here, the workers end before the folder is removed
+        for task in copied:
+            record([task])
+            done[task.task] = task
+            written += task.bytes_written
+            if progress is not None:
+                progress(written, total)
     if options.crc:
         _append_crcs(sink, plan)
     return list(done.values())
@@ -193,12 +191,18 @@ def check_addable(
 
 def fingerprint_of(plan: Plan, options: Options) -> str:
     """A digest of everything that decides which bytes are written where, and of the sources' identity."""
-    digest = hashlib.blake2b(digest_size=16)
+    from mindformers_ckpt import __version__
+
+    # A journal counts tasks, and their cut changes with these.
+    digest = hashlib.blake2b(f"{__version__} {BLOCK_BYTES} {TRANSPOSE_BYTES}\n".encode(), digest_size=16)
     for file in plan.sources:
-        status = file.path.stat()
+        try:
+            status = file.path.stat()
+        except OSError as error:
+            raise TransferError(f"{file.path}: cannot be read: {error.strerror}") from error
         digest.update(f"{file.path} {status.st_size} {status.st_mtime_ns}\n".encode())
     for target in plan.targets:
-        digest.update(f"{target.path} {target.format}\n".encode())
+        digest.update(f"{target.path} {target.format} {target.metadata}\n".encode())
     for transfer in plan.transfers:
         digest.update(repr(transfer).encode())
     digest.update(f"{options.by_rank} {options.hashes} {options.crc}".encode())

@@ -73,7 +73,7 @@ class Config:
                 chosen[field.name] = _PARSERS[field.name](_expanded(values[field.name]))
             except ValueError as error:
                 problems.append(f"{field.name}: {error}")
-        problems += _misspelt(values)
+        problems += misspelt(values)
         if problems:
             raise ConfigError(describe_problems("the checkpoint keys of the configuration are wrong", problems))
         return cls(**chosen)
@@ -105,6 +105,11 @@ class Config:
     def transformed_dir(self) -> Path:
         """Where re-sliced checkpoints go (guide: output/transformed_checkpoint)."""
         return Path(self.output_dir) / "transformed_checkpoint"
+
+    @property
+    def has_remote_source(self) -> bool:
+        """Whether the checkpoint or its strategy lies in an object storage."""
+        return is_url(self.load_checkpoint) or is_url(self.src_strategy_path_or_dir)
 
     @property
     def step_file(self) -> str | None:
@@ -173,7 +178,10 @@ def _parse_url(value: Any) -> str:
 
 
 def _parse_output_dir(value: Any) -> str:
-    return _parse_path(value) or Config.output_dir
+    path = _parse_path(value) or Config.output_dir
+    if is_url(path):
+        raise ValueError(f"a local folder was expected, not {path!r}; set remote_save_url to that")
+    return path
 
 
 def _parse_resume(value: Any) -> bool | str:
@@ -212,7 +220,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _misspelt(values: Mapping[str, Any]) -> list[str]:
+def misspelt(values: Mapping[str, Any]) -> list[str]:
     """Keys that look like ours but are not: a typing error would silently switch the hook off."""
     ours = list(_PARSERS)
     problems = []

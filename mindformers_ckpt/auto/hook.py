@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from mindformers_ckpt.auto.cluster import Cluster, RankError
 from mindformers_ckpt.auto.config import Config
+from mindformers_ckpt.auto.hyperparameters import from_command_line
+from mindformers_ckpt.auto.modelarts import Exchange, check_nodes, fetch_sources, nodes_by_number
 from mindformers_ckpt.auto.output_dir import OutputDir
+from mindformers_ckpt.auto.remote_reslice import RemoteReslicing
 from mindformers_ckpt.auto.reslice import Reslicing
 from mindformers_ckpt.auto.shared_disk import not_shared, owners_of, wait_for_files
 from mindformers_ckpt.errors import CheckpointError, ConfigError, PlanError, StrategyError
@@ -51,6 +54,7 @@ class CheckpointHook:
         self._cluster: Cluster | None = None
         self._owner = MAIN_RANK
         self._is_shared = True  # the output dir, by all nodes
+        self._exchange: Exchange | None = None  # in its place, where an object storage is set
         self._settled = True  # no rank is compiling, which would write its strategy
         self._old_file: tuple[int, int] | None = None  # of the own strategy file before the network is compiled
         _show_log()
@@ -59,6 +63,16 @@ class CheckpointHook:
     def from_yaml(cls, path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> CheckpointHook:
         """Read the keys from a training yaml; `overrides` win. Raises ConfigError listing all faults."""
         return cls(Config.from_yaml(path, overrides))
+
+    @classmethod
+    def from_args(cls, argv: Sequence[str] | None = None, yaml: str | os.PathLike[str] | None = None) -> CheckpointHook:
+        """Read the hook's options of a command line (`sys.argv`) over the keys of a training yaml.
+
+        ModelArts gives a job's hyperparameters to the training script in this way: `--auto_trans_ckpt=True`,
+        or `--auto_trans_ckpt True`. Other options are left to the script. Raises ConfigError listing all faults.
+        """
+        options = from_command_line(argv)
+        return cls(Config.from_mapping(options) if yaml is None else Config.from_yaml(yaml, options))
 
     @property
     def cluster(self) -> Cluster:
@@ -77,6 +91,7 @@ class CheckpointHook:
         self._settled = True
         with self._together("prepare"):
             self._owner = self._find_owner()
+            self.config = fetch_sources(self.config, self.cluster, self._output.root, self._owner)
             self._check_sources()
             self.cluster.barrier("checked")
             if self.cluster.rank == self._owner:
@@ -166,6 +181,8 @@ class CheckpointHook:
             except OSError as error:
                 log.warning("the old strategy is not put back yet, the next job will do it: %s", error)
             self.cluster.close()
+            if self._exchange is not None and self.cluster.rank == MAIN_RANK:
+                self._exchange.drop()
             raise
 
     def _check_others(self) -> None:
@@ -181,9 +198,20 @@ class CheckpointHook:
 
         Raises ConfigError on the main rank, which tells the others, if it must be shared but is not.
         """
-        if not self._clears or len(set(self.cluster.nodes)) == 1:
+        if not self._clears and not self.config.has_remote_source:
+            return MAIN_RANK
+        hosts = self.cluster.nodes
+        if self.config.remote_save_url:
+            self.cluster.nodes = nodes_by_number(self.cluster.size, self.config.npu_num_per_node)
+        if len(set(self.cluster.nodes)) == 1 and len(set(hosts)) == 1:
             return MAIN_RANK
         owners = owners_of(self._output.root, self.cluster)
+        if self.config.remote_save_url and self._clears and set(owners) != {MAIN_RANK}:
+            check_nodes(self.config.npu_num_per_node, hosts, owners)
+            self._is_shared = False
+            self._exchange = Exchange.open(self.config, self.cluster)
+            return owners[self.cluster.rank]
+        self.cluster.nodes = hosts
         if self._reslices and self.cluster.rank == MAIN_RANK and set(owners) != {MAIN_RANK}:
             raise ConfigError(not_shared(self.config, self._output.root, self.cluster.nodes, owners))
         self._is_shared = all(owner == MAIN_RANK for owner in owners)
@@ -216,6 +244,8 @@ class CheckpointHook:
         lacking = [rank for rank, there in enumerate(written) if not there]
         if lacking:
             raise PlanError(f"ranks {lacking[:16]} wrote no strategy to {self.strategy_dir}, the others did")
+        if self._exchange is not None:
+            return self._exchange.share_strategies(self.strategy_dir)
         if not self._clears or not self._is_shared:
             return self._strategy_of_a_part()
         if self.cluster.rank == MAIN_RANK:
@@ -255,7 +285,8 @@ class CheckpointHook:
         names = None if self._for_training else target.names() | weights.wanted_names(cells)
         reslicing = Reslicing(self.config, self.cluster, self._output, target, names)
         if self.config.auto_trans_ckpt:
-            with reslicing.resliced() as folder:
+            remote = self._exchange and RemoteReslicing(reslicing, self._exchange)
+            with (remote or reslicing).resliced() as folder:
                 yield folder
             return
         if self.cluster.rank == MAIN_RANK and self.config.src_strategy_path_or_dir and not target.is_complete:

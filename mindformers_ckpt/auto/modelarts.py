@@ -20,6 +20,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -66,23 +67,30 @@ def check_nodes(npu_num_per_node: int, hosts: Sequence[str], owners: Sequence[in
 
 @dataclass
 class Exchange:
-    """What the nodes of a job have in common: a prefix in an object storage. All ranks make the same calls."""
+    """What the nodes of a job have in common: a prefix in an object storage. All ranks make the same calls.
+
+    Only the first rank of a node talks to the storage.
+    """
 
     cluster: Cluster
-    transfers: Transfers
+    store_url: str
     run: str
 
     @classmethod
     def open(cls, config: Config, cluster: Cluster) -> Exchange:
         """Agree on the run's prefix, and see that every node can write there. Raises StoreError, ConfigError."""
         run = cluster.gather("run", time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(4))[MAIN_RANK]
-        store = open_store(config.remote_save_url)
-        exchange = cls(cluster, Transfers(store, config.transform_timeout, cluster.check), run)
+        exchange = cls(cluster, config.remote_save_url, run)
         if cluster.is_first_on_node:
             host = {"node": cluster.node, "ranks": list(cluster.node_ranks)}
             exchange.transfers.send_manifest(exchange.key("nodes", f"{cluster.node}.json"), host)
         cluster.barrier("storage reached")
         return exchange
+
+    @cached_property
+    def transfers(self) -> Transfers:
+        """The connection to the storage. Raises ConfigError when there can be none."""
+        return Transfers(open_store(self.store_url), self.cluster.timeout, self.cluster.check)
 
     @property
     def prefix(self) -> str:
@@ -92,7 +100,7 @@ class Exchange:
     @property
     def url(self) -> str:
         """Where the run's objects are."""
-        return f"{self.transfers.store.url}/{self.prefix}"
+        return f"{self.store_url}/{self.prefix}"
 
     def key(self, *parts: str) -> str:
         return "/".join((self.prefix, *parts))
@@ -103,24 +111,28 @@ class Exchange:
 
     def share_strategies(self, folder: Path) -> Strategy:
         """Bring the strategy files of all ranks together on the main rank's disk, the merged one on all disks."""
-        cluster, transfers = self.cluster, self.transfers
+        cluster = self.cluster
         if cluster.is_first_on_node:
             names = [rank_file_name(rank) for rank in cluster.node_ranks]
             self.send_share("strategy", {name: folder / name for name in names})
         cluster.barrier("strategy files sent")
         if cluster.rank == MAIN_RANK:
-            sent = [entry for shares in self.shares("strategy").values() for entry in shares]
-            transfers.fetch((entry, folder / PurePosixPath(entry.key).name) for entry in sent)
+            sent = [entry for entries in self.shares("strategy").values() for entry in entries]
+            others = [entry for entry in sent if not self._file_of(entry, folder).exists()]
+            self.transfers.fetch((entry, self._file_of(entry, folder)) for entry in others)
             whole = self._merged(folder)
-            (entry,) = transfers.send({self.key("strategy", "whole", whole.name): whole})
-            transfers.send_manifest(self.key("strategy", "manifest.json"), {"files": [entry._asdict()]})
-        cluster.barrier("strategy merged")
-        (entry,) = self._entries(self.key("strategy", "manifest.json"))
-        path = folder / PurePosixPath(entry.key).name
+            (entry,) = self.transfers.send({self.key("strategy", "whole", whole.name): whole})
+            self.transfers.send_manifest(self.key("strategy", "manifest.json"), {"files": [entry._asdict()]})
+        name = cluster.gather("strategy merged", whole.name if cluster.rank == MAIN_RANK else None)[MAIN_RANK]
         if cluster.is_first_on_node and cluster.rank != MAIN_RANK:
-            transfers.fetch([(entry, path)])
+            self.transfers.fetch(
+                (entry, folder / name) for entry in self._entries(self.key("strategy", "manifest.json"))
+            )
         cluster.barrier("strategy fetched")
-        return read_strategy(path)
+        return read_strategy(folder / name)
+
+    def _file_of(self, entry: Entry, folder: Path) -> Path:
+        return folder / PurePosixPath(entry.key).name
 
     def _merged(self, folder: Path) -> Path:
         """The file that describes the whole job. Raises StrategyError if the folder's files do not."""
@@ -145,7 +157,7 @@ class Exchange:
         """What all nodes have sent of a kind, by node. Raises StoreError where the storage does not have it."""
         nodes = dict.fromkeys(self.cluster.nodes)
         shares = {node: self._entries(self.key(kind, f"{node}.json")) for node in nodes}
-        there = self.transfers.list(self.key(kind))
+        there = self.transfers.sizes(self.key(kind))
         problems = [
             f"{entry.key} of {node}: {there.get(entry.key, 'no')} instead of {entry.bytes} bytes"
             for node, entries in shares.items()
@@ -171,16 +183,21 @@ def fetch_sources(config: Config, cluster: Cluster, root: Path, owner: int) -> C
     They go to `<root>/fetched/`, whole, and take the place of what an earlier job fetched there under the
     same name. The rank `owner` of every disk fetches. Raises PlanError when there is nothing at a URL.
     """
-    places = {
-        key: url for key in ("load_checkpoint", "src_strategy_path_or_dir") if is_url(url := str(getattr(config, key)))
-    }
-    for key, url in places.items():
-        target = root / _FETCHED / key / PurePosixPath(url).name
+
+    def fetched(key: str, path: str) -> str:
+        if not is_url(path):
+            return path
+        target = root / _FETCHED / key / PurePosixPath(path).name
         if cluster.rank == owner:
-            _fetch_tree(url, target, config, cluster)
+            _fetch_tree(path, target, config, cluster)
         cluster.barrier(f"{key} fetched")
-        config = replace(config, **{key: str(target)})
-    return config
+        return str(target)
+
+    return replace(
+        config,
+        load_checkpoint=fetched("load_checkpoint", config.load_checkpoint),
+        src_strategy_path_or_dir=fetched("src_strategy_path_or_dir", config.src_strategy_path_or_dir),
+    )
 
 
 def _fetch_tree(url: str, target: Path, config: Config, cluster: Cluster) -> None:
@@ -189,7 +206,7 @@ def _fetch_tree(url: str, target: Path, config: Config, cluster: Cluster) -> Non
     if parent in ("obs:/", "s3:/"):
         raise PlanError(f"{url} is a whole bucket; name a folder or a file in it")
     transfers = Transfers(open_store(parent), config.transform_timeout, cluster.check)
-    objects = transfers.list(name)
+    objects = transfers.sizes(name)
     if not objects:
         raise PlanError(f"there is nothing at {url}")
     log.info("fetching %s to %s: %d files, %.2f GB", url, target, len(objects), sum(objects.values()) / 1e9)

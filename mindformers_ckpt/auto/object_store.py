@@ -6,7 +6,6 @@ another attempt cannot mend.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import importlib.util
 import os
@@ -100,6 +99,8 @@ class FsspecStore:
                 "e.g. https://obs.cn-north-4.myhuaweicloud.com"
             )
         try:
+            import asyncio
+
             import botocore.exceptions
             import fsspec
             import s3fs  # noqa: F401 (fsspec imports it by name)
@@ -117,9 +118,7 @@ class FsspecStore:
             "request_checksum_calculation": "when_required",
             "response_checksum_validation": "when_required",
         }
-        self._files = fsspec.filesystem(
-            "s3", config_kwargs=config, use_listings_cache=False, skip_instance_cache=True
-        )
+        self._files = fsspec.filesystem("s3", config_kwargs=config, use_listings_cache=False, skip_instance_cache=True)
         self._files.retries = 2
         self._final = (botocore.exceptions.NoCredentialsError, botocore.exceptions.ParamValidationError)
         self._errors = (OSError, asyncio.TimeoutError, botocore.exceptions.BotoCoreError)

@@ -39,11 +39,13 @@ class Node(NamedTuple):
     Attributes:
         has_source: whether the source is there.
         digest: that of its plan, None when nothing needs to be re-sliced or there is no source.
-        folder: where the weights of its ranks will be.
+        name: the checkpoint's, "" when nothing needs to be re-sliced or there is no source.
+        folder: where the weights of its ranks will be, below a folder of the checkpoint's name.
     """
 
     has_source: bool
     digest: str | None
+    name: str
     folder: str
 
 
@@ -65,21 +67,24 @@ class RemoteReslicing:
         cluster = self.cluster
         plan = self._plan_here() if cluster.is_first_on_node else None
         nodes = self._tell(plan)
-        if nodes[cluster.nodes[MAIN_RANK]].digest is None:
+        name = nodes[cluster.nodes[MAIN_RANK]].name
+        if not name:
             if cluster.rank == MAIN_RANK:
                 log.info("the checkpoint has the strategy of this job: it is loaded as it is")
             yield None
             cluster.barrier("loaded")
+            if cluster.rank == MAIN_RANK:
+                self.exchange.drop()
         elif cluster.is_first_on_node:
             with self._staging as staging, cluster.step("load"):
                 manifest = self._make(plan, nodes)
-                yield staging.folder / manifest["checkpoint"]
+                yield staging.folder / name
                 cluster.barrier("loaded")
                 staging.publish(self._local_manifest(manifest))
         else:
             for step in ("weights sent", "weights complete", "weights fetched"):
                 cluster.barrier(step)
-            yield Path(nodes[cluster.node].folder, self._manifest()["checkpoint"])
+            yield Path(nodes[cluster.node].folder, name)
             cluster.barrier("loaded")
 
     def _plan_here(self) -> Plan | None:
@@ -92,9 +97,9 @@ class RemoteReslicing:
     def _tell(self, plan: Plan | None) -> dict[str, Node]:
         """Share what the nodes have. Raises PlanError where their sources differ."""
         cluster = self.cluster
-        digest = None if plan is None else digest_of(plan)
-        about = Node(self._has_source(), digest, str(self._staging.folder)) if cluster.is_first_on_node else None
-        told = cluster.gather("plan", about)
+        digest, name = (None, "") if plan is None else (digest_of(plan), Path(plan.targets[0].path).parts[0])
+        about = Node(self._has_source(), digest, name, str(self._staging.folder))
+        told = cluster.gather("plan", about if cluster.is_first_on_node else None)
         nodes = {node: Node(*told[cluster.nodes.index(node)]) for node in dict.fromkeys(cluster.nodes)}
         main = cluster.nodes[MAIN_RANK]
         others = [name for name, node in nodes.items() if node.has_source and node.digest != nodes[main].digest]
@@ -172,7 +177,6 @@ class RemoteReslicing:
             raise TransferError(f"{self.exchange.url}: no node has sent {', '.join(lacking[:8])}")
         return {
             "mindformers_ckpt": __version__,
-            "checkpoint": Path(plan.targets[0].path).parts[0],
             "source_checkpoint": self.reslicing.config.load_checkpoint,
             "target": self.reslicing.target.describe(),
             "files": [

@@ -58,7 +58,7 @@ class Transfers:
     store: ObjectStore
     timeout: float
     check: Callable[[], None] = lambda: None
-    retries: Retries = Retries()
+    retries: Retries = field(default_factory=Retries)
     parallel: int = 4
     _stopped: threading.Event = field(default_factory=threading.Event)
 
@@ -108,7 +108,7 @@ class Transfers:
             (content,) = self._each([file], lambda file: self._persist(lambda: fetch(file), deadline))
             return content
 
-    def list(self, prefix: str) -> dict[str, int]:
+    def sizes(self, prefix: str) -> dict[str, int]:
         """The objects below a prefix: key -> bytes."""
         deadline = time.monotonic() + self.timeout
         (found,) = self._each([prefix], lambda prefix: self._persist(lambda: self.store.list(prefix), deadline))

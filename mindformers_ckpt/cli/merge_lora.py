@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mindformers_ckpt.cli.request import (
     default_format,
     read_optional_strategy,
 )
+from mindformers_ckpt.convert.adapters import locator, read_scaling
 from mindformers_ckpt.errors import PlanError, PublishError, StrategyError
 from mindformers_ckpt.lora import Scaling, plan_merge
 from mindformers_ckpt.plan import DEFAULT_PREFIX, Plan
@@ -72,6 +73,8 @@ class _Ratio(click.ParamType):  # type: ignore[type-arg]  # generic in newer ver
 @click.option("--rank", "--lora-rank", "rank", type=click.IntRange(min=1), help="lora_rank, to check the factors.")
 @click.option("--use-rslora", is_flag=True, help="The scaling is alpha / sqrt(rank).")
 @click.option("--adapter", type=_PATH, help="Checkpoint or PEFT folder with the LoRA parameters, if not the source.")
+@click.option("--model", help="Model of an adapter with Hugging Face names, as convert takes it.")
+@click.option("--hf-config", type=_PATH, help="Folder of its config.json, where names alone do not tell enough.")
 @click.option(
     "--dst-strategy",
     "--dst-ckpt-strategy",
@@ -94,6 +97,8 @@ def command(
     destination: Path,
     prefix: str,
     adapter: Path | None,
+    model: str | None,
+    hf_config: Path | None,
     dst_strategy: Path | None,
     merged_strategy: Path | None,
     save_format: str | None,
@@ -121,8 +126,9 @@ def command(
     plan = plan_merge(
         checkpoint,
         target,
-        chosen,
+        chosen if adapter is None else _completed(chosen, adapter),
         adapter=None if adapter is None else _adapter(adapter, strategy),
+        locate=locator(checkpoint.tensors(), model, hf_config),
         prefix=prefix,
         format=save_format or default_format(files),
     )
@@ -154,6 +160,14 @@ def _scaling(lora_scaling: float | None, alpha: float | None, rank: int | None, 
     return Scaling(lora_scaling, alpha, rank, use_rslora)
 
 
+def _completed(given: Scaling, adapter: Path) -> Scaling:
+    """The given scaling, or else that of the adapter's own settings."""
+    own = read_scaling(adapter)
+    if own is None or given.value is not None or given.alpha is not None:
+        return given
+    return replace(own, rank=given.rank, rank_stabilised=own.rank_stabilised or given.rank_stabilised)
+
+
 def _check_empty(destination: Path) -> None:
     if destination.is_dir() and any(destination.iterdir()):
         raise PublishError(f"{destination} is not empty; give a new or an empty folder for the merged weights")
@@ -169,9 +183,10 @@ def _source_strategy(path: Path | None, merged: Path | None) -> Strategy:
     file = merged or path / MERGED_FILE
     if merged is None and any(path.glob("*rank_*.json")):
         file = file.with_suffix(".json")
-    if not os.access(file.parent, os.W_OK | os.X_OK):
+    folder = next(folder for folder in file.absolute().parents if folder.exists())
+    if not os.access(folder, os.W_OK | os.X_OK):
         raise StrategyError(
-            f"{file.parent} cannot be written, so that the strategy files cannot be merged there; allow it, or choose "
+            f"{folder} cannot be written, so that the strategy files cannot be merged there; allow it, or choose "
             "another place for the merged file with --merged-strategy FILE"
         )
     return merge_strategies(path, file)

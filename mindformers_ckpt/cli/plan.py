@@ -18,7 +18,7 @@ from mindformers_ckpt.cli.request import Prepared, Request
 from mindformers_ckpt.formats import TensorSpec, layout_file
 from mindformers_ckpt.plan import Plan, Transfer
 from mindformers_ckpt.plan_file import write_plan
-from mindformers_ckpt.transform import MEMORY_PER_PROCESS, check_apart, ranks_of
+from mindformers_ckpt.transform import check_apart, ranks_of
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ def command(out: Path | None, as_json: bool, **asked: Any) -> None:
 
 
 def _summary(prepared: Prepared, processes: int) -> Summary:
+    from mindformers_ckpt.machine import MEMORY_PER_PROCESS
+
     job = prepared.job
     plan = job.plan
     needed = sum(map(_needed, plan.transfers))

@@ -62,6 +62,10 @@ _DTYPES = (
 _WRAPPERS = ("state_dict", "model", "module")
 
 
+# What a damaged description makes of the unpickler, or of zipfile.
+_SENSELESS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
+
+
 class _Storage(NamedTuple):
     """A run of elements; `dtype` is None for bytes whose type a tensor tells."""
 
@@ -109,8 +113,7 @@ def scan(path: Path) -> Header:
             tensors = {name: _record(name, tensor, places) for name, tensor in _weights(content).items()}
         except (Malformed, pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFError) as error:
             raise FormatError(f"{path}: no PyTorch file that can be read: {error}") from None
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
-            # What a damaged pickle makes of the unpickler.
+        except _SENSELESS as error:
             raise FormatError(f"{path}: damaged, its description of tensors makes no sense ({error!r})") from None
         for record in tensors.values():
             for segment in record.segments:
@@ -171,11 +174,30 @@ def _read_old(stream: BinaryIO, size: int) -> tuple[object, Mapping[str, Segment
     return content, places
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows how tensors are described, and nothing else."""
+class _Clipped:
+    """A stream that is not asked for more than it has: a damaged length must not reserve memory."""
 
     def __init__(self, stream: BinaryIO | io.BytesIO) -> None:
-        super().__init__(stream, encoding="utf-8")
+        self._stream = stream
+        start = stream.tell()
+        self._end = stream.seek(0, os.SEEK_END)
+        stream.seek(start)
+
+    def read(self, size: int) -> bytes:
+        return self._stream.read(max(0, min(size, self._end - self._stream.tell())))
+
+    def readline(self) -> bytes:
+        return self._stream.readline()
+
+
+class _Unpickler(pickle._Unpickler):
+    """Knows how tensors are described, and nothing else.
+
+    It is the unpickler in Python, because the one in C reserves memory by the numbers that a file names.
+    """
+
+    def __init__(self, stream: BinaryIO | io.BytesIO) -> None:
+        super().__init__(_Clipped(stream), encoding="utf-8")
         self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import pty
 import re
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,10 +31,13 @@ def test_help_loads_no_heavy_module(arguments: list[str]) -> None:
 
 
 def test_help_is_there_at_once(tmp_path: Path) -> None:
+    """Processor time: wall time tells more of what else the machine does."""
+
     def seconds() -> float:
-        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert command(["--help"], tmp_path).code == 0
-        return time.perf_counter() - started
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(seconds() for _ in range(5)) < 0.3
 

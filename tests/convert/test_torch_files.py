@@ -140,7 +140,7 @@ def test_no_code_is_run(write: Writer, torch_names: object, tmp_path: Path) -> N
         read_header(tmp_path / "a.bin")
     write(tmp_path / "b.bin", {"model": tensors, "b": Exploit()}, tensors)
     assert list(read_header(tmp_path / "b.bin").tensors) == ["a"]
-    write(tmp_path / "c.bin", Exploit(), tensors)
+    write(tmp_path / "c.bin", Exploit(), {})
     with pytest.raises(FormatError, match="holds no dictionary of tensors"):
         read_header(tmp_path / "c.bin")
 

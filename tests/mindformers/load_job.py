@@ -1,7 +1,7 @@
-"""One rank of a job that loads weights the way MindFormers does: SOURCE FOLDER.
+"""One rank of a job that loads weights the way MindFormers does: SOURCE DAMAGED FOLDER.
 
-It writes FOLDER/loaded_<rank>.npz. Then the strategy of rank 1 is lost, and FOLDER/failure_<rank>.txt tells
-what the rank was told.
+It writes FOLDER/loaded_<rank>.npz. Then it loads a damaged source, and then the strategy of rank 1 is lost;
+FOLDER/damaged_<rank>.txt and FOLDER/lost_<rank>.txt tell what the rank was told.
 """
 
 import os
@@ -25,7 +25,7 @@ class Network(ms.nn.Cell):
 
 
 def main():
-    source, folder = sys.argv[1:]
+    source, damaged, folder = sys.argv[1:]
     ms.set_device("CPU")
     init()
     rank = get_rank()
@@ -53,12 +53,18 @@ def main():
             for name, parameter in loaded.items()
         },
     )
+    fails({**config, "load_checkpoint": damaged}, network, Path(folder, f"damaged_{rank}.txt"))
     if rank == 1:
         Path(config["output_dir"], "strategy", "ckpt_strategy_rank_1.ckpt").unlink()
+    fails(config, network, Path(folder, f"lost_{rank}.txt"))
+
+
+def fails(config, network, note):
+    """Load, and note the error that comes."""
     try:
         transform_and_load_checkpoint(MindFormerConfig(**config), None, network, None)
     except (ValueError, RuntimeError) as error:
-        Path(folder, f"failure_{rank}.txt").write_text(str(error))
+        note.write_text(f"{type(error).__name__}: {error}")
 
 
 main()

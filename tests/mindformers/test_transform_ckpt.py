@@ -430,13 +430,15 @@ def test_their_loading_path_runs_on_ours(ours: type[Any], output: Path, tmp_path
 
 
 def test_their_loading_path_in_a_job_of_two_ranks(module: ModuleType, tmp_path: Path) -> None:
-    """Two ranks under msrun and `python -m mindformers_ckpt.run`; first as it should be, then with a strategy lost.
+    """Two ranks under msrun and `python -m mindformers_ckpt.run`: as it should be, then twice with a failure.
 
     Not real: MindSpore compiles no semi_auto_parallel network on a CPU, so the strategies are written before.
     """
     shapes = {"emb": (8, 6), "wq": (6, 8), "norm": (6,)}
     model = random_model(shapes)
     source = write_tensors(tmp_path / "base.ckpt", model)
+    damaged = write_tensors(tmp_path / "damaged" / "base.ckpt", model)
+    damaged.write_bytes(damaged.read_bytes()[:-1])
     layouts = {
         "emb": Layout.on({"mp": 2}, "mp", None),
         "wq": Layout.on({"mp": 2}, None, "mp"),
@@ -451,7 +453,7 @@ def test_their_loading_path_in_a_job_of_two_ranks(module: ModuleType, tmp_path: 
     command = [
         *(str(Path(sys.executable).with_name("msrun")), "--worker_num=2", "--local_worker_num=2", "--join=True"),
         *("--master_addr=127.0.0.1", f"--master_port={port}", f"--log_dir={tmp_path / 'log'}", "python"),
-        *("-m", "mindformers_ckpt.run", str(JOB), str(source), str(tmp_path)),
+        *("-m", "mindformers_ckpt.run", str(JOB), str(source), str(damaged), str(tmp_path)),
     ]
     environment = {
         **os.environ,
@@ -470,6 +472,13 @@ def test_their_loading_path_in_a_job_of_two_ranks(module: ModuleType, tmp_path: 
         assert loaded["emb"].tobytes() == model["emb"].bits[half].tobytes()
         assert loaded["wq"].tobytes() == model["wq"].bits[:, half].tobytes()
         assert loaded["norm"].tobytes() == model["norm"].bits.tobytes()
-        failure = (tmp_path / f"failure_{rank}.txt").read_text()
-        assert "ranks [1] have saved no strategy in" in failure
+        assert "ranks [1] have saved no strategy in" in (tmp_path / f"lost_{rank}.txt").read_text()
+        assert str(damaged) in (tmp_path / f"damaged_{rank}.txt").read_text()
+        (made,) = (output / f"transformed_checkpoint/base/rank_{rank}").iterdir()
+        parts = {"emb": model["emb"].bits[half], "wq": model["wq"].bits[:, half], "norm": model["norm"].bits}
+        assert_same(read_tensors(made), {name: Tensor(model[name].dtype, bits) for name, bits in parts.items()})
+    assert (tmp_path / "damaged_0.txt").read_text().startswith("FormatError: ")
+    assert (
+        (tmp_path / "damaged_1.txt").read_text().startswith("RankError: rank 0 failed in step 'transform checkpoint'")
+    )
     assert "the engine of mindformers_ckpt" in logs

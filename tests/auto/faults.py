@@ -1,0 +1,105 @@
+"""What can go wrong on a rank: arm() has it happen at a certain point of the hook's work."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from mindformers_ckpt.auto import hook as hook_module
+from mindformers_ckpt.auto import reslice, weights
+from mindformers_ckpt.auto.cluster import Cluster
+from mindformers_ckpt.auto.config import Config
+from mindformers_ckpt.auto.hook import CheckpointHook
+from mindformers_ckpt.auto.output_dir import OutputDir
+from mindformers_ckpt.publish import Staging
+
+
+def kill(*arguments: Any, **options: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(owner: Any, name: str, action: Callable[..., object]) -> None:
+    """Have something happen before a function is called."""
+    function = getattr(owner, name)
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        action(*arguments, **options)
+        return function(*arguments, **options)
+
+    setattr(owner, name, run)
+
+
+def after(owner: Any, name: str, action: Callable[[], object]) -> None:
+    """Have something happen after a function was called."""
+    function = getattr(owner, name)
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        result = function(*arguments, **options)
+        action()
+        return result
+
+    setattr(owner, name, run)
+
+
+def kill_a_worker() -> None:
+    """Kill a process of this rank's pool, as the kernel does when memory is short."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it has ended already
+            if "spawn_main" in " ".join(child.cmdline()):
+                child.kill()
+
+
+def fill_the_disk(folder: Path) -> None:
+    with contextlib.suppress(OSError), open(folder / "filler", "wb") as stream:
+        while True:
+            stream.write(bytes(1 << 16))
+            stream.flush()
+
+
+def at_step(name: str, action: Callable[[], object]) -> Callable[..., None]:
+    def run(self: Cluster, step: str, *rest: Any) -> None:
+        if step == name:
+            action()
+
+    return run
+
+
+def arm(fault: str, config: Config) -> None:
+    """Prepare what is to go wrong on this rank."""
+    output = Path(config.output_dir)
+    if fault == "clear":
+        after(OutputDir, "clear", kill)
+    elif fault == "compile":
+        before(CheckpointHook, "load", kill)
+    elif fault == "merge":
+        before(hook_module, "merge_strategies", kill)
+    elif fault == "transform":
+        before(reslice, "copy_tasks", lambda *arguments, **options: options["check"]() or kill())
+    elif fault in ("wait", "hang"):
+        action = kill if fault == "wait" else lambda: time.sleep(120)
+        before(Cluster, "barrier", at_step("transformed", action))
+    elif fault == "load":
+        before(weights, "load_into", kill)
+    elif fault == "publish":
+        before(Staging, "publish", kill)
+    elif fault == "keep":
+        before(OutputDir, "keep", kill)
+    elif fault == "worker":
+        before(Cluster, "check", lambda self: kill_a_worker())
+    elif fault == "source vanishes":
+        gone = Path(config.load_checkpoint) / "rank_5"
+        before(reslice, "copy_tasks", lambda *arguments, **options: gone.rename(gone.with_name("gone")))
+    elif fault == "disk fills":
+        before(reslice, "copy_tasks", lambda *arguments, **options: fill_the_disk(output))
+    elif fault == "raise":
+        before(CheckpointHook, "load", lambda *arguments: sys.exit("an error of the training script"))
+    else:
+        raise ValueError(fault)

@@ -1,0 +1,33 @@
+"""A rank as in `rank.py`, with faults of jobs that go through an object storage."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import rank
+from faults import arm as arm_others
+from faults import at_step, before, kill
+
+from mindformers_ckpt.auto.cluster import Cluster
+from mindformers_ckpt.auto.config import Config
+from mindformers_ckpt.auto.modelarts import Exchange
+from mindformers_ckpt.auto.transfers import Transfers
+
+
+def arm(fault: str, config: Config) -> None:
+    """Prepare what is to go wrong on this rank."""
+    if fault == "sends no strategy":
+        before(Exchange, "share_strategies", lambda *arguments: time.sleep(6))
+    elif fault == "killed after sending":
+        before(Cluster, "barrier", at_step("weights sent", kill))
+    elif fault == "killed while fetching":
+        before(Cluster, "barrier", at_step("weights complete", lambda: before(Transfers, "fetch", kill)))
+    else:
+        arm_others(fault, config)
+
+
+if __name__ == "__main__":
+    rank.arm = arm
+    sys.exit(rank.main(json.loads(sys.argv[1])))

@@ -1,0 +1,512 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recorded import Tensor, assert_ranks, random_model, write_ranks
+
+from mindformers_ckpt import execute, publish
+from mindformers_ckpt.checkpoint import Checkpoint
+from mindformers_ckpt.errors import PlanError, PublishError
+from mindformers_ckpt.execute import Copier
+from mindformers_ckpt.layout import Layout
+from mindformers_ckpt.plan import Plan, build_plan
+from mindformers_ckpt.publish import MANIFEST_FILE, Staging, read_manifest
+from mindformers_ckpt.source_files import find_source
+from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.transform import Options, transform
+
+COMPLETE = Strategy.complete()
+MODEL = random_model({"w": (16, 8), "v": (16, 8), "u": (16, 8)})
+
+
+def strategy(ranks: int) -> Strategy:
+    return Strategy.of_stages((dict.fromkeys(MODEL, Layout((ranks,), ((0,), ()))),), f"mp{ranks}")
+
+
+def slices(ranks: int) -> dict[int, dict[str, Tensor]]:
+    layout = Layout((ranks,), ((0,), ()))
+    return {
+        rank: {name: tensor.part(layout.box((16, 8), rank)) for name, tensor in MODEL.items()} for rank in range(ranks)
+    }
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Checkpoint:
+    return Checkpoint(find_source(write_ranks(tmp_path / "source", slices(4))), strategy(4))
+
+
+@pytest.fixture
+def plan(source: Checkpoint) -> Plan:
+    return build_plan(source, strategy(2))
+
+
+@pytest.fixture
+def many_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(execute, "_SMALLEST_TASK", 1)
+
+
+@pytest.fixture
+def destination(tmp_path: Path) -> Path:
+    return tmp_path / "out" / "result"
+
+
+def siblings(destination: Path) -> set[str]:
+    return {path.name for path in destination.parent.iterdir()}
+
+
+def assert_result(destination: Path, ranks: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Any]:
+    manifest = read_manifest(destination)
+    assert manifest is not None
+    assert {path.name for path in destination.iterdir()} == {MANIFEST_FILE, *(f"rank_{rank}" for rank in ranks)}
+    moved = (destination / MANIFEST_FILE).rename(destination.parent / "moved")
+    assert_ranks(destination, ranks)
+    moved.rename(destination / MANIFEST_FILE)
+    return manifest
+
+
+def test_a_result_and_its_manifest(plan: Plan, destination: Path) -> None:
+    report = transform(plan, destination, about={"source": "mp4", "target": "mp2"})
+    manifest = assert_result(destination, slices(2))
+    assert siblings(destination) == {"result"}
+    assert (report.files, report.bytes_read, report.bytes_written, report.resumed_bytes) == (
+        2,
+        plan.bytes_read,
+        plan.bytes_written,
+        0,
+    )
+    assert (manifest["source"], manifest["target"]) == ("mp4", "mp2")
+    assert [entry["path"] for entry in manifest["files"]] == [target.path for target in plan.targets]
+    assert [entry["bytes"] for entry in manifest["files"]] == [
+        (destination / target.path).stat().st_size for target in plan.targets
+    ]
+    assert [Path(entry["path"]) for entry in manifest["sources"]] == [file.path for file in plan.sources]
+
+
+def test_incumbent_finding_15_no_ranks_of_an_old_run_are_left(source: Checkpoint, destination: Path) -> None:
+    """MindSpore leaves ranks 2 to 7 of an old run beside the new ranks 0 and 1."""
+    transform(build_plan(source, strategy(8)), destination)
+    with pytest.raises(PublishError, match="is not empty; choose another folder, or allow it to be replaced"):
+        transform(build_plan(source, strategy(2)), destination)
+    assert_result(destination, slices(8))
+    transform(build_plan(source, strategy(2)), destination, Options(overwrite=True))
+    assert_result(destination, slices(2))
+    assert siblings(destination) == {"result"}
+
+
+def test_incumbent_finding_8_crc_on_request(plan: Plan, destination: Path) -> None:
+    """MindSpore drops the checksum of its sources, and never looks at it."""
+    from mindformers_ckpt.formats import ckpt, read_header
+
+    transform(plan, destination, Options(crc=True))
+    for target in plan.targets:
+        ckpt.verify_crc(read_header(destination / target.path))
+    assert_result(destination, slices(2))
+
+
+def test_an_empty_folder_is_filled(plan: Plan, destination: Path) -> None:
+    destination.mkdir(parents=True)
+    transform(plan, destination)
+    assert_result(destination, slices(2))
+
+
+def make_file(destination: Path) -> None:
+    destination.write_text("")
+
+
+def make_link(destination: Path) -> None:
+    (destination.parent / "real").mkdir()
+    destination.symlink_to("real")
+
+
+def make_full(destination: Path) -> None:
+    destination.mkdir()
+    (destination / "notes.txt").write_text("mine")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (make_file, "is a file; a folder for the results was expected"),
+        (make_link, "is a symbolic link"),
+        (make_full, "is not empty"),
+    ],
+)
+def test_destinations_that_are_refused(
+    make: Callable[[Path], None], message: str, plan: Plan, destination: Path
+) -> None:
+    destination.parent.mkdir()
+    make(destination)
+    before = siblings(destination)
+    with pytest.raises(PublishError, match=message):
+        transform(plan, destination)
+    assert siblings(destination) == before
+    if make is make_full:
+        assert (destination / "notes.txt").read_text() == "mine"
+
+
+def test_a_mount_point_is_refused(plan: Plan) -> None:
+    with pytest.raises(PublishError, match="is a mount point and cannot be replaced"):
+        transform(plan, Path("/proc"), Options(overwrite=True))
+
+
+@pytest.mark.parametrize("inside", [".", "rank_0", ".."])
+def test_a_destination_that_holds_the_source_is_refused(inside: str, plan: Plan, tmp_path: Path) -> None:
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    with pytest.raises(PlanError, match="holds the source file"):
+        transform(plan, tmp_path / "source" / inside, Options(overwrite=True))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_a_link_to_the_source_is_seen_through(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("source")
+    with pytest.raises(PlanError, match="holds the source file"):
+        transform(plan, tmp_path / "link" / "rank_0", Options(overwrite=True))
+
+
+def test_a_second_run_is_refused_while_one_writes(source: Checkpoint, plan: Plan, destination: Path) -> None:
+    refused: list[str] = []
+
+    def start_another() -> None:
+        if not refused:
+            for other in (plan, build_plan(source, strategy(8))):
+                with pytest.raises(PublishError) as raised:
+                    transform(other, destination, Options(overwrite=True))
+                refused.append(str(raised.value))
+
+    transform(plan, destination, check=start_another)
+    assert "another process is making the same result" in refused[0]
+    assert "another process is writing" in refused[1]
+    assert_result(destination, slices(2))
+    assert siblings(destination) == {"result"}
+
+
+def test_two_threads_at_once(plan: Plan, destination: Path) -> None:
+    barrier = threading.Barrier(2)
+    results: list[str] = []
+
+    def run() -> None:
+        barrier.wait()
+        try:
+            transform(plan, destination)
+        except PublishError as error:
+            results.append(str(error))
+        else:
+            results.append("done")
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert "done" in results
+    assert_result(destination, slices(2))
+    assert siblings(destination) == {"result"}
+
+
+def test_a_destination_that_is_filled_meanwhile_is_kept(plan: Plan, destination: Path) -> None:
+    def fill() -> None:
+        destination.mkdir(exist_ok=True)
+        (destination / "notes.txt").write_text("mine")
+
+    with pytest.raises(PublishError, match="was filled by somebody else while the result was made"):
+        transform(plan, destination, check=fill)
+    assert [path.name for path in destination.iterdir()] == ["notes.txt"]
+    assert siblings(destination) == {"result"}
+
+
+def test_the_old_result_is_there_until_the_new_one_takes_its_place(
+    source: Checkpoint, destination: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transform(build_plan(source, strategy(8)), destination)
+    seen: list[int] = []
+
+    def look(first: Path, second: Path) -> None:
+        seen.append(len(list(second.glob("rank_*"))))
+        assert (first / MANIFEST_FILE).is_file()
+        exchange(first, second)
+        seen.append(len(list(second.glob("rank_*"))))
+
+    exchange = publish._exchange
+    monkeypatch.setattr(publish, "_exchange", look)
+    options = Options(overwrite=True)
+    transform(build_plan(source, strategy(2)), destination, options, check=lambda: assert_count(destination, 8))
+    assert seen == [8, 2]
+
+
+def assert_count(destination: Path, ranks: int) -> None:
+    assert len(list(destination.glob("rank_*"))) == ranks
+
+
+def test_exchange_on_a_file_system_that_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoRename:
+        def __init__(self, name: object, use_errno: bool) -> None:
+            pass
+
+        def renameat2(self, *arguments: object) -> int:
+            return -1
+
+    monkeypatch.setattr(publish.ctypes, "CDLL", NoRename)
+    monkeypatch.setattr(publish.ctypes, "get_errno", lambda: errno.EINVAL)
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("")
+    publish._exchange(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old" / "new").is_file()
+    assert (tmp_path / "new" / "old").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
+    monkeypatch.setattr(publish.ctypes, "get_errno", lambda: errno.EACCES)
+    with pytest.raises(PermissionError):
+        publish._exchange(tmp_path / "new", tmp_path / "old")
+
+
+# Interrupted runs.
+
+
+def interrupt_after(tasks: int) -> Callable[[int, int], None]:
+    """Progress that raises KeyboardInterrupt when so many tasks are done."""
+    left = tasks
+
+    def progress(done: int, total: int) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.fixture
+def tasks_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of the tasks that are run."""
+    numbers: list[int] = []
+    original = Copier.run
+
+    def run(self: Copier, task: execute.Task, check: Callable[[], None] = lambda: None) -> execute.Done:
+        numbers.append(task.number)
+        return original(self, task, check)
+
+    monkeypatch.setattr(Copier, "run", run)
+    return numbers
+
+
+def staging_folders(destination: Path) -> list[Path]:
+    return [path for path in destination.parent.glob(".result.staging-*") if path.is_dir()]
+
+
+@pytest.mark.parametrize("options", [{}, {"hashes": True}, {"crc": True}, {"by_rank": True}])
+def test_resume(
+    options: dict[str, bool], source: Checkpoint, destination: Path, many_tasks: None, tasks_run: list[int]
+) -> None:
+    plan = build_plan(source, strategy(8))
+    transform(plan, destination.with_name("direct"), Options(**options))
+    everything = list(tasks_run)
+    assert len(everything) >= 3
+    tasks_run.clear()
+
+    with pytest.raises(KeyboardInterrupt):
+        transform(plan, destination, Options(**options), progress=interrupt_after(2))
+    assert not destination.exists()
+    assert len(staging_folders(destination)) == 1
+    assert len(tasks_run) == 2
+    report = transform(plan, destination, Options(**options, resume=True))
+    assert sorted(tasks_run) == everything
+    assert 0 < report.resumed_bytes < plan.bytes_written
+    for target in plan.targets:
+        assert (destination / target.path).read_bytes() == (destination.with_name("direct") / target.path).read_bytes()
+    manifest, direct = read_manifest(destination), read_manifest(destination.with_name("direct"))
+    assert manifest is not None
+    assert direct is not None
+    assert manifest["files"] == direct["files"]
+    assert siblings(destination) == {"result", "direct"}
+
+
+def test_nothing_is_done_when_the_result_is_there(plan: Plan, destination: Path, tasks_run: list[int]) -> None:
+    transform(plan, destination)
+    tasks_run.clear()
+    report = transform(plan, destination, Options(resume=True))
+    assert tasks_run == []
+    assert report.resumed_bytes == plan.bytes_written
+
+
+def test_without_resume_all_is_done_again(
+    plan: Plan, destination: Path, many_tasks: None, tasks_run: list[int]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        transform(plan, destination, progress=interrupt_after(3))
+    tasks_run.clear()
+    report = transform(plan, destination)
+    assert report.resumed_bytes == 0
+    assert len(tasks_run) == len(set(tasks_run)) > 3
+    assert_result(destination, slices(2))
+    assert siblings(destination) == {"result"}
+
+
+def test_another_plan_is_not_resumed(
+    source: Checkpoint, plan: Plan, destination: Path, many_tasks: None, tasks_run: list[int]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        transform(plan, destination, progress=interrupt_after(3))
+    tasks_run.clear()
+    report = transform(build_plan(source, strategy(8)), destination, Options(resume=True))
+    assert report.resumed_bytes == 0
+    assert_result(destination, slices(8))
+    assert siblings(destination) == {"result"}
+
+
+def test_a_changed_source_is_not_resumed(source: Checkpoint, plan: Plan, destination: Path, many_tasks: None) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        transform(plan, destination, progress=interrupt_after(3))
+    os.utime(plan.sources[0].path, (1, 1))
+    assert transform(plan, destination, Options(resume=True)).resumed_bytes == 0
+    assert_result(destination, slices(2))
+
+
+def spoil_boot(journal: Path) -> None:
+    journal.write_text("another-boot\n" + journal.read_text().partition("\n")[2])
+
+
+def spoil_end(journal: Path) -> None:
+    journal.write_text(journal.read_text()[:-5])
+
+
+def spoil_all(journal: Path) -> None:
+    journal.write_bytes(b"\0" * 100)
+
+
+def remove(journal: Path) -> None:
+    journal.unlink()
+    (journal.parent / "rank_99").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kept"),
+    [(spoil_boot, 0), (spoil_end, 2), (spoil_all, 0), (remove, 0)],
+    ids=["other boot", "cut off", "garbage", "none"],
+)
+def test_a_journal_that_cannot_be_trusted(
+    spoil: Callable[[Path], None],
+    kept: int,
+    plan: Plan,
+    destination: Path,
+    many_tasks: None,
+    tasks_run: list[int],
+) -> None:
+    transform(plan, destination.with_name("direct"))
+    number = len(tasks_run)
+    with pytest.raises(KeyboardInterrupt):
+        transform(plan, destination, progress=interrupt_after(3))
+    (folder,) = staging_folders(destination)
+    spoil(folder / "journal")
+    tasks_run.clear()
+    transform(plan, destination, Options(resume=True))
+    assert len(tasks_run) == number - kept
+    assert_result(destination, slices(2))
+
+
+def test_a_run_that_was_resumed_from_a_spoilt_journal_can_be_resumed_again(
+    plan: Plan, destination: Path, many_tasks: None, tasks_run: list[int]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        transform(plan, destination, progress=interrupt_after(3))
+    (folder,) = staging_folders(destination)
+    spoil_end(folder / "journal")
+    with pytest.raises(KeyboardInterrupt):
+        transform(plan, destination, Options(resume=True), progress=interrupt_after(2))
+    transform(plan, destination, Options(resume=True))
+    assert_result(destination, slices(2))
+
+
+def test_a_failed_run_leaves_nothing(plan: Plan, destination: Path) -> None:
+    def fail() -> None:
+        raise OSError("no")
+
+    with pytest.raises(OSError, match="no"):
+        transform(plan, destination, check=fail)
+    assert list(destination.parent.iterdir()) == []
+
+
+def test_leftovers_of_dead_runs_are_cleared_and_others_kept(plan: Plan, destination: Path) -> None:
+    destination.parent.mkdir()
+    for name in (".result.staging-0123456789abcdef", ".other.staging-0123456789abcdef", ".result2.staging-01"):
+        (destination.parent / name / "rank_0").mkdir(parents=True)
+    transform(plan, destination)
+    assert siblings(destination) == {"result", ".other.staging-0123456789abcdef", ".result2.staging-01"}
+
+
+def test_names_with_special_characters(source: Checkpoint, tmp_path: Path) -> None:
+    for name in ("[a]*", "with space", "名字", ".hidden"):
+        destination = tmp_path / "out" / name
+        transform(build_plan(source, strategy(2)), destination)
+        transform(build_plan(source, strategy(4)), destination, Options(overwrite=True))
+        assert_result(destination, slices(4))
+    assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+# Runs that make some of the ranks each.
+
+
+def test_partial_runs_share_a_destination(source: Checkpoint, destination: Path) -> None:
+    about = {"target": "mp8"}
+    for ranks in ([0, 1, 2], [3, 4], [5, 6, 7]):
+        plan = build_plan(source, strategy(8), ranks=ranks)
+        transform(plan, destination, Options(partial=True), about=about)
+    manifests = [path for path in destination.iterdir() if path.suffix == ".json"]
+    assert len(manifests) == 3
+    assert sorted(entry["rank"] for path in manifests for entry in json.loads(path.read_bytes())["files"]) == [
+        *range(8)
+    ]
+    for path in manifests:
+        path.unlink()
+    assert_ranks(destination, slices(8))
+
+
+def test_partial_runs_do_not_replace_or_mix(source: Checkpoint, destination: Path) -> None:
+    first = build_plan(source, strategy(8), ranks=[0, 1])
+    transform(first, destination, Options(partial=True), about={"target": "mp8"})
+    with pytest.raises(PublishError, match="already holds rank_1"):
+        transform(
+            build_plan(source, strategy(8), ranks=[1, 2]), destination, Options(partial=True), about={"target": "mp8"}
+        )
+    with pytest.raises(PublishError, match="holds ranks of another source or target"):
+        transform(
+            build_plan(source, strategy(4), ranks=[2]), destination, Options(partial=True), about={"target": "mp4"}
+        )
+    assert sorted(path.name for path in destination.glob("rank_*")) == ["rank_0", "rank_1"]
+    assert siblings(destination) == {"result"}
+
+
+def test_synchronised_results(plan: Plan, destination: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synchronised: list[str] = []
+    original = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synchronised.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    transform(plan, destination)
+    assert synchronised == []
+    transform(plan, destination, Options(fsync=True, overwrite=True))
+    assert {"checkpoint_0.ckpt", "checkpoint_1.ckpt", "manifest.json", "rank_0", "rank_1", "out"} <= set(synchronised)
+
+
+def test_no_manifest_is_no_result(tmp_path: Path) -> None:
+    assert read_manifest(tmp_path) is None
+    (tmp_path / MANIFEST_FILE).write_text("{")
+    assert read_manifest(tmp_path) is None
+    (tmp_path / MANIFEST_FILE).write_text('{"plan": "x"}')
+    assert read_manifest(tmp_path) == {"plan": "x"}
+
+
+def test_a_parent_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PublishError, match="cannot be written"), Staging(tmp_path / "file" / "result", "0" * 16):
+        pass
