@@ -429,6 +429,7 @@ def test_their_loading_path_runs_on_ours(ours: type[Any], output: Path, tmp_path
         assert loaded[name].tobytes() == tensor.bits.tobytes(), name
 
 
+@pytest.mark.timeout(600)
 def test_their_loading_path_in_a_job_of_two_ranks(module: ModuleType, tmp_path: Path) -> None:
     """Two ranks under msrun and `python -m mindformers_ckpt.run`: as it should be, then twice with a failure.
 
@@ -463,7 +464,7 @@ def test_their_loading_path_in_a_job_of_two_ranks(module: ModuleType, tmp_path: 
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
     logs = "".join(path.read_text() for path in sorted((tmp_path / "log").glob("worker_*.log")))
     assert result.returncode == 0, result.stdout + result.stderr + logs
     for rank in range(2):
