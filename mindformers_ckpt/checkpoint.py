@@ -13,7 +13,6 @@ from mindformers_ckpt.formats import Header, TensorRecord, TensorSpec, read_head
 from mindformers_ckpt.layout import Layout
 from mindformers_ckpt.source_files import SourceFiles
 from mindformers_ckpt.strategy.model import Strategy
-from mindformers_ckpt.strategy.nearby import strategy_near
 
 # Up to so many files every header is read before work starts. Beyond, a file of the same stage and the same
 # size and beginning as one already read is taken to hold the same tensors; it is checked when it is opened for
@@ -69,6 +68,8 @@ class Checkpoint:
                 "ranks; leave the source strategy out, or give the folder that holds the rank_<n> folders"
             )
         if self.files.sharded and self.strategy.is_complete and len(ranks) > 1:
+            from mindformers_ckpt.strategy.nearby import strategy_near  # reads strategies: protobuf
+
             near = strategy_near(self.files.root, max(ranks) + 1)
             raise PlanError(
                 f"{self.files.root} holds the shards of {len(ranks)} ranks, but no source strategy is given; "

@@ -147,8 +147,9 @@ def merge(values: Array, task: Merge, part: Box, up: Array, down: Array) -> Arra
         covered = Box((top, left), (top + height, right))
         strip = covered.intersect(part)
         assert strip is not None
-        product = np.matmul(up[top : top + height], columns).transpose(1, 0, 2).reshape(covered.shape)
-        product *= np.float32(task.scaling)
+        with np.errstate(all="ignore"):
+            product = np.matmul(up[top : top + height], columns).transpose(1, 0, 2).reshape(covered.shape)
+            product *= np.float32(task.scaling)
         index = strip.relative_to(part).slices()
         numbers = product[strip.relative_to(covered).slices()]
         numbers += values[index].view(_numeric(task.dtype.name))

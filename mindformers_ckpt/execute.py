@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import types
@@ -321,10 +322,16 @@ def _run_in_worker(task: Task) -> Done:
 
 @contextlib.contextmanager
 def _blank_main() -> Iterator[None]:
-    """Hide `__main__` while workers start: spawn would import the training script, and MindSpore with it."""
+    """Start workers without `__main__` and without interrupts.
+
+    spawn would import the training script, and MindSpore with it. Ctrl-C reaches all processes of a
+    terminal; the starting process alone handles it and ends the workers.
+    """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         sys.modules["__main__"] = main

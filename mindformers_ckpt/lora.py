@@ -18,7 +18,6 @@ from mindformers_ckpt.box import Box
 from mindformers_ckpt.checkpoint import Checkpoint, LogicalTensor
 from mindformers_ckpt.compute import Factor, Merge, Piece
 from mindformers_ckpt.errors import PlanError, describe_problems
-from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.plan import DEFAULT_PREFIX, Plan, SourceFile, build_plan
 from mindformers_ckpt.strategy.model import Strategy
 
@@ -170,14 +169,12 @@ def plan_merge(
         raise PlanError(f"{origin} holds no LoRA parameters; are its weights merged already?")
     folds = _fit(found.branches, held, factors, scaling, locate, origin)
     base = Checkpoint(source.files, source.strategy, names=set(held) - own.names)
-    plan = build_plan(base, _without(target, own.names), prefix=prefix, format=format)
+    plan = build_plan(base, _without_adapters(target), prefix=prefix, format=format)
     plan = replace(plan, warnings=(*plan.warnings, *warnings))
     return _with_branches(plan, folds)
 
 
-def _leftovers(
-    others: Mapping[str, LogicalTensor], base: Mapping[str, LogicalTensor], origin: Path
-) -> tuple[str, ...]:
+def _leftovers(others: Mapping[str, LogicalTensor], base: Mapping[str, LogicalTensor], origin: Path) -> tuple[str, ...]:
     """Refuse weights of an adapter that are no LoRA parameters; warn of single numbers, like the training step."""
     trained = sorted(name for name, tensor in others.items() if name in base or tensor.spec.size > 1)
     if trained:
@@ -229,6 +226,8 @@ def _check_shapes(spot: Spot, weight: LogicalTensor | None, up: LogicalTensor, d
         if tensor is not weight and tensor.missing:
             box, ranks = tensor.missing[0]
             raise ValueError(f"the box {box} of {tensor.spec.name} is in none of the files of ranks {list(ranks)}")
+    if spot.view and len(up.shards) > 1:
+        raise ValueError(f"{up.spec.name} is sharded, and {spot.weight} is fused; make the adapter complete first")
     shapes = [tensor.spec.shape for tensor in (up, down, weight)]
     rows = (spot.box.volume,) if spot.view else weight.spec.shape[:1]
     fits = all(len(shape) == 2 for shape in shapes) and shapes[0] == (*rows, shapes[1][0])
@@ -239,18 +238,19 @@ def _check_shapes(spot: Spot, weight: LogicalTensor | None, up: LogicalTensor, d
 
 def _joined(first: _Fold, second: _Fold) -> _Fold:
     """Branches of several modules that share a weight, as one of their joint rank."""
-    specs: list[TensorSpec] = [tensor.spec for fold in (first, second) for tensor in (*fold.ups, *fold.downs)]
-    if not second.spots[0].view:
+    dtypes = {tensor.spec.dtype for fold in (first, second) for tensor in (*fold.ups, *fold.downs)}
+    if not second.spots[0].view or second.spots[0] in first.spots:
         raise ValueError(f"another branch is added to {second.spots[0].weight} as well")
-    if first.scaling != second.scaling or len({spec.dtype for spec in specs}) > 1:
+    if first.scaling != second.scaling or len(dtypes) > 1:
         raise ValueError(f"another branch of the fused {second.spots[0].weight} has another scaling or type")
     return _Fold(first.spots + second.spots, first.ups + second.ups, first.downs + second.downs, first.scaling)
 
 
-def _without(target: Strategy, names: Iterable[str]) -> Strategy:
-    """A strategy that does not ask for LoRA parameters."""
-    dropped = frozenset(names)
-    stages = [{name: layout for name, layout in stage.items() if name not in dropped} for stage in target.stages]
+def _without_adapters(target: Strategy) -> Strategy:
+    """The strategy of a LoRA run as that of the merged weights: nothing of the factors, nor of their states."""
+    stages = [
+        {name: layout for name, layout in stage.items() if _FACTOR.fullmatch(name) is None} for stage in target.stages
+    ]
     return replace(target, stages=tuple(stages))
 
 

@@ -242,13 +242,20 @@ def _assemble(
             held[place.file].append(TensorSpec(name, tensor.spec.dtype, place.box.shape))
     if problems:
         raise PlanError(describe_problems(f"{source.files.root} cannot be re-sliced for {target.describe()}", problems))
+    files = tuple(SourceFile(path, path.stat().st_size) for path in paths)
+    return Plan(files, rank_targets(ranks, held, prefix, format), tuple(transfers))
+
+
+def rank_targets(
+    ranks: Sequence[int], held: Sequence[Sequence[TensorSpec]], prefix: str, format: str
+) -> tuple[TargetFile, ...]:
+    """The files of ranks, by the tensors that each holds. Equal lists of tensors are one object."""
     shared: dict[tuple[TensorSpec, ...], tuple[TensorSpec, ...]] = {}
-    targets_ = []
+    files = []
     for rank, specs in zip(ranks, held):
         key = tuple(specs)
-        targets_.append(TargetFile(f"rank_{rank}/{prefix}{rank}.{format}", rank, format, shared.setdefault(key, key)))
-    files = tuple(SourceFile(path, path.stat().st_size) for path in paths)
-    return Plan(files, tuple(targets_), tuple(transfers))
+        files.append(TargetFile(f"rank_{rank}/{prefix}{rank}.{format}", rank, format, shared.setdefault(key, key)))
+    return tuple(files)
 
 
 def target_boxes(tensor: LogicalTensor, target: Strategy, ranks: Sequence[int]) -> list[tuple[int, Box]]:

@@ -16,7 +16,4 @@ echo "Installing MindFormers, the project and pytest into $VENV"
     mindformers==1.7.0 'datasets<4.1' 'opencv-python-headless<4.12' 'pandas<3' \
     'hypothesis>=6.90' 'pytest>=8' 'pytest-timeout>=2.3'
 
-if (($#)); then
-    exec "$VENV/bin/python" -m pytest "$@"
-fi
-exec "$VENV/bin/python" -m pytest tests/mindformers
+exec "$VENV/bin/python" -m pytest tests/mindformers "$@"

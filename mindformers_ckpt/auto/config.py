@@ -31,6 +31,8 @@ class Config:
         load_checkpoint: file of complete weights, or folder of `rank_x` folders; "" loads nothing.
         src_strategy_path_or_dir: strategy that the checkpoint was saved under; "" for complete weights.
         auto_trans_ckpt: re-slice the checkpoint when its strategy is not the job's.
+        auto_trans_save: save the re-sliced checkpoint under `output_dir` and load that (guide); False: every
+            rank reads its own parts of the source straight into its parameters, nothing is written (our key).
         transform_process_num: processes that re-slice, of all nodes together.
         transform_by_rank: one target rank is the unit of work.
         output_dir: folder of `strategy`, `transformed_checkpoint` and what else the job writes.
@@ -49,6 +51,7 @@ class Config:
     load_checkpoint: str = ""
     src_strategy_path_or_dir: str = ""
     auto_trans_ckpt: bool = False
+    auto_trans_save: bool = True
     transform_process_num: int = 1
     transform_by_rank: bool = False
     output_dir: str = "./output"
@@ -206,6 +209,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "load_checkpoint": _parse_path,
     "src_strategy_path_or_dir": _parse_path,
     "auto_trans_ckpt": parse_bool,
+    "auto_trans_save": parse_bool,
     "transform_process_num": _parse_positive,
     "transform_by_rank": parse_bool,
     "output_dir": _parse_output_dir,

@@ -25,7 +25,7 @@ from mindformers_ckpt.auto.reslice import Reslicing
 from mindformers_ckpt.auto.shared_disk import not_shared, owners_of, wait_for_files
 from mindformers_ckpt.errors import CheckpointError, ConfigError, PlanError, StrategyError
 from mindformers_ckpt.layout import Layout
-from mindformers_ckpt.plan import holds_same_slices
+from mindformers_ckpt.plan import Plan, holds_same_slices
 from mindformers_ckpt.shard_io import read_file
 from mindformers_ckpt.source_files import find_source
 from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies, rank_file_name, read_strategy
@@ -127,9 +127,14 @@ class CheckpointHook:
             transformed = False
             if self.config.load_checkpoint and not self.config.only_save_strategy:
                 cells = self._cells(network, optimizer)
-                with self._weights_for(target, cells) as folder:
-                    transformed = folder is not None
-                    loaded = self._read(folder, cells)
+                plan = self._direct_plan(target, cells)
+                if plan is not None:
+                    loaded = self._read_direct(plan, cells)
+                    self.cluster.barrier("loaded")
+                else:
+                    with self._weights_for(target, cells) as folder:
+                        transformed = folder is not None
+                        loaded = self._read(folder, cells)
             if self._clears and self.cluster.rank == self._owner:
                 self._output.keep(clear_transformed=self._reslices and not transformed)
             self.cluster.barrier("done")
@@ -277,13 +282,22 @@ class CheckpointHook:
                 log.info("the strategy files of this job are not merged: %s", error)
         return strategy
 
-    @contextmanager
-    def _weights_for(self, target: Strategy, cells: Sequence[Cell]) -> Iterator[Path | None]:
-        """The folder of the re-sliced checkpoint, None when the source is loaded as it is."""
+    def _direct_plan(self, target: Strategy, cells: Sequence[Cell]) -> Plan | None:
+        """With `auto_trans_save: False` what this rank reads from the source, None when it is loaded as it is."""
+        if self.config.auto_trans_save or not self.config.auto_trans_ckpt:
+            return None
+        return self._reslicing(target, cells).own_plan()
+
+    def _reslicing(self, target: Strategy, cells: Sequence[Cell]) -> Reslicing:
         from mindformers_ckpt.auto import weights
 
         names = None if self._for_training else target.names() | weights.wanted_names(cells)
-        reslicing = Reslicing(self.config, self.cluster, self._output, target, names)
+        return Reslicing(self.config, self.cluster, self._output, target, names)
+
+    @contextmanager
+    def _weights_for(self, target: Strategy, cells: Sequence[Cell]) -> Iterator[Path | None]:
+        """The folder of the re-sliced checkpoint, None when the source is loaded as it is."""
+        reslicing = self._reslicing(target, cells)
         if self.config.auto_trans_ckpt:
             remote = self._exchange and RemoteReslicing(reslicing, self._exchange)
             with (remote or reslicing).resliced() as folder:
@@ -324,10 +338,26 @@ class CheckpointHook:
             if twice:
                 raise PlanError(f"{files[0].parent} holds several checkpoints, {twice[0]} is in two; name the file")
             loaded.update(found)
+        self._put(loaded, cells, files[0])
+        return loaded
+
+    def _read_direct(self, plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
+        from mindformers_ckpt.auto import weights
+        from mindformers_ckpt.auto.direct import read_direct
+
+        for warning in plan.warnings if self.cluster.rank == MAIN_RANK else ():
+            log.warning("%s", warning)
+        loaded = weights.parameters_of(read_direct(plan, self.cluster.check))
+        self._put(loaded, cells, self.config.load_checkpoint)
+        return loaded
+
+    def _put(self, loaded: Mapping[str, Any], cells: Sequence[Cell], origin: object) -> None:
+        """Set the parameters of the network, and of the optimizer."""
+        from mindformers_ckpt.auto import weights
+
         weights.check_fit(cells, loaded, self._advice())
         weights.load_into(cells, loaded)
-        log.info("rank %d: %d parameters loaded from %s", self.cluster.rank, len(loaded), files[0])
-        return loaded
+        log.info("rank %d: %d parameters loaded from %s", self.cluster.rank, len(loaded), origin)
 
     def _own_files(self, folder: Path | None) -> tuple[Path, ...]:
         rank = self.cluster.rank

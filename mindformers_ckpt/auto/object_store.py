@@ -101,6 +101,7 @@ class FsspecStore:
         try:
             import asyncio
 
+            import aiohttp
             import botocore.exceptions
             import fsspec
             import s3fs  # noqa: F401 (fsspec imports it by name)
@@ -121,7 +122,7 @@ class FsspecStore:
         self._files = fsspec.filesystem("s3", config_kwargs=config, use_listings_cache=False, skip_instance_cache=True)
         self._files.retries = 2
         self._final = (botocore.exceptions.NoCredentialsError, botocore.exceptions.ParamValidationError)
-        self._errors = (OSError, asyncio.TimeoutError, botocore.exceptions.BotoCoreError)
+        self._errors = (OSError, asyncio.TimeoutError, aiohttp.ClientError, botocore.exceptions.BotoCoreError)
 
     def put(self, file: Path, key: str, check: Check) -> None:
         part = max(_PART_BYTES, file.stat().st_size // _MOST_PARTS)

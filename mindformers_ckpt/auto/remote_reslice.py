@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -89,7 +90,11 @@ class RemoteReslicing:
 
     def _plan_here(self) -> Plan | None:
         """The plan of the whole job; None when nothing needs to be re-sliced, or this node has no source."""
-        return self.reslicing.plan() if self._has_source() else None
+        if self._has_source():
+            return self.reslicing.plan()
+        source = self.reslicing.config.load_checkpoint
+        log.warning("%s has no %s: the weights of its ranks come from the other nodes", self.cluster.node, source)
+        return None
 
     def _has_source(self) -> bool:
         return self.cluster.rank == MAIN_RANK or Path(self.reslicing.config.load_checkpoint).exists()
@@ -97,7 +102,10 @@ class RemoteReslicing:
     def _tell(self, plan: Plan | None) -> dict[str, Node]:
         """Share what the nodes have. Raises PlanError where their sources differ."""
         cluster = self.cluster
-        digest, name = (None, "") if plan is None else (digest_of(plan), Path(plan.targets[0].path).parts[0])
+        digest, name = None, ""
+        if plan is not None:
+            digest = digest_of(plan, Path(self.reslicing.config.load_checkpoint))
+            name = Path(plan.targets[0].path).parts[0]
         about = Node(self._has_source(), digest, name, str(self._staging.folder))
         told = cluster.gather("plan", about if cluster.is_first_on_node else None)
         nodes = {node: Node(*told[cluster.nodes.index(node)]) for node in dict.fromkeys(cluster.nodes)}
@@ -190,9 +198,9 @@ class RemoteReslicing:
         return {**manifest, "remote": self.exchange.url, "files": files}
 
 
-def digest_of(plan: Plan) -> str:
+def digest_of(plan: Plan, source: Path) -> str:
     """A digest of what is read and written where, alike on all nodes wherever their sources lie."""
-    names = [(file.path.parent.name, file.path.name, file.size) for file in plan.sources]
+    names = [(os.path.relpath(file.path, source), file.size) for file in plan.sources]
     return hashlib.blake2b(repr((names, plan.targets, plan.transfers)).encode(), digest_size=16).hexdigest()
 
 

@@ -135,6 +135,14 @@ class Reslicing:
         targets = tuple(target._replace(path=f"{name}/{target.path}") for target in plan.targets)
         return replace(plan, targets=targets)
 
+    def own_plan(self) -> Plan | None:
+        """What this rank alone takes from the source, None when its slices are those of the source already."""
+        source = self.source()
+        if holds_same_slices(source, self.target):
+            return None
+        rank = min(self.cluster.rank, self.target.rank_count - 1)  # whole weights are alike on all ranks
+        return build_plan(source, self.target, ranks=[rank])
+
     def _leaders(self) -> list[int]:
         """The first rank of every node, in the order of the nodes' ranks."""
         nodes = self.cluster.nodes

@@ -6,6 +6,7 @@ that it names. What is fetched is compared with it, by size and xxh3-128.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -132,11 +133,12 @@ class Transfers:
                 raise StoreError(f"{self.store.url}/{entry.key} did not arrive as it was sent: {difference}")
             os.replace(part, file)
         except StoreError:
-            part.unlink(missing_ok=True)
             raise
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise StoreError(f"{file}: cannot be written: {error.strerror}", final=True) from error
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
 
     def _persist(self, action: Callable[[], T], deadline: float) -> T:
         """Try until it succeeds, cannot succeed, or attempts or time have run out."""

@@ -239,9 +239,10 @@ class _Job:
         """Returns on all ranks when the result is in its place, or raises on all of them."""
         self._check_strategies()
         names = self._lead() if self.cluster.rank == MAIN_RANK else self._follow()
-        if len(set(self.cluster.nodes)) > 1:
+        if self.request.live_strategies is not None and len(set(self.cluster.nodes)) > 1:
             rank, prefix = self.cluster.rank, self.request.prefix
             wait_for_files(self.request.destination / name / f"rank_{rank}/{prefix}{rank}.ckpt" for name in names)
+            self.cluster.barrier("seen")
 
     def _check_strategies(self) -> None:
         """Wait until every rank has saved its strategy. Raises PlanError naming the ranks that have not."""

@@ -64,8 +64,9 @@ def command(
     """
     converter = find_plugin(model or "", reverse, plugin)
     if converter is not None:
-        given = {name: str(value) for name, value in choices.items() if value not in (None, False, choices["dtype"])}
-        run_plugin(converter, input_path, output_path, choices["dtype"], {**given, **parse_extra(list(extra))})
+        dtype = choices.pop("dtype")
+        given = {name: str(value) for name, value in choices.items() if value is not None and value is not False}
+        run_plugin(converter, input_path, output_path, dtype, {**given, **parse_extra(list(extra))})
         return
     if extra:
         raise click.UsageError(f"No such option or argument: {' '.join(extra)}")

@@ -142,9 +142,7 @@ def command(
             _link(folder, plan)
 
     with show_progress("merge", quiet=quiet) as progress:
-        report = transform(
-            plan, destination, options, about=about, progress=progress, companions=add_familiar_name
-        )
+        report = transform(plan, destination, options, about=about, progress=progress, companions=add_familiar_name)
     if as_json:
         click.echo(json.dumps({**asdict(report), "warnings": plan.warnings}, default=str, ensure_ascii=False))
     elif not quiet:

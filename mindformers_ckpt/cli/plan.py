@@ -142,9 +142,7 @@ def _file_bytes(plan: Plan) -> int:
 
 
 def _renamed(plan: Plan) -> dict[str, str]:
-    return {
-        transfer.name: place.tensor for transfer in plan.transfers for place in transfer.sources if place.tensor
-    }
+    return {transfer.name: place.tensor for transfer in plan.transfers for place in transfer.sources if place.tensor}
 
 
 def _dropped(plan: Plan) -> list[str]:

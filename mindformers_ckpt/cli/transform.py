@@ -127,9 +127,10 @@ def _verify_crcs(plan: Plan, quiet: bool) -> None:
 
     headers = [read_header(file.path) for file in plan.sources if file.path.suffix == ".ckpt"]
     stored = [header for header in headers if header.crc is not None]
-    if len(stored) < len(headers) and not quiet:
-        names = ", ".join(str(header.path) for header in headers[:3] if header.crc is None)
-        warn([f"{len(headers) - len(stored)} of {len(headers)} .ckpt files store no CRC-32 to verify: {names} …"])
+    without = [str(header.path) for header in headers if header.crc is None]
+    if without and not quiet:
+        some = ", ".join(without[:3]) + (", …" if len(without) > 3 else "")
+        warn([f"{len(without)} of {len(headers)} .ckpt files store no CRC-32 to verify: {some}"])
     problems = []
     total, done = sum(header.size for header in stored), 0
     with show_progress("verify CRC", quiet=quiet) as progress:

@@ -120,7 +120,7 @@ def _model(name: str) -> Model:
 
 def _spots(table: Table, facts: Facts, weights: Mapping[str, LogicalTensor]) -> Iterator[tuple[str, Spot]]:
     """Hugging Face module -> where its rows lie, of all weights of a table that are there."""
-    for entry, captures in bind(table, facts.sizes, facts.runs):
+    for entry, captures in bind(table, facts.runs):
         if not isinstance(entry, Rule) or not facts.holds(entry.when) or inner_captures(entry):
             continue
         bound = fill(entry, captures, facts.sizes)

@@ -105,7 +105,7 @@ def _match(table: Table, facts: Facts, source: Weights, to: Side) -> _Matching:
     origin: Side = "ms" if to == "hf" else "hf"
     bound = [
         (fill(entry, captures, facts.sizes) if isinstance(entry, Rule) else entry, captures)
-        for entry, captures in bind(table, facts.sizes, facts.runs)
+        for entry, captures in bind(table, facts.runs)
         if facts.holds(entry.when)
     ]
     # Optional tensors of one tag and repetition come together: one that is there calls for the others.

@@ -213,9 +213,7 @@ def measure(axes: Axes, shape: Sequence[int], known: Mapping[str, int | None]) -
     return extents
 
 
-def bind(
-    table: Table, sizes: Mapping[str, int | None], runs: Mapping[str, Sequence[Mapping[str, int]]]
-) -> Iterator[tuple[Entry, Mapping[str, int]]]:
+def bind(table: Table, runs: Mapping[str, Sequence[Mapping[str, int]]]) -> Iterator[tuple[Entry, Mapping[str, int]]]:
     """Every entry of a table with every set of captures it is repeated over, layer by layer."""
     for over, entries in groupby(table, key=lambda entry: entry.over):
         together = list(entries)

@@ -277,7 +277,10 @@ def _check_copies(copies: Sequence[tuple[Found, Found]]) -> None:
         if not _are_equal(copy, original)
     ]
     if different:
-        headline = "config.json ties tensors that differ; set tie_word_embeddings to false if they should be kept"
+        headline = (
+            "tensors differ that the model holds once; if the output layer is one of its own, config.json must say "
+            "tie_word_embeddings false"
+        )
         raise PlanError(describe_problems(headline, different))
 
 

@@ -12,7 +12,17 @@ from mindformers_ckpt.checkpoint import LogicalTensor
 from mindformers_ckpt.convert.planning import Conversion, Converted
 from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
-from mindformers_ckpt.plan import DEFAULT_PREFIX, Place, Plan, TargetFile, Transfer, View, missing_names, target_boxes
+from mindformers_ckpt.plan import (
+    DEFAULT_PREFIX,
+    Place,
+    Plan,
+    TargetFile,
+    Transfer,
+    View,
+    missing_names,
+    rank_targets,
+    target_boxes,
+)
 from mindformers_ckpt.strategy.model import Strategy
 
 Metadata = tuple[tuple[str, str], ...]
@@ -87,12 +97,8 @@ def rank_files(
             held[position[rank]].append(TensorSpec(spec.name, spec.dtype, box.shape))
     if problems:
         raise PlanError(describe_problems(f"the weights cannot be cut for {target.describe()}", problems))
-    shared: dict[tuple[TensorSpec, ...], tuple[TensorSpec, ...]] = {}
-    files = []
-    for rank, specs in zip(chosen, held):
-        key = tuple(specs)
-        files.append(TargetFile(f"rank_{rank}/{prefix}{rank}.{format}", rank, format, shared.setdefault(key, key)))
-    return Plan(conversion.files, tuple(files), tuple(transfers), (*conversion.warnings, *absent.notes))
+    files = rank_targets(chosen, held, prefix, format)
+    return Plan(conversion.files, files, tuple(transfers), (*conversion.warnings, *absent.notes))
 
 
 class _Run(NamedTuple):

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from mindformers_ckpt.errors import FormatError
 from mindformers_ckpt.formats.dtypes import DType, by_name, from_safetensors
@@ -25,6 +25,12 @@ from mindformers_ckpt.formats.tensor_file import (
     describe_foreign_file,
     open_to_read,
 )
+
+if TYPE_CHECKING:
+    from typing import TypeGuard  # Python 3.10
+
+if TYPE_CHECKING:
+    from typing import TypeGuard  # since Python 3.10
 
 HEADER_LIMIT = 100_000_000
 

@@ -82,7 +82,8 @@ def arm(fault: str, config: Config) -> None:
     elif fault == "merge":
         before(hook_module, "merge_strategies", kill)
     elif fault == "transform":
-        before(reslice, "copy_tasks", lambda *arguments, **options: options["check"]() or kill())
+        copy = reslice.copy_tasks  # between two blocks, with the workers of the pool at work
+        reslice.copy_tasks = lambda *arguments, **options: copy(*arguments, **{**options, "check": kill})
     elif fault in ("wait", "hang"):
         action = kill if fault == "wait" else lambda: time.sleep(120)
         before(Cluster, "barrier", at_step("transformed", action))
@@ -93,7 +94,8 @@ def arm(fault: str, config: Config) -> None:
     elif fault == "keep":
         before(OutputDir, "keep", kill)
     elif fault == "worker":
-        before(Cluster, "check", lambda self: kill_a_worker())
+        copy = reslice.copy_tasks
+        reslice.copy_tasks = lambda *arguments, **options: copy(*arguments, **{**options, "check": kill_a_worker})
     elif fault == "source vanishes":
         gone = Path(config.load_checkpoint) / "rank_5"
         before(reslice, "copy_tasks", lambda *arguments, **options: gone.rename(gone.with_name("gone")))

@@ -14,6 +14,7 @@ DEFAULTS = {
     "load_checkpoint": "",
     "src_strategy_path_or_dir": "",
     "auto_trans_ckpt": False,
+    "auto_trans_save": True,
     "transform_process_num": 1,
     "transform_by_rank": False,
     "output_dir": "./output",

@@ -26,7 +26,7 @@ from mindformers_ckpt.strategy.files import read_strategy
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("rank.py")
-TIMEOUT = 20.0  # transform_timeout of the jobs
+TIMEOUT = 60.0  # transform_timeout of the jobs
 TARGET = "pp4"  # 4 stages of one rank: the strategies are merged
 
 Tensors = Mapping[str, Tensor]
@@ -69,7 +69,7 @@ class Job:
             folder = folders.get(nodes[rank], ROOT)
             self.processes.append(subprocess.Popen(command, env=environment, cwd=folder, text=True, **pipes))
 
-    def outcomes(self, within: float = 60.0) -> list[Outcome]:
+    def outcomes(self, within: float = 120.0) -> list[Outcome]:
         """Wait for all ranks, and see that they left no process behind."""
         until = time.monotonic() + within
         found = []
@@ -181,8 +181,7 @@ def assert_loaded(outcomes: Sequence[Outcome], wanted: Sequence[Mapping[str, str
 # ----------------------------------------------------------------------------------------- the main job
 
 
-@pytest.mark.parametrize("by_rank", [False, True])
-@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize(("processes", "by_rank"), [(1, False), (3, True)])
 def test_sharded_weights_for_a_pipeline(
     run: Any, source: Source, tmp_path: Path, processes: int, by_rank: bool
 ) -> None:
@@ -203,6 +202,15 @@ def test_sharded_weights_for_a_pipeline(
     assert len(manifest["files"]) == 4
     if processes > 2:
         assert "transform_process_num: 2 processes are used on this node instead of 3" in outcomes[0].log
+
+
+def test_without_the_detour_nothing_is_written(run: Any, source: Source, tmp_path: Path) -> None:
+    """`auto_trans_save: False`: every rank reads its own parts of the source."""
+    output = tmp_path / "output"
+    outcomes = run({**source.keys, "output_dir": output, "auto_trans_save": False}).outcomes()
+    assert_loaded(outcomes, expected(TARGET, source.tensors))
+    assert not (output / "transformed_checkpoint").exists()
+    assert read_strategy(output / "strategy" / "merged_ckpt_strategy.ckpt").rank_count == 4
 
 
 def test_complete_weights_for_model_parallelism(run: Any, tmp_path: Path) -> None:
@@ -318,13 +326,13 @@ KILLED = r"rank {}\b.* died"  # "rank 3 on node:1f.. died", "rank 3, which coord
     ("fault", "rank", "text"),
     [
         ("clear", 0, KILLED),
-        ("compile", 2, KILLED),
-        ("merge", 0, KILLED),
+        pytest.param("compile", 2, KILLED, marks=pytest.mark.slow),
+        pytest.param("merge", 0, KILLED, marks=pytest.mark.slow),
         ("transform", 0, KILLED),
-        ("wait", 3, KILLED),
+        pytest.param("wait", 3, KILLED, marks=pytest.mark.slow),
         ("load", 1, KILLED),
-        ("load", 0, KILLED),
-        ("publish", 0, KILLED),
+        pytest.param("load", 0, KILLED, marks=pytest.mark.slow),
+        pytest.param("publish", 0, KILLED, marks=pytest.mark.slow),
         ("worker", 0, "a worker process died"),
         ("source vanishes", 0, "rank_5/checkpoint_5.ckpt"),
         ("raise", 1, KILLED),
@@ -373,7 +381,8 @@ def test_a_rank_that_hangs_is_named(run: Any, source: Source, tmp_path: Path) ->
     job = run({**source.keys, "output_dir": output, "transform_timeout": 8}, faults={2: "hang"})
     waiting = [process for rank, process in enumerate(job.processes) if rank != 2]
     said = [json.loads(process.communicate(timeout=30)[0]) for process in waiting]
-    assert [text["error"] for text in said] == ["step 'transformed': rank 2 has not arrived within 8 s"] * 3
+    for text in said:
+        assert text["error"].startswith("step 'transformed': rank 2 has not arrived within 8 s")
     job.processes[2].kill()
     assert results(output) == before
 
@@ -406,7 +415,7 @@ def test_a_disk_that_fills(run: Any, source: Source, tmp_path: Path) -> None:
 TWO_NODES = ("alpha", "alpha", "beta", "beta")
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("processes", [1, 3])
 def test_two_nodes_with_a_shared_disk(run: Any, source: Source, tmp_path: Path, processes: int) -> None:
     keys = {**source.keys, "output_dir": tmp_path / "output", "transform_process_num": processes}
     outcomes = run({**keys, "transform_by_rank": True}, nodes=TWO_NODES).outcomes()

@@ -19,9 +19,7 @@ from mindformers_ckpt.formats.dtypes import by_name
 
 # Tasks are 8 MB at least: these tensors are six tasks.
 MEGABYTE = 1 << 20
-LARGE = {
-    f"w{number}": Tensor(by_name("float32"), np.full((2 * MEGABYTE,), number, np.uint32)) for number in range(6)
-}
+LARGE = {f"w{number}": Tensor(by_name("float32"), np.full((2 * MEGABYTE,), number, np.uint32)) for number in range(6)}
 ARGUMENTS = ["transform", "--src-checkpoint", "large.ckpt", "--dst-checkpoint-dir", "out"]
 # The command itself, made slow: it says when its first task begins, and takes a second for each.
 SLOW = """
@@ -107,9 +105,7 @@ def _wait_for_tasks(process: subprocess.Popen[str], count: int) -> None:
         assert process.stdout.readline() == "begins\n"
 
 
-def _stop(
-    folder: Path, number: signal.Signals, processes: int, *options: str, tasks: int
-) -> tuple[int, list[str]]:
+def _stop(folder: Path, number: signal.Signals, processes: int, *options: str, tasks: int) -> tuple[int, list[str]]:
     """Stop the command in its last of `tasks` tasks; the exit code and the lines on stderr."""
     process = _start(folder, processes, *options)
     _wait_for_tasks(process, tasks)

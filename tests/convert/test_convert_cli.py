@@ -82,5 +82,5 @@ def test_words_that_mean_nothing_are_usage_errors(words: list[str], source: Path
 def test_errors_have_exit_code_1(source: Path, tmp_path: Path) -> None:
     result = run("--model", "qwen", "--input_path", source, "--output_path", tmp_path / "a.ckpt")
     assert result.exit_code == 1
-    assert "missing: model.layers.0.self_attn.q_proj.bias" in result.stderr
+    assert "missing: model.layers.0.self_attn.q_proj.bias" in result.output
     assert not (tmp_path / "a.ckpt").exists()

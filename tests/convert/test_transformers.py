@@ -234,7 +234,7 @@ def test_a_real_model_says_the_same_after_the_journey(tmp_path: Path) -> None:
     said = []
     for folder in (tmp_path / "original", tmp_path / "back"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         question = tokenizer("The capital of France is", return_tensors="pt")
         tokens = model.generate(**question, max_new_tokens=20, do_sample=False)
         said.append(tokenizer.decode(tokens[0]))

@@ -48,10 +48,10 @@ def test_an_element_does_not_depend_on_the_part(part: Box, rank: int, name: str)
 
 
 def test_memory_does_not_grow_with_the_weights(tmp_path: Path) -> None:
-    """Weights of 2 GB (holes of a sparse file), each of 256 MB, are merged in a bounded memory."""
+    """Weights of 256 MB each (holes of a sparse file) are merged in less memory than one of them takes."""
     dtype, rank, rows, columns = by_name("bfloat16"), 16, 16384, 8192
     specs = []
-    for layer in range(8):
+    for layer in range(2):
         module = f"model.layers.{layer}.feed_forward.w2"
         specs += [
             TensorSpec(f"{module}.weight", dtype, (rows, columns)),
@@ -60,10 +60,10 @@ def test_memory_does_not_grow_with_the_weights(tmp_path: Path) -> None:
         ]
     FileSink(tmp_path, [TargetFile("lora.ckpt", 0, "ckpt", tuple(specs))]).prepare(0)
     script = (
-        "import resource, sys\n"
+        "import re, sys\n"
         "from mindformers_ckpt.cli.main import cli\n"
         "cli.main(sys.argv[1:], standalone_mode=False)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
     )
     options = ["--src_ckpt_path_or_dir", tmp_path / "lora.ckpt", "--dst_ckpt_dir", tmp_path / "out", "--alpha", "32"]
     done = subprocess.run(
@@ -72,7 +72,5 @@ def test_memory_does_not_grow_with_the_weights(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     kilobytes = int(done.stdout)
-    assert kilobytes < 200_000
-    assert (tmp_path / "out/merged_lora.ckpt").stat().st_size > 2 * 10**9
-    (tmp_path / "out/merged_lora.ckpt").unlink()
-    print(f"{kilobytes / 1000:.0f} MB")
+    assert kilobytes < 150_000
+    assert (tmp_path / "out/merged_lora.ckpt").stat().st_size > 5 * 10**8

@@ -148,10 +148,11 @@ def test_cut_for_another_strategy_in_the_same_pass(processes: int, tmp_path: Pat
     target = write_strategies(tmp_path / "target", [layouts()])
     arguments = ("--src_ckpt_strategy", source, "--src_ckpt_path_or_dir", cut, "--alpha", 16)
     whole = merged_file(tmp_path / "whole", *arguments)
-    merge(
+    output = merge(
         *arguments, "--dst_ckpt_dir", tmp_path / "out", "--dst_strategy", target,
         "--transform_process_num", processes,
     )  # fmt: skip
+    assert "warning" not in output
     kept = layouts()
     expected: dict[int, Model] = {
         rank: {

@@ -1,7 +1,8 @@
 """One rank of a job that loads weights the way MindFormers does: SOURCE DAMAGED FOLDER.
 
-It writes FOLDER/loaded_<rank>.npz. Then it loads a damaged source, and then the strategy of rank 1 is lost;
-FOLDER/damaged_<rank>.txt and FOLDER/lost_<rank>.txt tell what the rank was told.
+It loads as one node, and again as two nodes, and writes FOLDER/loaded_<rank>_<nodes>.npz. Then it loads a
+damaged source, and then the strategy of rank 1 is lost; FOLDER/damaged_<rank>.txt and FOLDER/lost_<rank>.txt
+tell what the rank was told.
 """
 
 import os
@@ -31,7 +32,6 @@ def main():
     rank = get_rank()
     held = ms.load_checkpoint(source)
     types = {name: parameter.dtype for name, parameter in held.items()}
-    network = Network({"emb": (4, 6), "wq": (6, 4), "norm": (6,)}, types)
     config = {
         "load_checkpoint": source,
         "src_strategy_path_or_dir": "",
@@ -43,16 +43,15 @@ def main():
         "model": {"model_config": {"type": "LlamaConfig"}},
         "runner_config": {"step_scale": None},
     }
-    transform_and_load_checkpoint(MindFormerConfig(**config), None, network, None)
-    loaded = {parameter.name: parameter for parameter in network.get_parameters()}
-    carriers = {2: np.uint16, 4: np.uint32, 8: np.uint64, 1: np.uint8}
-    np.savez(
-        Path(folder) / f"loaded_{rank}.npz",
-        **{
-            name: np.frombuffer(parameter.get_bytes(), carriers[parameter.itemsize])
-            for name, parameter in loaded.items()
-        },
-    )
+    for nodes in (1, 2):
+        if nodes == 2:
+            os.environ["MINDFORMERS_CKPT_NODE"] = f"node_{rank}"
+        network = Network({"emb": (4, 6), "wq": (6, 4), "norm": (6,)}, types)
+        transform_and_load_checkpoint(MindFormerConfig(**config), None, network, None)
+        content = {
+            parameter.name: np.frombuffer(parameter.get_bytes(), np.uint8) for parameter in network.get_parameters()
+        }
+        np.savez(Path(folder) / f"loaded_{rank}_{nodes}.npz", **content)
     fails({**config, "load_checkpoint": damaged}, network, Path(folder, f"damaged_{rank}.txt"))
     if rank == 1:
         Path(config["output_dir"], "strategy", "ckpt_strategy_rank_1.ckpt").unlink()
