@@ -45,6 +45,12 @@ def check_contents(source: Checkpoint, tensors: Mapping[str, LogicalTensor]) -> 
     """
     if source.strategy.is_complete:
         return []
+    named = source.strategy.names()
+    if tensors and not named & tensors.keys():
+        raise PlanError(
+            f"{source.files.root} and its strategy ({source.strategy.origin}) have no parameter in common: the files "
+            f"hold {min(tensors)}, …, the strategy names {min(named)}, …; it is the strategy of another model"
+        )
     chosen = _chosen(tensors.values())
     warnings, differing = [], []
     for pair in _pairs(source, chosen, same=True):

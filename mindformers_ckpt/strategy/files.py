@@ -16,8 +16,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from google.protobuf.message import DecodeError, EncodeError
-
 from mindformers_ckpt.errors import StrategyError, describe_problems
 from mindformers_ckpt.layout import Layout
 from mindformers_ckpt.strategy.model import Strategy
@@ -242,6 +240,8 @@ def _layout(row: _Row) -> Layout:
 
 
 def _message_rows(path: Path, data: bytes) -> _Rows:
+    from google.protobuf.message import DecodeError, EncodeError
+
     message = strategy_map_class()()
     try:
         message.ParseFromString(data)

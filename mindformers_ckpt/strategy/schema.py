@@ -2,14 +2,14 @@
 
 Generated modules refuse protobuf runtimes older than their generator; a descriptor built here works with
 every runtime, and its own pool keeps it apart from the copy that MindSpore registers.
+
+protobuf is imported when the first strategy is read: MindSpore 2.7 needs to be imported before it.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from typing import Any
-
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 _PACKAGE = "mindspore.straspb"
 # message -> fields as (name, number, type, repeated); a type in upper case is a scalar of protobuf.
@@ -48,6 +48,8 @@ _MESSAGES: dict[str, list[tuple[str, int, str, bool]]] = {
 @cache
 def strategy_map_class() -> Any:
     """The message class `ParallelStrategyMap`, the content of a strategy file."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
     field_type = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="node_strategy.proto", package=_PACKAGE, syntax="proto2")
     for message_name, fields in _MESSAGES.items():
