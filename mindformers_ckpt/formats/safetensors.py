@@ -27,9 +27,6 @@ from mindformers_ckpt.formats.tensor_file import (
 )
 
 if TYPE_CHECKING:
-    from typing import TypeGuard  # Python 3.10
-
-if TYPE_CHECKING:
     from typing import TypeGuard  # since Python 3.10
 
 HEADER_LIMIT = 100_000_000
