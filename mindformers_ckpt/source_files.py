@@ -66,6 +66,16 @@ def find_source(path: str | os.PathLike[str], file_name: str | None = None) -> S
     return _complete_folder(path)
 
 
+def is_huggingface_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder is a Hugging Face model: a config.json with a `model_type`, and no rank folders."""
+    path = Path(path)
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" in config and not _rank_folders(path)
+
+
 def _rank_folders(path: Path) -> dict[int, Path]:
     matches = ((entry, _RANK_FOLDER.fullmatch(entry.name)) for entry in path.iterdir())
     return {int(match[1]): entry for entry, match in matches if match is not None and entry.is_dir()}

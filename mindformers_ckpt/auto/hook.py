@@ -27,7 +27,7 @@ from mindformers_ckpt.errors import CheckpointError, ConfigError, PlanError, Str
 from mindformers_ckpt.layout import Layout
 from mindformers_ckpt.plan import Plan, holds_same_slices
 from mindformers_ckpt.shard_io import read_file
-from mindformers_ckpt.source_files import find_source
+from mindformers_ckpt.source_files import find_source, is_huggingface_folder
 from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies, rank_file_name, read_strategy
 from mindformers_ckpt.strategy.model import Strategy
 
@@ -361,6 +361,11 @@ class CheckpointHook:
 
     def _own_files(self, folder: Path | None) -> tuple[Path, ...]:
         rank = self.cluster.rank
+        if folder is None and is_huggingface_folder(self.config.load_checkpoint):
+            raise PlanError(
+                f"{self.config.load_checkpoint} is a Hugging Face model: set auto_trans_ckpt: True to have it "
+                "converted at load, or convert it with mindformers-ckpt convert"
+            )
         source = find_source(folder or self.config.load_checkpoint, None if folder else self.config.step_file)
         files = source.by_rank.get(0 if set(source.by_rank) == {0} else rank)
         if files is None:

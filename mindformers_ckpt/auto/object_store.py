@@ -126,13 +126,13 @@ class FsspecStore:
 
     def put(self, file: Path, key: str, check: Check) -> None:
         part = max(_PART_BYTES, file.stat().st_size // _MOST_PARTS)
-        with self._errors_of(f"sending {file} to {self.url}/{key}"):
+        with self._errors_of(f"sending {file} to {self.url}/{key}", check):
             self._files.put_file(
                 str(file), self._path(key), callback=_checking(check), chunksize=part, max_concurrency=_PARTS_AT_ONCE
             )
 
     def get(self, key: str, file: Path, check: Check) -> None:
-        with self._errors_of(f"fetching {self.url}/{key} to {file}"):
+        with self._errors_of(f"fetching {self.url}/{key} to {file}", check):
             self._files.get_file(
                 self._path(key),
                 str(file),
@@ -161,12 +161,13 @@ class FsspecStore:
         return f"{self._root}/{key}" if key else self._root
 
     @contextmanager
-    def _errors_of(self, what: str) -> Iterator[None]:
+    def _errors_of(self, what: str, check: Check = lambda: None) -> Iterator[None]:
         try:
             yield
         except StoreError:
             raise
         except self._errors as error:
+            check()  # a transfer that was stopped may fail in the end for another reason
             final = isinstance(error, self._final) or getattr(error, "errno", None) in _FINAL_CODES
             # s3fs makes errors without a number of a 403 and a 404.
             final = final or isinstance(error, (PermissionError, FileNotFoundError))

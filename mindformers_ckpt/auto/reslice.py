@@ -20,7 +20,7 @@ from mindformers_ckpt.machine import MEMORY_PER_PROCESS, free_memory, usable_cor
 from mindformers_ckpt.plan import Plan, build_plan, holds_same_slices
 from mindformers_ckpt.publish import Staging, check_free_space
 from mindformers_ckpt.shard_io import FileSink
-from mindformers_ckpt.source_files import find_source
+from mindformers_ckpt.source_files import SUFFIXES, find_source, is_huggingface_folder
 from mindformers_ckpt.strategy.files import read_strategy
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import Options, check_apart, describe_result, fingerprint_of
@@ -127,21 +127,35 @@ class Reslicing:
 
     def plan(self) -> Plan | None:
         """The plan of the whole job, None when every rank's slices are those of the source already."""
-        source = self.source()
-        if holds_same_slices(source, self.target):
+        plan = self._plan_for(None)
+        if plan is None:
             return None
-        plan = build_plan(source, self.target, format=self.config.load_ckpt_format)
-        name = source.files.name
+        path = Path(self.config.load_checkpoint)
+        name = path.stem if path.suffix in SUFFIXES else path.name
         targets = tuple(target._replace(path=f"{name}/{target.path}") for target in plan.targets)
         return replace(plan, targets=targets)
 
     def own_plan(self) -> Plan | None:
         """What this rank alone takes from the source, None when its slices are those of the source already."""
+        rank = min(self.cluster.rank, self.target.rank_count - 1)  # whole weights are alike on all ranks
+        return self._plan_for([rank])
+
+    def _plan_for(self, ranks: Sequence[int] | None) -> Plan | None:
+        format = self.config.load_ckpt_format
+        if is_huggingface_folder(self.config.load_checkpoint):
+            return self._plan_conversion(ranks, format)
         source = self.source()
         if holds_same_slices(source, self.target):
             return None
-        rank = min(self.cluster.rank, self.target.rank_count - 1)  # whole weights are alike on all ranks
-        return build_plan(source, self.target, ranks=[rank])
+        return build_plan(source, self.target, ranks=ranks, format=format)
+
+    def _plan_conversion(self, ranks: Sequence[int] | None, format: str) -> Plan:
+        """Convert and re-slice Hugging Face weights in one pass, to the names that the job's strategy has."""
+        from mindformers_ckpt.convert.run import Request, plan_ranks
+
+        is_mcore = any(name.startswith(("decoder.", "embedding.")) for name in self.target.names())
+        request = Request(None, Path(self.config.load_checkpoint), naming="mcore" if is_mcore else None)
+        return plan_ranks(request, self.target, ranks=ranks, format=format)
 
     def _leaders(self) -> list[int]:
         """The first rank of every node, in the order of the nodes' ranks."""

@@ -17,7 +17,6 @@ from mindformers_ckpt.cli.options import PROCESSES, StrategyPath, check_prefix, 
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.cli.request import (
     check_outside,
-    check_strategy_names,
     default_format,
     read_optional_strategy,
 )
@@ -121,7 +120,6 @@ def command(
     files = _single(source)
     check_outside(files, destination)
     checkpoint = Checkpoint(files, strategy)
-    check_strategy_names(checkpoint)
     target = read_optional_strategy(dst_strategy)
     plan = plan_merge(
         checkpoint,

@@ -56,7 +56,6 @@ class Request:
         plans = {}
         for part in separate_checkpoints(files):
             checkpoint = Checkpoint(part, source)
-            check_strategy_names(checkpoint)
             plans[part.name] = build_plan(
                 checkpoint,
                 target,
@@ -114,23 +113,6 @@ def check_outside(files: SourceFiles, destination: Path) -> None:
     root = files.root.resolve()
     if root.is_dir() and destination.resolve().is_relative_to(root):
         raise PlanError(f"the target folder {destination} lies in the source folder {root}; choose another folder")
-
-
-def check_strategy_names(source: Checkpoint) -> None:
-    """Refuse a strategy that names no tensor of the source: everything would be taken for replicated."""
-    if source.strategy.is_complete:
-        return
-    held: set[str] = set()
-    for stage in range(len(source.strategy.stages)):
-        ranks = [rank for rank in source.files.by_rank if source.strategy.stage_of(rank) == stage]
-        if ranks:
-            held.update(source.header_of(min(ranks)))
-    named = source.strategy.names()
-    if held and not held & named:
-        raise PlanError(
-            f"{source.files.root} and its strategy ({source.strategy.origin}) have no parameter in common: the files "
-            f"hold {min(held)}, …, the strategy names {min(named)}, …; it is the strategy of another model"
-        )
 
 
 def _joined(plans: Mapping[str, Plan]) -> Plan:

@@ -258,9 +258,6 @@ def test_lasting_fault(run: Any, source: Source, url: str, folders: dict[str, Pa
     assert all("rank 2 failed in step 'load'" in outcomes[rank].error for rank in (0, 1, 3))
     assert_untouched(folders)
     assert "manifest.json" not in objects(url)
-    proxy.faults.clear()
-    again = run(keys(source, url), nodes=TWO_NODES, folders=folders).outcomes()
-    assert_loaded(again, expected(TARGET, source.tensors))
 
 
 def test_killed_node(run: Any, source: Source, url: str, folders: dict[str, Path]) -> None:

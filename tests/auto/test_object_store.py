@@ -146,7 +146,7 @@ def test_large_files_can_be_stopped(s3: FsspecStore, tmp_path: Path) -> None:
     large.write_bytes(bytes(40 << 20))
 
     def stop() -> None:
-        raise StoreError("stopped", final=True)
+        raise StoreError("stopped", final=True)  # as at every later call
 
     with pytest.raises(StoreError, match=r"^stopped$"):
         s3.put(large, "large", stop)

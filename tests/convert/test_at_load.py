@@ -1,0 +1,73 @@
+"""`load_checkpoint` may be a downloaded Hugging Face folder: it is converted and re-sliced in one pass, at load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import huggingface as hf
+import numpy as np
+import pytest
+
+from mindformers_ckpt.auto.cluster import Cluster
+from mindformers_ckpt.auto.config import Config
+from mindformers_ckpt.auto.direct import read_direct
+from mindformers_ckpt.auto.output_dir import OutputDir
+from mindformers_ckpt.auto.reslice import Reslicing
+from mindformers_ckpt.convert.run import Request, convert
+from mindformers_ckpt.layout import Layout
+from mindformers_ckpt.source_files import is_huggingface_folder
+from mindformers_ckpt.strategy.model import Strategy
+
+SHAPES = hf.llama_shapes()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return hf.write_folder(tmp_path / "llama-hf", hf.random_tensors(SHAPES), hf.decoder_config(), shards=2)
+
+
+def strategy_of(model: Path, tmp_path: Path) -> Strategy:
+    """Rows over two ranks where they divide, names as the conversion gives them."""
+    convert(Request(None, model), tmp_path / "complete.ckpt")
+    layouts = {
+        name: Layout.on({"mp": 2}, "mp" if array.shape[0] % 2 == 0 else None, *[None] * (array.ndim - 1))
+        for name, array in hf.read_file(tmp_path / "complete.ckpt").items()
+    }
+    return Strategy.of_stages((layouts,), "mp2")
+
+
+def reslicing(model: Path, tmp_path: Path, target: Strategy) -> Reslicing:
+    config = Config(load_checkpoint=str(model), auto_trans_ckpt=True, output_dir=str(tmp_path / "output"))
+    return Reslicing(config, Cluster(0, 1, ("here",), 10, None), OutputDir(tmp_path / "output"), target)
+
+
+def test_a_job_gets_what_the_command_makes(model: Path, tmp_path: Path) -> None:
+    target = strategy_of(model, tmp_path)
+    convert(Request(None, model), tmp_path / "ranks", target=target)
+    with reslicing(model, tmp_path, target).resliced() as folder:
+        assert folder is not None
+        made = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.ckpt")}
+    expected = {
+        path.relative_to(tmp_path / "ranks"): path.read_bytes() for path in (tmp_path / "ranks").rglob("*.ckpt")
+    }
+    assert made == expected
+    assert len(made) == 2
+
+
+def test_the_same_without_the_detour(model: Path, tmp_path: Path) -> None:
+    target = strategy_of(model, tmp_path)
+    convert(Request(None, model), tmp_path / "ranks", target=target)
+    plan = reslicing(model, tmp_path, target).own_plan()
+    assert plan is not None
+    expected = hf.read_file(tmp_path / "ranks" / "rank_0" / "checkpoint_0.ckpt")
+    found = {spec.name: content for spec, content in read_direct(plan, lambda: None)}
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def test_what_is_a_huggingface_folder(model: Path, tmp_path: Path) -> None:
+    assert is_huggingface_folder(model)
+    (model / "config.json").write_text("{}")
+    assert not is_huggingface_folder(model)
+    assert not is_huggingface_folder(tmp_path / "nothing")
