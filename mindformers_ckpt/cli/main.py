@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 from typing import IO, Any
 
 import click
@@ -22,6 +23,10 @@ _COMMANDS = {
     "merge-lora": ("merge_lora", "Fold LoRA branches into the weights."),
     "merge-strategy": ("merge_strategy", "Merge the strategy files of all ranks into one."),
 }
+
+
+# numpy's algebra library starts a thread a core when it is loaded; copying needs none. Workers inherit it.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 class _Failure(click.ClickException):

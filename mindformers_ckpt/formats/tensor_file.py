@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -93,16 +94,32 @@ class FileLayout:
 def read_header(path: str | Path) -> Header:
     """Read which tensors a `.ckpt`, `.safetensors` or PyTorch file holds, and where; the suffix tells the format.
 
-    Reads headers only and checks every length against the size of the file. Raises FormatError when the
-    file is missing, truncated, damaged, encrypted, or something else than its suffix says.
+    Reads headers only and checks every length against the size of the file. A file that was read shortly
+    before and has not changed is not read again. Raises FormatError when the file is missing, truncated,
+    damaged, encrypted, or something else than its suffix says.
     """
-    from mindformers_ckpt.formats import ckpt, safetensors, torch_bin
-
     path = Path(path)
+    try:
+        status = path.stat()
+    except OSError:
+        return _scan(path)  # which says what is wrong
+    return _scan_once(path, (status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=256)
+def _scan_once(path: Path, state: tuple[int, int, int]) -> Header:
+    return _scan(path)
+
+
+def _scan(path: Path) -> Header:
+    from mindformers_ckpt.formats import ckpt, safetensors
+
     if path.suffix == ".ckpt":
         return ckpt.scan(path)
     if path.suffix == ".safetensors":
         return safetensors.scan(path)
+    from mindformers_ckpt.formats import torch_bin
+
     if path.suffix in torch_bin.SUFFIXES:
         return torch_bin.scan(path)
     raise FormatError(f"{path}: a checkpoint file must end in .ckpt or .safetensors")

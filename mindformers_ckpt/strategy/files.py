@@ -50,9 +50,10 @@ def read_strategy(path: str | os.PathLike[str]) -> Strategy:
         return _read_folder(path)
     if not path.exists():
         raise StrategyError(f"no strategy file or folder at {path}")
-    content = _parse(path, path.read_bytes())
+    data = path.read_bytes()
+    content = _parse(path, data)
     if not content.merged:
-        _check_alone(path, content)
+        _check_alone(path, data, content)
     return _joined(content.stages, str(path))
 
 
@@ -161,14 +162,15 @@ def _check_ranks(folder: Path, strategy: Strategy, stage_of_rank: Mapping[int, i
         raise StrategyError(describe_problems(headline, misplaced))
 
 
-def _check_alone(path: Path, content: _StageFile) -> None:
+def _check_alone(path: Path, data: bytes, content: _StageFile) -> None:
     """Refuse one rank's file of a pipeline: it tells of its own stage only."""
     (stage,) = content.stages
     neighbours = {} if _RANK_FILE.search(path.name) is None else _rank_files(path.parent)
     other = stage
     if neighbours:
         last = neighbours[max(neighbours)]
-        (other,) = _parse(last, last.read_bytes()).stages if last != path else (stage,)
+        others = last.read_bytes()
+        (other,) = content.stages if others == data else _parse(last, others).stages
     if stage != 0 or other != stage:
         raise StrategyError(
             f"{path} is the strategy of pipeline stage {stage} alone; give the merged file or the folder "
