@@ -340,7 +340,7 @@ def test_paths_that_are_no_readable_file(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="no regular file"):
         read_header(tmp_path / "pipe.ckpt")
     with pytest.raises(FormatError, match=r"must end in \.ckpt or \.safetensors"):
-        read_header(str(tmp_path / "model.bin"))
+        read_header(str(tmp_path / "model.h5"))
     with pytest.raises(FormatError, match="unknown checkpoint format 'bin'"):
         layout_file("bin", [])
 
