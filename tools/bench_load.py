@@ -1,0 +1,168 @@
+"""Measure how long the ranks of a job take from `hook.load` to weights in the network.
+
+    python tools/bench_load.py --gb 2
+
+Four ranks (processes of this machine, MindSpore on CPU) load a checkpoint that was saved under mp8 into
+networks cut as mp4, in three ways: MindSpore's `transform_checkpoints` on rank 0 followed by
+`load_checkpoint` and `load_param_into_net` on every rank; our hook as the guide has it (re-sliced files are
+written, then read); our hook with `auto_trans_save: False`. Imports and the making of the network are not
+counted. Memory is the peak of private memory of the largest rank above what it held before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+sys.path.insert(0, str(Path(__file__).parent))
+from bench_transform import ours, private_bytes, shapes, specs, strategy_argument, write_complete, write_strategies
+
+RANKS = 4
+WAYS = {"MindSpore": {}, "hook, saved": {"auto_trans_save": True}, "hook, direct": {"auto_trans_save": False}}
+_PORT = 28640
+
+
+def run_rank(way: str, folder: Path) -> None:
+    """One rank: make the network, load it in one way, and print what it took as JSON."""
+    import mindspore
+    import numpy as np
+
+    from mindformers_ckpt.auto.cluster import Cluster
+    from mindformers_ckpt.auto.config import Config
+    from mindformers_ckpt.auto.hook import CheckpointHook
+    from mindformers_ckpt.formats import read_header
+    from mindformers_ckpt.strategy.files import rank_file_name
+
+    rank = int(os.environ["MS_NODE_ID"])
+    network = mindspore.nn.Cell()
+    for number, record in enumerate(
+        read_header(folder / "target" / f"rank_{rank}" / f"checkpoint_{rank}.ckpt").tensors.values()
+    ):
+        kind = {"bfloat16": mindspore.bfloat16, "float32": mindspore.float32, "int32": mindspore.int32}
+        tensor = mindspore.Tensor(np.zeros(record.spec.shape, np.float32), kind[record.spec.dtype.name])
+        network.insert_param_to_cell(f"p{number}", mindspore.Parameter(tensor, name=record.spec.name), False)
+    strategy = folder / "strategy" / "mp4" / rank_file_name(0)
+    if way == "MindSpore":
+        cluster = Cluster.from_environment(600)
+        cluster.barrier("start")
+        before, peak = _watch_memory()
+        started = time.perf_counter()
+        if rank == 0:
+            mindspore.transform_checkpoints(
+                str(folder / "source"),
+                str(folder / "mindspore"),
+                "checkpoint_",
+                strategy_argument(folder / "strategy", "mp8"),
+                str(strategy),
+            )
+        cluster.barrier("transformed")
+        loaded = mindspore.load_checkpoint(str(folder / "mindspore" / f"rank_{rank}" / f"checkpoint_{rank}.ckpt"))
+        mindspore.load_param_into_net(network, loaded)
+        seconds = time.perf_counter() - started
+        cluster.barrier("loaded")
+        cluster.close()
+    else:
+        config = Config(
+            load_checkpoint=str(folder / "source"),
+            src_strategy_path_or_dir=strategy_argument(folder / "strategy", "mp8"),
+            auto_trans_ckpt=True,
+            transform_process_num=2,
+            output_dir=str(folder / "output"),
+            **WAYS[way],
+        )
+        hook = CheckpointHook(config)
+        hook.prepare()
+        shutil.copy(strategy, hook.strategy_dir / rank_file_name(rank))
+        hook.cluster.barrier("start")
+        before, peak = _watch_memory()
+        started = time.perf_counter()
+        hook.load(network)
+        seconds = time.perf_counter() - started
+    own = sum(parameter.nbytes for parameter in network.get_parameters())
+    print(json.dumps({"seconds": seconds, "private": max(peak) - before, "own": own}), flush=True)
+
+
+def _watch_memory() -> tuple[int, list[int]]:
+    """The private memory of this process now, and a list that a thread fills with what it is from now on."""
+    before = private_bytes(os.getpid())
+    seen = [before]
+
+    def watch() -> None:
+        while True:
+            seen.append(private_bytes(os.getpid()))
+            time.sleep(0.05)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return before, seen
+
+
+def run_job(way: str, folder: Path, port: int) -> list[dict[str, Any]]:
+    """All ranks in one way. Raises RuntimeError when one fails."""
+    shutil.rmtree(folder / "output", ignore_errors=True)
+    shutil.rmtree(folder / "mindspore", ignore_errors=True)
+    os.sync()
+    common = {**os.environ, "GLOG_v": "3", "MS_WORKER_NUM": str(RANKS), "MS_ROLE": "MS_WORKER"}
+    common |= {"MS_SCHED_HOST": "127.0.0.1", "MS_SCHED_PORT": str(port)}
+    command = [sys.executable, __file__, "--rank-way", way, "--folder", str(folder)]
+    processes = [
+        subprocess.Popen(
+            command, env={**common, "MS_NODE_ID": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for rank in range(RANKS)
+    ]
+    outputs = [process.communicate() for process in processes]
+    for process, (_, errors) in zip(processes, outputs):
+        if process.returncode:
+            raise RuntimeError(f"{way} failed: {errors.decode()[-2000:]}")
+    return [json.loads(out.decode().splitlines()[-1]) for out, _ in outputs]
+
+
+@click.command()
+@click.option("--gb", default=2.0, show_default=True, help="Unique bytes of the checkpoint, in GB.")
+@click.option("--repeats", default=3, show_default=True, help="Runs of our ways; MindSpore runs once.")
+@click.option("--folder", type=click.Path(path_type=Path), default=Path("output/bench_load"), show_default=True)
+@click.option("--rank-way", hidden=True)
+def main(gb: float, repeats: int, folder: Path, rank_way: str | None) -> None:
+    """Measure loading and print a table."""
+    folder = folder.absolute()
+    if rank_way:
+        run_rank(rank_way, folder)
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    weights = shapes(gb)
+    write_strategies(folder / "strategy", weights)
+    write_complete(folder / "complete" / "rank_0" / "full.ckpt", specs(weights))
+    for name, strategy in (("source", "mp8"), ("target", "mp4")):
+        target = strategy_argument(folder / "strategy", strategy)
+        subprocess.run(ours(folder / "complete", "None", folder / name, target), check=True)
+    shutil.rmtree(folder / "complete")
+    slowest: dict[str, list[float]] = {}
+    memory: dict[str, float] = {}
+    for number in range(repeats):
+        for position, way in enumerate(WAYS):
+            if way == "MindSpore" and number:
+                continue
+            ranks = run_job(way, folder, _PORT + 10 * number + position)
+            slowest.setdefault(way, []).append(max(rank["seconds"] for rank in ranks))
+            memory[way] = max(memory.get(way, 0.0), *(rank["private"] / 1e6 for rank in ranks))
+            own = max(rank["own"] for rank in ranks) / 1e6
+    reference = slowest["MindSpore"][0]
+    click.echo(f"{gb:.1f} GB, mp8 -> {RANKS} ranks (mp4), {own:.0f} MB of weights a rank")
+    click.echo("way             seconds   MindSpore / this   private MB above the start")
+    for way, seconds in slowest.items():
+        median = sorted(seconds)[len(seconds) // 2]
+        click.echo(f"{way:<14} {median:8.2f} {reference / median:18.1f} {memory[way]:18.0f}")
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
