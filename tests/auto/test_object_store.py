@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -19,6 +20,11 @@ from mindformers_ckpt.auto.object_store import FsspecStore, MoxingStore, ObjectS
 from mindformers_ckpt.auto.transfers import Entry, Retries, Transfers, content_hash
 from mindformers_ckpt.errors import ConfigError, PlanError
 
+# Stopped and broken transfers leave connections of aiohttp to the garbage collector, which says so.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Unclosed connection:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 QUICK = Retries(attempts=4, first_pause=0.01)
 
 
@@ -44,8 +50,9 @@ def proxy(proxies: FlakyProxy, monkeypatch: pytest.MonkeyPatch) -> FlakyProxy:
 
 
 @pytest.fixture
-def s3(proxy: FlakyProxy, tmp_path: Path) -> FsspecStore:
-    return FsspecStore(f"s3://{BUCKET}/{tmp_path.name}")
+def s3(proxy: FlakyProxy, tmp_path: Path) -> Iterator[FsspecStore]:
+    yield FsspecStore(f"s3://{BUCKET}/{tmp_path.name}")
+    gc.collect()
 
 
 @pytest.fixture
