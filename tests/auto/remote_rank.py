@@ -20,7 +20,7 @@ from mindformers_ckpt.auto.transfers import Transfers
 def arm(fault: str, config: Config) -> None:
     """Prepare what is to go wrong on this rank."""
     if fault == "sends no strategy":
-        before(Exchange, "share_strategies", lambda *arguments: time.sleep(14))
+        before(Exchange, "share_strategies", lambda *arguments: time.sleep(10))
     elif fault == "killed while fetching":
         before(Cluster, "barrier", at_step("weights complete", lambda: before(Transfers, "fetch", kill)))
     else:

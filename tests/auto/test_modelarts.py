@@ -198,6 +198,12 @@ def test_only_save_strategy(run: Any, source: Source, url: str, folders: dict[st
     assert read_strategy(folders["beta"] / "output" / "strategy" / "merged_ckpt_strategy.ckpt").rank_count == 4
 
 
+def test_direct_way_sends_strategies_only(run: Any, source: Source, url: str, folders: dict[str, Path]) -> None:
+    outcomes = run(keys(source, url, auto_trans_save=False), nodes=TWO_NODES, folders=folders).outcomes()
+    assert_loaded(outcomes, expected(TARGET, source.tensors))
+    assert {name.partition("/")[0] for name in objects(url)} <= {"nodes", "strategy"}
+
+
 def test_shared_disk_needs_no_storage(run: Any, source: Source, url: str, tmp_path: Path, proxy: FlakyProxy) -> None:
     output = tmp_path / "output"
     wanted = keys(source, url, load_checkpoint=source.folder, output_dir=output, npu_num_per_node=8)
@@ -269,9 +275,9 @@ def test_killed_node(run: Any, source: Source, url: str, folders: dict[str, Path
 
 
 def test_node_that_never_sends(run: Any, source: Source, url: str, folders: dict[str, Path]) -> None:
-    wanted = keys(source, url, transform_timeout=8)
+    wanted = keys(source, url, transform_timeout=6)
     outcomes = run(wanted, nodes=TWO_NODES, folders=folders, faults={2: "sends no strategy"}).outcomes()
-    pattern = r"step 'strategy files sent': rank 2 has not arrived within 8 s \(on beta"
+    pattern = r"step 'strategy files sent': rank 2 has not arrived within 6 s \(on beta"
     assert_failed(outcomes, pattern)
     assert_untouched(folders)
 
