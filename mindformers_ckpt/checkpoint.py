@@ -242,8 +242,11 @@ class Checkpoint:
 
 def _looks(path: Path) -> tuple[int, bytes]:
     """The size of a file and its first bytes, in which its first tensor is named."""
-    with path.open("rb") as stream:
-        return path.stat().st_size, stream.read(_FIRST_BYTES)
+    try:
+        with path.open("rb") as stream:
+            return path.stat().st_size, stream.read(_FIRST_BYTES)
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _merged(first: LogicalTensor, second: LogicalTensor) -> LogicalTensor:

@@ -1,4 +1,4 @@
-"""Runs a plan: streams bytes from source files to target files, in one process or several.
+"""Runs a plan: streams bytes from source files to target files.
 
 Work is cut into tasks by output bytes, so that one huge tensor is spread over processes like a thousand
 small ones. Every tensor is copied block by block; a block of source bytes is read once and goes to all
@@ -7,31 +7,20 @@ target files that take a part of it. Nothing here knows of strategies.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import multiprocessing
-import os
-import signal
-import sys
-import threading
-import types
-from collections import deque
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mindformers_ckpt.box import Box, block_count, blocks, hull, offset_in
-from mindformers_ckpt.errors import TransferError
-from mindformers_ckpt.plan import Plan, SourceFile, TargetFile, Transfer, View
+from mindformers_ckpt.formats import DType
+from mindformers_ckpt.plan import Plan, SourceFile, Transfer, View
 from mindformers_ckpt.shard_io import BLOCK_BYTES, TRANSPOSE_BYTES, FileSink, ShardReader, Sink, target_runs
 
 if TYPE_CHECKING:
     import numpy as np
 
 _TASKS = 64
-_SECONDS_BETWEEN_CHECKS = 0.2
 _SMALLEST_TASK, _LARGEST_TASK = 8 << 20, 256 << 20
 
 
@@ -134,7 +123,7 @@ class Copier:
         self._reader = ShardReader(sources)
         self._sink = sink
         self._hashes = hashes
-        self._buffer: np.ndarray[Any, np.dtype[np.uint8]] | None = None
+        self._buffers: dict[str, np.ndarray[Any, np.dtype[np.uint8]]] = {}
 
     def run(self, task: Task, check: Callable[[], None] = lambda: None) -> Done:
         """Copy all blocks of a task; `check` is called between blocks and may raise to stop."""
@@ -176,13 +165,8 @@ class Copier:
         takers: dict[tuple[Box, View | None], list[int]],
         digests: dict[tuple[Box, View | None], Any],
     ) -> None:
-        import numpy as np
-
         dtype = transfer.dtype
-        size = block.volume * dtype.itemsize
-        if self._buffer is None or len(self._buffer) < size:
-            self._buffer = np.empty(max(size, BLOCK_BYTES + 16), dtype=np.uint8)
-        array = self._buffer[:size].view(dtype.carrier).reshape(block.shape)
+        array = self._array("block", dtype, block.shape)
         for place in transfer.sources:
             part = place.box.intersect(block)
             if part is not None:
@@ -191,14 +175,28 @@ class Copier:
             part = box.intersect(block)
             if part is None:
                 continue
-            content = np.ascontiguousarray(array[part.relative_to(block).slices()])
-            data = content.reshape(-1).view(np.uint8).data
+            content = array[part.relative_to(block).slices()]
+            if not content.flags.c_contiguous:
+                gathered = self._array("gathered", dtype, part.shape)
+                gathered[...] = content
+                content = gathered
+            data = content.reshape(-1).view("u1").data
             if (box, view) in digests:
                 digests[box, view].update(data)
             for start, count in target_runs(view, offset_in(part, box), part.volume):
                 piece, data = data[: count * dtype.itemsize], data[count * dtype.itemsize :]
                 for file in files:
                     self._sink.write(file, transfer.name, start * dtype.itemsize, piece)
+
+    def _array(self, purpose: str, dtype: DType, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[Any]]:
+        """An array in a buffer that is used again and again: fresh memory would cost a page fault every 4 KiB."""
+        import numpy as np
+
+        size = math.prod(shape) * dtype.itemsize
+        buffer = self._buffers.get(purpose)
+        if buffer is None or len(buffer) < size:
+            buffer = self._buffers[purpose] = np.empty(max(size, BLOCK_BYTES + 16), dtype=np.uint8)
+        return buffer[:size].view(dtype.carrier).reshape(shape)
 
 
 def _new_hash() -> Any:
@@ -229,109 +227,10 @@ def copy_tasks(
             for task in tasks:
                 yield copier.run(task, check)
         else:
+            from mindformers_ckpt.workers import copy_with_workers  # multiprocessing takes its time to import
+
             workers = min(processes, len(tasks)) - 1
-            yield from _copy_in_pool(workers, (plan.sources, folder, plan.targets, hashes), tasks, copier, check)
+            yield from copy_with_workers(workers, (plan.sources, folder, plan.targets, hashes), tasks, copier, check)
     finally:
         copier.close()
         sink.close()
-
-
-def _copy_in_pool(
-    workers: int, arguments: tuple[Any, ...], tasks: Sequence[Task], copier: Copier, check: Callable[[], None]
-) -> Iterator[Done]:
-    context = multiprocessing.get_context("spawn")
-    # No Event: it has a lock, which a killed worker might take with it.
-    stop = context.RawValue(ctypes.c_bool, False)
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(*arguments, stop))
-    try:
-        yield from _work_along(pool, workers, tasks, copier, check)
-    except BrokenProcessPool as error:
-        raise TransferError(
-            "a worker process died; was it killed, or did the machine run out of memory? "
-            "Nothing was published; run the same command again, with fewer processes if memory is short"
-        ) from error
-    finally:
-        stop.value = True
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _work_along(
-    pool: ProcessPoolExecutor, workers: int, tasks: Sequence[Task], copier: Copier, check: Callable[[], None]
-) -> Iterator[Done]:
-    """Feed tasks from the front to the workers, and take tasks from the far end meanwhile.
-
-    The pool gets its tasks little by little: one that it has got cannot be taken back (a pool that breaks
-    while it holds cancelled tasks leaves its other workers behind).
-    """
-    left = deque(tasks)
-    given: set[Future[Done]] = set()
-
-    def feed() -> None:
-        check()
-        unfinished = 0
-        for future in given:
-            if not future.done():
-                unfinished += 1
-            elif future.exception() is not None:
-                future.result()
-        while left and unfinished < 2 * workers:
-            with _blank_main():
-                given.add(pool.submit(_run_in_worker, left.popleft()))
-            unfinished += 1
-
-    while left or given:
-        feed()
-        if left:
-            yield copier.run(left.pop(), feed)
-        else:
-            wait(given, _SECONDS_BETWEEN_CHECKS, return_when=FIRST_COMPLETED)
-        for done in [future for future in given if future.done()]:
-            given.remove(done)
-            yield done.result()
-
-
-_worker: Copier | None = None
-_stop: ctypes.c_bool | None = None
-
-
-def _start_worker(
-    sources: tuple[SourceFile, ...], folder: Path, targets: tuple[TargetFile, ...], hashes: bool, stop: ctypes.c_bool
-) -> None:
-    global _worker, _stop
-    _worker, _stop = Copier(sources, FileSink(folder, targets), hashes=hashes), stop
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End when the starting process is gone: a worker that waits for work would not notice."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _run_in_worker(task: Task) -> Done:
-    assert _worker is not None
-
-    def check() -> None:
-        if _stop is not None and _stop.value:
-            raise TransferError("the work was stopped")
-
-    return _worker.run(task, check)
-
-
-@contextlib.contextmanager
-def _blank_main() -> Iterator[None]:
-    """Start workers without `__main__` and without interrupts.
-
-    spawn would import the training script, and MindSpore with it. Ctrl-C reaches all processes of a
-    terminal; the starting process alone handles it and ends the workers.
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        sys.modules["__main__"] = main

@@ -30,6 +30,7 @@ from mindformers_ckpt.formats import TensorSpec, layout_file
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.layout import Layout
 from mindformers_ckpt.plan import Plan, build_plan
+from mindformers_ckpt.shard_io import FileSink
 from mindformers_ckpt.source_files import find_source
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import Options, transform
@@ -448,11 +449,32 @@ def test_a_disk_that_is_too_small(tmp_path: Path, small_disk: Path) -> None:
     assert list(small_disk.iterdir()) == []
 
 
+def test_room_is_reserved_before_anything_is_copied(
+    tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transform_module, "check_free_space", lambda folder, wanted: None)
+    plan = sparse_plan(tmp_path / "source", 8)
+    copied: list[int] = []
+    with pytest.raises(TransferError, match=r"checkpoint_\d\.ckpt: cannot be written: No space left on device"):
+        transform(plan, small_disk / "result", progress=lambda done, total: copied.append(done))
+    assert copied == []
+    assert list(small_disk.iterdir()) == []
+
+
+def test_written_files_take_their_place_on_the_disk(tmp_path: Path) -> None:
+    plan = sparse_plan(tmp_path / "source", 8)
+    FileSink(tmp_path, plan.targets).prepare(0)
+    status = (tmp_path / plan.targets[0].path).stat()
+    assert status.st_size > 4 << 20
+    assert status.st_blocks * 512 >= status.st_size
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_disk_that_fills_up(
     processes: int, tmp_path: Path, small_disk: Path, small_tasks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transform_module, "check_free_space", lambda folder, wanted: None)
+    monkeypatch.setattr(shard_io, "_reserve", os.ftruncate)  # a file system that cannot reserve
     plan = sparse_plan(tmp_path / "source", 8)
     old = old_result(small_disk / "result")
     with pytest.raises(TransferError, match=r"checkpoint_\d\.ckpt: writing failed: No space left on device"):

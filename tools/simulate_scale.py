@@ -10,6 +10,7 @@ is opening the source, the plan of one target rank, the whole plan, and memory.
 
 from __future__ import annotations
 
+import gc
 import resource
 import shutil
 import subprocess
@@ -119,7 +120,7 @@ def write_source(folder: Path, strategy: Strategy) -> None:
         files = [TargetFile(f"rank_{rank}/model_{rank}.ckpt", rank, "ckpt", specs) for rank in ranks]
         sink = FileSink(folder, files)
         for file in range(len(files)):
-            sink.prepare(file)
+            sink.prepare(file, sparse=True)
 
 
 def mesh_of(ranks: int, stages: int) -> Mesh:
@@ -134,6 +135,7 @@ def measure(folder: Path, source_ranks: int, source_stages: int, target_ranks: i
     target = strategy_of(mesh_of(target_ranks, target_stages))
     shutil.rmtree(folder, ignore_errors=True)
     write_source(folder, source_strategy)
+    gc.disable()  # as the command line does
     started = time.perf_counter()
     source = Checkpoint(find_source(folder), source_strategy)
     tensors = source.tensors()

@@ -238,6 +238,7 @@ _needs_mounts = pytest.mark.skipif(
     reason="makes small and read-only disks in a mount namespace of its own, which only root may",
 )
 _DISK_IS_FULL_LATE = "import shutil; shutil.disk_usage = lambda path: shutil._ntuple_diskusage(0, 0, 1 << 60); "
+_NO_ROOM_RESERVED = "import os; from mindformers_ckpt import shard_io; shard_io._reserve = os.ftruncate; "
 
 
 @_needs_mounts
@@ -259,8 +260,16 @@ def test_a_disk_that_is_too_small(toy: Path) -> None:
 def test_a_disk_that_gets_full_meanwhile(toy: Path, processes: int) -> None:
     _write_large(toy)
     destination = f"out/here --transform-process-num {processes}"
-    result = _on_a_disk(toy, "size=4m", destination, source="large.ckpt", before=_DISK_IS_FULL_LATE)
+    before = _DISK_IS_FULL_LATE + _NO_ROOM_RESERVED
+    result = _on_a_disk(toy, "size=4m", destination, source="large.ckpt", before=before)
     _assert_one_error(result, ["writing failed: No space left on device"])
+
+
+@_needs_mounts
+def test_a_disk_that_another_program_fills_before_room_is_reserved(toy: Path) -> None:
+    _write_large(toy)
+    result = _on_a_disk(toy, "size=4m", "out/here", source="large.ckpt", before=_DISK_IS_FULL_LATE)
+    _assert_one_error(result, ["cannot be written: No space left on device"])
 
 
 @_needs_mounts

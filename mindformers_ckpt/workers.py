@@ -1,0 +1,134 @@
+"""Several processes run the tasks of a plan: workers that are spawned for it, and the process that wants it.
+
+A worker that dies, or a task that fails, ends the whole work; no worker outlives the process that started it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import types
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from mindformers_ckpt.errors import TransferError
+from mindformers_ckpt.execute import Copier, Done, Task
+from mindformers_ckpt.plan import SourceFile, TargetFile
+from mindformers_ckpt.shard_io import FileSink
+
+_SECONDS_BETWEEN_CHECKS = 0.2
+
+
+def copy_with_workers(
+    workers: int, arguments: tuple[Any, ...], tasks: Sequence[Task], copier: Copier, check: Callable[[], None]
+) -> Iterator[Done]:
+    """Run tasks in spawned workers and, with `copier`, in this process; yield each as it is done.
+
+    `arguments` are those of a worker's copier: sources, folder, targets, hashes. Raises TransferError, also
+    when a worker dies; what `check` raises goes through.
+    """
+    context = multiprocessing.get_context("spawn")
+    # No Event: it has a lock, which a killed worker might take with it.
+    stop = context.RawValue(ctypes.c_bool, False)
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(*arguments, stop))
+    try:
+        yield from _work_along(pool, workers, tasks, copier, check)
+    except BrokenProcessPool as error:
+        raise TransferError(
+            "a worker process died; was it killed, or did the machine run out of memory? "
+            "Nothing was published; run the same command again, with fewer processes if memory is short"
+        ) from error
+    finally:
+        stop.value = True
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _work_along(
+    pool: ProcessPoolExecutor, workers: int, tasks: Sequence[Task], copier: Copier, check: Callable[[], None]
+) -> Iterator[Done]:
+    """Feed tasks from the front to the workers, and take tasks from the far end meanwhile.
+
+    The pool gets its tasks little by little: one that it has got cannot be taken back (a pool that breaks
+    while it holds cancelled tasks leaves its other workers behind).
+    """
+    left = deque(tasks)
+    given: set[Future[Done]] = set()
+
+    def feed() -> None:
+        check()
+        unfinished = 0
+        for future in given:
+            if not future.done():
+                unfinished += 1
+            elif future.exception() is not None:
+                future.result()
+        while left and unfinished < 2 * workers:
+            with _blank_main():
+                given.add(pool.submit(_run_in_worker, left.popleft()))
+            unfinished += 1
+
+    while left or given:
+        feed()
+        if left:
+            yield copier.run(left.pop(), feed)
+        else:
+            wait(given, _SECONDS_BETWEEN_CHECKS, return_when=FIRST_COMPLETED)
+        for done in [future for future in given if future.done()]:
+            given.remove(done)
+            yield done.result()
+
+
+_worker: Copier | None = None
+_stop: ctypes.c_bool | None = None
+
+
+def _start_worker(
+    sources: tuple[SourceFile, ...], folder: Path, targets: tuple[TargetFile, ...], hashes: bool, stop: ctypes.c_bool
+) -> None:
+    global _worker, _stop
+    _worker, _stop = Copier(sources, FileSink(folder, targets), hashes=hashes), stop
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End when the starting process is gone: a worker that waits for work would not notice."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _run_in_worker(task: Task) -> Done:
+    assert _worker is not None
+
+    def check() -> None:
+        if _stop is not None and _stop.value:
+            raise TransferError("the work was stopped")
+
+    return _worker.run(task, check)
+
+
+@contextlib.contextmanager
+def _blank_main() -> Iterator[None]:
+    """Start workers without `__main__` and without interrupts.
+
+    spawn would import the training script, and MindSpore with it. Ctrl-C reaches all processes of a
+    terminal; the starting process alone handles it and ends the workers.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        sys.modules["__main__"] = main
