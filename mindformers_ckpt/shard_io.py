@@ -361,7 +361,7 @@ def _reserve(descriptor: int, size: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "fallocate64") and libc.fallocate64(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
         code = ctypes.get_errno()
-        if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR):
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(code, os.strerror(code))
     os.ftruncate(descriptor, size)
 
