@@ -212,11 +212,13 @@ def copy_tasks(
     *,
     processes: int = 1,
     hashes: bool = False,
+    may_fork: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> Generator[Done, None, None]:
     """Run tasks of a plan into prepared target files under `folder`, and yield each as it is done.
 
-    With more than one process, `processes - 1` workers are spawned and this process works as well.
+    With more than one process, `processes - 1` workers are started and this process works as well. Workers are
+    spawned; with `may_fork` they are forked where that is safe, and start sooner.
     The first failure stops everything, and so does closing the generator. Raises TransferError, also when a
     worker dies; what `check` raises goes through.
     """
@@ -230,7 +232,8 @@ def copy_tasks(
             from mindformers_ckpt.workers import copy_with_workers  # multiprocessing takes its time to import
 
             workers = min(processes, len(tasks)) - 1
-            yield from copy_with_workers(workers, (plan.sources, folder, plan.targets, hashes), tasks, copier, check)
+            arguments = (plan.sources, folder, plan.targets, hashes)
+            yield from copy_with_workers(workers, arguments, tasks, copier, check, may_fork)
     finally:
         copier.close()
         sink.close()

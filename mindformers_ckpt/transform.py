@@ -34,6 +34,7 @@ class Options:
         resume: go on after the finished tasks of an interrupted run of the same plan; nothing is left to do
             when the destination holds its whole result.
         partial: the plan makes some of the ranks only; they are put beside the ones that are there.
+        may_fork: start processes by fork where that is safe. Not for a process with connections to others.
     """
 
     processes: int = 1
@@ -44,6 +45,7 @@ class Options:
     overwrite: bool = False
     resume: bool = False
     partial: bool = False
+    may_fork: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,15 @@ def write_files(
             sink.prepare(file)
         record([])
     pending = [task for task in tasks if task.number not in done]
-    copied = copy_tasks(plan, folder, pending, processes=options.processes, hashes=options.hashes, check=check)
+    copied = copy_tasks(
+        plan,
+        folder,
+        pending,
+        processes=options.processes,
+        hashes=options.hashes,
+        may_fork=options.may_fork,
+        check=check,
+    )
     with contextlib.closing(copied):  # whatever goes wrong here, the workers end before the folder is removed
         for task in copied:
             record([task])

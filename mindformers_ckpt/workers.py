@@ -1,4 +1,4 @@
-"""Several processes run the tasks of a plan: workers that are spawned for it, and the process that wants it.
+"""Several processes run the tasks of a plan: workers that are started for it, and the process that wants it.
 
 A worker that dies, or a task that fails, ends the whole work; no worker outlives the process that started it.
 """
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.execute import Copier, Done, Task
@@ -29,14 +29,20 @@ _SECONDS_BETWEEN_CHECKS = 0.2
 
 
 def copy_with_workers(
-    workers: int, arguments: tuple[Any, ...], tasks: Sequence[Task], copier: Copier, check: Callable[[], None]
+    workers: int,
+    arguments: tuple[Any, ...],
+    tasks: Sequence[Task],
+    copier: Copier,
+    check: Callable[[], None],
+    may_fork: bool,
 ) -> Iterator[Done]:
-    """Run tasks in spawned workers and, with `copier`, in this process; yield each as it is done.
+    """Run tasks in workers and, with `copier`, in this process; yield each as it is done.
 
-    `arguments` are those of a worker's copier: sources, folder, targets, hashes. Raises TransferError, also
-    when a worker dies; what `check` raises goes through.
+    `arguments` are those of a worker's copier: sources, folder, targets, hashes. `may_fork` is for a process
+    without connections, which a forked worker would keep open. Raises TransferError, also when a worker dies;
+    what `check` raises goes through.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(_start_method(may_fork))
     # No Event: it has a lock, which a killed worker might take with it.
     stop = context.RawValue(ctypes.c_bool, False)
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(*arguments, stop))
@@ -50,6 +56,16 @@ def copy_with_workers(
     finally:
         stop.value = True
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_method(may_fork: bool) -> Literal["fork", "spawn"]:
+    """A forked worker is there at once, a spawned one has to import everything: a quarter of a second.
+
+    A fork copies locks, and those that another thread holds stay locked in the copy for ever: so only a process
+    of a single thread forks. Before Python 3.11 the pool forks behind its own thread.
+    """
+    alone = sys.version_info >= (3, 11) and len(os.listdir("/proc/self/task")) == 1
+    return "fork" if may_fork and alone else "spawn"
 
 
 def _work_along(

@@ -511,17 +511,18 @@ if __name__ == "__main__":
 
 def start_job(folder: Path, body: str) -> subprocess.Popen[str]:
     code = JOB.format(tests=str(Path(__file__).parent), source=str(folder / "source"), body=body)
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    one_thread = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # as the command line has it
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=one_thread)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_kill_9_in_the_middle(processes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", ["1", "2", "2, may_fork=True"])
+def test_kill_9_in_the_middle(options: str, tmp_path: Path) -> None:
     sparse_source(tmp_path / "source", 64)
     old = old_result(tmp_path / "result")
     job = start_job(
         tmp_path,
         "import time; transform("
-        f"plan, Path({str(tmp_path / 'result')!r}), Options({processes}, overwrite=True),"
+        f"plan, Path({str(tmp_path / 'result')!r}), Options({options}, overwrite=True),"
         "progress=lambda done, total: print(done, flush=True), check=lambda: time.sleep(0.2))",
     )
     assert job.stdout is not None
@@ -540,6 +541,32 @@ def test_kill_9_in_the_middle(processes: int, tmp_path: Path) -> None:
     transform(plan, tmp_path / "result", Options(overwrite=True))
     assert sorted(contents(tmp_path / "result")) == ["rank_0/checkpoint_0.ckpt", "rank_1/checkpoint_1.ckpt"]
     assert {path.name for path in tmp_path.iterdir()} == {"source", "result"}
+
+
+@pytest.mark.parametrize("may_fork", [False, True])
+def test_a_worker_killed_however_it_was_started(may_fork: bool, tmp_path: Path) -> None:
+    sparse_source(tmp_path / "source", 64)
+    old = old_result(tmp_path / "result")
+    body = f"""
+    import multiprocessing, time
+    from mindformers_ckpt.errors import TransferError
+    def kill():
+        time.sleep(0.05)
+        for worker in multiprocessing.active_children():
+            print(worker._start_method, flush=True)
+            worker.kill()
+    try:
+        transform(plan, Path({str(tmp_path / "result")!r}), Options(2, overwrite=True, may_fork={may_fork}), check=kill)
+    except TransferError as error:
+        print(error)
+    print(multiprocessing.active_children())
+    """
+    output, _ = start_job(tmp_path, body.strip()).communicate(timeout=120)
+    first, *_, error, left = output.splitlines()
+    assert first == ("fork" if may_fork and sys.version_info >= (3, 11) else "spawn")
+    assert error.startswith("a worker process died")
+    assert left == "[]"
+    assert_untouched(tmp_path / "result", old)
 
 
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:

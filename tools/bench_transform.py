@@ -4,8 +4,9 @@
 
 Makes a Llama-like checkpoint (bf16 weights, fp32 Adam moments) of the wanted size, cuts it for the source
 strategy, and runs every way as a whole process, process start included, page cache warm. Prints medians of
-wall time, CPU time and peak private memory (sampled over the process tree), and ratios to `cp -r` of a
-folder with the target's bytes. Absolute times of a shared machine mean little: read the ratios.
+wall time, CPU time and peak private memory (sampled over the process tree), and the median of the ratios to
+the `cp -r` of the same round, of a folder with the target's bytes. Absolute times of a shared machine mean
+little: read the ratios.
 """
 
 from __future__ import annotations
@@ -304,13 +305,12 @@ def one_direction(
             shutil.rmtree(target, ignore_errors=True)
     for used in (source, copy):
         shutil.rmtree(used)
-    copied = statistics.median(run.wall for run in results["cp -r"])
     for way, runs in results.items():
         wall, cpu = (statistics.median(run[part] for run in runs) for part in (0, 1))
+        ratio = statistics.median(run.wall / copied.wall for run, copied in zip(runs, results["cp -r"]))
         private, largest = max(run.private for run in runs) >> 20, max(run.largest for run in runs) >> 20
         click.echo(
-            f"{direction:<18} {format:<12} {way:<18} {wall:7.2f} {wall / copied:6.2f} {cpu:8.2f} "
-            f"{private:8d} ({largest})"
+            f"{direction:<18} {format:<12} {way:<18} {wall:7.2f} {ratio:6.2f} {cpu:8.2f} {private:8d} ({largest})"
         )
 
 

@@ -133,7 +133,7 @@ def command(
     if not quiet:
         warn(plan.warnings)
     about = {"lora": "merged", "source": strategy.describe(), "target": target.describe(), "source_path": str(source)}
-    options = Options(processes=affordable_processes(processes))
+    options = Options(processes=affordable_processes(processes), may_fork=True)
 
     def add_familiar_name(folder: Path) -> None:
         if target.is_complete:

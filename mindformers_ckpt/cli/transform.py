@@ -79,6 +79,7 @@ def command(
         overwrite=overwrite,
         resume=resume,
         partial=job.partial,
+        may_fork=True,
     )
     report = _run(job, destination, options, quiet)
     if as_json:

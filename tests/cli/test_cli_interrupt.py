@@ -47,7 +47,6 @@ def large(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_interrupt_and_resume(large: Path, processes: int) -> None:
-    # Of two processes the other one does most tasks meanwhile, and waits for more when the interrupt comes.
     code, errors = _stop(large, signal.SIGINT, processes, tasks=3 - processes)
     assert code == 130, errors
     assert errors[-1] == "error: interrupted; out is as it was. The same command with --resume goes on from here"
