@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mindformers_ckpt.box import Box, block_count, blocks, hull, offset_in
+from mindformers_ckpt.buffers import empty_bytes
 from mindformers_ckpt.formats import DType
 from mindformers_ckpt.plan import Plan, SourceFile, Transfer, View
 from mindformers_ckpt.shard_io import BLOCK_BYTES, TRANSPOSE_BYTES, FileSink, ShardReader, Sink, target_runs
@@ -190,12 +191,10 @@ class Copier:
 
     def _array(self, purpose: str, dtype: DType, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[Any]]:
         """An array in a buffer that is used again and again: fresh memory would cost a page fault every 4 KiB."""
-        import numpy as np
-
         size = math.prod(shape) * dtype.itemsize
         buffer = self._buffers.get(purpose)
         if buffer is None or len(buffer) < size:
-            buffer = self._buffers[purpose] = np.empty(max(size, BLOCK_BYTES + 16), dtype=np.uint8)
+            buffer = self._buffers[purpose] = empty_bytes(max(size, BLOCK_BYTES + 16))
         return buffer[:size].view(dtype.carrier).reshape(shape)
 
 

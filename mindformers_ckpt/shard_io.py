@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mindformers_ckpt.box import Box, blocks, is_one_run, offset_in, run_length
+from mindformers_ckpt.buffers import empty_bytes
 from mindformers_ckpt.compute import (
     DOWN_TILE,
     UP_TILE,
@@ -87,7 +88,7 @@ class ShardReader:
         self._files = files
         self._headers: dict[int, Header] = {}
         self._descriptors = _Descriptors(os.O_RDONLY)
-        self._scratch = bytearray()
+        self._scratch: Array | None = None
         self._scales: OrderedDict[tuple[int, str], Array] = OrderedDict()
         self._factors: OrderedDict[Factor, Array] = OrderedDict()
 
@@ -242,9 +243,9 @@ class ShardReader:
 
         first = offset_in(part, outer)
         span = (offset_in(_last(part), outer) - first + 1) * dtype.itemsize
-        if len(self._scratch) < span:
-            self._scratch = bytearray(span)
-        self._read_bytes(path, segments, first * dtype.itemsize, memoryview(self._scratch)[:span])
+        if self._scratch is None or len(self._scratch) < span:
+            self._scratch = empty_bytes(span)
+        self._read_bytes(path, segments, first * dtype.itemsize, self._scratch.data[:span])
         strides, step = [], dtype.itemsize
         for extent in reversed(outer.shape):
             strides.append(step)
@@ -332,8 +333,6 @@ class ArraySink:
 
 def read_file(path: Path, names: Container[str] | None = None) -> Iterator[tuple[TensorSpec, Array]]:
     """The tensors of a file (those of `names`), each as the bytes of its content in memory of its own."""
-    import numpy as np
-
     try:
         header = read_header(path)
     except FormatError as error:
@@ -342,7 +341,7 @@ def read_file(path: Path, names: Container[str] | None = None) -> Iterator[tuple
     try:
         for name, record in header.tensors.items():
             if names is None or name in names:
-                content = np.empty(record.spec.nbytes, np.uint8)
+                content = empty_bytes(record.spec.nbytes)
                 view = content.data
                 for segment in record.segments:
                     fill(descriptors.get(path), path, segment.offset, view[: segment.length])
