@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,6 +82,10 @@ class Checkpoint:
                 f"{self.files.root} holds files of ranks {surplus[:8]}, but the strategy {self.strategy.origin} is "
                 f"for {count} ranks; it is not the strategy these files were saved under"
             )
+
+    def only(self, names: Container[str] | None) -> Checkpoint:
+        """The same files with all tensors but `names` left aside (None for all); headers that were read are shared."""
+        return self if names is None else replace(self, names=names, _tensors=None)
 
     def tensors(self) -> dict[str, LogicalTensor]:
         """All tensors by name, in the order of the files of ascending ranks.

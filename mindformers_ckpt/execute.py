@@ -117,6 +117,14 @@ def _block_elements(transfer: Transfer) -> int:
     return max(1, (TRANSPOSE_BYTES if transposed else BLOCK_BYTES) // transfer.dtype.itemsize)
 
 
+def _is_cut_by_rows(transfer: Transfer) -> bool:
+    """Whether sources and targets are cut along the first dimension only: all they share are single runs of both."""
+    return bool(transfer.shape) and all(
+        place.view is None and place.compute is None and place.box.shape[1:] == transfer.shape[1:]
+        for place in (*transfer.sources, *transfer.targets)
+    )
+
+
 class Copier:
     """Copies slices of transfers from source shards to a sink. Holds the buffers and the open files."""
 
@@ -145,6 +153,7 @@ class Copier:
         digests: dict[tuple[Box, View | None], Any] = {}
         if self._hashes:
             digests = {taker: _new_hash() for taker in takers if taker[1] is None}
+        straight = not self._hashes and _is_cut_by_rows(transfer)
         wanted, limit = _wanted(transfer), _block_elements(transfer)
         for number, block in enumerate(blocks(wanted, limit)):
             if number < piece.first:
@@ -152,12 +161,31 @@ class Copier:
             if number >= piece.first + piece.blocks:
                 break
             check()
-            self._copy_block(transfer, block, takers, digests)
+            if straight:
+                self._copy_rows(transfer, block, takers)
+            else:
+                self._copy_block(transfer, block, takers, digests)
         return [
             TensorHash(file, transfer.name, digest.hexdigest())
             for taker, digest in digests.items()
             for file in takers[taker]
         ]
+
+    def _copy_rows(self, transfer: Transfer, block: Box, takers: dict[tuple[Box, View | None], list[int]]) -> None:
+        """Copy what each target takes of each source as one run, in pieces small enough to stay in a core's cache."""
+        for (box, _), files in takers.items():
+            wanted = box.intersect(block)
+            if wanted is None:
+                continue
+            for place in transfer.sources:
+                part = place.box.intersect(wanted)
+                if part is None:
+                    continue
+                position = offset_in(part, box) * transfer.dtype.itemsize
+                for piece in self._reader.stream(place, transfer.name, transfer.dtype, part):
+                    for file in files:
+                        self._sink.write(file, transfer.name, position, piece)
+                    position += len(piece)
 
     def _copy_block(
         self,

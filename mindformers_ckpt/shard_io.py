@@ -40,8 +40,10 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-# Small enough to stay in the cache between the read and the write, large enough to make system calls rare.
+# Large enough to make the parts of eight targets long runs, small enough to stay in the processor's cache.
 BLOCK_BYTES = 8 << 20
+# A run that is passed on as it is. It stays in the cache of one core (1 MiB) between the read and the write.
+PIECE_BYTES = 1 << 20
 TRANSPOSE_BYTES = 64 << 20
 # Shorter runs of a shard are read together with what lies between them, longer ones by themselves.
 _RUN_BYTES = 16 << 10
@@ -89,6 +91,7 @@ class ShardReader:
         self._headers: dict[int, Header] = {}
         self._descriptors = _Descriptors(os.O_RDONLY)
         self._scratch: Array | None = None
+        self._piece: memoryview | None = None
         self._scales: OrderedDict[tuple[int, str], Array] = OrderedDict()
         self._factors: OrderedDict[Factor, Array] = OrderedDict()
 
@@ -114,6 +117,18 @@ class ShardReader:
             _copy_transposed(straight, out)
         else:
             self._read_part(path, segments, dtype, part, outer, out)
+
+    def stream(self, place: Place, name: str, dtype: DType, part: Box) -> Iterator[memoryview]:
+        """The bytes of a part that is a single run of its shard, piece by piece; each is gone when the next comes."""
+        segments, path = self._segments(place, place.tensor or name, dtype), self._files[place.file].path
+        start = offset_in(part, place.box) * dtype.itemsize
+        stop = start + part.volume * dtype.itemsize
+        if self._piece is None:
+            self._piece = empty_bytes(PIECE_BYTES).data
+        for first in range(start, stop, PIECE_BYTES):
+            piece = self._piece[: min(PIECE_BYTES, stop - first)]
+            self._read_bytes(path, segments, first, piece)
+            yield piece
 
     def _read_computed(self, place: Place, name: str, dtype: DType, part: Box, out: Array) -> None:
         """Read elements of another type, and compute those of `dtype` from them."""

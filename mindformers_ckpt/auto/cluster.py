@@ -6,7 +6,8 @@
         seen = cluster.gather("layouts", summary)   # one value a rank, in rank order
 
 Nothing waits without a limit, nothing is left on a disk, and no collective operator of the training
-framework is used (those hang when a rank is dead). The sockets behind it are in `rendezvous.py`.
+framework is used (those hang when a rank is dead). The sockets behind it are in `rendezvous.py`,
+`coordinator.py` and `messages.py`.
 
 The ranks make the same calls in the same order. A failure is final: from then on every call on every rank
 raises the same `RankError`. A cluster belongs to one thread. Processes started while it is open should be
@@ -26,18 +27,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mindformers_ckpt.auto.rendezvous import (
-    ADVICE,
-    GRACE,
-    JOIN,
-    MAX_VALUES,
-    Address,
-    Meeting,
-    Message,
-    ProtocolError,
-    RankError,
-    meet,
-)
+from mindformers_ckpt.auto.messages import ADVICE, GRACE, JOIN, MAX_VALUES, Address, Message, ProtocolError
+from mindformers_ckpt.auto.rendezvous import Meeting, RankError, meet
 from mindformers_ckpt.errors import CheckpointError, ConfigError
 
 __all__ = ["Address", "Cluster", "RankError"]

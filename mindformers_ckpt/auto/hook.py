@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from mindformers_ckpt.auto.output_dir import OutputDir
 from mindformers_ckpt.auto.remote_reslice import RemoteReslicing
 from mindformers_ckpt.auto.reslice import Reslicing
 from mindformers_ckpt.auto.shared_disk import not_shared, owners_of, wait_for_files
+from mindformers_ckpt.checkpoint import Checkpoint
 from mindformers_ckpt.errors import CheckpointError, ConfigError, PlanError, StrategyError
 from mindformers_ckpt.layout import Layout
 from mindformers_ckpt.plan import Plan, holds_same_slices
@@ -56,6 +57,7 @@ class CheckpointHook:
         self._is_shared = True  # the output dir, by all nodes
         self._exchange: Exchange | None = None  # in its place, where an object storage is set
         self._settled = True  # no rank is compiling, which would write its strategy
+        self._source: Checkpoint | None = None  # what `prepare` has looked at
         self._old_file: tuple[int, int] | None = None  # of the own strategy file before the network is compiled
         _show_log()
 
@@ -88,7 +90,7 @@ class CheckpointHook:
         `mindspore.communication.init()`.
         """
         self._cluster = self._join()
-        self._settled = True
+        self._settled, self._source = True, None
         with self._together("prepare"):
             self._owner = self._find_owner()
             self.config = fetch_sources(self.config, self.cluster, self._output.root, self._owner)
@@ -228,14 +230,24 @@ class CheckpointHook:
         if self._reslices:
             if self.cluster.rank == MAIN_RANK:
                 self._output.check_apart(config.load_checkpoint, config.src_strategy_path_or_dir)
-                source = Reslicing(config, self.cluster, self._output, Strategy.complete()).source()
-                source.tensors()
+                source = self._look_at_source()
                 files = [file for files in source.files.by_rank.values() for file in files]
                 self._output.check_apart(config.load_checkpoint, config.src_strategy_path_or_dir, files)
+            elif not config.auto_trans_save:
+                # Every rank will plan for itself, and has nothing to do now. What is wrong the main rank tells.
+                with suppress(CheckpointError):
+                    self._look_at_source()
         elif config.only_save_strategy:
             self._output.check_apart(config.load_checkpoint, config.src_strategy_path_or_dir, strategy_only=True)
         elif config.load_checkpoint:
             self._own_files(None)
+
+    def _look_at_source(self) -> Checkpoint:
+        """Read the headers of the source and its strategy, and keep them for `load`. Raises what `Checkpoint` does."""
+        source = Reslicing(self.config, self.cluster, self._output, Strategy.complete()).source()
+        source.tensors()
+        self._source = source
+        return source
 
     def _live_strategy(self) -> Strategy:
         """The strategy of this job; with a pipeline the files of all ranks are merged into one (guide)."""
@@ -253,10 +265,13 @@ class CheckpointHook:
             return self._exchange.share_strategies(self.strategy_dir)
         if not self._clears or not self._is_shared:
             return self._strategy_of_a_part()
+        strategy = None
         if self.cluster.rank == MAIN_RANK:
             wait_for_files([self.strategy_dir / rank_file_name(rank) for rank in range(self.cluster.size)])
-            self._merge()
+            strategy = self._merge()
         self.cluster.barrier("strategy merged")
+        if strategy is not None:
+            return strategy
         merged = self.strategy_dir / MERGED_FILE
         return read_strategy(merged if merged.is_file() else self._own_strategy_file)
 
@@ -292,7 +307,7 @@ class CheckpointHook:
         from mindformers_ckpt.auto import weights
 
         names = None if self._for_training else target.names() | weights.wanted_names(cells)
-        return Reslicing(self.config, self.cluster, self._output, target, names)
+        return Reslicing(self.config, self.cluster, self._output, target, names, self._source)
 
     @contextmanager
     def _weights_for(self, target: Strategy, cells: Sequence[Cell]) -> Iterator[Path | None]:
@@ -333,13 +348,12 @@ class CheckpointHook:
         names = None if self._for_training else weights.wanted_names(cells)
         loaded: dict[str, Any] = {}
         for file in files:
-            found = weights.parameters_of(read_file(file, names))
+            found = weights.tensors_of(read_file(file, names))
             twice = sorted(found.keys() & loaded.keys())
             if twice:
                 raise PlanError(f"{files[0].parent} holds several checkpoints, {twice[0]} is in two; name the file")
             loaded.update(found)
-        self._put(loaded, cells, files[0])
-        return loaded
+        return self._put(loaded, cells, files[0])
 
     def _read_direct(self, plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
         from mindformers_ckpt.auto import weights
@@ -347,17 +361,17 @@ class CheckpointHook:
 
         for warning in plan.warnings if self.cluster.rank == MAIN_RANK else ():
             log.warning("%s", warning)
-        loaded = weights.parameters_of(read_direct(plan, self.cluster.check))
-        self._put(loaded, cells, self.config.load_checkpoint)
-        return loaded
+        loaded = weights.tensors_of(read_direct(plan, self.cluster.check))
+        return self._put(loaded, cells, self.config.load_checkpoint)
 
-    def _put(self, loaded: Mapping[str, Any], cells: Sequence[Cell], origin: object) -> None:
-        """Set the parameters of the network, and of the optimizer."""
+    def _put(self, loaded: Mapping[str, Any], cells: Sequence[Cell], origin: object) -> dict[str, Any]:
+        """Set the parameters of the network, and of the optimizer; all that was loaded, by name."""
         from mindformers_ckpt.auto import weights
 
         weights.check_fit(cells, loaded, self._advice())
-        weights.load_into(cells, loaded)
-        log.info("rank %d: %d parameters loaded from %s", self.cluster.rank, len(loaded), origin)
+        parameters = weights.load_into(cells, loaded)
+        log.info("rank %d: %d parameters loaded from %s", self.cluster.rank, len(parameters), origin)
+        return parameters
 
     def _own_files(self, folder: Path | None) -> tuple[Path, ...]:
         rank = self.cluster.rank

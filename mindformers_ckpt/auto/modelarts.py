@@ -26,8 +26,8 @@ from typing import Any
 
 from mindformers_ckpt.auto.cluster import Cluster
 from mindformers_ckpt.auto.config import Config
+from mindformers_ckpt.auto.messages import name_ranks
 from mindformers_ckpt.auto.object_store import StoreError, is_url, open_store
-from mindformers_ckpt.auto.rendezvous import name_ranks
 from mindformers_ckpt.auto.transfers import Entry, Transfers
 from mindformers_ckpt.errors import ConfigError, PlanError, StrategyError, describe_problems
 from mindformers_ckpt.publish import check_free_space

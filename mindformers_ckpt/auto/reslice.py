@@ -6,7 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,7 +35,8 @@ _SECONDS_BETWEEN_LINES = 5.0
 class Reslicing:
     """One re-slicing of a job. All ranks enter `resliced`; it succeeds on all of them or raises on all.
 
-    `names`: the tensors that the job wants, alike on all ranks; None for all.
+    `names`: the tensors that the job wants, alike on all ranks; None for all. `found`: the source, where it has been
+    looked at before.
     """
 
     config: Config
@@ -43,6 +44,7 @@ class Reslicing:
     output: OutputDir
     target: Strategy
     names: Container[str] | None = None
+    found: Checkpoint | None = None
 
     @contextmanager
     def resliced(self) -> Iterator[Path | None]:
@@ -111,6 +113,8 @@ class Reslicing:
 
     def source(self) -> Checkpoint:
         """The source and its strategy. Raises PlanError or StrategyError when they do not fit together."""
+        if self.found is not None:
+            return self.found.only(self.names)
         config = self.config
         files = find_source(config.load_checkpoint, config.step_file)
         strategy = Strategy.complete()
@@ -147,7 +151,8 @@ class Reslicing:
         source = self.source()
         if holds_same_slices(source, self.target):
             return None
-        return build_plan(source, self.target, ranks=ranks, format=format)
+        sample = ranks is None or self.cluster.is_first_on_node
+        return build_plan(source, self.target, ranks=ranks, format=format, sample=sample)
 
     def _plan_conversion(self, ranks: Sequence[int] | None, format: str) -> Plan:
         """Convert and re-slice Hugging Face weights in one pass, to the names that the job's strategy has."""
@@ -178,9 +183,11 @@ class Reslicing:
         report = _progress(sum(task.bytes_written for task in tasks))
         done = 0
         processes = affordable(self._processes_here())
-        for finished in copy_tasks(plan, folder, tasks, processes=processes, check=self.cluster.check):
-            done += finished.bytes_written
-            report(done)
+        copied = copy_tasks(plan, folder, tasks, processes=processes, check=self.cluster.check)
+        with closing(copied):  # whatever goes wrong here, the workers end before the folder is removed
+            for finished in copied:
+                done += finished.bytes_written
+                report(done)
 
 
 def digest_of(plan: Plan) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mindformers_ckpt.auto.cluster import Cluster
 from mindformers_ckpt.auto.config import Config
-from mindformers_ckpt.auto.rendezvous import name_ranks
+from mindformers_ckpt.auto.messages import name_ranks
 from mindformers_ckpt.errors import PlanError
 
 MAIN_RANK = 0

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -315,9 +315,11 @@ class _Job:
         tasks = share_of(tasks, list(shares.values()), list(shares).index(self.cluster.rank))
         total, written, report = sum(task.bytes_written for task in tasks), 0, _reporter()
         processes = affordable(self._processes())
-        for finished in copy_tasks(plan, folder, tasks, processes=processes, check=self.cluster.check):
-            written += finished.bytes_written
-            report(written, total)
+        copied = copy_tasks(plan, folder, tasks, processes=processes, check=self.cluster.check)
+        with closing(copied):  # whatever goes wrong here, the workers end before the folder is removed
+            for finished in copied:
+                written += finished.bytes_written
+                report(written, total)
 
 
 def _reporter() -> Callable[[int, int], None]:

@@ -11,11 +11,18 @@ from mindformers_ckpt.formats import TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
-    from mindspore import Parameter
+    from mindspore import Parameter, Tensor
     from mindspore.nn import Cell
 
 log = logging.getLogger("mindformers_ckpt")
 
+# What the checkpoint callbacks of MindSpore and MindFormers, and their optimizers, save beside the weights.
+_COUNTERS = frozenset(
+    {
+        *("epoch_num", "step_num", "global_step", "global_batch_size", "learning_rate", "loss_scale", "scale_sense"),
+        *("current_iterator_step", "last_overflow_iterator_step", "beta1_power", "beta2_power"),
+    }
+)
 _NUMPY_TYPES = frozenset(
     {
         *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -24,42 +31,47 @@ _NUMPY_TYPES = frozenset(
 )
 
 
-def parameter_of(spec: TensorSpec, content: np.ndarray[Any, Any]) -> Parameter:
-    """A parameter that takes over the memory of `content` (bytes, writable).
+def tensor_of(spec: TensorSpec, content: np.ndarray[Any, Any]) -> Tensor:
+    """A tensor that takes over the memory of `content` (bytes, writable).
 
-    `Tensor(array)` and `Parameter(tensor)` copy; `Tensor.from_numpy` and `set_data` do not (MindSpore 2.10).
-    Raises ConfigError where MindSpore has no parameters of the element type (fp8 on CPU).
+    `Tensor(array)` copies; `Tensor.from_numpy` does not (MindSpore 2.7 to 2.10). No operator is used where that can
+    be: those are queued to MindSpore's threads, and each waits some milliseconds where the ranks have few cores.
+    Raises ConfigError where MindSpore does not know the element type.
     """
     import mindspore
     import numpy as np
 
     name = spec.dtype.name
     if name in _NUMPY_TYPES:
-        tensor = mindspore.Tensor.from_numpy(content.view(np.dtype(name)).reshape(spec.shape))
-        start = mindspore.Tensor([0], tensor.dtype)
-    else:
-        carried = mindspore.Tensor.from_numpy(content.view(spec.dtype.carrier).reshape(spec.shape))
-        tensor = carried.view(getattr(mindspore, name))
-        start = mindspore.Tensor.from_numpy(np.zeros(1, spec.dtype.carrier)).view(tensor.dtype)
-    try:
-        parameter = mindspore.Parameter(start, name=spec.name, requires_grad=False)
-        parameter.set_data(tensor, slice_shape=True)
-    except TypeError as error:
-        raise ConfigError(
-            f"{spec.name}: MindSpore {mindspore.__version__} makes no {name} parameters on this device; "
-            "convert the checkpoint to another type first"
-        ) from error
-    return parameter
+        return mindspore.Tensor.from_numpy(content.view(np.dtype(name)).reshape(spec.shape))
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return mindspore.Tensor.from_numpy(content.view(ml_dtypes.bfloat16).reshape(spec.shape))
+    try:  # MindSpore 2.7 has no views of another type, and not all types
+        kind = getattr(mindspore, name)
+        return mindspore.Tensor.from_numpy(content.view(spec.dtype.carrier).reshape(spec.shape)).view(kind)
+    except (AttributeError, TypeError) as error:
+        raise _unknown_type(spec.name, name) from error
 
 
-def parameters_of(tensors: Iterable[tuple[TensorSpec, np.ndarray[Any, Any]]]) -> dict[str, Any]:
-    """Parameters by name; the text of `str` tensors as str, as `mindspore.load_checkpoint` gives it."""
+def _unknown_type(tensor: str, dtype: str) -> ConfigError:
+    import mindspore
+
+    return ConfigError(
+        f"{tensor}: MindSpore {mindspore.__version__} makes no {dtype} parameters on this device; "
+        "convert the checkpoint to another type first"
+    )
+
+
+def tensors_of(contents: Iterable[tuple[TensorSpec, np.ndarray[Any, Any]]]) -> dict[str, Any]:
+    """Tensors by name; the text of `str` tensors as str, as `mindspore.load_checkpoint` gives it."""
     loaded: dict[str, Any] = {}
-    for spec, content in tensors:
+    for spec, content in contents:
         if spec.dtype.name == "str":
             loaded[spec.name] = content.tobytes().decode("utf-32-le").rstrip("\0")
         else:
-            loaded[spec.name] = parameter_of(spec, content)
+            loaded[spec.name] = tensor_of(spec, content)
     return loaded
 
 
@@ -133,27 +145,62 @@ def _conversion_fault(found: Parameter, own: Parameter) -> str | None:
     return "it holds values that are out of range" if outside else None
 
 
-def load_into(cells: Sequence[Cell], loaded: Mapping[str, Any]) -> None:
-    """Set the parameters of the network and the optimizer, and report the names that only one side has."""
+def load_into(cells: Sequence[Cell], loaded: Mapping[str, Any]) -> dict[str, Any]:
+    """Set the parameters of the network and the optimizer, and report the names that only one side has.
+
+    Returns all that was loaded, by name: the parameters of the network, and new ones where it has none.
+    `load_param_into_net` would do, but for a parameter that is missing it takes another one whose name ends alike
+    (`decoder.scale` for `scale`), without a word.
+    """
+    known = wanted_names(cells)
+    # First, for a failure leaves the network as it is.
+    result = {name: _as_parameter(name, value) for name, value in loaded.items() if name not in known}
+    lacking: set[str] = set()
+    for cell in cells:
+        for name, own in _parameters([cell]).items():
+            value = loaded.get(name)
+            if value is not None and not isinstance(value, str):
+                _set(own, value)
+                result.setdefault(name, own)
+            elif not name.startswith("accu_grads"):  # MindSpore makes these anew as it needs them
+                lacking.add(name)
+    report_names("not loaded, not in the checkpoint", lacking)
+    surplus = {name for name, value in loaded.items() if name not in known and not isinstance(value, str)}
+    report_names("in the checkpoint, not found in the network", surplus - _COUNTERS)
+    report_names("counters in the checkpoint, not found in the network", surplus & _COUNTERS, logging.INFO)
+    return {name: result.get(name, value) for name, value in loaded.items()}
+
+
+def _set(own: Parameter, found: Tensor) -> None:
+    """Give a parameter the values of a tensor, as `load_param_into_net` does: its memory, where the types agree."""
     import mindspore
 
-    parameters = {name: value for name, value in loaded.items() if not isinstance(value, str)}
-    known: set[str] = set()
-    for cell in cells:
-        names = set(_parameters([cell]))
-        known |= names
-        mindspore.load_param_into_net(cell, {name: parameters[name] for name in names & set(parameters)})
-    # MindSpore makes accu_grads anew as it needs them.
-    report_names(
-        "not loaded, not in the checkpoint",
-        [name for name in known - set(parameters) if not name.startswith("accu_grads")],
-    )
-    report_names("in the checkpoint, not found in the network", set(parameters) - known)
+    if own.param_info.is_pipeline_shared_param:
+        return  # another stage sends it
+    if found.dtype != own.dtype:
+        found = mindspore.Tensor(found.asnumpy(), own.dtype)
+    own.set_data(found, own.sliced)
+    if not getattr(own, "init_param", True):
+        own.init_param = True
 
 
-def report_names(what: str, names: Collection[str]) -> None:
+def _as_parameter(name: str, value: Any) -> Any:
+    """A parameter of its own, which keeps the memory of the tensor. Text stays text."""
+    import mindspore
+
+    if isinstance(value, str):
+        return value
+    try:
+        parameter = mindspore.Parameter(mindspore.Tensor([0], value.dtype), name=name, requires_grad=False)
+    except TypeError as error:  # fp8 on CPU
+        raise _unknown_type(name, str(value.dtype)) from error
+    parameter.set_data(value, slice_shape=True)
+    return parameter
+
+
+def report_names(what: str, names: Collection[str], level: int = logging.WARNING) -> None:
     """Log which names were left over, shortened."""
     if names:
         listed = sorted(set(names))
         shown = ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
-        log.warning("%s: %s", what, shown)
+        log.log(level, "%s: %s", what, shown)

@@ -31,9 +31,18 @@ _PATH = click.Path(path_type=Path)
 @click.option("--layers", type=int, help="Layers, where config.json lacks them (GPT2, WizardCoder).")
 @click.option("--is-pretrain", type=bool, help="Swin: weights of pre-training.")
 @click.option("--telechat-type", help="TeleChat: telechat_7b or telechat_12b.")
+@click.option("--mlp-concat", type=bool, help="GLM4: gate and up in one tensor; left out: they are.")
+@click.option("--use-rearrange-rope", type=bool, help="GLM4: even rows of a head before odd ones, in query and key.")
+@click.option("--use-gmm", type=bool, help="Mixtral: experts turned, for grouped multiplication.")
 @click.option("--format", type=click.Choice(["ckpt", "safetensors"]), help="Of the MindSpore files.")
 @click.option("--naming", type=click.Choice(["legacy", "mcore"]), help="MindSpore names; left out: the model's usual.")
-@click.option("--qkv-concat", is_flag=True, help="Query, key, value in one tensor; gate and up too.")
+@click.option(
+    "--qkv-concat",
+    type=bool,
+    is_flag=False,
+    flag_value=True,
+    help="Query, key, value in one tensor, gate and up too; alone or with true or false.",
+)
 @click.option("--hf-config", type=_PATH, help="Folder of config.json and tokenizer files.")
 @click.option("--dst-strategy", type=StrategyPath(), help="Cut for this strategy in the same pass.")
 @click.option("--write-tied", is_flag=True, help="Write a tied output layer as a tensor of its own.")
@@ -65,13 +74,16 @@ def command(
     converter = find_plugin(model or "", reverse, plugin)
     if converter is not None:
         dtype = choices.pop("dtype")
-        given = {name: str(value) for name, value in choices.items() if value is not None and value is not False}
+        flags = {"write_tied"}  # false is what they are when they are not given
+        given = {
+            name: str(value) for name, value in choices.items() if value is not None and (value or name not in flags)
+        }
         run_plugin(converter, input_path, output_path, dtype, {**given, **parse_extra(list(extra))})
         return
     if extra:
         raise click.UsageError(f"No such option or argument: {' '.join(extra)}")
     request = Request(model, input_path, reverse, **choices)
-    options = Options(processes=affordable_processes(process_num), overwrite=overwrite)
+    options = Options(processes=affordable_processes(process_num), overwrite=overwrite, may_fork=True)
     with show_progress("convert", quiet=quiet or as_json) as progress:
         result = convert(
             request, output_path, format=format, target=_strategy(dst_strategy), options=options, progress=progress

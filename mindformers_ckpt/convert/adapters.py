@@ -137,6 +137,8 @@ def _fused(bound: Bound, facts: Facts, shape: tuple[int, ...]) -> Iterator[tuple
     axes = parse_axes(bound.rule.whole.axes)
     if len(axes) != 2 or len(axes[1]) != 1 or PART not in axes[0]:
         return
+    if len(bound.names("hf")) < len(bound.parts):
+        return
     first = 0
     try:
         spans = [_span(part, facts) for part in bound.rule.parts]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -34,8 +34,8 @@ class Facts:
     flags: frozenset[str] = frozenset()
 
     def holds(self, condition: str) -> bool:
-        """Whether a rule's condition, "flag" or "!flag", holds."""
-        return not condition or (condition.lstrip("!") in self.flags) != condition.startswith("!")
+        """Whether a rule's condition holds: all of its words, "flag" or "!flag"."""
+        return all((word.lstrip("!") in self.flags) != word.startswith("!") for word in condition.split())
 
 
 def count_layers(names: Iterable[str]) -> Mapping[str, Any]:
@@ -92,20 +92,13 @@ class Model:
 @lru_cache(maxsize=1)
 def models() -> Mapping[str, Model]:
     """All models by name: every module of `models` that defines MODEL."""
-    from mindformers_ckpt.convert import models as package
-
-    found: dict[str, Model] = {}
-    for module in pkgutil.iter_modules(package.__path__):
-        model = getattr(importlib.import_module(f"{package.__name__}.{module.name}"), "MODEL", None)
-        if isinstance(model, Model):
-            found[model.name] = model
-    return found
+    return {model.name: model for model in _models_like("")}
 
 
 def find_model(name: str) -> Model | None:
     """The model of a name or an alias; case, "-" and "." for "_" do not matter."""
     wanted = _plain(name)
-    for model in models().values():
+    for model in _models_like(name):
         if wanted in map(_plain, (model.name, *model.aliases)):
             return model
     return None
@@ -114,12 +107,27 @@ def find_model(name: str) -> Model | None:
 def model_of_config(config: ModelConfig) -> Model:
     """The model that a config.json is of, by its model_type. Raises ConfigError when it is none of ours."""
     kind = config.text("model_type")
-    for model in models().values():
+    for model in _models_like(kind):
         if kind and kind in model.model_types:
             return model
     known = sorted(kind for model in models().values() for kind in model.model_types)
     what = f"model_type {kind!r}" if kind else "no model_type"
     raise ConfigError(f"{config.path or 'config.json'}: {what}; known are {', '.join(known)}")
+
+
+def _models_like(name: str) -> Iterator[Model]:
+    """All models; those whose module is called like `name` first, since making the tables of a model takes time."""
+    from mindformers_ckpt.convert import models as package
+
+    wanted = _plain(name)
+
+    def is_unlike(module: str) -> bool:
+        return not wanted.startswith(module) and not module.startswith(wanted)
+
+    for module in sorted((found.name for found in pkgutil.iter_modules(package.__path__)), key=is_unlike):
+        model = getattr(importlib.import_module(f"{package.__name__}.{module}"), "MODEL", None)
+        if isinstance(model, Model):
+            yield model
 
 
 def _plain(name: str) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from mindformers_ckpt.box import Box
 from mindformers_ckpt.compute import FLOATS, Cast, Dequantise
 from mindformers_ckpt.convert.config import ModelConfig
 from mindformers_ckpt.convert.model import Facts
+from mindformers_ckpt.convert.pieces import pieces_of
 from mindformers_ckpt.convert.rules import (
     PART,
     Bound,
@@ -196,8 +198,8 @@ class _Planner:
         dtype = self._target_dtype(bound.rule, found)
         axes = parse_axes(bound.rule.whole.axes)
         places = []
-        for piece, tensor in zip(_pieces(bound, extents, self._span), found):
-            view = View(piece.shape, Box.whole(piece.shape), piece.order)
+        for piece, tensor in zip(pieces_of(bound, extents, self._spans(bound.rule), joined=True), found):
+            view = View(piece.shape, piece.run, piece.order)
             places.append(self._place(tensor, piece.box, view, dtype))
         if dtype is not None and None not in places:
             yield _converted(bound.whole, dtype, axes, extents, tuple(filter(None, places)))
@@ -206,24 +208,29 @@ class _Planner:
         """The parts out of their whole tensor."""
         whole = self._source.tensors[bound.whole]
         dtype = self._target_dtype(bound.rule, [whole])
-        shape = tuple(extents[axis] for axis in flat(parse_axes(bound.rule.whole.axes)))
-        for piece in _pieces(bound, extents, self._span):
-            order = tuple(piece.order.index(axis) for axis in range(len(shape)))
-            place = self._place(whole, Box.whole(piece.shape), View(shape, piece.box, order), dtype)
-            if dtype is None or place is None:
+        pieces = pieces_of(bound, extents, self._spans(bound.rule), joined=False)
+        for name, together in groupby(pieces, key=lambda piece: piece.name):
+            places = []
+            for piece in together:
+                order = tuple(map(piece.order.index, range(len(piece.order))))
+                places.append(self._place(whole, piece.run, View(piece.space, piece.box, order), dtype))
+            if dtype is None or None in places:
                 return
-            own = {**extents, PART: self._span(piece.tensor)}
-            yield _converted(piece.name, dtype, parse_axes(piece.tensor.axes), own, (place,), piece.shape)
+            own = {**extents, PART: piece.extent}
+            yield _converted(name, dtype, parse_axes(piece.axes), own, tuple(filter(None, places)), piece.shape)
 
     def _extents(self, bound: Bound, to: Side) -> dict[str, int]:
         """The extents of all axes, of `part` the sum; from config.json and the shapes of the source."""
         rule = bound.rule
-        spans = [self._span(part) for part in rule.parts]
+        spans = self._spans(rule)
         extents: dict[str, int] = {}
         if to != rule.side:
             return self._measured(rule.whole, bound.whole, {**self._facts.sizes, PART: sum(spans)})
+        shared: dict[str, int] = {}
+        for part, span in zip(rule.parts, spans):
+            shared[part.name] = shared.get(part.name, 0) + span
         for part, name, _ in bound.parts:
-            own = self._measured(part, name, {**self._facts.sizes, PART: self._span(part)})
+            own = self._measured(part, name, {**self._facts.sizes, PART: shared[part.name]})
             own.pop(PART, None)
             for axis, extent in own.items():
                 if extents.setdefault(axis, extent) != extent:
@@ -240,6 +247,9 @@ class _Planner:
             return measure(parse_axes(tensor.axes), shape, known)
         except ValueError as error:
             raise ValueError(f"{name}{list(shape)}: {error}") from None
+
+    def _spans(self, rule: Rule) -> list[int]:
+        return [self._span(part) for part in rule.parts]
 
     def _span(self, tensor: Tensor) -> int:
         if isinstance(tensor.span, int):
@@ -305,39 +315,6 @@ class _Planner:
             self.problems.append(f"{scale.spec.name} is {_describe(scale.spec)}, {expected} is expected")
             return None
         return task
-
-
-class _Piece(NamedTuple):
-    """A part in its whole: the part's own view, the box in the whole's view, and the order from whole to part."""
-
-    tensor: Tensor
-    name: str
-    shape: tuple[int, ...]
-    box: Box
-    order: tuple[int, ...]
-
-
-def _pieces(bound: Bound, extents: Mapping[str, int], span_of: Callable[[Tensor], int]) -> Iterator[_Piece]:
-    whole = flat(parse_axes(bound.rule.whole.axes))
-    first_of = {}
-    position = 0
-    for part in bound.rule.parts:
-        first_of[part] = position
-        position += span_of(part)
-    for part, name, captures in bound.parts:
-        own = flat(parse_axes(part.axes))
-        absent = tuple(axis for axis in whole if axis not in own)
-        start, stop = [], []
-        for axis in whole:
-            if axis == PART:
-                start.append(first_of[part])
-                stop.append(first_of[part] + span_of(part))
-            else:
-                start.append(captures[axis] if axis in absent else 0)
-                stop.append(captures[axis] + 1 if axis in absent else extents[axis])
-        space = absent + own
-        shape = (1,) * len(absent) + tuple(span_of(part) if axis == PART else extents[axis] for axis in own)
-        yield _Piece(part, name, shape, Box(tuple(start), tuple(stop)), tuple(map(space.index, whole)))
 
 
 def _converted(

@@ -5,7 +5,7 @@ A name is looked up in, first to last:
   `convert_reversed.py` defines `convert_ms_to_pt`;
 - the maps `convert_map` and `reversed_convert_map` below: name -> "package.module.function";
 - installed packages with an entry point of that name in the group `mindformers_ckpt.convert` or
-  `mindformers_ckpt.convert_reversed`.
+  `mindformers_ckpt.convert_reversed`, unless a model of ours has the name.
 
 The functions are called by keyword: input_path, output_path, dtype and every further option of the command
 line as text. One that takes a single positional argument gets a namespace of the same values.
@@ -15,15 +15,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mindformers_ckpt.convert.model import find_model
 from mindformers_ckpt.errors import ConfigError, TransferError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 Converter = Callable[..., Any]
 
@@ -44,6 +47,8 @@ def find_plugin(name: str, reverse: bool, folder: Path | None = None) -> Convert
     path = (reversed_convert_map if reverse else convert_map).get(name)
     if path is not None:
         return _from_path(path)
+    if not name or find_model(name) is not None:
+        return None
     group = "mindformers_ckpt.convert_reversed" if reverse else "mindformers_ckpt.convert"
     for entry in _entry_points(group):
         if entry.name == name:
@@ -117,7 +122,9 @@ def _function(module: object, name: str, where: str) -> Converter:
     return function  # type: ignore[no-any-return]
 
 
-def _entry_points(group: str) -> list[importlib.metadata.EntryPoint]:
-    points: Any = importlib.metadata.entry_points()
+def _entry_points(group: str) -> list[EntryPoint]:
+    from importlib.metadata import entry_points  # takes as long to import as everything else here
+
+    points: Any = entry_points()
     selected = points.select(group=group) if hasattr(points, "select") else points.get(group, ())
     return list(selected)

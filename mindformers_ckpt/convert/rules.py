@@ -8,6 +8,8 @@ where a part lies; nothing is computed, and both directions follow from the one 
 - The axis `part` is the one that parts share out: each takes its `span` of it, in the order of the rule.
 - An axis of the whole that is a capture in the parts' names ("…experts.{expert}.gate_proj.weight") is
   indexed by it: one part for every number below its size.
+- Parts of one name are runs of that tensor along `part`, one behind the other; where their axes differ, they are
+  those of the first of them, or those of the whole.
 - Sizes come from the model's config.json; an axis that it does not tell follows from the shape on disk.
 """
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import combinations, groupby, product
 from typing import Literal, NamedTuple, Union
 
@@ -50,7 +53,7 @@ class Rule(NamedTuple):
     Attributes:
         side: the side of the whole tensor.
         over: the run of captures it is repeated over ("layer"), empty for once.
-        when: the flag of the model that it holds for; "!flag" for its absence.
+        when: the flags of the model that it holds for, all of them; "!flag" for the absence of one.
         optional: tensors that need not be there; those of one tag and repetition come all or none.
         precise: never narrowed by a choice of element type.
     """
@@ -106,7 +109,7 @@ class Bound(NamedTuple):
     parts: tuple[tuple[Tensor, str, Mapping[str, int]], ...]
 
     def names(self, side: Side) -> list[str]:
-        return [self.whole] if side == self.rule.side else [name for _, name, _ in self.parts]
+        return [self.whole] if side == self.rule.side else list(dict.fromkeys(name for _, name, _ in self.parts))
 
 
 def rename(hf: str, ms: str, *, over: str = "", when: str = "", optional: str = "", precise: bool = False) -> Rule:
@@ -166,6 +169,7 @@ def prefixed(entries: Iterable[Entry], hf: str, ms: str, **changes: str) -> list
     return found
 
 
+@cache
 def parse_axes(text: str) -> Axes:
     """The axes of every dimension of "(group part dim) hidden". Raises ValueError when it is not of this form."""
     if _DIMENSION.sub("", text).strip():
@@ -253,10 +257,16 @@ def check_table(table: Table) -> None:
                 alike.setdefault((entry.over, form), []).append((name, entry.when))
         for names in alike.values():
             for (first, when), (second, other) in combinations(names, 2):
-                if {when, other} != {when.lstrip("!"), "!" + when.lstrip("!")}:
+                if not _exclude(when, other):
                     problems.append(f"{first} and {second} can name the same tensor")
     if problems:
         raise ConfigError(describe_problems("a conversion table cannot be right", problems))
+
+
+def _exclude(when: str, other: str) -> bool:
+    """Whether two conditions never hold together."""
+    words = set(other.split())
+    return any(("!" + word if word[0] != "!" else word[1:]) in words for word in when.split())
 
 
 def _rule_faults(rule: Rule) -> Iterator[str]:
@@ -282,14 +292,30 @@ def _rule_faults(rule: Rule) -> Iterator[str]:
         inside = set(captures_of(part.name)) & (fixed - {PART})
         if inside != fixed - {PART} or inside & set(axes):
             yield f"{part.name}: a capture of its name must be an axis of the whole, and not its own"
+    runs = [run for run, _ in groupby(part.name for part in rule.parts)]
+    yield from (f"{run}: its parts do not follow each other" for run in set(runs) if runs.count(run) > 1)
+    for first, *others in _same_names(rule.parts):
+        if others and (PART not in flat(parse_axes(first.axes)) or fixed != {PART}):
+            yield f"{first.name}: stands for several parts, which needs the axis {PART!r} and no captures"
+        for part in others:
+            if part.axes not in (first.axes, rule.whole.axes):
+                yield f"{part.name}: the axes {part.axes!r} are neither {first.axes!r} nor those of the whole"
     for tensor in (rule.whole, *rule.parts):
         if bool(rule.over) != bool(set(captures_of(tensor.name)) - fixed):
             yield f"{tensor.name}: is repeated over {rule.over or 'nothing'}, which its captures do not say"
 
 
+def _same_names(parts: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The parts by their names."""
+    found: dict[str, list[Tensor]] = {}
+    for part in parts:
+        found.setdefault(part.name, []).append(part)
+    return list(found.values())
+
+
 def _names(entry: Entry, side: Side) -> list[str]:
     if isinstance(entry, Rule):
-        return [tensor.name for tensor in entry.tensors(side)]
+        return list(dict.fromkeys(tensor.name for tensor in entry.tensors(side)))
     if isinstance(entry, Copy):
         return [entry.name[side]] if side in entry.name else []
     return [entry.name] if side == "hf" else []

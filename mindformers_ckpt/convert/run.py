@@ -35,6 +35,9 @@ from mindformers_ckpt.transform import Options, Progress, check_apart, transform
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SHARD_BYTES = 5 * 10**9
 _COMPARED_BYTES = 4 << 20
+# Options that only some models have, and those of them that tell layouts apart: with what is usual.
+_OWN_OPTIONS = ("is_pretrain", "telechat_type", "mlp_concat", "use_rearrange_rope", "use_gmm")
+_LAYOUTS = {"qkv_concat": True, "mlp_concat": True, "use_rearrange_rope": False, "use_gmm": False}
 _PLAIN = Options()
 
 
@@ -48,11 +51,13 @@ class Request:
         reverse: from MindSpore to Hugging Face.
         dtype: "fp32", "bf16" or "fp16" for all floating-point tensors; None keeps what they are.
         naming: "legacy" or "mcore" names on the MindSpore side; None for the model's default.
-        qkv_concat: query, key and value, and gate and up, in one tensor each (legacy names).
+        qkv_concat: query, key and value, and gate and up, in one tensor each (legacy names); None for the
+            model's usual.
         hf_config: folder of the model's config.json and tokenizer, if not the source's own.
         write_tied: write the output layer too where it is tied to the embedding.
         n_head, hidden_size, layers: what config.json may lack; a contradiction to it is an error.
         is_pretrain, telechat_type: options of Swin and TeleChat.
+        mlp_concat, use_rearrange_rope: settings of MindSpore's GLM4; `use_gmm`: of its Mixtral.
     """
 
     model: str | None
@@ -60,7 +65,7 @@ class Request:
     reverse: bool = False
     dtype: str | None = None
     naming: str | None = None
-    qkv_concat: bool = False
+    qkv_concat: bool | None = None
     hf_config: Path | None = None
     write_tied: bool = False
     n_head: int | None = None
@@ -68,6 +73,9 @@ class Request:
     layers: int | None = None
     is_pretrain: bool | None = None
     telechat_type: str | None = None
+    mlp_concat: bool | None = None
+    use_rearrange_rope: bool | None = None
+    use_gmm: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,8 @@ def prepare(request: Request) -> Prepared:
     options = {"n_head": request.n_head, "hidden_size": request.hidden_size, "layers": request.layers}
     config = read_config(folder).with_options(options)
     model = _model(request, config)
-    naming = model.naming(request.naming, request.qkv_concat)
+    as_setting = "qkv_concat" in model.options
+    naming = model.naming(request.naming, bool(request.qkv_concat) and not as_setting)
     origin: Side = "ms" if request.reverse else "hf"
     source = read_weights(path, files, model.canonical.get(origin, str))
     config, warnings = _completed(model, request, config, source)
@@ -124,7 +133,7 @@ def prepare(request: Request) -> Prepared:
     )
     _check_copies(conversion.copies)
     conversion = replace(conversion, warnings=(*warnings, *conversion.warnings))
-    return Prepared(request, model, naming, config, folder, conversion)
+    return Prepared(request, model, _layout_name(naming, model, request), config, folder, conversion)
 
 
 def convert(
@@ -247,7 +256,7 @@ def _completed(
 ) -> tuple[ModelConfig, tuple[str, ...]]:
     """The configuration with the model's own options, and what must be counted where nothing tells it."""
     values = dict(config.values)
-    for option in ("is_pretrain", "telechat_type"):
+    for option in (*_OWN_OPTIONS, *({"qkv_concat"} & set(model.options))):
         value = getattr(request, option)
         if value is not None and option not in model.options:
             raise ConfigError(f"--{option} is no option of the model {model.name}")
@@ -261,6 +270,14 @@ def _completed(
     if request.reverse:
         warnings.append("the result has no config.json, which from_pretrained needs; give its folder with --hf_config")
     return ModelConfig({**counted, **values}), tuple(warnings)
+
+
+def _layout_name(naming: str, model: Model, request: Request) -> str:
+    """The naming, and the settings by which its tensors differ from the usual ones: "legacy+use_gmm"."""
+    for option, usual in _LAYOUTS.items():
+        if option in model.options and getattr(request, option) not in (None, usual):
+            naming += f"+{option}" if not usual else f"+no_{option}"
+    return naming
 
 
 def _table_key(model: Model, naming: str, config: ModelConfig, source: Weights) -> str:

@@ -38,9 +38,10 @@ def main(job: dict[str, Any]) -> int:
     stand_in.set_auto_parallel_context = lambda **keys: None  # type: ignore[attr-defined]
     sys.modules["mindspore"] = stand_in
     config = Config.from_mapping(job["config"])
-    weights.parameters_of = digests
+    weights.tensors_of = digests
     weights.wanted_names = lambda cells: set(job.get("names", ()))
-    weights.check_fit = weights.load_into = lambda *arguments: None
+    weights.check_fit = lambda *arguments: None
+    weights.load_into = lambda cells, loaded: loaded
     if job.get("fault"):
         arm(job["fault"], config)
     hook = CheckpointHook(config)

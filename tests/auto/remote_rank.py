@@ -10,7 +10,7 @@ import rank
 from faults import arm as arm_others
 from faults import at_step, before, kill
 
-from mindformers_ckpt.auto import transfers
+from mindformers_ckpt.auto import shared_disk, transfers
 from mindformers_ckpt.auto.cluster import Cluster
 from mindformers_ckpt.auto.config import Config
 from mindformers_ckpt.auto.modelarts import Exchange
@@ -20,7 +20,7 @@ from mindformers_ckpt.auto.transfers import Transfers
 def arm(fault: str, config: Config) -> None:
     """Prepare what is to go wrong on this rank."""
     if fault == "sends no strategy":
-        before(Exchange, "share_strategies", lambda *arguments: time.sleep(10))
+        before(Exchange, "share_strategies", lambda *arguments: time.sleep(8))
     elif fault == "killed while fetching":
         before(Cluster, "barrier", at_step("weights complete", lambda: before(Transfers, "fetch", kill)))
     else:
@@ -29,5 +29,6 @@ def arm(fault: str, config: Config) -> None:
 
 if __name__ == "__main__":
     transfers.random.uniform = lambda low, high: 0.02  # a fiftieth of the pauses between attempts
+    shared_disk._PROBE_PATIENCE = 0.2  # these nodes' disks have no cache that shows a file late
     rank.arm = arm
     sys.exit(rank.main(json.loads(sys.argv[1])))

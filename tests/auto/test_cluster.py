@@ -21,9 +21,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mindformers_ckpt.auto import rendezvous
+from mindformers_ckpt.auto import coordinator, rendezvous
 from mindformers_ckpt.auto.cluster import PORT_OFFSET, Address, Cluster, RankError, node_name
-from mindformers_ckpt.auto.rendezvous import Decoder, ProtocolError, encode, listen, name_ranks
+from mindformers_ckpt.auto.messages import Decoder, ProtocolError, encode, name_ranks
+from mindformers_ckpt.auto.rendezvous import listen
 from mindformers_ckpt.errors import ConfigError, TransferError
 
 ROOT = Path(__file__).parents[2]
@@ -318,7 +319,7 @@ def test_ranks_that_do_not_arrive_are_named(address: Address) -> None:
 
 
 def test_a_rank_that_never_joins_is_named(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous, "LINGER", 0.1)
+    monkeypatch.setattr(coordinator, "LINGER", 0.1)
     errors = run_ranks(address, 3, lambda cluster: None, ranks=[0, 2], timeout=0.5)
     for error in errors:
         assert str(error).startswith("step 'join': rank 1 has not arrived within 0.5 s")
@@ -459,7 +460,7 @@ def test_nobody_can_listen_on_the_address() -> None:
 
 
 def test_strangers_do_not_disturb_the_coordinator(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous, "HELLO_TIMEOUT", 0.2)
+    monkeypatch.setattr(coordinator, "HELLO_TIMEOUT", 0.2)
     noise = [b"GET / HTTP/1.1\r\n", b"\0\0\0\4null", b"\0\0\0\2{}", b"\0\0\0\1\xff", b"\0\0\1\xff", b"\0"]
     with ThreadPoolExecutor(2) as pool:
         first = start_ranks(pool, address, 2, share_rank, ranks=[0])

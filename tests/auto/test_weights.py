@@ -15,7 +15,7 @@ from mindspore import Tensor
 from networks import Net, content_of
 from recorded import random_bits, write_tensors
 
-from mindformers_ckpt.auto.weights import check_fit, load_into, parameter_of, parameters_of, wanted_names
+from mindformers_ckpt.auto.weights import check_fit, load_into, tensor_of, tensors_of, wanted_names
 from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
@@ -37,13 +37,14 @@ def bytes_of(dtype: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray[An
 @pytest.mark.parametrize("dtype", TYPES)
 def test_the_network_keeps_the_memory_that_was_read_into(dtype: str, shape: tuple[int, ...]) -> None:
     content = bytes_of(dtype, shape)
-    parameter = parameter_of(TensorSpec("w", by_name(dtype), shape), content)
-    assert (parameter.name, tuple(parameter.shape), parameter.dtype) == ("w", shape, getattr(mindspore, dtype))
-    net = Net({"w": (dtype, shape)})
-    loaded = {"w": parameter}
-    check_fit([net], loaded, ADVICE)
-    load_into([net], loaded)
-    assert net.w.data_ptr() == parameter.data_ptr() == content.ctypes.data
+    tensor = tensor_of(TensorSpec("w", by_name(dtype), shape), content)
+    assert (tuple(tensor.shape), tensor.dtype) == (shape, getattr(mindspore, dtype))
+    net, empty = Net({"w": (dtype, shape)}), Net({})
+    check_fit([net], {"w": tensor}, ADVICE)
+    assert load_into([net], {"w": tensor})["w"] is net.w
+    other = load_into([empty], {"w": tensor})["w"]
+    assert (other.name, tuple(other.shape), other.dtype) == ("w", shape, getattr(mindspore, dtype))
+    assert net.w.data_ptr() == other.data_ptr() == content.ctypes.data
     assert content_of(net.w) == content.tobytes()
     content[:] = 1
     assert content_of(net.w) == content.tobytes()
@@ -51,8 +52,10 @@ def test_the_network_keeps_the_memory_that_was_read_into(dtype: str, shape: tupl
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tensors_without_elements(dtype: str) -> None:
-    parameter = parameter_of(TensorSpec("w", by_name(dtype), (0, 3)), np.empty(0, np.uint8))
-    assert (tuple(parameter.shape), parameter.dtype) == ((0, 3), getattr(mindspore, dtype))
+    tensor = tensor_of(TensorSpec("w", by_name(dtype), (0, 3)), np.empty(0, np.uint8))
+    parameter = load_into([Net({})], {"w": tensor})["w"]
+    for found in (tensor, parameter):
+        assert (tuple(found.shape), found.dtype) == ((0, 3), getattr(mindspore, dtype))
 
 
 def test_the_values_are_those_of_mindspores_own_reading(tmp_path: Path) -> None:
@@ -60,7 +63,7 @@ def test_the_values_are_those_of_mindspores_own_reading(tmp_path: Path) -> None:
     tensors = {name: random_bits(by_name(name), (4, 3), generator) for name in TYPES if not name.startswith("complex")}
     file = write_tensors(tmp_path / "a.ckpt", tensors)
     expected = mindspore.load_checkpoint(str(file))
-    found = parameters_of(read_file(file))
+    found = tensors_of(read_file(file))
     assert found.keys() == expected.keys()
     for name, parameter in found.items():
         assert parameter.dtype == expected[name].dtype
@@ -72,7 +75,7 @@ def test_text_is_read_as_mindspore_reads_it(tmp_path: Path) -> None:
     weight = {"name": "w", "data": Tensor(np.ones(2, np.float32))}
     mindspore.save_checkpoint([weight], str(file), append_dict={"epoch_num": 3, "note": "größer", "rate": 0.5})
     expected = mindspore.load_checkpoint(str(file))
-    found = parameters_of(read_file(file))
+    found = tensors_of(read_file(file))
     assert found.keys() == expected.keys() == {"w", "epoch_num", "note", "rate"}
     assert found["note"] == expected["note"] == "größer"
     assert found["epoch_num"].asnumpy() == expected["epoch_num"].asnumpy() == 3
@@ -81,10 +84,12 @@ def test_text_is_read_as_mindspore_reads_it(tmp_path: Path) -> None:
     assert net.w.asnumpy().tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "hifloat8"])
-def test_fp8_parameters_that_mindspore_cannot_make_are_told(dtype: str) -> None:
-    with pytest.raises(ConfigError, match=f"w: MindSpore .* makes no {dtype} parameters on this device; convert"):
-        parameter_of(TensorSpec("w", by_name(dtype), (2, 2)), np.zeros(4, np.uint8))
+@pytest.mark.parametrize(("dtype", "told"), [("float8_e4m3fn", "Float8E4M3FN"), ("hifloat8", "HiFloat8")])
+def test_fp8_parameters_that_mindspore_cannot_make_are_told(dtype: str, told: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"w: MindSpore .* makes no ({told}|{dtype}) parameters on this device; convert"
+    ):
+        load_into([Net({})], {"w": tensor_of(TensorSpec("w", by_name(dtype), (2, 2)), np.zeros(4, np.uint8))})
 
 
 def loaded_from(**tensors: tuple[str, Any]) -> dict[str, Any]:
@@ -93,7 +98,7 @@ def loaded_from(**tensors: tuple[str, Any]) -> dict[str, Any]:
     for name, (dtype, values) in tensors.items():
         tensor = Tensor(np.asarray(values)).astype(getattr(mindspore, dtype))
         content = np.frombuffer(content_of(tensor), np.uint8).copy()
-        found[name] = parameter_of(TensorSpec(name, by_name(dtype), tuple(tensor.shape)), content)
+        found[name] = tensor_of(TensorSpec(name, by_name(dtype), tuple(tensor.shape)), content)
     return found
 
 
@@ -109,6 +114,25 @@ def test_names_that_only_one_side_has_are_reported(caplog: pytest.LogCaptureFixt
     ]
     assert net.both.asnumpy().tolist() == optimizer.both.asnumpy().tolist() == [3.0, 4.0]
     assert net.mine.asnumpy().tolist() == [1.0, 1.0]
+
+
+def test_counters_of_the_training_are_no_cause_for_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "mindformers_ckpt")
+    net = Net({"w": ("float32", (1,)), "global_step": ("int32", (1,))})
+    loaded = loaded_from(**{name: ("int32", [1]) for name in ("epoch_num", "step_num", "loss_scale", "w_old")})
+    load_into([net], {**loaded, **loaded_from(w=("float32", [2.0])), "note": "text"})
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "not loaded, not in the checkpoint: global_step"),
+        ("WARNING", "in the checkpoint, not found in the network: w_old"),
+        ("INFO", "counters in the checkpoint, not found in the network: epoch_num, loss_scale, step_num"),
+    ]
+
+
+def test_a_missing_parameter_is_not_taken_from_one_whose_name_ends_alike() -> None:
+    net = Net({"scale": ("float32", (1,)), "decoder.scale": ("float32", (1,))})
+    loaded = load_into([net], loaded_from(**{"decoder.scale": ("float32", [5.0])}))
+    assert (net.scale.asnumpy().tolist(), net.decoder_scale.asnumpy().tolist()) == ([1.0], [5.0])
+    assert set(loaded) == {"decoder.scale"}
 
 
 def test_all_wrong_shapes_are_told_at_once_with_the_advice() -> None:

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mindformers_ckpt.cli.main import cli
+from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.layout import Layout
 from mindformers_ckpt.strategy.files import write_strategy
 
@@ -55,6 +56,34 @@ def test_the_model_is_told_by_config(source: Path, tmp_path: Path) -> None:
     assert report["destination"] == str(tmp_path / "out")
     names = json.loads((tmp_path / "out" / "param_name_map.json").read_bytes())
     assert names["model.norm_out.weight"] == "ms-model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("words", "naming"),
+    [
+        (["--qkv_concat"], "legacy+qkv_concat"),
+        (["--qkv_concat", "True"], "legacy+qkv_concat"),
+        (["--qkv-concat=false"], "legacy"),
+        ([], "legacy"),
+    ],
+)
+def test_qkv_concat_stands_alone_or_with_a_value(words: list[str], naming: str, source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "weights.safetensors"
+    result = run(*words, "--model", "llama", "--input_path", source, "--output_path", output, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["naming"] == naming
+    assert ("model.layers.0.attention.w_qkv.weight" in hf.read_file(output)) is ("+" in naming)
+
+
+def test_the_settings_of_a_layout_are_recorded(tmp_path: Path) -> None:
+    tensors = hf.random_tensors(hf.mixtral_shapes(3))
+    config = hf.decoder_config(num_hidden_layers=1, num_local_experts=3, model_type="mixtral")
+    source = hf.write_folder(tmp_path / "source", tensors, config)
+    output = tmp_path / "weights.safetensors"
+    result = run("--use_gmm", "true", "--input_path", source, "--output_path", output)
+    assert result.exit_code == 0, result.output
+    assert "legacy+use_gmm names" in result.output
+    assert read_header(output).metadata["naming"] == "legacy+use_gmm"
 
 
 def test_one_pass_for_a_strategy(source: Path, tmp_path: Path) -> None:

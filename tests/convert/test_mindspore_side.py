@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from mindformers_ckpt.convert.run import Request, convert
+from mindformers_ckpt.errors import PlanError
 
 
 def converted(
@@ -131,6 +133,94 @@ def test_glm_query_key_value_stand_one_after_the_other(tmp_path: Path) -> None:
         parts = [tensors[f"model.layers.1.self_attn.{name}_proj.{kind}"] for name in "qkv"]
         fused = found[f"transformer.encoder.layers.1.self_attention.query_key_value.{kind}"]
         np.testing.assert_array_equal(fused, np.concatenate(parts))
+
+
+CHATGLM_CONFIG = {
+    "model_type": "chatglm",
+    "num_layers": 2,
+    "num_attention_heads": 4,
+    "kv_channels": 4,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "ffn_hidden_size": 6,
+}
+
+
+def glm_tensors(layout: str) -> dict[str, Any]:
+    """4 heads of 4 in 2 groups; rows of query in layer 1 are 0, 1 …, of key 100, 101 …, of value 200, 201 …"""
+    rows = {name: numbered((count,), first) for name, count, first in (("q", 16, 0), ("k", 8, 100), ("v", 8, 200))}
+    across = np.zeros((1, 8), np.float32)
+    if layout == "chatglm":
+        tensors = hf.random_tensors(hf.chatglm_shapes())
+        fused = np.concatenate(list(rows.values()))
+        name = "transformer.encoder.layers.1.self_attention.query_key_value."
+        tensors.update({f"{name}weight": fused[:, None] + across, f"{name}bias": fused})
+        return tensors
+    shapes = hf.llama_shapes(bias=True)
+    shapes = {name: shape for name, shape in shapes.items() if "gate_proj" not in name and "up_proj" not in name}
+    shapes.update({f"model.layers.{n}.mlp.gate_up_proj.weight": (12, 8) for n in range(2)})
+    tensors = hf.random_tensors(shapes)
+    for name, values in rows.items():
+        tensors[f"model.layers.1.self_attn.{name}_proj.weight"] = values[:, None] + across
+        tensors[f"model.layers.1.self_attn.{name}_proj.bias"] = values
+    return tensors
+
+
+@pytest.mark.parametrize("layout", ["chatglm", "native"])
+@pytest.mark.parametrize("rearranged", [False, True], ids=["plain", "rearranged"])
+@pytest.mark.parametrize("concat", [False, True], ids=["apart", "concat"])
+def test_glm_settings_of_query_key_value(layout: str, concat: bool, rearranged: bool, tmp_path: Path) -> None:
+    tensors = glm_tensors(layout)
+    config = CHATGLM_CONFIG if layout == "chatglm" else hf.decoder_config(model_type="glm", attention_bias=True)
+    words = {"qkv_concat": concat, "use_rearrange_rope": rearranged}
+    found = converted(tmp_path, "glm-n", tensors, config, **words)
+    query: list[int] = list(range(16))
+    key, value = list(range(100, 108)), list(range(200, 208))
+    if rearranged:
+        query = [0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15]
+        key = [100, 102, 101, 103, 104, 106, 105, 107]
+    attention = "transformer.encoder.layers.1.self_attention."
+    parts = {"query_key_value": query + key + value} if concat else {"wq": query, "wk": key, "wv": value}
+    for name, rows in parts.items():
+        assert found[f"{attention}{name}.weight"][:, 5].tolist() == rows
+        assert found[f"{attention}{name}.bias"].tolist() == rows
+    assert (f"{attention}query_key_value.weight" in found) is concat
+    back = Request("glm-n", tmp_path / "weights.ckpt", reverse=True, hf_config=tmp_path / "source", **words)
+    convert(back, tmp_path / "back")
+    hf.assert_equal(hf.read_folder(tmp_path / "back"), tensors)
+
+
+@pytest.mark.parametrize("layout", ["chatglm", "native"])
+def test_glm_gate_and_up_apart(layout: str, tmp_path: Path) -> None:
+    tensors = glm_tensors(layout)
+    config = CHATGLM_CONFIG if layout == "chatglm" else hf.decoder_config(model_type="glm", attention_bias=True)
+    found = converted(tmp_path, "glm-n", tensors, config, mlp_concat=False)
+    chatglm = "transformer.encoder.layers.1.mlp.dense_h_to_4h.weight"
+    fused = tensors[chatglm if layout == "chatglm" else "model.layers.1.mlp.gate_up_proj.weight"]
+    np.testing.assert_array_equal(found["transformer.encoder.layers.1.mlp.dense_left.weight"], fused[:6])
+    np.testing.assert_array_equal(found["transformer.encoder.layers.1.mlp.dense_right.weight"], fused[6:])
+    assert chatglm not in found
+    back = Request("glm-n", tmp_path / "weights.ckpt", reverse=True, hf_config=tmp_path / "source", mlp_concat=False)
+    convert(back, tmp_path / "back")
+    hf.assert_equal(hf.read_folder(tmp_path / "back"), tensors)
+
+
+def test_mixtral_experts_are_turned_for_grouped_multiplication(tmp_path: Path) -> None:
+    """w1 and w3 [expert, hidden, ffn], w2 [expert, ffn, hidden]."""
+    tensors = hf.random_tensors(hf.mixtral_shapes(11))
+    config = hf.decoder_config(num_hidden_layers=1, num_local_experts=11)
+    found = converted(tmp_path, "mixtral", tensors, config, use_gmm=True)
+    for name, shape in (("w1", (11, 8, 6)), ("w2", (11, 6, 8)), ("w3", (11, 8, 6))):
+        stacked = found[f"model.layers.0.feed_forward.ffn.{name}.weight"]
+        assert stacked.shape == shape
+        for expert in range(11):
+            own = tensors[f"model.layers.0.block_sparse_moe.experts.{expert}.{name}.weight"]
+            np.testing.assert_array_equal(stacked[expert], own.T)
+    back = Request("mixtral", tmp_path / "weights.ckpt", reverse=True, hf_config=tmp_path / "source")
+    with pytest.raises(PlanError, match=r"w1\.weight.* does not go with"):
+        convert(back, tmp_path / "back")
+    convert(replace(back, use_gmm=True), tmp_path / "back")
+    hf.assert_equal(hf.read_folder(tmp_path / "back"), tensors)
 
 
 def test_bloom_takes_query_key_value_of_every_head_apart(tmp_path: Path) -> None:

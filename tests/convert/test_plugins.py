@@ -124,6 +124,20 @@ def test_entry_points_of_installed_packages(monkeypatch: pytest.MonkeyPatch) -> 
     assert plugins.find_plugin("mine", False) is None
 
 
+def test_an_entry_point_does_not_take_the_name_of_a_model_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = SimpleNamespace(name="llama", value=f"{__name__}:takes_keywords")
+    monkeypatch.setattr(plugins, "_entry_points", lambda group: [point])
+    assert plugins.find_plugin("llama", False) is None
+
+
+def test_a_plugin_gets_what_was_given_and_nothing_else(plugin: Path, tmp_path: Path) -> None:
+    words = ["--qkv_concat", "False", "--is_pretrain", "false"]
+    out = tmp_path / "out.json"
+    result = run("--model", "x", "--plugin", plugin, "--reversed", "--input_path", "a", "--output_path", out, *words)
+    assert result.exit_code == 0, result.output
+    assert json.loads(out.read_bytes())[2] == {"qkv_concat": "False", "is_pretrain": "False"}
+
+
 def test_a_converter_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(plugins.convert_map, "mine", "no_such_package.convert.convert_pt_to_ms")
     result = run("--model", "mine", "--input_path", "a", "--output_path", "b")

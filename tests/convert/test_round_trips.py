@@ -92,7 +92,7 @@ def runs() -> list[Any]:
 def test_there_and_back(case: str, naming: str, suffix: str, tmp_path: Path) -> None:
     name, tensors, config = CASES[case]
     source = hf.write_folder(tmp_path / "source", tensors, config, shards=3)
-    words: dict[str, Any] = {"naming": naming.partition("+")[0], "qkv_concat": "+" in naming}
+    words: dict[str, Any] = {"naming": naming.partition("+")[0], "qkv_concat": "+" in naming or None}
     weights = tmp_path / f"weights.{suffix}"
     convert(Request(name, source, **words), weights)
     folder = source if config is not None else None

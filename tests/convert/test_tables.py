@@ -31,6 +31,13 @@ from mindformers_ckpt.errors import ConfigError
         ([rename("l.{n}.a", "l.{n}.b")], "is repeated over nothing"),
         ([join("a", "expert x", ("b.{expert}", 1, "expert x"))], "a capture of its name must be an axis of the whole"),
         ([join("a", "(expert part) x", ("b.{expert}", 1, "x"), ("c", 1, "x"))], "a capture of its name"),
+        ([rename("a", "b", when="tied x"), rename("a", "c", when="!tie !y")], "a and a can name the same"),
+        ([join("a", "part x", ("b", 1), ("c", 1), ("b", 1))], "b: its parts do not follow each other"),
+        ([join("a", "part x y", ("b", 1, "x y"), ("b", 1, "x y"))], "needs the axis 'part' and no captures"),
+        (
+            [join("a", "(part x y z)", ("b", 1, "(part z y x)"), ("b", 1, "(part y x z)"))],
+            "the axes '(part y x z)' are neither '(part z y x)' nor those of the whole",
+        ),
     ],
 )
 def test_a_table_that_cannot_be_right(table: list[Entry], said: str) -> None:
@@ -47,6 +54,7 @@ def test_all_faults_are_listed() -> None:
 
 def test_conditions_that_exclude_each_other_may_share_names() -> None:
     check_table((rename("a", "b", when="tied"), rename("a", "c", when="!tied")))
+    check_table((rename("a", "b", when="tied bias"), rename("a", "c", when="bias !tied")))
 
 
 def test_every_model_is_found_by_all_its_names() -> None:

@@ -1,0 +1,111 @@
+"""What the ranks of a job and their coordinator say to each other over TCP, and how long they have patience.
+
+Wire format: 4 bytes length, big endian, then a JSON object with a "kind":
+
+    rank -> coordinator   hello {protocol, key, size, rank, node} | gather {step, value}
+                          failed {rank, step, text} | leave
+    coordinator -> rank   welcome {rank} | refused {text, retry} | gathered {values}
+                          failed {rank, step, text}
+
+A hello counts as the arrival at the step "join", whose values are the names of the nodes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import struct
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+PROTOCOL = "mindformers_ckpt cluster 1"
+JOIN = "join"
+MAX_VALUES = 64 << 20  # bytes of all values of one step together
+MAX_MESSAGE = MAX_VALUES + (1 << 20)  # the rest: names, commas, an error's text
+GRACE = 5.0  # seconds a rank waits beyond the time-out, so that the coordinator's answer comes first
+NOTICE = 60.0  # seconds after which a silent host counts as dead, or half the time-out if that is less
+CHUNK = 1 << 16
+ADVICE = "set MINDFORMERS_CKPT_MASTER=host:port, on all ranks alike, to a free port of a node of this job"
+
+Message = dict[str, Any]
+
+
+class ProtocolError(Exception):
+    """The bytes received are not those of this protocol."""
+
+
+class Address(NamedTuple):
+    """A host, by name or number, and a TCP port."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def name_ranks(ranks: Collection[int]) -> str:
+    """Write ranks for a reader: "rank 3", "ranks 3, 8-15"."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f"rank{'s' if len(ranks) > 1 else ''} {text}"
+
+
+def encode(message: Message) -> bytes:
+    """The bytes of a message on the wire. Raises TypeError for a value that JSON does not have."""
+    body = json.dumps(message, separators=(",", ":")).encode()
+    return struct.pack(">I", len(body)) + body
+
+
+class Decoder:
+    """Cuts a stream of bytes into messages of at most `limit` bytes each."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[Message]:
+        """The messages that `data` completes. Raises ProtocolError when this cannot be our protocol."""
+        self._buffer += data
+        messages: list[Message] = []
+        while len(self._buffer) >= 4:
+            (length,) = struct.unpack_from(">I", self._buffer)
+            if length > self.limit:
+                raise ProtocolError(f"a message of {length} bytes is announced, {self.limit} are allowed")
+            if len(self._buffer) < 4 + length:
+                break
+            try:
+                message = json.loads(self._buffer[4 : 4 + length])
+            except ValueError as error:
+                raise ProtocolError(f"no JSON: {error}") from error
+            if not isinstance(message, dict):
+                raise ProtocolError("a message is no JSON object")
+            messages.append(message)
+            del self._buffer[: 4 + length]
+        return messages
+
+
+def tune(sock: socket.socket, timeout: float) -> None:
+    """Send small messages at once, and give a silent host up before the time-out does."""
+    notice = min(timeout / 2, NOTICE)
+    probe = max(1, int(notice / 4))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, probe)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, probe)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    # Keepalive is silent while sent bytes wait for their acknowledgement; this limits that state.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(notice * 1000))
+
+
+def hang_up(sock: socket.socket) -> None:
+    """Close, also where a forked child (of a data loader, say) still holds a copy of the descriptor."""
+    with contextlib.suppress(OSError):  # the other side was first
+        sock.shutdown(socket.SHUT_RDWR)
+    sock.close()
