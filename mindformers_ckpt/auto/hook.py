@@ -141,6 +141,7 @@ class CheckpointHook:
                 self._output.keep(clear_transformed=self._reslices and not transformed)
             self.cluster.barrier("done")
         self.cluster.close()
+        self._source = None  # headers of thousands of files, which the training need not carry
         if self.config.only_save_strategy:
             log.info("only_save_strategy: the strategy is in %s; stopping here", self.strategy_dir)
             raise SystemExit(0)
