@@ -8,15 +8,14 @@ target files that take a part of it. Nothing here knows of strategies.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mindformers_ckpt.box import Box, block_count, blocks, hull, offset_in
 from mindformers_ckpt.buffers import empty_bytes
 from mindformers_ckpt.formats import DType
 from mindformers_ckpt.plan import Plan, SourceFile, Transfer, View
-from mindformers_ckpt.shard_io import BLOCK_BYTES, TRANSPOSE_BYTES, FileSink, ShardReader, Sink, target_runs
+from mindformers_ckpt.shard_io import BLOCK_BYTES, TRANSPOSE_BYTES, ShardReader, Sink, target_runs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -230,37 +229,3 @@ def _new_hash() -> Any:
     import xxhash
 
     return xxhash.xxh3_128()
-
-
-def copy_tasks(
-    plan: Plan,
-    folder: Path,
-    tasks: Sequence[Task],
-    *,
-    processes: int = 1,
-    hashes: bool = False,
-    may_fork: bool = False,
-    check: Callable[[], None] = lambda: None,
-) -> Generator[Done, None, None]:
-    """Run tasks of a plan into prepared target files under `folder`, and yield each as it is done.
-
-    With more than one process, `processes - 1` workers are started and this process works as well. Workers are
-    spawned; with `may_fork` they are forked where that is safe, and start sooner.
-    The first failure stops everything, and so does closing the generator. Raises TransferError, also when a
-    worker dies; what `check` raises goes through.
-    """
-    sink = FileSink(folder, plan.targets)
-    copier = Copier(plan.sources, sink, hashes=hashes)
-    try:
-        if processes <= 1 or len(tasks) <= 1:
-            for task in tasks:
-                yield copier.run(task, check)
-        else:
-            from mindformers_ckpt.workers import copy_with_workers  # multiprocessing takes its time to import
-
-            workers = min(processes, len(tasks)) - 1
-            arguments = (plan.sources, folder, plan.targets, hashes)
-            yield from copy_with_workers(workers, arguments, tasks, copier, check, may_fork)
-    finally:
-        copier.close()
-        sink.close()

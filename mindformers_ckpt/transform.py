@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ckpt.errors import PlanError, PublishError, TransferError
-from mindformers_ckpt.execute import Done, copy_tasks, cut_into_tasks
+from mindformers_ckpt.execute import Done, cut_into_tasks
 from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.plan import Plan
 from mindformers_ckpt.publish import MANIFEST_FILE, Staging, check_free_space, read_manifests
 from mindformers_ckpt.shard_io import BLOCK_BYTES, TRANSPOSE_BYTES, FileSink
+from mindformers_ckpt.workers import copy_tasks
 
 Progress = Callable[[int, int], None]
 

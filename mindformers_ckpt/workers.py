@@ -1,4 +1,4 @@
-"""Several processes run the tasks of a plan: workers that are started for it, and the process that wants it.
+"""One process or several run the tasks of a plan: workers that are started for it, and the process that wants it.
 
 A worker that dies, or a task that fails, ends the whole work; no worker outlives the process that started it.
 """
@@ -14,7 +14,7 @@ import sys
 import threading
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -22,13 +22,45 @@ from typing import Any, Literal
 
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.execute import Copier, Done, Task
-from mindformers_ckpt.plan import SourceFile, TargetFile
+from mindformers_ckpt.plan import Plan, SourceFile, TargetFile
 from mindformers_ckpt.shard_io import FileSink
 
 _SECONDS_BETWEEN_CHECKS = 0.2
 
 
-def copy_with_workers(
+def copy_tasks(
+    plan: Plan,
+    folder: Path,
+    tasks: Sequence[Task],
+    *,
+    processes: int = 1,
+    hashes: bool = False,
+    may_fork: bool = False,
+    check: Callable[[], None] = lambda: None,
+) -> Generator[Done, None, None]:
+    """Run tasks of a plan into prepared target files under `folder`, and yield each as it is done.
+
+    With more than one process, `processes - 1` workers are started and this process works as well. Workers are
+    spawned; with `may_fork` they are forked where that is safe, and start sooner.
+    The first failure stops everything, and so does closing the generator. Raises TransferError, also when a
+    worker dies; what `check` raises goes through.
+    """
+    sink = FileSink(folder, plan.targets)
+    copier = Copier(plan.sources, sink, hashes=hashes)
+    try:
+        if processes <= 1 or len(tasks) <= 1:
+            for task in tasks:
+                yield copier.run(task, check)
+        else:
+            workers = min(processes, len(tasks)) - 1
+            arguments = (plan.sources, folder, plan.targets, hashes)
+            yield from _copy_with_workers(workers, arguments, tasks, copier, check, may_fork)
+    finally:
+        copier.close()
+        sink.close()
+
+
+def _copy_with_workers(
     workers: int,
     arguments: tuple[Any, ...],
     tasks: Sequence[Task],

@@ -25,7 +25,7 @@ from mindformers_ckpt import transform as transform_module
 from mindformers_ckpt.box import Box
 from mindformers_ckpt.checkpoint import Checkpoint
 from mindformers_ckpt.errors import CheckpointError, TransferError
-from mindformers_ckpt.execute import Done, TensorHash, copy_tasks, cut_into_tasks
+from mindformers_ckpt.execute import Done, TensorHash, cut_into_tasks
 from mindformers_ckpt.formats import TensorSpec, layout_file
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.layout import Layout
@@ -34,6 +34,7 @@ from mindformers_ckpt.shard_io import FileSink
 from mindformers_ckpt.source_files import find_source
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import Options, transform
+from mindformers_ckpt.workers import copy_tasks
 
 TYPES = ("bool", "int16", "float16", "bfloat16", "float32", "int64", "float64", "float8_e4m3fn", "complex64")
 COMPLETE = Strategy.complete()

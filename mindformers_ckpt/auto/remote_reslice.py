@@ -21,11 +21,12 @@ from mindformers_ckpt.auto.modelarts import Exchange, entries_of
 from mindformers_ckpt.auto.reslice import Reslicing, affordable, spread
 from mindformers_ckpt.auto.transfers import Entry
 from mindformers_ckpt.errors import PlanError, TransferError
-from mindformers_ckpt.execute import copy_tasks, cut_into_tasks
+from mindformers_ckpt.execute import cut_into_tasks
 from mindformers_ckpt.plan import Plan
 from mindformers_ckpt.publish import Staging, check_free_space
 from mindformers_ckpt.shard_io import FileSink
 from mindformers_ckpt.transform import check_apart
+from mindformers_ckpt.workers import copy_tasks
 
 log = logging.getLogger("mindformers_ckpt")
 

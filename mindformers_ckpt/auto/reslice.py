@@ -15,7 +15,7 @@ from mindformers_ckpt.auto.config import Config
 from mindformers_ckpt.auto.output_dir import OutputDir
 from mindformers_ckpt.checkpoint import Checkpoint
 from mindformers_ckpt.errors import PlanError
-from mindformers_ckpt.execute import Task, copy_tasks, cut_into_tasks
+from mindformers_ckpt.execute import Task, cut_into_tasks
 from mindformers_ckpt.machine import MEMORY_PER_PROCESS, free_memory, usable_cores
 from mindformers_ckpt.plan import Plan, build_plan, holds_same_slices
 from mindformers_ckpt.publish import Staging, check_free_space
@@ -24,6 +24,7 @@ from mindformers_ckpt.source_files import SUFFIXES, find_source, is_huggingface_
 from mindformers_ckpt.strategy.files import read_strategy
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import Options, check_apart, describe_result, fingerprint_of
+from mindformers_ckpt.workers import copy_tasks
 
 log = logging.getLogger("mindformers_ckpt")
 

@@ -17,7 +17,7 @@ from mindformers_ckpt.auto.reslice import affordable, digest_of, share_of, sprea
 from mindformers_ckpt.auto.shared_disk import wait_for_files
 from mindformers_ckpt.checkpoint import Checkpoint
 from mindformers_ckpt.errors import CheckpointError, ConfigError, PlanError
-from mindformers_ckpt.execute import copy_tasks, cut_into_tasks
+from mindformers_ckpt.execute import cut_into_tasks
 from mindformers_ckpt.plan import Plan, build_plan, missing_names
 from mindformers_ckpt.publish import Staging, check_free_space
 from mindformers_ckpt.shard_io import FileSink
@@ -25,6 +25,7 @@ from mindformers_ckpt.source_files import SourceFiles, find_source
 from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies, read_strategy
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import Options, check_apart, describe_result, fingerprint_of, transform
+from mindformers_ckpt.workers import copy_tasks
 
 log = logging.getLogger("mindformers_ckpt")
 
