@@ -74,6 +74,8 @@ def _copy_with_workers(
     without connections, which a forked worker would keep open. Raises TransferError, also when a worker dies;
     what `check` raises goes through.
     """
+    import numpy as np  # noqa: F401  # before a fork, that no worker has to
+
     context = multiprocessing.get_context(_start_method(may_fork))
     # No Event: it has a lock, which a killed worker might take with it.
     stop = context.RawValue(ctypes.c_bool, False)
