@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mindformers_ckpt.box import Box, block_count, blocks, hull, offset_in
+from mindformers_ckpt.box import Box, are_disjoint, block_count, blocks, hull, offset_in
 from mindformers_ckpt.buffers import empty_bytes
 from mindformers_ckpt.formats import DType
 from mindformers_ckpt.plan import Plan, SourceFile, Transfer, View
@@ -117,11 +117,14 @@ def _block_elements(transfer: Transfer) -> int:
 
 
 def _is_cut_by_rows(transfer: Transfer) -> bool:
-    """Whether sources and targets are cut along the first dimension only: all they share are single runs of both."""
-    return bool(transfer.shape) and all(
-        place.view is None and place.compute is None and place.box.shape[1:] == transfer.shape[1:]
-        for place in (*transfer.sources, *transfer.targets)
+    """Whether sources and targets are cut along the first dimension only: all they share are single runs of both.
+
+    Not where target boxes overlap without being equal, of which the common part would be read twice.
+    """
+    by_rows = bool(transfer.shape) and all(
+        place.is_plain and place.box.shape[1:] == transfer.shape[1:] for place in (*transfer.sources, *transfer.targets)
     )
+    return by_rows and are_disjoint(list({place.box for place in transfer.targets}))
 
 
 class Copier:
@@ -221,7 +224,7 @@ class Copier:
         size = math.prod(shape) * dtype.itemsize
         buffer = self._buffers.get(purpose)
         if buffer is None or len(buffer) < size:
-            buffer = self._buffers[purpose] = empty_bytes(max(size, BLOCK_BYTES + 16))
+            buffer = self._buffers[purpose] = empty_bytes(max(size, BLOCK_BYTES))
         return buffer[:size].view(dtype.carrier).reshape(shape)
 
 

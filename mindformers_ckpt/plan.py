@@ -79,6 +79,11 @@ class Place(NamedTuple):
     view: View | None = None
     compute: Compute | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the file's tensor is just the box, element for element."""
+        return self.view is None and self.compute is None
+
 
 class Transfer(NamedTuple):
     """All that happens to one tensor. The source boxes are disjoint; equal target boxes are replicas."""

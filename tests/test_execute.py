@@ -29,7 +29,7 @@ from mindformers_ckpt.execute import Done, TensorHash, cut_into_tasks
 from mindformers_ckpt.formats import TensorSpec, layout_file
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.layout import Layout
-from mindformers_ckpt.plan import Plan, build_plan
+from mindformers_ckpt.plan import Place, Plan, Transfer, build_plan
 from mindformers_ckpt.shard_io import FileSink
 from mindformers_ckpt.source_files import find_source
 from mindformers_ckpt.strategy.model import Strategy
@@ -542,6 +542,15 @@ def test_kill_9_in_the_middle(options: str, tmp_path: Path) -> None:
     transform(plan, tmp_path / "result", Options(overwrite=True))
     assert sorted(contents(tmp_path / "result")) == ["rank_0/checkpoint_0.ckpt", "rank_1/checkpoint_1.ckpt"]
     assert {path.name for path in tmp_path.iterdir()} == {"source", "result"}
+
+
+def test_boxes_that_overlap_are_read_once() -> None:
+    """As of a tied embedding that one stage holds whole and the other in rows."""
+    whole, upper, lower = Box((0, 0), (8, 4)), Box((0, 0), (4, 4)), Box((4, 0), (8, 4))
+    places = tuple(Place(file, box) for file, box in enumerate((upper, lower, lower)))
+    transfer = Transfer("w", by_name("float32"), (8, 4), (Place(0, whole),), places)
+    assert execute._is_cut_by_rows(transfer)
+    assert not execute._is_cut_by_rows(transfer._replace(targets=(*places, Place(3, whole))))
 
 
 @pytest.mark.parametrize("may_fork", [False, True])

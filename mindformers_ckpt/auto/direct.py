@@ -40,8 +40,7 @@ def read_direct(plan: Plan, check: Callable[[], None]) -> Iterator[tuple[TensorS
 
 def _is_plain(transfer: Transfer) -> bool:
     """Whether the target tensor is made of boxes of source tensors as they are, with no view or computation."""
-    straight = all(place.view is None and place.compute is None for place in transfer.sources)
-    return straight and len(transfer.targets) == 1 and transfer.targets[0].view is None
+    return len(transfer.targets) == 1 and all(place.is_plain for place in (*transfer.sources, *transfer.targets))
 
 
 def _read_plain(
