@@ -29,6 +29,7 @@ _WITHIN = {
 }
 # Rows of B and columns of A that are multiplied at a time.
 UP_TILE, DOWN_TILE = (64, 1), (1, 256)
+_STRIP_ELEMENTS = 64 << 10
 FLOATS = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -113,10 +114,19 @@ def dequantise(
     """The numbers of a part (a box of a view of the source matrix) times their blocks' factors."""
     import numpy as np
 
-    numbers = _fp8_values(task.dtype.name)[values.view(np.uint8)]
-    rows, columns = _matrix_indices(part, view_shape, task.matrix)
-    numbers *= scale[rows // task.block[0], columns // task.block[1]]
-    return _converted(numbers, target)
+    rows, columns = (index.ravel() for index in _matrix_indices(part, view_shape, task.matrix))
+    codes, table = values.view(np.uint8).reshape(len(rows), len(columns)), _fp8_values(task.dtype.name)
+    row_blocks = rows // task.block[0]  # the least one comes first, the greatest last
+    factors = scale[row_blocks[0] : row_blocks[-1] + 1].take(columns // task.block[1], axis=1)
+    result = np.empty(codes.shape, target.carrier)
+    # A strip stays in the processor's cache in all the forms that it goes through.
+    height = max(1, _STRIP_ELEMENTS // len(columns))
+    for first in range(0, len(rows), height):
+        strip = slice(first, first + height)
+        numbers = table.take(codes[strip])
+        numbers *= factors.take(row_blocks[strip] - row_blocks[0], axis=0)
+        result[strip] = _converted(numbers, target)
+    return result.reshape(values.shape)
 
 
 def factor_values(values: Array, factor: Factor, tile: tuple[int, int]) -> Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,12 +114,12 @@ class Plan:
     transfers: tuple[Transfer, ...]
     warnings: tuple[str, ...] = field(default=())
 
-    @property
+    @cached_property
     def bytes_written(self) -> int:
         """Content bytes of all target files."""
         return sum(transfer.bytes_written for transfer in self.transfers)
 
-    @property
+    @cached_property
     def bytes_read(self) -> int:
         """Content bytes that are read, each source byte once however many targets take it."""
         return sum(transfer.bytes_read for transfer in self.transfers)

@@ -188,10 +188,10 @@ def main(gb: float, repeats: int, processes: str, strategy: str, guide_python: s
     click.echo(f"{total / 1e9:.2f} GB in {len(weights)} tensors and {SHARDS} files; {machine()}")
     converted, target = folder / "llama.ckpt", folder / "target"
     subprocess.run(ours(folder / "huggingface", converted), check=True)
-    ways = our_ways(folder, processes.split(","), strategy)
-    results = run_in_turn(ways, target, repeats)
+    ways, memory = our_ways(folder, processes.split(","), strategy), total * 5 // 4
+    results = run_in_turn(ways, target, repeats, memory)
     if guide_python:
-        run_guide(results, guide_python, folder)
+        run_guide(results, guide_python, folder, memory)
     print_table(results)
     shutil.rmtree(folder)
 
@@ -211,29 +211,26 @@ def our_ways(folder: Path, processes: Sequence[str], strategy: str) -> dict[str,
     return ways
 
 
-def run_in_turn(ways: Mapping[str, list[str]], target: Path, repeats: int) -> dict[str, list[Measured]]:
-    """Run every way so often: one after the other, each round begun by another one.
-
-    A first run does not count: a virtual machine may have to get its memory from the host then.
-    """
+def run_in_turn(ways: Mapping[str, list[str]], target: Path, repeats: int, memory: int) -> dict[str, list[Measured]]:
+    """Run every way so often: one after the other, each round begun by another one."""
     results: dict[str, list[Measured]] = {way: [] for way in ways}
     order = list(ways)
-    for way in [order[-1], *(way for number in range(repeats) for way in order[number:] + order[:number])]:
-        target.mkdir()
-        results[way].append(measure(ways[way]))
-        shutil.rmtree(target)
-    results[order[-1]].pop(0)
+    for number in range(repeats):
+        for way in order[number:] + order[:number]:
+            target.mkdir()
+            results[way].append(measure(ways[way], memory))
+            shutil.rmtree(target)
     return results
 
 
-def run_guide(results: dict[str, list[Measured]], python: str, folder: Path) -> None:
+def run_guide(results: dict[str, list[Measured]], python: str, folder: Path, memory: int) -> None:
     """Run the guide's way once in each direction. Raises RuntimeError when its tensors are not those of ours."""
     made = folder / "guide.ckpt"
-    results["guide, to MindSpore"] = [measure(guide(python, folder / "huggingface", made, back=False))]
+    results["guide, to MindSpore"] = [measure(guide(python, folder / "huggingface", made, back=False), memory)]
     wrong = list(different(made, folder / "llama.ckpt"))
     if wrong:
         raise RuntimeError(f"the guide's file is not ours: {wrong[:5]}")
-    results["guide, to Hugging Face"] = [measure(guide(python, made, folder / "guide.bin", back=True))]
+    results["guide, to Hugging Face"] = [measure(guide(python, made, folder / "guide.bin", back=True), memory)]
 
 
 def print_table(results: Mapping[str, Sequence[Measured]]) -> None:

@@ -20,12 +20,15 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+if TYPE_CHECKING:
+    from mindformers_ckpt.auto.cluster import Cluster
+
 sys.path.insert(0, str(Path(__file__).parent))
-from bench_transform import ours, shapes, specs, strategy_argument, write_complete, write_strategies
+from bench_transform import ours, shapes, specs, strategy_argument, take_memory, write_complete, write_strategies
 
 RANKS = 4
 WAYS = {"MindSpore": {}, "hook, saved": {"auto_trans_save": True}, "hook, direct": {"auto_trans_save": False}}
@@ -54,7 +57,7 @@ def run_rank(way: str, folder: Path) -> None:
     strategy = folder / "strategy" / "mp4" / rank_file_name(0)
     if way == "MindSpore":
         cluster = Cluster.from_environment(600)
-        cluster.barrier("start")
+        _start_together(cluster, folder)
         before, peak = _watch_memory()
         started, cpu = time.perf_counter(), _cpu_seconds()
         if rank == 0:
@@ -83,13 +86,20 @@ def run_rank(way: str, folder: Path) -> None:
         hook = CheckpointHook(config)
         hook.prepare()
         shutil.copy(strategy, hook.strategy_dir / rank_file_name(rank))
-        hook.cluster.barrier("start")
+        _start_together(hook.cluster, folder)
         before, peak = _watch_memory()
         started, cpu = time.perf_counter(), _cpu_seconds()
         hook.load(network)
         seconds, cpu = time.perf_counter() - started, _cpu_seconds() - cpu
     own = sum(parameter.nbytes for parameter in network.get_parameters())
     print(json.dumps({"seconds": seconds, "cpu": cpu, "private": max(peak) - before, "own": own}), flush=True)
+
+
+def _start_together(cluster: Cluster, folder: Path) -> None:
+    """Wait for all ranks, with memory for their weights and for files of these at hand."""
+    if cluster.rank == 0:
+        take_memory(2 * sum(path.stat().st_size for path in (folder / "target").rglob("*.ckpt")))
+    cluster.barrier("start")
 
 
 def _cpu_seconds() -> float:

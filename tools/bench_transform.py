@@ -148,9 +148,23 @@ def strategy_argument(folder: Path, strategy: str) -> str:
     return str(folder / strategy / ("merged.ckpt" if STRATEGIES[strategy]["pp"] > 1 else rank_file_name(0)))
 
 
-def measure(command: list[str]) -> Measured:
-    """Run a command to its end and watch its processes. Raises RuntimeError when it fails."""
+def take_memory(wanted: int) -> None:
+    """Have free memory touched, just before something is measured that will need so many bytes.
+
+    Many virtual machines hand free memory back to their host, and get it anew page by page when it is touched:
+    then the same copy takes three times as long, after a pause of a few seconds.
+    """
+    free = int(min(wanted, 0.9 * psutil.virtual_memory().free))
+    subprocess.run([sys.executable, "-c", f"b'.' * {free}"], check=True)
+
+
+def measure(command: list[str], memory: int) -> Measured:
+    """Run a command to its end and watch its processes; `memory` is for `take_memory`.
+
+    Raises RuntimeError when it fails.
+    """
     os.sync()
+    take_memory(memory)
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peak = largest = 0
@@ -288,18 +302,19 @@ def one_direction(
     results: dict[str, list[Measured]] = {}
     subprocess.run(ours(source, src, copy, dst, "--format", format), check=True)
     evict(complete)
+    commands = {way: ours(source, src, target, dst, "--format", format, *words) for way, words in ways.items()}
+    commands["cp -r"] = ["cp", "-r", str(copy), str(target)]
+    memory = sum(path.stat().st_size for path in copy.rglob("*.*")) * 5 // 4
     for _ in range(repeats):
-        for way, arguments in ways.items():
-            results.setdefault(way, []).append(measure(ours(source, src, target, dst, "--format", format, *arguments)))
+        for way, command in commands.items():
+            results.setdefault(way, []).append(measure(command, memory))
             shutil.rmtree(target)
-        results.setdefault("cp -r", []).append(measure(["cp", "-r", str(copy), str(target)]))
-        shutil.rmtree(target)
     if with_incumbent:
         evict(copy)  # MindSpore compares a file with the memory that holds nothing, and a page cache is something
         count = 1 if dst == "None" else int(np.prod(list(STRATEGIES[target_name].values())))
         for way, how in {"MindSpore": "all", **({"MindSpore by rank": count} if format == "ckpt" else {})}.items():
             try:
-                results[way] = [measure(incumbent(source, src, target, dst, how, format))]
+                results[way] = [measure(incumbent(source, src, target, dst, how, format), memory)]
             except RuntimeError as error:
                 click.echo(f"{direction:<18} {format:<12} {way:<18} refused: {str(error).splitlines()[-1][:200]}")
             shutil.rmtree(target, ignore_errors=True)

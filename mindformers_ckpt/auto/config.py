@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
@@ -20,6 +20,8 @@ from mindformers_ckpt.errors import ConfigError, describe_problems
 RUN_MODES = ("train", "finetune", "predict", "eval")
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0", "")
 _STEP_FILE = re.compile(r"-\d+_\d+$|\.(ckpt|safetensors)$")
+# Settings of MindFormers' networks by which the same weights lie otherwise in their parameters.
+_LAYOUT_KEYS = ("qkv_concat", "mlp_concat", "use_rearrange_rope", "use_gmm")
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
@@ -46,6 +48,8 @@ class Config:
         remote_save_url: obs:// or s3:// folder through which nodes without a shared disk exchange strategies
             and weights; "" for none.
         npu_num_per_node: ranks of such a node.
+        layout_settings: what the yaml says of its network under `model.model_config` or `moe_config`: qkv_concat,
+            mlp_concat, use_rearrange_rope, use_gmm. Hugging Face weights are converted for these.
     """
 
     load_checkpoint: str = ""
@@ -63,23 +67,24 @@ class Config:
     transform_timeout: float = 7200.0
     remote_save_url: str = ""
     npu_num_per_node: int = 8
+    layout_settings: tuple[tuple[str, bool], ...] = ()
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Config:
         """Take the hook's keys out of a training configuration. Raises ConfigError listing all faults."""
         chosen: dict[str, Any] = {}
         problems = []
-        for field in fields(cls):
-            if field.name not in values or values[field.name] is None:
+        for key, parse in _PARSERS.items():
+            if values.get(key) is None:
                 continue
             try:
-                chosen[field.name] = _PARSERS[field.name](_expanded(values[field.name]))
+                chosen[key] = parse(_expanded(values[key]))
             except ValueError as error:
-                problems.append(f"{field.name}: {error}")
+                problems.append(f"{key}: {error}")
         problems += misspelt(values)
         if problems:
             raise ConfigError(describe_problems("the checkpoint keys of the configuration are wrong", problems))
-        return cls(**chosen)
+        return cls(**chosen, layout_settings=_layout_settings(values))
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Config:
@@ -118,6 +123,19 @@ class Config:
     def step_file(self) -> str | None:
         """The file name to resume from, where resume_training names one."""
         return self.resume_training if isinstance(self.resume_training, str) else None
+
+
+def _layout_settings(values: Mapping[str, Any]) -> tuple[tuple[str, bool], ...]:
+    """The settings of the network in a MindFormers configuration; what a network does not have is not there."""
+
+    def inside(mapping: Any, key: str) -> Any:
+        return mapping.get(key) if isinstance(mapping, Mapping) else None
+
+    network = inside(values.get("model"), "model_config")
+    found: dict[str, bool] = {}
+    for section in (values.get("moe_config"), inside(network, "moe_config"), network):
+        found |= {key: value for key in _LAYOUT_KEYS if isinstance(value := inside(section, key), bool)}
+    return tuple(sorted(found.items()))
 
 
 def parse_bool(value: Any) -> bool:
@@ -222,15 +240,15 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "remote_save_url": _parse_url,
     "npu_num_per_node": _parse_positive,
 }
+KEYS = tuple(_PARSERS)
 
 
 def misspelt(values: Mapping[str, Any]) -> list[str]:
     """Keys that look like ours but are not: a typing error would silently switch the hook off."""
-    ours = list(_PARSERS)
     problems = []
     for key in values:
-        if isinstance(key, str) and key not in _PARSERS and ("ckpt" in key or key.startswith(("transform_", "src_"))):
-            close = difflib.get_close_matches(key, ours, n=1, cutoff=0.85)
+        if isinstance(key, str) and key not in KEYS and ("ckpt" in key or key.startswith(("transform_", "src_"))):
+            close = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.85)
             if close and close[0] not in values:
                 problems.append(f"{key}: did you mean {close[0]}?")
     return problems

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 
-from mindformers_ckpt.auto.config import Config, misspelt
+from mindformers_ckpt.auto.config import KEYS, Config, misspelt
 from mindformers_ckpt.errors import ConfigError, describe_problems
 
 log = logging.getLogger("mindformers_ckpt")
@@ -22,7 +21,7 @@ def from_command_line(argv: Sequence[str] | None = None) -> dict[str, str]:
     words = list(sys.argv[1:] if argv is None else argv)
     if "--" in words:
         words = words[: words.index("--")]
-    switches = {field.name: isinstance(field.default, bool) for field in fields(Config)}
+    switches = {key: isinstance(getattr(Config, key), bool) for key in KEYS}
     found: dict[str, str] = {}
     others: dict[str, str] = {}
     problems = []

@@ -157,10 +157,11 @@ class Reslicing:
 
     def _plan_conversion(self, ranks: Sequence[int] | None, format: str) -> Plan:
         """Convert and re-slice Hugging Face weights in one pass, to the names that the job's strategy has."""
-        from mindformers_ckpt.convert.run import Request, plan_ranks
+        from mindformers_ckpt.convert.run import Request, plan_ranks, with_settings
 
         is_mcore = any(name.startswith(("decoder.", "embedding.")) for name in self.target.names())
         request = Request(None, Path(self.config.load_checkpoint), naming="mcore" if is_mcore else None)
+        request = with_settings(request, dict(self.config.layout_settings))
         return plan_ranks(request, self.target, ranks=ranks, format=format)
 
     def _leaders(self) -> list[int]:

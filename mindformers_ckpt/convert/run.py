@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from mindformers_ckpt.convert.weights import (
     huggingface_files,
     mindspore_files,
     read_weights,
+    recorded_naming,
 )
 from mindformers_ckpt.errors import ConfigError, PlanError, describe_problems
 from mindformers_ckpt.formats.dtypes import by_name
@@ -112,12 +113,18 @@ def prepare(request: Request) -> Prepared:
     """Read headers and plan all tensors. Raises ConfigError, FormatError and PlanError; nothing is written."""
     path = Path(os.path.abspath(request.input_path))
     files = mindspore_files(path) if request.reverse else huggingface_files(path)
+    recorded = recorded_naming(path, files) if request.reverse else None
+    if recorded is not None:
+        request = _as_recorded(request, recorded)
     folder = config_folder(path if path.is_dir() else path.parent, request.hf_config)
     options = {"n_head": request.n_head, "hidden_size": request.hidden_size, "layers": request.layers}
     config = read_config(folder).with_options(options)
     model = _model(request, config)
     as_setting = "qkv_concat" in model.options
     naming = model.naming(request.naming, bool(request.qkv_concat) and not as_setting)
+    layout = _layout_name(naming, model, request)
+    if recorded not in (None, layout):
+        raise ConfigError(f"{path} says that its names and layout are {recorded}, the options say {layout}")
     origin: Side = "ms" if request.reverse else "hf"
     source = read_weights(path, files, model.canonical.get(origin, str))
     config, warnings = _completed(model, request, config, source)
@@ -133,7 +140,7 @@ def prepare(request: Request) -> Prepared:
     )
     _check_copies(conversion.copies)
     conversion = replace(conversion, warnings=(*warnings, *conversion.warnings))
-    return Prepared(request, model, _layout_name(naming, model, request), config, folder, conversion)
+    return Prepared(request, model, layout, config, folder, conversion)
 
 
 def convert(
@@ -177,6 +184,16 @@ def convert(
         time.monotonic() - started,
         plan.warnings,
     )
+
+
+def with_settings(request: Request, settings: Mapping[str, bool]) -> Request:
+    """The request with those of a network's settings that its model has. Raises ConfigError for unknown models."""
+    path = Path(os.path.abspath(request.input_path))
+    model = _model(request, read_config(config_folder(path if path.is_dir() else path.parent, request.hf_config)))
+    has_fused_names = any(naming.endswith("+qkv_concat") for naming in model.namings)
+    known = {*model.options, *(("qkv_concat",) if has_fused_names else ())}
+    own: dict[str, Any] = {key: value for key, value in settings.items() if key in known}
+    return replace(request, model=model.name, **own)
 
 
 def plan_ranks(
@@ -270,6 +287,16 @@ def _completed(
     if request.reverse:
         warnings.append("the result has no config.json, which from_pretrained needs; give its folder with --hf_config")
     return ModelConfig({**counted, **values}), tuple(warnings)
+
+
+def _as_recorded(request: Request, recorded: str) -> Request:
+    """The request, with what a source says of its own layout where no option says it: "legacy+use_gmm"."""
+    naming, *settings = recorded.split("+")
+    values: dict[str, Any] = {"naming": naming}
+    for option in _LAYOUTS:
+        if option in settings or f"no_{option}" in settings:
+            values[option] = option in settings
+    return replace(request, **{key: value for key, value in values.items() if getattr(request, key) is None})
 
 
 def _layout_name(naming: str, model: Model, request: Request) -> str:

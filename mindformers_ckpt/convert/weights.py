@@ -7,11 +7,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mindformers_ckpt.convert.config import CONFIG_FILE
 from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
 from mindformers_ckpt.formats import TensorSpec, read_header
+from mindformers_ckpt.publish import MANIFEST_FILE, read_manifests
 from mindformers_ckpt.source_files import find_source
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -130,6 +131,17 @@ def mindspore_files(path: Path) -> list[Path]:
             "--src-checkpoint … --src-strategy … --dst-checkpoint-dir …"
         )
     return list(next(iter(source.by_rank.values())))
+
+
+def recorded_naming(root: Path, files: Sequence[Path]) -> str | None:
+    """What a conversion wrote of the naming of MindSpore files: in a .safetensors file, or a folder's manifest."""
+    record: Mapping[str, Any] = {}
+    if files[0].suffix == ".safetensors":
+        record = read_header(files[0]).metadata
+    elif root.is_dir():
+        record = read_manifests(root).get(MANIFEST_FILE, {})
+    naming = record.get("naming") if "model" in record else None
+    return naming if isinstance(naming, str) else None
 
 
 def config_folder(weights: Path, given: Path | None) -> Path | None:

@@ -198,6 +198,17 @@ def deepseek_tensors(*, mtp: bool = True, dtype: Any = np.float32) -> dict[str, 
     return tensors
 
 
+CHATGLM_CONFIG = {
+    "model_type": "chatglm",
+    "num_layers": 2,
+    "num_attention_heads": 4,
+    "kv_channels": 4,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "ffn_hidden_size": 6,
+}
+
+
 def chatglm_shapes() -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"transformer.embedding.word_embeddings.weight": (VOCABULARY, HIDDEN)}
     for n in range(LAYERS):

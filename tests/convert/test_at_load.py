@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import huggingface as hf
 import numpy as np
@@ -71,3 +73,43 @@ def test_what_is_a_huggingface_folder(model: Path, tmp_path: Path) -> None:
     (model / "config.json").write_text("{}")
     assert not is_huggingface_folder(model)
     assert not is_huggingface_folder(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("yaml", "words"),
+    [
+        ({"model": {"model_config": {"use_rearrange_rope": True, "type": "ChatGLM2Config"}}}, "use_rearrange_rope"),
+        ({"model": {"model_config": {"mlp_concat": False, "use_gmm": True}}}, "mlp_concat"),
+    ],
+)
+def test_the_settings_of_the_network_in_the_yaml(yaml: dict[str, Any], words: str, tmp_path: Path) -> None:
+    """A setting that the model does not have (use_gmm) is left aside."""
+    value = yaml["model"]["model_config"][words]
+    model = hf.write_folder(tmp_path / "glm", hf.random_tensors(hf.chatglm_shapes()), hf.CHATGLM_CONFIG)
+    made = job_makes(model, tmp_path, yaml, Request(None, model, **{words: value}))
+    assert made != job_makes(model, tmp_path, {}, Request(None, model))
+
+
+def test_fused_names_and_turned_experts_from_the_yaml(model: Path, tmp_path: Path) -> None:
+    fused = {"model": {"model_config": {"qkv_concat": True}}}
+    made = job_makes(model, tmp_path, fused, Request(None, model, qkv_concat=True))
+    assert any("w_qkv" in name for name in made)
+    config = hf.decoder_config(model_type="mixtral", num_hidden_layers=1, num_local_experts=4)
+    experts = hf.write_folder(tmp_path / "mixtral", hf.random_tensors(hf.mixtral_shapes(4)), config)
+    for yaml in ({"moe_config": {"use_gmm": True}}, {"model": {"model_config": {"moe_config": {"use_gmm": True}}}}):
+        job_makes(experts, tmp_path, yaml, Request(None, experts, use_gmm=True))
+
+
+def job_makes(model: Path, tmp_path: Path, yaml: dict[str, Any], request: Request) -> dict[str, bytes]:
+    """The tensors that a job with this yaml loads; they must be those of the command."""
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    convert(request, folder / "complete.ckpt")
+    expected = hf.read_file(folder / "complete.ckpt")
+    layouts = {name: Layout.on({"mp": 1}, *[None] * array.ndim) for name, array in expected.items()}
+    target = Strategy.of_stages((layouts,), "one")
+    config = Config.from_mapping({**yaml, "load_checkpoint": str(model), "auto_trans_ckpt": True})
+    plan = Reslicing(config, Cluster(0, 1, ("here",), 10, None), OutputDir(folder), target).own_plan()
+    assert plan is not None
+    found = {spec.name: content.tobytes() for spec, content in read_direct(plan, lambda: None)}
+    assert found == {name: np.ascontiguousarray(array).tobytes() for name, array in expected.items()}
+    return found

@@ -75,15 +75,24 @@ def test_qkv_concat_stands_alone_or_with_a_value(words: list[str], naming: str, 
     assert ("model.layers.0.attention.w_qkv.weight" in hf.read_file(output)) is ("+" in naming)
 
 
-def test_the_settings_of_a_layout_are_recorded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("output", ["weights.safetensors", "folder"])
+def test_the_settings_of_a_layout_are_recorded_and_known_on_the_way_back(output: str, tmp_path: Path) -> None:
     tensors = hf.random_tensors(hf.mixtral_shapes(3))
     config = hf.decoder_config(num_hidden_layers=1, num_local_experts=3, model_type="mixtral")
     source = hf.write_folder(tmp_path / "source", tensors, config)
-    output = tmp_path / "weights.safetensors"
-    result = run("--use_gmm", "true", "--input_path", source, "--output_path", output)
+    made, back = tmp_path / output, tmp_path / "back"
+    result = run("--use_gmm", "true", "--input_path", source, "--output_path", made)
     assert result.exit_code == 0, result.output
     assert "legacy+use_gmm names" in result.output
-    assert read_header(output).metadata["naming"] == "legacy+use_gmm"
+    if made.is_file():
+        assert read_header(made).metadata["naming"] == "legacy+use_gmm"
+    reversed_ = ("--reversed", "--input_path", made, "--output_path", back, "--hf_config", source)
+    result = run(*reversed_, "--use_gmm", "false")
+    assert result.exit_code == 1
+    assert f"{made} says that its names and layout are legacy+use_gmm, the options say legacy\n" in result.output
+    result = run(*reversed_)
+    assert result.exit_code == 0, result.output
+    hf.assert_equal(hf.read_folder(back), tensors)
 
 
 def test_one_pass_for_a_strategy(source: Path, tmp_path: Path) -> None:

@@ -135,17 +135,6 @@ def test_glm_query_key_value_stand_one_after_the_other(tmp_path: Path) -> None:
         np.testing.assert_array_equal(fused, np.concatenate(parts))
 
 
-CHATGLM_CONFIG = {
-    "model_type": "chatglm",
-    "num_layers": 2,
-    "num_attention_heads": 4,
-    "kv_channels": 4,
-    "multi_query_attention": True,
-    "multi_query_group_num": 2,
-    "ffn_hidden_size": 6,
-}
-
-
 def glm_tensors(layout: str) -> dict[str, Any]:
     """4 heads of 4 in 2 groups; rows of query in layer 1 are 0, 1 …, of key 100, 101 …, of value 200, 201 …"""
     rows = {name: numbered((count,), first) for name, count, first in (("q", 16, 0), ("k", 8, 100), ("v", 8, 200))}
@@ -171,7 +160,7 @@ def glm_tensors(layout: str) -> dict[str, Any]:
 @pytest.mark.parametrize("concat", [False, True], ids=["apart", "concat"])
 def test_glm_settings_of_query_key_value(layout: str, concat: bool, rearranged: bool, tmp_path: Path) -> None:
     tensors = glm_tensors(layout)
-    config = CHATGLM_CONFIG if layout == "chatglm" else hf.decoder_config(model_type="glm", attention_bias=True)
+    config = hf.CHATGLM_CONFIG if layout == "chatglm" else hf.decoder_config(model_type="glm", attention_bias=True)
     words = {"qkv_concat": concat, "use_rearrange_rope": rearranged}
     found = converted(tmp_path, "glm-n", tensors, config, **words)
     query: list[int] = list(range(16))
@@ -193,7 +182,7 @@ def test_glm_settings_of_query_key_value(layout: str, concat: bool, rearranged: 
 @pytest.mark.parametrize("layout", ["chatglm", "native"])
 def test_glm_gate_and_up_apart(layout: str, tmp_path: Path) -> None:
     tensors = glm_tensors(layout)
-    config = CHATGLM_CONFIG if layout == "chatglm" else hf.decoder_config(model_type="glm", attention_bias=True)
+    config = hf.CHATGLM_CONFIG if layout == "chatglm" else hf.decoder_config(model_type="glm", attention_bias=True)
     found = converted(tmp_path, "glm-n", tensors, config, mlp_concat=False)
     chatglm = "transformer.encoder.layers.1.mlp.dense_h_to_4h.weight"
     fused = tensors[chatglm if layout == "chatglm" else "model.layers.1.mlp.gate_up_proj.weight"]
