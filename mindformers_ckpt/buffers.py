@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-_ALIGNMENT = 64
+# Bytes; of the beginnings of memory that files are read into.
+ALIGNMENT = 64
 
 
 def empty_bytes(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -19,6 +20,6 @@ def empty_bytes(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """
     import numpy as np
 
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.__array_interface__["data"][0] % _ALIGNMENT
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.__array_interface__["data"][0] % ALIGNMENT
     return memory[start : start + size]

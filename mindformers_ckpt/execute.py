@@ -7,15 +7,16 @@ target files that take a part of it. Nothing here knows of strategies.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mindformers_ckpt.box import Box, are_disjoint, block_count, blocks, hull, offset_in
-from mindformers_ckpt.buffers import empty_bytes
+from mindformers_ckpt.buffers import ALIGNMENT, empty_bytes
 from mindformers_ckpt.formats import DType
-from mindformers_ckpt.plan import Plan, SourceFile, Transfer, View
-from mindformers_ckpt.shard_io import BLOCK_BYTES, TRANSPOSE_BYTES, ShardReader, Sink, target_runs
+from mindformers_ckpt.plan import Place, Plan, SourceFile, Transfer, View
+from mindformers_ckpt.shard_io import BLOCK_BYTES, PIECE_BYTES, TRANSPOSE_BYTES, ShardReader, Sink, target_runs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -127,6 +128,32 @@ def _is_cut_by_rows(transfer: Transfer) -> bool:
     return by_rows and are_disjoint(list({place.box for place in transfer.targets}))
 
 
+class _Meeting(NamedTuple):
+    """What a source holds of a target's box, and the files that take it."""
+
+    box: Box
+    files: Sequence[int]
+    place: Place
+    common: Box
+
+
+def _row_meetings(transfer: Transfer, takers: Mapping[tuple[Box, View | None], Sequence[int]]) -> list[_Meeting]:
+    """Which sources a target that is cut by rows takes from; in one pass over both, however many ranks there are."""
+    sources = sorted(transfer.sources, key=lambda place: place.box.start[0])
+    found = []
+    number = 0
+    for (box, _), files in sorted(takers.items(), key=lambda taker: taker[0][0].start[0]):
+        while number < len(sources) and sources[number].box.stop[0] <= box.start[0]:
+            number += 1
+        for place in itertools.islice(sources, number, None):
+            if place.box.start[0] >= box.stop[0]:
+                break
+            common = place.box.intersect(box)
+            if common is not None:
+                found.append(_Meeting(box, files, place, common))
+    return found
+
+
 class Copier:
     """Copies slices of transfers from source shards to a sink. Holds the buffers and the open files."""
 
@@ -155,7 +182,7 @@ class Copier:
         digests: dict[tuple[Box, View | None], Any] = {}
         if self._hashes:
             digests = {taker: _new_hash() for taker in takers if taker[1] is None}
-        straight = not self._hashes and _is_cut_by_rows(transfer)
+        meetings = _row_meetings(transfer, takers) if not self._hashes and _is_cut_by_rows(transfer) else None
         wanted, limit = _wanted(transfer), _block_elements(transfer)
         for number, block in enumerate(blocks(wanted, limit)):
             if number < piece.first:
@@ -163,8 +190,8 @@ class Copier:
             if number >= piece.first + piece.blocks:
                 break
             check()
-            if straight:
-                self._copy_rows(transfer, block, takers)
+            if meetings is not None:
+                self._copy_rows(transfer, block, meetings)
             else:
                 self._copy_block(transfer, block, takers, digests)
         return [
@@ -173,21 +200,18 @@ class Copier:
             for file in takers[taker]
         ]
 
-    def _copy_rows(self, transfer: Transfer, block: Box, takers: dict[tuple[Box, View | None], list[int]]) -> None:
+    def _copy_rows(self, transfer: Transfer, block: Box, meetings: Sequence[_Meeting]) -> None:
         """Copy what each target takes of each source as one run, in pieces small enough to stay in a core's cache."""
-        for (box, _), files in takers.items():
-            wanted = box.intersect(block)
-            if wanted is None:
+        for box, files, place, common in meetings:
+            part = common.intersect(block)
+            if part is None:
                 continue
-            for place in transfer.sources:
-                part = place.box.intersect(wanted)
-                if part is None:
-                    continue
-                position = offset_in(part, box) * transfer.dtype.itemsize
-                for piece in self._reader.stream(place, transfer.name, transfer.dtype, part):
-                    for file in files:
-                        self._sink.write(file, transfer.name, position, piece)
-                    position += len(piece)
+            position = offset_in(part, box) * transfer.dtype.itemsize
+            lead = PIECE_BYTES - self._sink.offset(files[0], transfer.name, position) % PIECE_BYTES
+            for piece in self._reader.stream(place, transfer.name, transfer.dtype, part, lead):
+                for file in files:
+                    self._sink.write(file, transfer.name, position, piece)
+                position += len(piece)
 
     def _copy_block(
         self,
@@ -197,21 +221,12 @@ class Copier:
         digests: dict[tuple[Box, View | None], Any],
     ) -> None:
         dtype = transfer.dtype
-        array = self._array("block", dtype, block.shape)
-        for place in transfer.sources:
-            part = place.box.intersect(block)
-            if part is not None:
-                self._reader.read(place, transfer.name, dtype, part, array[part.relative_to(block).slices()])
+        held = self._read_parts(transfer, block)
         for (box, view), files in takers.items():
             part = box.intersect(block)
             if part is None:
                 continue
-            content = array[part.relative_to(block).slices()]
-            if not content.flags.c_contiguous:
-                gathered = self._array("gathered", dtype, part.shape)
-                gathered[...] = content
-                content = gathered
-            data = content.reshape(-1).view("u1").data
+            data = self._gathered(part, held, dtype).reshape(-1).view("u1").data
             if (box, view) in digests:
                 digests[box, view].update(data)
             for start, count in target_runs(view, offset_in(part, box), part.volume):
@@ -219,13 +234,43 @@ class Copier:
                 for file in files:
                     self._sink.write(file, transfer.name, start * dtype.itemsize, piece)
 
-    def _array(self, purpose: str, dtype: DType, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[Any]]:
-        """An array in a buffer that is used again and again: fresh memory would cost a page fault every 4 KiB."""
-        size = math.prod(shape) * dtype.itemsize
+    def _read_parts(self, transfer: Transfer, block: Box) -> list[tuple[Box, np.ndarray[Any, np.dtype[Any]]]]:
+        """What the sources hold of a block, each part contiguous in memory."""
+        common = [(place, place.box.intersect(block)) for place in transfer.sources]
+        parts = [(place, part) for place, part in common if part is not None]
+        arrays = self._arrays("read", transfer.dtype, [part.shape for _, part in parts])
+        for (place, part), array in zip(parts, arrays):
+            self._reader.read(place, transfer.name, transfer.dtype, part, array)
+        return [(part, array) for (_, part), array in zip(parts, arrays)]
+
+    def _gathered(
+        self, part: Box, held: Sequence[tuple[Box, np.ndarray[Any, np.dtype[Any]]]], dtype: DType
+    ) -> np.ndarray[Any, np.dtype[Any]]:
+        """The elements of a part, contiguous: where they were read, if they are so there."""
+        pieces = [(box, common, array) for box, array in held if (common := box.intersect(part)) is not None]
+        if len(pieces) == 1:
+            ((box, common, array),) = pieces
+            content: np.ndarray[Any, np.dtype[Any]] = array[common.relative_to(box).slices()]
+            if content.flags.c_contiguous:
+                return content
+        (gathered,) = self._arrays("gathered", dtype, [part.shape])
+        for box, common, array in pieces:
+            gathered[common.relative_to(part).slices()] = array[common.relative_to(box).slices()]
+        return gathered
+
+    def _arrays(
+        self, purpose: str, dtype: DType, shapes: Sequence[tuple[int, ...]]
+    ) -> list[np.ndarray[Any, np.dtype[Any]]]:
+        """Arrays in a buffer that is used again and again: fresh memory would cost a page fault every 4 KiB."""
+        sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
+        starts = list(itertools.accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
         buffer = self._buffers.get(purpose)
-        if buffer is None or len(buffer) < size:
-            buffer = self._buffers[purpose] = empty_bytes(max(size, BLOCK_BYTES))
-        return buffer[:size].view(dtype.carrier).reshape(shape)
+        if buffer is None or len(buffer) < starts[-1]:
+            buffer = self._buffers[purpose] = empty_bytes(max(starts[-1], BLOCK_BYTES))
+        return [
+            buffer[start : start + size].view(dtype.carrier).reshape(shape)
+            for start, size, shape in zip(starts, sizes, shapes)
+        ]
 
 
 def _new_hash() -> Any:

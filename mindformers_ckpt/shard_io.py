@@ -42,8 +42,9 @@ if TYPE_CHECKING:
 
 # Large enough to make the parts of eight targets long runs, small enough to stay in the processor's cache.
 BLOCK_BYTES = 8 << 20
-# A run that is passed on as it is. It stays in the cache of one core (1 MiB) between the read and the write.
-PIECE_BYTES = 1 << 20
+# A run that is passed on as it is. It stays in the cache of one core between the read and the write, which begins at
+# a multiple of this: the system can then take one large piece of memory for it.
+PIECE_BYTES = 512 << 10
 TRANSPOSE_BYTES = 64 << 20
 # Shorter runs of a shard are read together with what lies between them, longer ones by themselves.
 _RUN_BYTES = 16 << 10
@@ -118,17 +119,21 @@ class ShardReader:
         else:
             self._read_part(path, segments, dtype, part, outer, out)
 
-    def stream(self, place: Place, name: str, dtype: DType, part: Box) -> Iterator[memoryview]:
-        """The bytes of a part that is a single run of its shard, piece by piece; each is gone when the next comes."""
+    def stream(self, place: Place, name: str, dtype: DType, part: Box, lead: int) -> Iterator[memoryview]:
+        """The bytes of a part that is a single run of its shard, piece by piece; each is gone when the next comes.
+
+        The first piece has `lead` bytes, the others PIECE_BYTES, and the last one what is left.
+        """
         segments, path = self._segments(place, place.tensor or name, dtype), self._files[place.file].path
         start = offset_in(part, place.box) * dtype.itemsize
         stop = start + part.volume * dtype.itemsize
         if self._piece is None:
             self._piece = empty_bytes(PIECE_BYTES).data
-        for first in range(start, stop, PIECE_BYTES):
-            piece = self._piece[: min(PIECE_BYTES, stop - first)]
-            self._read_bytes(path, segments, first, piece)
+        while start < stop:
+            piece = self._piece[: min(lead, stop - start)]
+            self._read_bytes(path, segments, start, piece)
             yield piece
+            start, lead = start + len(piece), PIECE_BYTES
 
     def _read_computed(self, place: Place, name: str, dtype: DType, part: Box, out: Array) -> None:
         """Read elements of another type, and compute those of `dtype` from them."""
@@ -280,6 +285,9 @@ class Sink(Protocol):
     def write(self, file: int, name: str, start: int, data: memoryview) -> None:
         """Put bytes at `start` of the content of a tensor of a target file (an index into the plan's list)."""
 
+    def offset(self, file: int, name: str, start: int) -> int:
+        """Where in the file, or in memory, byte `start` of a tensor lies."""
+
 
 class FileSink:
     """Writes target files under a folder. `prepare` makes them; then any process may fill in contents.
@@ -332,6 +340,9 @@ class FileSink:
                 offset += count
                 piece = piece[count:]
 
+    def offset(self, file: int, name: str, start: int) -> int:
+        return next(file_ranges(self.layout(file).tensors[name].segments, start, 1))[0]
+
     def close(self) -> None:
         self._descriptors.close()
 
@@ -344,6 +355,9 @@ class ArraySink:
 
     def write(self, file: int, name: str, start: int, data: memoryview) -> None:
         self.contents[name].data[start : start + len(data)] = data
+
+    def offset(self, file: int, name: str, start: int) -> int:
+        return start
 
 
 def read_file(path: Path, names: Container[str] | None = None) -> Iterator[tuple[TensorSpec, Array]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import multiprocessing
 import os
 import signal
 import sys
@@ -15,15 +14,17 @@ import threading
 import types
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.execute import Copier, Done, Task
 from mindformers_ckpt.plan import Plan, SourceFile, TargetFile
 from mindformers_ckpt.shard_io import FileSink
+
+# multiprocessing and concurrent.futures are imported where there are workers: one process starts sooner without them.
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ProcessPoolExecutor
 
 _SECONDS_BETWEEN_CHECKS = 0.2
 
@@ -74,6 +75,10 @@ def _copy_with_workers(
     without connections, which a forked worker would keep open. Raises TransferError, also when a worker dies;
     what `check` raises goes through.
     """
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
     import numpy as np  # noqa: F401  # before a fork, that no worker has to
 
     context = multiprocessing.get_context(_start_method(may_fork))
@@ -110,6 +115,8 @@ def _work_along(
     The pool gets its tasks little by little: one that it has got cannot be taken back (a pool that breaks
     while it holds cancelled tasks leaves its other workers behind).
     """
+    from concurrent.futures import FIRST_COMPLETED, wait
+
     left = deque(tasks)
     given: set[Future[Done]] = set()
 
@@ -151,6 +158,8 @@ def _start_worker(
 
 def _end_with_parent() -> None:
     """End when the starting process is gone: a worker that waits for work would not notice."""
+    import multiprocessing
+
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
