@@ -56,6 +56,7 @@ class Checkpoint:
     strategy: Strategy
     names: Container[str] | None = None
     _headers: dict[Path, Header] = field(default_factory=dict)
+    _last: Header | None = None
     _tensors: dict[str, LogicalTensor] | None = None
     _by_rank: dict[int, dict[str, tuple[Path, TensorRecord]]] = field(default_factory=dict)
     _by_looks: dict[tuple[object, ...], int] = field(default_factory=dict)
@@ -151,7 +152,7 @@ class Checkpoint:
 
     def _header(self, path: Path) -> Header:
         if path not in self._headers:
-            self._headers[path] = read_header(path)
+            self._headers[path] = self._last = read_header(path, self._last)
         return self._headers[path]
 
     def _raise_damaged(self) -> None:

@@ -90,6 +90,7 @@ class ShardReader:
     def __init__(self, files: Sequence[SourceFile]) -> None:
         self._files = files
         self._headers: dict[int, Header] = {}
+        self._last: Header | None = None
         self._descriptors = _Descriptors(os.O_RDONLY)
         self._scratch: Array | None = None
         self._piece: memoryview | None = None
@@ -203,7 +204,7 @@ class ShardReader:
         file = self._files[place.file]
         if header is None:
             try:
-                header = read_header(file.path)
+                header = read_header(file.path, self._last)
             except FormatError as error:
                 raise TransferError(str(error)) from error
             if header.size != file.size:
@@ -211,7 +212,7 @@ class ShardReader:
                     f"{file.path} has {header.size} bytes, {file.size} when the work was planned: "
                     "it was changed meanwhile"
                 )
-            self._headers[place.file] = header
+            self._headers[place.file] = self._last = header
         record = header.tensors.get(name)
         expected = place.box.shape if place.view is None else place.view.shape
         fits = record is not None and record.spec.dtype == dtype and record.spec.shape == expected

@@ -217,9 +217,9 @@ def test_many_files_are_not_all_opened(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(checkpoint_module, "_SCAN_ALL_FILES", 3)
     read: list[Path] = []
 
-    def counted(path: Path) -> object:
+    def counted(path: Path, like: object) -> object:
         read.append(path)
-        return original(path)
+        return original(path, like)
 
     original = checkpoint_module.read_header
     monkeypatch.setattr(checkpoint_module, "read_header", counted)

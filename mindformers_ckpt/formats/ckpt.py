@@ -56,8 +56,11 @@ _HEAD_LIMIT = 256 * 1024
 _CRC_BLOCK = 4 * 1024 * 1024
 
 
-def scan(path: Path) -> Header:
+def scan(path: Path, like: Header | None = None) -> Header:
     """Read the heads of all records; contents are hopped over.
+
+    Where they are, byte for byte, those of the header `like`, its tensors are those of this file, too, and
+    nothing is parsed: the files of a stage differ in their contents only.
 
     `dims` of none or [0] are a scalar; [0] with an empty content is a tensor of shape (0,). The shape of a
     `str` is its bytes (MindSpore ignores the dims of one). A file cut off exactly between two tensors
@@ -65,10 +68,12 @@ def scan(path: Path) -> Header:
     """
     with open_to_read(path, scattered=True) as (descriptor, size):
         scanner = _Scanner(path, descriptor, size)
+        if like is not None and scanner.has_heads_of(like):
+            return Header(path, "ckpt", size, like.tensors, {}, scanner.trailer(), like.frames)
         scanner.check_start()
         tensors = scanner.tensors()
         crc = scanner.trailer()
-    return Header(path, "ckpt", size, tensors, {}, crc)
+    return Header(path, "ckpt", size, tensors, {}, crc, tuple(scanner.frames))
 
 
 def layout(specs: Sequence[TensorSpec]) -> FileLayout:
@@ -142,7 +147,7 @@ class _Head(NamedTuple):
 class _Scanner:
     """One pass over the records of an open file."""
 
-    __slots__ = ("_base", "_descriptor", "_last_good", "_path", "_position", "_size", "_window")
+    __slots__ = ("_base", "_descriptor", "_last_good", "_path", "_position", "_size", "_window", "frames")
 
     def __init__(self, path: Path, descriptor: int, size: int) -> None:
         self._path = path
@@ -152,6 +157,19 @@ class _Scanner:
         self._base = 0
         self._position = 0
         self._last_good: str | None = None
+        self.frames: list[tuple[int, bytes]] = []
+
+    def has_heads_of(self, other: Header) -> bool:
+        """Whether the records begin as those of another file of the same size; then they count as read."""
+        if (other.format, other.size) != ("ckpt", self._size):
+            return False
+        if any(os.pread(self._descriptor, len(head), offset) != head for offset, head in other.frames):
+            return False
+        end = self._size - (0 if other.crc is None else _TRAILER_SIZE)
+        if other.crc is not None and not self._is_trailer(end):
+            return False
+        self._position, self._last_good = end, next(reversed(other.tensors), None)
+        return True
 
     def check_start(self) -> None:
         """Refuse encrypted and foreign files by their first bytes."""
@@ -210,15 +228,17 @@ class _Scanner:
         return crc
 
     def _heads(self) -> Iterator[_Head]:
-        while self._position < self._size and not self._at_trailer():
+        while self._position < self._size and not self._is_trailer(self._position):
             head = self._head()
+            first, last = self._position - self._base, head.content.offset - self._base
+            self.frames.append((self._position, self._window[first:last]))
             yield head
             self._position = head.content.offset + head.content.length
 
-    def _at_trailer(self) -> bool:
-        if self._size - self._position != _TRAILER_SIZE:
+    def _is_trailer(self, position: int) -> bool:
+        if self._size - position != _TRAILER_SIZE:
             return False
-        return os.pread(self._descriptor, len(_TRAILER_MARK), self._position) == _TRAILER_MARK
+        return os.pread(self._descriptor, len(_TRAILER_MARK), position) == _TRAILER_MARK
 
     def _head(self) -> _Head:
         """Parse the head at the position, from the present window where it lies in it whole."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mindformers_ckpt.errors import FormatError, TransferError
-from mindformers_ckpt.formats import Segment, TensorSpec, ckpt, layout_file, read_header
+from mindformers_ckpt.formats import Header, Segment, TensorSpec, ckpt, layout_file, read_header
 from mindformers_ckpt.formats.dtypes import by_name
 
 FLOAT32 = by_name("float32")
@@ -419,3 +419,55 @@ def test_a_tensor_that_ends_like_a_trailer_is_no_trailer(file: Path) -> None:
 
 def test_a_trailer_over_32_bits(file: Path) -> None:
     assert "over 32 bits" in refusal(file, record("w", [1], "Int8", b"a") + b"crc_num" + b"\xff" * 10)
+
+
+# Files that differ in their contents only
+
+
+@pytest.mark.parametrize("end", [b"", b"crc_num" + (77).to_bytes(10, "big")], ids=["plain", "crc"])
+def test_a_file_like_another_one_is_read_as_by_itself(end: bytes, tmp_path: Path) -> None:
+    """Whichever byte differs, in a head, in a content or in the trailer."""
+    data = record("a", [3], "Int8", b"abc") + record("empty", [0], "Int8", b"") + record("b", [2, 1], "Int16", b"abcd")
+    first, second = tmp_path / "first.ckpt", tmp_path / "second.ckpt"
+    first.write_bytes(data + end)
+    like = ckpt.scan(first)
+
+    def outcome(other: Header | None) -> Any:
+        try:
+            header = ckpt.scan(second, other)
+        except FormatError as error:
+            return str(error)
+        return header.size, header.tensors, header.crc, header.frames
+
+    shared = 0
+    changed = data + end
+    for position in range(len(changed) + 1):
+        altered = bytearray(changed)
+        if position < len(changed):
+            altered[position] ^= 1
+        second.write_bytes(altered)
+        assert outcome(like) == outcome(None)
+        if not isinstance(outcome(like), str):
+            shared += ckpt.scan(second, like).tensors is like.tensors
+    contents = sum(segment.length for record_ in like.tensors.values() for segment in record_.segments)
+    assert shared == contents + 1 + (4 if end else 0)  # a CRC-32 takes 4 of 10 bytes, more is an error
+    for other in (data + b"\n", data[:-1], data[: len(data) // 2]):
+        second.write_bytes(other)
+        assert outcome(like) == outcome(None)
+
+
+def test_files_of_a_stage_are_parsed_once(tmp_path: Path, write_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = layout_file("ckpt", [TensorSpec(f"layer.{i}.scale", FLOAT32, (1000,)) for i in range(50)])
+    paths = [tmp_path / f"{name}.ckpt" for name in "abc"]
+    for path in paths:
+        write_file(path, layout, {})
+    parsed = []
+    parse = ckpt._parse_head
+    monkeypatch.setattr(ckpt, "_parse_head", lambda *arguments: parsed.append(arguments) or parse(*arguments))
+    headers = [read_header(paths[0])]
+    count = len(parsed)
+    headers += [read_header(path, headers[0]) for path in paths[1:]]
+    assert count >= 50
+    assert len(parsed) == count
+    assert all(header.tensors is headers[0].tensors for header in headers)
+    assert [header.path for header in headers] == paths
