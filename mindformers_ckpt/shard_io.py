@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 # Large enough to make the parts of eight targets long runs, small enough to stay in the processor's cache.
 BLOCK_BYTES = 8 << 20
-# A run that is passed on as it is. It stays in the cache of one core between the read and the write, which begins at
-# a multiple of this: the system can then take one large piece of memory for it.
+# What is read at once where a run is passed on as it is: it stays in the cache of one core until it is written. And
+# what is written at once, to multiples of it where the data allow: the system takes one piece of memory for that.
 PIECE_BYTES = 512 << 10
 TRANSPOSE_BYTES = 64 << 20
 # Shorter runs of a shard are read together with what lies between them, longer ones by themselves.
@@ -335,7 +335,7 @@ class FileSink:
             piece, data = data[:length], data[length:]
             while piece:
                 try:
-                    count = os.pwrite(descriptor, piece, offset)
+                    count = os.pwrite(descriptor, piece[: PIECE_BYTES - offset % PIECE_BYTES], offset)
                 except OSError as error:
                     raise TransferError(f"{path}: writing failed: {error.strerror}") from error
                 offset += count
