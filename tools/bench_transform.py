@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import shutil
 import statistics
 import subprocess
@@ -167,15 +168,14 @@ def measure(command: list[str], memory: int) -> Measured:
     take_memory(memory)
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    end = os.pidfd_open(process.pid)
     peak = largest = 0
-    while True:
-        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-        if pid:
-            break
+    while not select.select([end], [], [], _SAMPLE_SECONDS)[0]:
         sizes = [private_bytes(pid) for pid in tree(process.pid)]
         peak, largest = max(peak, sum(sizes)), max(largest, *sizes, 0)
-        time.sleep(_SAMPLE_SECONDS)
     wall = time.perf_counter() - started
+    os.close(end)
+    _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         assert process.stderr is not None
