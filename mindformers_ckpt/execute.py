@@ -171,7 +171,9 @@ class Copier:
         return Done(task.number, task.bytes_written, tuple(hashes))
 
     def close(self) -> None:
+        """Close the files that were opened, also those of the sink."""
         self._reader.close()
+        self._sink.close()
 
     def _copy(self, piece: Slice, check: Callable[[], None]) -> list[TensorHash]:
         transfer = piece.transfer

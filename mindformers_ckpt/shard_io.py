@@ -13,6 +13,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -289,6 +290,9 @@ class Sink(Protocol):
     def offset(self, file: int, name: str, start: int) -> int:
         """Where in the file, or in memory, byte `start` of a tensor lies."""
 
+    def close(self) -> None:
+        """Close what was opened."""
+
 
 class FileSink:
     """Writes target files under a folder. `prepare` makes them; then any process may fill in contents.
@@ -307,7 +311,7 @@ class FileSink:
         target = self._files[file]
         key = (target.format, id(target.tensors))
         if key not in self._layouts:
-            self._layouts[key] = layout_file(target.format, target.tensors, dict(target.metadata))
+            self._layouts[key] = _layout_of(target.format, target.tensors, target.metadata)
         return self._layouts[key]
 
     def path(self, file: int) -> Path:
@@ -348,6 +352,12 @@ class FileSink:
         self._descriptors.close()
 
 
+@lru_cache(maxsize=16)
+def _layout_of(format: str, tensors: tuple[TensorSpec, ...], metadata: tuple[tuple[str, str], ...]) -> FileLayout:
+    """The layout of a file; the last ones are kept for the other sinks of a run."""
+    return layout_file(format, tensors, dict(metadata))
+
+
 class ArraySink:
     """Collects the tensors of one target file in memory, as writable byte arrays by name."""
 
@@ -359,6 +369,9 @@ class ArraySink:
 
     def offset(self, file: int, name: str, start: int) -> int:
         return start
+
+    def close(self) -> None:
+        """Nothing was opened; the contents stay."""
 
 
 def read_file(path: Path, names: Container[str] | None = None) -> Iterator[tuple[TensorSpec, Array]]:

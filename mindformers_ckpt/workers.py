@@ -1,6 +1,7 @@
 """One process or several run the tasks of a plan: workers that are started for it, and the process that wants it.
 
-A worker that dies, or a task that fails, ends the whole work; no worker outlives the process that started it.
+A single process copies in two threads: while one waits for a read, the other writes. A worker that dies, or a task
+that fails, ends the whole work; no worker outlives the process that started it.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from mindformers_ckpt.execute import Copier, Done, Task
 from mindformers_ckpt.plan import Plan, SourceFile, TargetFile
 from mindformers_ckpt.shard_io import FileSink
 
-# multiprocessing and concurrent.futures are imported where there are workers: one process starts sooner without them.
+# multiprocessing is imported where there are worker processes: one process starts sooner without it.
 if TYPE_CHECKING:
-    from concurrent.futures import Future, ProcessPoolExecutor
+    from concurrent.futures import Executor, Future
 
 _SECONDS_BETWEEN_CHECKS = 0.2
 
@@ -41,24 +42,46 @@ def copy_tasks(
 ) -> Generator[Done, None, None]:
     """Run tasks of a plan into prepared target files under `folder`, and yield each as it is done.
 
-    With more than one process, `processes - 1` workers are started and this process works as well. Workers are
+    A single process copies in two threads; `check` is called in the calling one. With more than one process,
+    `processes - 1` workers are started and this process works as well, each in one thread. Workers are
     spawned; with `may_fork` they are forked where that is safe, and start sooner.
     The first failure stops everything, and so does closing the generator. Raises TransferError, also when a
     worker dies; what `check` raises goes through.
     """
-    sink = FileSink(folder, plan.targets)
-    copier = Copier(plan.sources, sink, hashes=hashes)
-    try:
-        if processes <= 1 or len(tasks) <= 1:
+    arguments = (plan.sources, folder, plan.targets, hashes)
+    with contextlib.closing(_copier(*arguments)) as copier:
+        if len(tasks) <= 1:
             for task in tasks:
                 yield copier.run(task, check)
+        elif processes <= 1:
+            with contextlib.closing(_copier(*arguments)) as helper:
+                yield from _copy_with_thread(helper, tasks, copier, check)
         else:
             workers = min(processes, len(tasks)) - 1
-            arguments = (plan.sources, folder, plan.targets, hashes)
             yield from _copy_with_workers(workers, arguments, tasks, copier, check, may_fork)
+
+
+def _copier(sources: Sequence[SourceFile], folder: Path, targets: Sequence[TargetFile], hashes: bool) -> Copier:
+    return Copier(sources, FileSink(folder, targets), hashes=hashes)
+
+
+def _copy_with_thread(
+    helper: Copier, tasks: Sequence[Task], copier: Copier, check: Callable[[], None]
+) -> Iterator[Done]:
+    """Run tasks with `copier` and, in a thread beside this one, with `helper`; yield each as it is done."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    stop = threading.Event()
+
+    def run(task: Task) -> Done:
+        return helper.run(task, lambda: _end_if(stop.is_set()))
+
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield from _work_along(pool, 1, run, tasks, copier, check)
     finally:
-        copier.close()
-        sink.close()
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _copy_with_workers(
@@ -86,7 +109,7 @@ def _copy_with_workers(
     stop = context.RawValue(ctypes.c_bool, False)
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(*arguments, stop))
     try:
-        yield from _work_along(pool, workers, tasks, copier, check)
+        yield from _work_along(pool, workers, _run_in_worker, tasks, copier, check)
     except BrokenProcessPool as error:
         raise TransferError(
             "a worker process died; was it killed, or did the machine run out of memory? "
@@ -108,9 +131,14 @@ def _start_method(may_fork: bool) -> Literal["fork", "spawn"]:
 
 
 def _work_along(
-    pool: ProcessPoolExecutor, workers: int, tasks: Sequence[Task], copier: Copier, check: Callable[[], None]
+    pool: Executor,
+    workers: int,
+    run: Callable[[Task], Done],
+    tasks: Sequence[Task],
+    copier: Copier,
+    check: Callable[[], None],
 ) -> Iterator[Done]:
-    """Feed tasks from the front to the workers, and take tasks from the far end meanwhile.
+    """Feed tasks from the front to the workers, which `run` them, and take tasks from the far end meanwhile.
 
     The pool gets its tasks little by little: one that it has got cannot be taken back (a pool that breaks
     while it holds cancelled tasks leaves its other workers behind).
@@ -130,7 +158,7 @@ def _work_along(
                 future.result()
         while left and unfinished < 2 * workers:
             with _blank_main():
-                given.add(pool.submit(_run_in_worker, left.popleft()))
+                given.add(pool.submit(run, left.popleft()))
             unfinished += 1
 
     while left or given:
@@ -152,7 +180,7 @@ def _start_worker(
     sources: tuple[SourceFile, ...], folder: Path, targets: tuple[TargetFile, ...], hashes: bool, stop: ctypes.c_bool
 ) -> None:
     global _worker, _stop
-    _worker, _stop = Copier(sources, FileSink(folder, targets), hashes=hashes), stop
+    _worker, _stop = _copier(sources, folder, targets, hashes), stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -168,12 +196,12 @@ def _end_with_parent() -> None:
 
 def _run_in_worker(task: Task) -> Done:
     assert _worker is not None
+    return _worker.run(task, lambda: _end_if(_stop is not None and _stop.value))
 
-    def check() -> None:
-        if _stop is not None and _stop.value:
-            raise TransferError("the work was stopped")
 
-    return _worker.run(task, check)
+def _end_if(stopped: bool) -> None:
+    if stopped:
+        raise TransferError("the work was stopped")
 
 
 @contextlib.contextmanager

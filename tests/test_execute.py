@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ from mindformers_ckpt import transform as transform_module
 from mindformers_ckpt.box import Box
 from mindformers_ckpt.checkpoint import Checkpoint
 from mindformers_ckpt.errors import CheckpointError, TransferError
-from mindformers_ckpt.execute import Done, TensorHash, cut_into_tasks
+from mindformers_ckpt.execute import Copier, Done, Task, TensorHash, cut_into_tasks
 from mindformers_ckpt.formats import TensorSpec, layout_file
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.layout import Layout
@@ -340,6 +341,39 @@ def test_a_failing_worker_fails_the_run(tmp_path: Path, small_tasks: None) -> No
         transform(plan, tmp_path / "result", Options(processes=2, overwrite=True), check=lambda: time.sleep(0.05))
     assert_untouched(tmp_path / "result", old)
     assert worker_processes() == []
+
+
+@pytest.mark.parametrize("where", ["helper", "caller", "check"])
+def test_a_failure_in_either_thread_ends_both(
+    where: str, tmp_path: Path, small_tasks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process copies in two threads; both have begun when one of them fails."""
+    plan = sparse_plan(tmp_path / "source", 64)
+    old = old_result(tmp_path / "result")
+    caller = threading.current_thread()
+    begun, waited = threading.Barrier(2), set()
+    original = Copier.run
+
+    def run(self: Copier, task: Task, check: Callable[[], None]) -> Done:
+        thread = threading.current_thread()
+        if thread not in waited:
+            waited.add(thread)
+            begun.wait(20)
+        if where == ("caller" if thread is caller else "helper"):
+            raise TransferError(f"the disk of the {where}")
+        return original(self, task, check)
+
+    def check() -> None:
+        assert threading.current_thread() is caller
+        if where == "check" and len(waited) == 2:
+            raise TransferError("the disk of the check")
+
+    monkeypatch.setattr(Copier, "run", run)
+    before = threading.active_count()
+    with pytest.raises(TransferError, match=f"the disk of the {where}"):
+        transform(plan, tmp_path / "result", Options(overwrite=True), check=check)
+    assert threading.active_count() == before
+    assert_untouched(tmp_path / "result", old)
 
 
 def shorten(path: Path) -> None:

@@ -307,7 +307,7 @@ def test_resume(
 ) -> None:
     plan = build_plan(source, strategy(8))
     transform(plan, destination.with_name("direct"), Options(**options))
-    everything = list(tasks_run)
+    everything = set(tasks_run)
     assert len(everything) >= 3
     tasks_run.clear()
 
@@ -315,9 +315,12 @@ def test_resume(
         transform(plan, destination, Options(**options), progress=interrupt_after(2))
     assert not destination.exists()
     assert len(staging_folders(destination)) == 1
-    assert len(tasks_run) == 2
+    begun = set(tasks_run)
+    assert len(begun) >= 2
+    tasks_run.clear()
     report = transform(plan, destination, Options(**options, resume=True))
-    assert sorted(tasks_run) == everything
+    assert begun | set(tasks_run) == everything
+    assert len(set(tasks_run)) == len(tasks_run) <= len(everything) - 2  # those that had been reported were kept
     assert 0 < report.resumed_bytes < plan.bytes_written
     for target in plan.targets:
         assert (destination / target.path).read_bytes() == (destination.with_name("direct") / target.path).read_bytes()

@@ -47,7 +47,8 @@ def large(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_interrupt_and_resume(large: Path, processes: int) -> None:
-    code, errors = _stop(large, signal.SIGINT, processes, tasks=3 - processes)
+    # One process has two threads: when both have begun their second task, the first ones are done.
+    code, errors = _stop(large, signal.SIGINT, processes, tasks=4 if processes == 1 else 1)
     assert code == 130, errors
     assert errors[-1] == "error: interrupted; out is as it was. The same command with --resume goes on from here"
     assert len(errors) == 1
@@ -55,7 +56,8 @@ def test_interrupt_and_resume(large: Path, processes: int) -> None:
     resumed = command([*ARGUMENTS, "--resume", "--json"], large)
     assert resumed.code == 0, resumed
     already = json.loads(resumed.out)["resumed_bytes"]
-    assert already == 8 * MEGABYTE if processes == 1 else already < 6 * 8 * MEGABYTE
+    assert already < 6 * 8 * MEGABYTE
+    assert already > 0 or processes == 2
     assert_same(read_tensors(large / "out/rank_0/checkpoint_0.ckpt"), LARGE)
     assert not [path for path in listing(large) if "staging" in path]
 
