@@ -23,14 +23,14 @@ LARGE = {f"w{number}": Tensor(by_name("float32"), np.full((2 * MEGABYTE,), numbe
 ARGUMENTS = ["transform", "--src-checkpoint", "large.ckpt", "--dst-checkpoint-dir", "out"]
 # The command itself, made slow: it says when its first task begins, and takes a second for each.
 SLOW = """
-import sys, time
+import os, time
 from mindformers_ckpt import execute
 from mindformers_ckpt.cli.main import main
 
 run = execute.Copier.run
 
 def slow(self, task, *rest):
-    print("begins", flush=True)
+    os.write(1, b"begins\n")  # at once, there are several threads
     time.sleep(1)
     return run(self, task, *rest)
 
