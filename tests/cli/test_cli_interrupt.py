@@ -30,7 +30,7 @@ from mindformers_ckpt.cli.main import main
 run = execute.Copier.run
 
 def slow(self, task, *rest):
-    os.write(1, b"begins\n")  # at once, there are several threads
+    os.write(1, b"begins\\n")  # at once, there are several threads
     time.sleep(1)
     return run(self, task, *rest)
 
