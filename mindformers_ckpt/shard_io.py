@@ -46,7 +46,7 @@ BLOCK_BYTES = 8 << 20
 # What is read at once where a run is passed on as it is: it stays in the cache of one core until it is written. And
 # what is written at once, to multiples of it where the data allow: the system takes one piece of memory for that.
 PIECE_BYTES = 512 << 10
-TRANSPOSE_BYTES = 64 << 20
+TRANSPOSE_BYTES = 32 << 20
 # Shorter runs of a shard are read together with what lies between them, longer ones by themselves.
 _RUN_BYTES = 16 << 10
 _OPEN_FILES = 256
