@@ -432,6 +432,7 @@ def test_a_source_that_changes_after_planning(
 def test_a_source_that_is_shortened_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (execute, shard_io):
         monkeypatch.setattr(module, "BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr(execute, "_SMALLEST_TASK", 1 << 30)  # a single task, and so a single thread
     plan = sparse_plan(tmp_path / "source", 32)
     path = tmp_path / "source" / "rank_3" / "checkpoint_3.ckpt"
     calls = 0
