@@ -109,12 +109,14 @@ def read_header(path: str | Path, like: Header | None = None) -> Header:
     except OSError:
         return _scan(path, None)  # which says what is wrong
     state = status.st_ino, status.st_size, status.st_mtime_ns
-    if path not in _recent or _recent[path][0] != state:
-        header = _scan(path, like)
-        for oldest in list(_recent)[: len(_recent) - _KEPT + 1]:
-            _recent.pop(oldest, None)
-        _recent[path] = state, header
-    return _recent[path][1]
+    known = _recent.get(path)
+    if known is not None and known[0] == state:
+        return known[1]
+    header = _scan(path, like)
+    for oldest in list(_recent)[: max(0, len(_recent) + 1 - _KEPT)]:  # a list, for there may be other threads
+        _recent.pop(oldest, None)
+    _recent[path] = state, header
+    return header
 
 
 def _scan(path: Path, like: Header | None) -> Header:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mindformers_ckpt.errors import FormatError, TransferError
-from mindformers_ckpt.formats import Header, Segment, TensorSpec, ckpt, layout_file, read_header
+from mindformers_ckpt.formats import Header, Segment, TensorSpec, ckpt, layout_file, read_header, tensor_file
 from mindformers_ckpt.formats.dtypes import by_name
 
 FLOAT32 = by_name("float32")
@@ -471,3 +471,17 @@ def test_files_of_a_stage_are_parsed_once(tmp_path: Path, write_file: Any, monke
     assert len(parsed) == count
     assert all(header.tensors is headers[0].tensors for header in headers)
     assert [header.path for header in headers] == paths
+
+
+def test_the_last_headers_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_file, "_KEPT", 4)
+    monkeypatch.setattr(tensor_file, "_recent", {})
+    paths = [tmp_path / f"{number}.ckpt" for number in range(6)]
+    for number, path in enumerate(paths):
+        path.write_bytes(record(f"w{number}", [1], "Int8", b"a"))
+    headers = [read_header(path) for path in paths]
+    assert [read_header(path) is header for path, header in zip(paths[2:], headers[2:])] == [True] * 4
+    assert read_header(paths[0]) is not headers[0]
+    assert len(tensor_file._recent) == 4
+    paths[5].write_bytes(record("other", [1], "Int8", b"a"))
+    assert list(read_header(paths[5]).tensors) == ["other"]
