@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, Callable
 
 from mindformers_ckpt.auto.object_store import check_url, is_url
+from mindformers_ckpt.convert.config import LAYOUT_SETTINGS
 from mindformers_ckpt.errors import ConfigError, describe_problems
 
 RUN_MODES = ("train", "finetune", "predict", "eval")
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0", "")
 _STEP_FILE = re.compile(r"-\d+_\d+$|\.(ckpt|safetensors)$")
-# Settings of MindFormers' networks by which the same weights lie otherwise in their parameters.
-_LAYOUT_KEYS = ("qkv_concat", "mlp_concat", "use_rearrange_rope", "use_gmm")
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
@@ -134,7 +133,7 @@ def _layout_settings(values: Mapping[str, Any]) -> tuple[tuple[str, bool], ...]:
     network = inside(values.get("model"), "model_config")
     found: dict[str, bool] = {}
     for section in (values.get("moe_config"), inside(network, "moe_config"), network):
-        found |= {key: value for key in _LAYOUT_KEYS if isinstance(value := inside(section, key), bool)}
+        found |= {key: value for key in LAYOUT_SETTINGS if isinstance(value := inside(section, key), bool)}
     return tuple(sorted(found.items()))
 
 

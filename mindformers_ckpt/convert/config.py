@@ -11,6 +11,8 @@ from typing import Any
 from mindformers_ckpt.errors import ConfigError, describe_problems
 
 CONFIG_FILE = "config.json"
+# Settings of MindSpore's networks by which the same weights lie otherwise in their parameters, with what is usual.
+LAYOUT_SETTINGS = {"qkv_concat": True, "mlp_concat": True, "use_rearrange_rope": False, "use_gmm": False}
 # The options of the guide, and the keys of config.json that say the same.
 _OPTION_KEYS = {
     "n_head": ("num_attention_heads", "n_head"),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ckpt.box import Box
-from mindformers_ckpt.convert.config import ModelConfig, read_config
+from mindformers_ckpt.convert.config import LAYOUT_SETTINGS, ModelConfig, read_config
 from mindformers_ckpt.convert.model import Model, find_model, model_of_config, models
 from mindformers_ckpt.convert.output import copy_companions, staged_file, write_index, write_name_map
 from mindformers_ckpt.convert.planning import Conversion, plan_tensors
@@ -36,9 +36,8 @@ from mindformers_ckpt.transform import Options, Progress, check_apart, transform
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SHARD_BYTES = 5 * 10**9
 _COMPARED_BYTES = 4 << 20
-# Options that only some models have, and those of them that tell layouts apart: with what is usual.
+# Options that only some models have.
 _OWN_OPTIONS = ("is_pretrain", "telechat_type", "mlp_concat", "use_rearrange_rope", "use_gmm")
-_LAYOUTS = {"qkv_concat": True, "mlp_concat": True, "use_rearrange_rope": False, "use_gmm": False}
 _PLAIN = Options()
 
 
@@ -293,7 +292,7 @@ def _as_recorded(request: Request, recorded: str) -> Request:
     """The request, with what a source says of its own layout where no option says it: "legacy+use_gmm"."""
     naming, *settings = recorded.split("+")
     values: dict[str, Any] = {"naming": naming}
-    for option in _LAYOUTS:
+    for option in LAYOUT_SETTINGS:
         if option in settings or f"no_{option}" in settings:
             values[option] = option in settings
     return replace(request, **{key: value for key, value in values.items() if getattr(request, key) is None})
@@ -301,7 +300,7 @@ def _as_recorded(request: Request, recorded: str) -> Request:
 
 def _layout_name(naming: str, model: Model, request: Request) -> str:
     """The naming, and the settings by which its tensors differ from the usual ones: "legacy+use_gmm"."""
-    for option, usual in _LAYOUTS.items():
+    for option, usual in LAYOUT_SETTINGS.items():
         if option in model.options and getattr(request, option) not in (None, usual):
             naming += f"+{option}" if not usual else f"+no_{option}"
     return naming
