@@ -14,11 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from mindformers_ckpt.box import Box
-from mindformers_ckpt.checkpoint import Checkpoint, LogicalTensor
-from mindformers_ckpt.compute import Factor, Merge, Piece
 from mindformers_ckpt.errors import PlanError, describe_problems
-from mindformers_ckpt.plan import DEFAULT_PREFIX, Plan, SourceFile, build_plan
+from mindformers_ckpt.geometry.box import Box
+from mindformers_ckpt.planning.build import build_plan
+from mindformers_ckpt.planning.computations import Factor, Merge, Piece
+from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan, SourceFile
+from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
 from mindformers_ckpt.strategy.model import Strategy
 
 # "wq.mindpet_delta_lora_a", "wq.tk_delta_lora_A", "linear_qkv.lora_a.weight", "q_proj.lora_A.default.weight"

@@ -24,8 +24,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from mindformers_ckpt.engine.copier import Done
 from mindformers_ckpt.errors import PublishError
-from mindformers_ckpt.execute import Done
 
 MANIFEST_FILE = "manifest.json"
 _JOURNAL = "journal"

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mindformers_ckpt.engine.copier import Done, cut_into_tasks
+from mindformers_ckpt.engine.pool import copy_tasks
+from mindformers_ckpt.engine.shard_io import BLOCK_BYTES, TRANSPOSE_BYTES, FileSink
 from mindformers_ckpt.errors import PlanError, PublishError, TransferError
-from mindformers_ckpt.execute import Done, cut_into_tasks
 from mindformers_ckpt.formats import read_header
-from mindformers_ckpt.plan import Plan
+from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.publish import MANIFEST_FILE, Staging, check_free_space, read_manifests
-from mindformers_ckpt.shard_io import BLOCK_BYTES, TRANSPOSE_BYTES, FileSink
-from mindformers_ckpt.workers import copy_tasks
 
 Progress = Callable[[int, int], None]
 
@@ -122,7 +122,7 @@ def affordable_processes(wanted: int) -> int:
     """So many of the wanted processes as the free memory is enough for, at least one."""
     if wanted == 1:
         return 1
-    from mindformers_ckpt.machine import MEMORY_PER_PROCESS, free_memory
+    from mindformers_ckpt.engine.machine import MEMORY_PER_PROCESS, free_memory
 
     return max(1, min(wanted, free_memory() // MEMORY_PER_PROCESS))
 

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mindformers_ckpt.box import Box
 from mindformers_ckpt.formats import DType, TensorSpec, layout_file, read_header
 from mindformers_ckpt.formats.dtypes import by_name
+from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.strategy.files import read_strategy
 from mindformers_ckpt.strategy.model import Strategy
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mindformers_ckpt.box import (
+from mindformers_ckpt.geometry.box import (
     Box,
     are_disjoint,
     block_count,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mindformers_ckpt.buffers import empty_bytes
+from mindformers_ckpt.engine.buffers import empty_bytes
 
 
 @pytest.mark.parametrize("size", [1, 63, 4096, 100_001, 8 << 20, 40 << 20])

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from recorded import Tensor, random_model, recorded, slices_of, write_ranks, write_tensors
 
-from mindformers_ckpt import checkpoint as checkpoint_module
-from mindformers_ckpt.box import Box
-from mindformers_ckpt.checkpoint import Checkpoint
 from mindformers_ckpt.errors import FormatError, PlanError
 from mindformers_ckpt.formats.dtypes import by_name
-from mindformers_ckpt.layout import Layout
-from mindformers_ckpt.source_files import find_source
+from mindformers_ckpt.geometry.box import Box
+from mindformers_ckpt.geometry.layout import Layout
+from mindformers_ckpt.sources import checkpoint as checkpoint_module
+from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.model import Strategy
 
 MP4 = Strategy.of_stages(({"w": Layout((4,), ((0,), ())), "v": Layout((4,), ((), (0,)))},), "mp4")

@@ -21,21 +21,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded import Tensor, assert_ranks, random_bits, random_model, read_ranks, write_ranks, write_tensors
 
-from mindformers_ckpt import execute, shard_io
 from mindformers_ckpt import transform as transform_module
-from mindformers_ckpt.box import Box
-from mindformers_ckpt.checkpoint import Checkpoint
+from mindformers_ckpt.engine import copier, shard_io
+from mindformers_ckpt.engine.copier import Copier, Done, Task, TensorHash, cut_into_tasks
+from mindformers_ckpt.engine.pool import copy_tasks
+from mindformers_ckpt.engine.shard_io import FileSink
 from mindformers_ckpt.errors import CheckpointError, TransferError
-from mindformers_ckpt.execute import Copier, Done, Task, TensorHash, cut_into_tasks
 from mindformers_ckpt.formats import TensorSpec, layout_file
 from mindformers_ckpt.formats.dtypes import by_name
-from mindformers_ckpt.layout import Layout
-from mindformers_ckpt.plan import Place, Plan, Transfer, build_plan
-from mindformers_ckpt.shard_io import FileSink
-from mindformers_ckpt.source_files import find_source
+from mindformers_ckpt.geometry.box import Box
+from mindformers_ckpt.geometry.layout import Layout
+from mindformers_ckpt.planning.build import build_plan
+from mindformers_ckpt.planning.model import Place, Plan, Transfer
+from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import Options, transform
-from mindformers_ckpt.workers import copy_tasks
 
 TYPES = ("bool", "int16", "float16", "bfloat16", "float32", "int64", "float64", "float8_e4m3fn", "complex64")
 COMPLETE = Strategy.complete()
@@ -82,7 +83,7 @@ def worker_processes() -> list[psutil.Process]:
 
 @pytest.fixture
 def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execute, "_SMALLEST_TASK", 1)
+    monkeypatch.setattr(copier, "_SMALLEST_TASK", 1)
 
 
 @st.composite
@@ -148,10 +149,10 @@ def test_any_layout_to_any_layout(
     model = {name: random_bits(by_name(dtype), shape, generator) for name, (dtype, shape) in tensors.items()}
     # hypothesis runs many examples in one test: the fixtures monkeypatch and tmp_path would be shared.
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        for module in (execute, shard_io):
+        for module in (copier, shard_io):
             patch.setattr(module, "BLOCK_BYTES", block)
         patch.setattr(shard_io, "_RUN_BYTES", run)
-        patch.setattr(execute, "_SMALLEST_TASK", 1)
+        patch.setattr(copier, "_SMALLEST_TASK", 1)
         folder = Path(name)
         root = write_ranks(folder / "source", parts(source, model), formats[0])
         plan = plan_from(root, source, target, format=formats[1])
@@ -169,7 +170,7 @@ def test_any_layout_to_any_layout(
 
 
 def test_hashes_are_those_of_the_written_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execute, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(copier, "BLOCK_BYTES", 64)
     model = random_model({"w": (16, 8), "v": (8, 16), "step": ()})
     plan = plan_from(write_ranks(tmp_path / "source", parts(MP4, model)), MP4, MP2)
     from mindformers_ckpt.publish import read_manifest
@@ -189,8 +190,8 @@ def test_hashes_are_those_of_the_written_tensors(tmp_path: Path, monkeypatch: py
 def test_tasks_cover_every_block_once(
     options: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(execute, "BLOCK_BYTES", 64)
-    monkeypatch.setattr(execute, "_SMALLEST_TASK", 300)
+    monkeypatch.setattr(copier, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(copier, "_SMALLEST_TASK", 300)
     model = random_model({"w": (16, 8), "v": (8, 16), "u": (64, 64), "step": ()})
     plan = plan_from(write_tensors(tmp_path / "model.ckpt", model), COMPLETE, MP4)
     tasks = cut_into_tasks(plan, **options)
@@ -211,7 +212,7 @@ def test_tasks_cover_every_block_once(
     assert tasks == cut_into_tasks(plan, **options)
 
 
-def blocks_of(piece: execute.Slice) -> range:
+def blocks_of(piece: copier.Slice) -> range:
     return range(piece.first, piece.first + piece.blocks)
 
 
@@ -430,9 +431,9 @@ def test_a_source_that_changes_after_planning(
 
 
 def test_a_source_that_is_shortened_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (execute, shard_io):
+    for module in (copier, shard_io):
         monkeypatch.setattr(module, "BLOCK_BYTES", 1 << 20)
-    monkeypatch.setattr(execute, "_SMALLEST_TASK", 1 << 30)  # a single task, and so a single thread
+    monkeypatch.setattr(copier, "_SMALLEST_TASK", 1 << 30)  # a single task, and so a single thread
     plan = sparse_plan(tmp_path / "source", 32)
     path = tmp_path / "source" / "rank_3" / "checkpoint_3.ckpt"
     calls = 0
@@ -536,9 +537,9 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_execute import MP2, MP4, plan_from
-from mindformers_ckpt import execute
+from mindformers_ckpt.engine import copier
 from mindformers_ckpt.transform import Options, transform
-execute._SMALLEST_TASK = 1
+copier._SMALLEST_TASK = 1
 if __name__ == "__main__":
     plan = plan_from(Path({source!r}), MP4, MP2)
     {body}
@@ -584,8 +585,8 @@ def test_boxes_that_overlap_are_read_once() -> None:
     whole, upper, lower = Box((0, 0), (8, 4)), Box((0, 0), (4, 4)), Box((4, 0), (8, 4))
     places = tuple(Place(file, box) for file, box in enumerate((upper, lower, lower)))
     transfer = Transfer("w", by_name("float32"), (8, 4), (Place(0, whole),), places)
-    assert execute._is_cut_by_rows(transfer)
-    assert not execute._is_cut_by_rows(transfer._replace(targets=(*places, Place(3, whole))))
+    assert copier._is_cut_by_rows(transfer)
+    assert not copier._is_cut_by_rows(transfer._replace(targets=(*places, Place(3, whole))))
 
 
 @pytest.mark.parametrize("may_fork", [False, True])

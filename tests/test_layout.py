@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mindformers_ckpt.box import Box, are_disjoint
 from mindformers_ckpt.errors import StrategyError
-from mindformers_ckpt.layout import Layout
+from mindformers_ckpt.geometry.box import Box, are_disjoint
+from mindformers_ckpt.geometry.layout import Layout
 
 # What mindspore.transform_checkpoints (2.10.0) makes of every layout that it accepts: number, full shape,
 # device matrix, tensor map, optimizer step/size, shard shape, and of every rank the first index it holds.

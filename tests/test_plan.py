@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 from recorded import Tensor, random_model, recorded, slices_of, write_ranks, write_tensors
 
-from mindformers_ckpt.box import Box
-from mindformers_ckpt.checkpoint import Checkpoint
 from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.formats.dtypes import by_name
-from mindformers_ckpt.layout import Layout
-from mindformers_ckpt.plan import Place, Plan, SourceFile, TargetFile, Transfer, build_plan
-from mindformers_ckpt.source_files import find_source
+from mindformers_ckpt.geometry.box import Box
+from mindformers_ckpt.geometry.layout import Layout
+from mindformers_ckpt.planning.build import build_plan
+from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer
+from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.model import Strategy
 
 COMPLETE = Strategy.complete()

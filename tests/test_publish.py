@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 from recorded import Tensor, assert_ranks, random_model, write_ranks
 
-from mindformers_ckpt import execute, publish
-from mindformers_ckpt.checkpoint import Checkpoint
+from mindformers_ckpt import publish
+from mindformers_ckpt.engine import copier
+from mindformers_ckpt.engine.copier import Copier
 from mindformers_ckpt.errors import PlanError, PublishError
-from mindformers_ckpt.execute import Copier
-from mindformers_ckpt.layout import Layout
-from mindformers_ckpt.plan import Plan, build_plan
+from mindformers_ckpt.geometry.layout import Layout
+from mindformers_ckpt.planning.build import build_plan
+from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.publish import MANIFEST_FILE, Staging, read_manifest
-from mindformers_ckpt.source_files import find_source
+from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import Options, transform
 
@@ -49,8 +51,8 @@ def plan(source: Checkpoint) -> Plan:
 
 @pytest.fixture
 def many_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execute, "BLOCK_BYTES", 64)
-    monkeypatch.setattr(execute, "_SMALLEST_TASK", 1)
+    monkeypatch.setattr(copier, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(copier, "_SMALLEST_TASK", 1)
 
 
 @pytest.fixture
@@ -289,7 +291,7 @@ def tasks_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     numbers: list[int] = []
     original = Copier.run
 
-    def run(self: Copier, task: execute.Task, check: Callable[[], None] = lambda: None) -> execute.Done:
+    def run(self: Copier, task: copier.Task, check: Callable[[], None] = lambda: None) -> copier.Done:
         numbers.append(task.number)
         return original(self, task, check)
 

@@ -7,7 +7,7 @@ import pytest
 from recorded import random_model, write_tensors
 
 from mindformers_ckpt.errors import PlanError
-from mindformers_ckpt.source_files import find_source
+from mindformers_ckpt.sources.find import find_source
 
 
 def touch(root: Path, *names: str) -> Path:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from recorded import CONFIGURATIONS, STRATEGIES, Recorded, recorded
 
-from mindformers_ckpt.box import Box
 from mindformers_ckpt.errors import StrategyError
-from mindformers_ckpt.layout import Layout
+from mindformers_ckpt.geometry.box import Box
+from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.strategy.files import (
     is_strategy_folder,
     merge_strategies,

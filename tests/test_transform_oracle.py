@@ -23,12 +23,13 @@ from recorded import (
     write_ranks,
 )
 
-from mindformers_ckpt.checkpoint import Checkpoint
 from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.formats.dtypes import by_name
-from mindformers_ckpt.layout import Layout
-from mindformers_ckpt.plan import Plan, build_plan
-from mindformers_ckpt.source_files import find_source
+from mindformers_ckpt.geometry.layout import Layout
+from mindformers_ckpt.planning.build import build_plan
+from mindformers_ckpt.planning.model import Plan
+from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.files import merge_strategies, rank_file_name, read_strategy, write_strategy
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import transform

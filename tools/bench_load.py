@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from mindformers_ckpt.auto.cluster import Cluster
+    from mindformers_ckpt.job.cluster.cluster import Cluster
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_transform import ours, shapes, specs, strategy_argument, take_memory, write_complete, write_strategies
@@ -40,10 +40,10 @@ def run_rank(way: str, folder: Path) -> None:
     import mindspore
     import numpy as np
 
-    from mindformers_ckpt.auto.cluster import Cluster
-    from mindformers_ckpt.auto.config import Config
-    from mindformers_ckpt.auto.hook import CheckpointHook
     from mindformers_ckpt.formats import read_header
+    from mindformers_ckpt.job.cluster.cluster import Cluster
+    from mindformers_ckpt.job.config import Config
+    from mindformers_ckpt.ms.hook import CheckpointHook
     from mindformers_ckpt.strategy.files import rank_file_name
 
     rank = int(os.environ["MS_NODE_ID"])

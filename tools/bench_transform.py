@@ -30,7 +30,7 @@ import psutil
 
 from mindformers_ckpt.formats import TensorSpec, layout_file
 from mindformers_ckpt.formats.dtypes import by_name
-from mindformers_ckpt.layout import Layout
+from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.strategy.files import merge_strategies, rank_file_name, write_strategy
 
 DIRECTIONS = ("full:mp8", "mp8:full", "dp2mp2pp2:mp8", "mp4:mp8", "mp8:mp2pp4")

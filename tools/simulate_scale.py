@@ -22,13 +22,14 @@ from typing import NamedTuple
 
 import click
 
-from mindformers_ckpt.checkpoint import Checkpoint
+from mindformers_ckpt.engine.shard_io import FileSink
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
-from mindformers_ckpt.layout import Layout
-from mindformers_ckpt.plan import TargetFile, build_plan
-from mindformers_ckpt.shard_io import FileSink
-from mindformers_ckpt.source_files import find_source
+from mindformers_ckpt.geometry.layout import Layout
+from mindformers_ckpt.planning.build import build_plan
+from mindformers_ckpt.planning.model import TargetFile
+from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.files import merge_strategies, rank_file_name, write_strategy
 from mindformers_ckpt.strategy.model import Strategy
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import click
 
-from mindformers_ckpt.checkpoint import Checkpoint
 from mindformers_ckpt.cli.notices import amount, warn
 from mindformers_ckpt.cli.options import PROCESSES, StrategyPath, check_prefix, json_option
 from mindformers_ckpt.cli.progress import show_progress
@@ -23,8 +22,9 @@ from mindformers_ckpt.cli.request import (
 from mindformers_ckpt.convert.adapters import locator, read_scaling
 from mindformers_ckpt.errors import PlanError, PublishError, StrategyError
 from mindformers_ckpt.lora import Scaling, plan_merge
-from mindformers_ckpt.plan import DEFAULT_PREFIX, Plan
-from mindformers_ckpt.source_files import SourceFiles, find_source, separate_checkpoints
+from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
+from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.sources.find import SourceFiles, find_source, separate_checkpoints
 from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import Options, affordable_processes, transform

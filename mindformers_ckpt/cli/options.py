@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mindformers_ckpt.plan import DEFAULT_PREFIX
+from mindformers_ckpt.planning.model import DEFAULT_PREFIX
 
 _SPAN = re.compile(r"(\d+)(?:-(\d+))?")
 

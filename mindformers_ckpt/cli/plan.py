@@ -11,13 +11,13 @@ from typing import Any
 
 import click
 
-from mindformers_ckpt.box import Box
 from mindformers_ckpt.cli.notices import amount, warn
 from mindformers_ckpt.cli.options import json_option, request_options
 from mindformers_ckpt.cli.request import Prepared, Request
 from mindformers_ckpt.formats import TensorSpec, layout_file
-from mindformers_ckpt.plan import Plan, Transfer
-from mindformers_ckpt.plan_file import write_plan
+from mindformers_ckpt.geometry.box import Box
+from mindformers_ckpt.planning.file import write_plan
+from mindformers_ckpt.planning.model import Plan, Transfer
 from mindformers_ckpt.transform import check_apart, ranks_of
 
 
@@ -93,7 +93,7 @@ def command(out: Path | None, as_json: bool, **asked: Any) -> None:
 
 
 def _summary(prepared: Prepared, processes: int) -> Summary:
-    from mindformers_ckpt.machine import MEMORY_PER_PROCESS
+    from mindformers_ckpt.engine.machine import MEMORY_PER_PROCESS
 
     job = prepared.job
     plan = job.plan

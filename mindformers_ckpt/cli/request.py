@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import click
 
-from mindformers_ckpt.checkpoint import Checkpoint
 from mindformers_ckpt.errors import ConfigError, PlanError
-from mindformers_ckpt.plan import Place, Plan, SourceFile, TargetFile, Transfer, build_plan
-from mindformers_ckpt.plan_file import Job
-from mindformers_ckpt.source_files import SourceFiles, find_source, separate_checkpoints
+from mindformers_ckpt.planning.build import build_plan
+from mindformers_ckpt.planning.file import Job
+from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer
+from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.sources.find import SourceFiles, find_source, separate_checkpoints
 from mindformers_ckpt.strategy.model import Strategy
 
 

@@ -16,8 +16,8 @@ from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.cli.request import Request
 from mindformers_ckpt.errors import FormatError, describe_problems
 from mindformers_ckpt.formats import read_header
-from mindformers_ckpt.plan import Plan
-from mindformers_ckpt.plan_file import Job, read_plan
+from mindformers_ckpt.planning.file import Job, read_plan
+from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.transform import Options, Report, affordable_processes, ranks_of, transform
 
 

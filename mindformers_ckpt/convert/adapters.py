@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mindformers_ckpt.box import Box
-from mindformers_ckpt.checkpoint import LogicalTensor
 from mindformers_ckpt.convert.config import ModelConfig, read_config
 from mindformers_ckpt.convert.model import Facts, Model, find_model, model_of_config, models
 from mindformers_ckpt.convert.rules import (
@@ -25,7 +23,9 @@ from mindformers_ckpt.convert.rules import (
     parse_axes,
 )
 from mindformers_ckpt.errors import ConfigError, describe_problems
+from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.lora import Locate, Scaling, Spot
+from mindformers_ckpt.sources.checkpoint import LogicalTensor
 
 SETTINGS_FILE = "adapter_config.json"
 _PREFIX = "base_model.model."

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from mindformers_ckpt.convert.config import CONFIG_FILE
 from mindformers_ckpt.errors import PublishError
-from mindformers_ckpt.plan import Plan
+from mindformers_ckpt.planning.model import Plan
 
 INDEX_FILE = "model.safetensors.index.json"
 NAME_MAP_FILE = "param_name_map.json"

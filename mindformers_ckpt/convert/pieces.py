@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from mindformers_ckpt.box import Box
 from mindformers_ckpt.convert.rules import PART, Bound, Rule, flat, parse_axes
+from mindformers_ckpt.geometry.box import Box
 
 
 class Piece(NamedTuple):

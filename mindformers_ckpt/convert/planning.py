@@ -9,8 +9,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from mindformers_ckpt.box import Box
-from mindformers_ckpt.compute import FLOATS, Cast, Dequantise
 from mindformers_ckpt.convert.config import ModelConfig
 from mindformers_ckpt.convert.model import Facts
 from mindformers_ckpt.convert.pieces import pieces_of
@@ -29,10 +27,13 @@ from mindformers_ckpt.convert.rules import (
     parse_axes,
 )
 from mindformers_ckpt.convert.weights import Found, Weights
+from mindformers_ckpt.engine.compute import FLOATS
 from mindformers_ckpt.errors import ConfigError, PlanError, describe_problems
 from mindformers_ckpt.formats import DType, TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
-from mindformers_ckpt.plan import Place, SourceFile, Transfer, View
+from mindformers_ckpt.geometry.box import Box
+from mindformers_ckpt.planning.computations import Cast, Dequantise
+from mindformers_ckpt.planning.model import Place, SourceFile, Transfer, View
 
 _SCALE = "_scale_inv"
 

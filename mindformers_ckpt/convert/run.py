@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mindformers_ckpt.box import Box
 from mindformers_ckpt.convert.config import LAYOUT_SETTINGS, ModelConfig, read_config
 from mindformers_ckpt.convert.model import Model, find_model, model_of_config, models
 from mindformers_ckpt.convert.output import copy_companions, staged_file, write_index, write_name_map
@@ -27,9 +26,10 @@ from mindformers_ckpt.convert.weights import (
 )
 from mindformers_ckpt.errors import ConfigError, PlanError, describe_problems
 from mindformers_ckpt.formats.dtypes import by_name
-from mindformers_ckpt.plan import DEFAULT_PREFIX, Place, Plan, SourceFile
+from mindformers_ckpt.geometry.box import Box
+from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, SourceFile
 from mindformers_ckpt.publish import check_free_space
-from mindformers_ckpt.source_files import SUFFIXES
+from mindformers_ckpt.sources.find import SUFFIXES
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import Options, Progress, check_apart, transform, write_files
 
@@ -330,8 +330,8 @@ def _check_copies(copies: Sequence[tuple[Found, Found]]) -> None:
 def _are_equal(first: Found, second: Found) -> bool:
     import numpy as np
 
-    from mindformers_ckpt.box import blocks
-    from mindformers_ckpt.shard_io import ShardReader
+    from mindformers_ckpt.engine.shard_io import ShardReader
+    from mindformers_ckpt.geometry.box import blocks
 
     if (first.spec.dtype, first.spec.shape) != (second.spec.dtype, second.spec.shape):
         return False

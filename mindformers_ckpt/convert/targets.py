@@ -7,22 +7,13 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from mindformers_ckpt.box import Box, hull
-from mindformers_ckpt.checkpoint import LogicalTensor
 from mindformers_ckpt.convert.planning import Conversion, Converted
 from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
-from mindformers_ckpt.plan import (
-    DEFAULT_PREFIX,
-    Place,
-    Plan,
-    TargetFile,
-    Transfer,
-    View,
-    missing_names,
-    rank_targets,
-    target_boxes,
-)
+from mindformers_ckpt.geometry.box import Box, hull
+from mindformers_ckpt.planning.build import missing_names, rank_targets, target_boxes
+from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, TargetFile, Transfer, View
+from mindformers_ckpt.sources.checkpoint import LogicalTensor
 from mindformers_ckpt.strategy.model import Strategy
 
 Metadata = tuple[tuple[str, str], ...]

@@ -13,7 +13,7 @@ from mindformers_ckpt.convert.config import CONFIG_FILE
 from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
 from mindformers_ckpt.formats import TensorSpec, read_header
 from mindformers_ckpt.publish import MANIFEST_FILE, read_manifests
-from mindformers_ckpt.source_files import find_source
+from mindformers_ckpt.sources.find import find_source
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mindformers_ckpt.errors import StrategyError, describe_problems
-from mindformers_ckpt.layout import Layout
+from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.strategy.schema import strategy_map_class
 

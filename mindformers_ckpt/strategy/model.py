@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from mindformers_ckpt.errors import StrategyError
-from mindformers_ckpt.layout import Layout
+from mindformers_ckpt.geometry.layout import Layout
 
 
 @dataclass(frozen=True)

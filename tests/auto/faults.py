@@ -13,12 +13,13 @@ from typing import Any
 
 import psutil
 
-from mindformers_ckpt.auto import hook as hook_module
-from mindformers_ckpt.auto import reslice, weights
-from mindformers_ckpt.auto.cluster import Cluster
-from mindformers_ckpt.auto.config import Config
-from mindformers_ckpt.auto.hook import CheckpointHook
-from mindformers_ckpt.auto.output_dir import OutputDir
+from mindformers_ckpt.job import reslice
+from mindformers_ckpt.job.cluster.cluster import Cluster
+from mindformers_ckpt.job.config import Config
+from mindformers_ckpt.job.output_dir import OutputDir
+from mindformers_ckpt.ms import hook as hook_module
+from mindformers_ckpt.ms import weights
+from mindformers_ckpt.ms.hook import CheckpointHook
 from mindformers_ckpt.publish import Staging
 
 

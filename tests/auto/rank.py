@@ -20,10 +20,10 @@ from typing import Any
 
 from faults import arm
 
-from mindformers_ckpt.auto import weights
-from mindformers_ckpt.auto.config import Config
-from mindformers_ckpt.auto.hook import CheckpointHook
 from mindformers_ckpt.errors import CheckpointError
+from mindformers_ckpt.job.config import Config
+from mindformers_ckpt.ms import weights
+from mindformers_ckpt.ms.hook import CheckpointHook
 from mindformers_ckpt.strategy.files import rank_file_name
 
 STRATEGIES = Path(__file__).parents[1] / "data" / "strategies"

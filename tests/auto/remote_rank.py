@@ -10,11 +10,11 @@ import rank
 from faults import arm as arm_others
 from faults import at_step, before, kill
 
-from mindformers_ckpt.auto import shared_disk, transfers
-from mindformers_ckpt.auto.cluster import Cluster
-from mindformers_ckpt.auto.config import Config
-from mindformers_ckpt.auto.modelarts import Exchange
-from mindformers_ckpt.auto.transfers import Transfers
+from mindformers_ckpt.job import shared_disk, transfers
+from mindformers_ckpt.job.cluster.cluster import Cluster
+from mindformers_ckpt.job.config import Config
+from mindformers_ckpt.job.modelarts import Exchange
+from mindformers_ckpt.job.transfers import Transfers
 
 
 def arm(fault: str, config: Config) -> None:

@@ -21,16 +21,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mindformers_ckpt.auto import coordinator, rendezvous
-from mindformers_ckpt.auto.cluster import PORT_OFFSET, Address, Cluster, RankError, node_name
-from mindformers_ckpt.auto.messages import Decoder, ProtocolError, encode, name_ranks
-from mindformers_ckpt.auto.rendezvous import listen
 from mindformers_ckpt.errors import ConfigError, TransferError
+from mindformers_ckpt.job.cluster import coordinator, rendezvous
+from mindformers_ckpt.job.cluster.cluster import PORT_OFFSET, Address, Cluster, RankError, node_name
+from mindformers_ckpt.job.cluster.messages import Decoder, ProtocolError, encode, name_ranks
+from mindformers_ckpt.job.cluster.rendezvous import listen
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, sys, time
-from mindformers_ckpt.auto.cluster import Address, Cluster, RankError
+from mindformers_ckpt.job.cluster.cluster import Address, Cluster, RankError
 rank, size, port, timeout = *map(int, sys.argv[1:4]), float(sys.argv[4])
 def say(**facts): print(json.dumps(facts), flush=True)
 try:
@@ -175,7 +175,7 @@ def test_one_step_can_share_megabytes(address: Address) -> None:
 
 
 def test_a_value_over_the_limit_fails_everywhere(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mindformers_ckpt.auto.cluster.MAX_VALUES", 1000)
+    monkeypatch.setattr("mindformers_ckpt.job.cluster.cluster.MAX_VALUES", 1000)
     errors = run_ranks(address, 2, lambda cluster: cluster.gather("big", "x" * (600 * cluster.rank)))
     assert str(errors[0]) == "rank 1 failed in step 'big': a value of 602 bytes, 500 are allowed"
     assert str(errors[1]) == "a value of 602 bytes, 500 are allowed"

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mindformers_ckpt.auto.config import Config, parse_bool
 from mindformers_ckpt.errors import ConfigError
+from mindformers_ckpt.job.config import Config, parse_bool
 
 DEFAULTS = {
     "load_checkpoint": "",

@@ -18,9 +18,9 @@ from networks import Net, assert_holds, network_for
 from recorded import Recorded, Tensor, random_model, read_tensors, recorded, slices_of, write_ranks, write_tensors
 
 from mindformers_ckpt import CheckpointHook, Layout, load_checkpoint
-from mindformers_ckpt.auto.config import Config
-from mindformers_ckpt.auto.hook import CheckpointHook as HookClass
 from mindformers_ckpt.errors import CheckpointError, ConfigError, PlanError, StrategyError
+from mindformers_ckpt.job.config import Config
+from mindformers_ckpt.ms.hook import CheckpointHook as HookClass
 from mindformers_ckpt.publish import read_manifest
 from mindformers_ckpt.strategy.files import write_strategy
 
@@ -387,8 +387,8 @@ def test_only_save_strategy_stops_with_success(
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A parallel job of 4 ranks as one of them sees it; the others are taken to do the same."""
-    from mindformers_ckpt.auto import hook as module
-    from mindformers_ckpt.auto.cluster import Cluster
+    from mindformers_ckpt.job.cluster.cluster import Cluster
+    from mindformers_ckpt.ms import hook as module
 
     class Alone(Cluster):
         def gather(self, step: str, value: object = None) -> list[Any]:

@@ -16,15 +16,15 @@ from recorded import read_ranks, recorded
 from s3_server import BUCKET, Fault, FlakyProxy, environment, s3_server
 from test_ranks import Source, assert_loaded, expected, old_results, results, run, source  # noqa: F401
 
-from mindformers_ckpt.auto.hyperparameters import from_command_line
-from mindformers_ckpt.auto.modelarts import check_nodes, nodes_by_number
-from mindformers_ckpt.auto.object_store import FsspecStore
-from mindformers_ckpt.auto.remote_reslice import makers_of
-from mindformers_ckpt.checkpoint import Checkpoint
 from mindformers_ckpt.errors import ConfigError
-from mindformers_ckpt.plan import build_plan
+from mindformers_ckpt.job.hyperparameters import from_command_line
+from mindformers_ckpt.job.modelarts import check_nodes, nodes_by_number
+from mindformers_ckpt.job.object_store import FsspecStore
+from mindformers_ckpt.job.remote_reslice import makers_of
+from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.publish import read_manifest
-from mindformers_ckpt.source_files import find_source
+from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.files import read_strategy
 from mindformers_ckpt.transform import transform
 

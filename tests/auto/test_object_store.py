@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from s3_server import BUCKET, Fault, FlakyProxy, environment, s3_server
 
-from mindformers_ckpt.auto.modelarts import fetch_sources
-from mindformers_ckpt.auto.object_store import FsspecStore, MoxingStore, ObjectStore, StoreError, open_store
-from mindformers_ckpt.auto.transfers import Entry, Retries, Transfers, content_hash
 from mindformers_ckpt.errors import ConfigError, PlanError
+from mindformers_ckpt.job.modelarts import fetch_sources
+from mindformers_ckpt.job.object_store import FsspecStore, MoxingStore, ObjectStore, StoreError, open_store
+from mindformers_ckpt.job.transfers import Entry, Retries, Transfers, content_hash
 
 # Stopped and broken transfers leave connections of aiohttp to the garbage collector, which says so.
 pytestmark = [
@@ -295,8 +295,8 @@ def test_no_room_on_the_local_disk(s3: FsspecStore, file: Path) -> None:
 
 
 def test_sources_by_url(s3: FsspecStore, file: Path, tmp_path: Path) -> None:
-    from mindformers_ckpt.auto.cluster import Cluster
-    from mindformers_ckpt.auto.config import Config
+    from mindformers_ckpt.job.cluster.cluster import Cluster
+    from mindformers_ckpt.job.config import Config
 
     cluster = Cluster(0, 1, ("node",), 60, None)
     s3.put(file, "in/whole.ckpt", nothing)

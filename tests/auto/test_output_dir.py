@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from mindformers_ckpt.auto import output_dir as module
-from mindformers_ckpt.auto.output_dir import OutputDir
 from mindformers_ckpt.errors import ConfigError, PublishError
+from mindformers_ckpt.job import output_dir as module
+from mindformers_ckpt.job.output_dir import OutputDir
 
 ROOT = Path(__file__).parents[2]
 OWN_FILES = {".checkpoint_hook.lock", ".checkpoint_hook.holder"}
@@ -221,7 +221,7 @@ def test_links_are_removed_not_followed(root: Path, tmp_path: Path) -> None:
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from mindformers_ckpt.auto.output_dir import OutputDir
+from mindformers_ckpt.job.output_dir import OutputDir
 output = OutputDir(Path(sys.argv[1]))
 output.clear()
 (output.strategy / "ckpt_strategy_rank_0.ckpt").write_text("new strategy")

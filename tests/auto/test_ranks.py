@@ -20,7 +20,7 @@ import psutil
 import pytest
 from recorded import STRATEGIES, Recorded, Tensor, random_model, recorded, slices_of, write_ranks, write_tensors
 
-from mindformers_ckpt.auto.cluster import PORT_OFFSET
+from mindformers_ckpt.job.cluster.cluster import PORT_OFFSET
 from mindformers_ckpt.publish import read_manifest
 from mindformers_ckpt.strategy.files import read_strategy
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mindformers_ckpt import machine
-from mindformers_ckpt.auto import reslice
-from mindformers_ckpt.auto.reslice import affordable, share_of, spread
-from mindformers_ckpt.auto.shared_disk import wait_for_files
+from mindformers_ckpt.engine import machine
+from mindformers_ckpt.engine.copier import Task
 from mindformers_ckpt.errors import PlanError
-from mindformers_ckpt.execute import Task
+from mindformers_ckpt.job import reslice
+from mindformers_ckpt.job.reslice import affordable, share_of, spread
+from mindformers_ckpt.job.shared_disk import wait_for_files
 
 GB = 1 << 30
 

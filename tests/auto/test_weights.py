@@ -15,11 +15,11 @@ from mindspore import Tensor
 from networks import Net, content_of
 from recorded import random_bits, write_tensors
 
-from mindformers_ckpt.auto.weights import check_fit, load_into, tensor_of, tensors_of, wanted_names
+from mindformers_ckpt.engine.shard_io import read_file
 from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
-from mindformers_ckpt.shard_io import read_file
+from mindformers_ckpt.ms.weights import check_fit, load_into, tensor_of, tensors_of, wanted_names
 
 TYPES = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),

@@ -15,7 +15,7 @@ from recorded import Tensor, write_tensors
 from toy import DP2MP2, MODEL, Result, command, dp2mp2, environment, listing
 
 from mindformers_ckpt.formats.dtypes import by_name
-from mindformers_ckpt.layout import Layout
+from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.strategy.files import write_strategy
 
 RANK_2 = "sharded/rank_2/checkpoint_2.ckpt"
@@ -238,7 +238,7 @@ _needs_mounts = pytest.mark.skipif(
     reason="makes small and read-only disks in a mount namespace of its own, which only root may",
 )
 _DISK_IS_FULL_LATE = "import shutil; shutil.disk_usage = lambda path: shutil._ntuple_diskusage(0, 0, 1 << 60); "
-_NO_ROOM_RESERVED = "import os; from mindformers_ckpt import shard_io; shard_io._reserve = os.ftruncate; "
+_NO_ROOM_RESERVED = "import os; from mindformers_ckpt.engine import shard_io; shard_io._reserve = os.ftruncate; "
 
 
 @_needs_mounts

@@ -24,17 +24,17 @@ ARGUMENTS = ["transform", "--src-checkpoint", "large.ckpt", "--dst-checkpoint-di
 # The command itself, made slow: it says when its first task begins, and takes a second for each.
 SLOW = """
 import os, time
-from mindformers_ckpt import execute
+from mindformers_ckpt.engine import copier
 from mindformers_ckpt.cli.main import main
 
-run = execute.Copier.run
+run = copier.Copier.run
 
 def slow(self, task, *rest):
     os.write(1, b"begins\\n")  # at once, there are several threads
     time.sleep(1)
     return run(self, task, *rest)
 
-execute.Copier.run = slow
+copier.Copier.run = slow
 main()
 """
 

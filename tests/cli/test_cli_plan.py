@@ -12,10 +12,10 @@ import pytest
 from recorded import assert_ranks, write_tensors
 from toy import MODEL, Result, command, listing, mp2pp2
 
-from mindformers_ckpt.box import Box
 from mindformers_ckpt.errors import PlanError
-from mindformers_ckpt.plan import Place, Plan, Transfer, View
-from mindformers_ckpt.plan_file import Job, read_plan, write_plan
+from mindformers_ckpt.geometry.box import Box
+from mindformers_ckpt.planning.file import Job, read_plan, write_plan
+from mindformers_ckpt.planning.model import Place, Plan, Transfer, View
 
 CONTENT = sum(len(tensor.bits.tobytes()) for tensor in MODEL.values())
 WRITTEN = sum(len(tensor.bits.tobytes()) for rank in mp2pp2().values() for tensor in rank.values())

@@ -12,7 +12,7 @@ import numpy as np
 from recorded import Tensor, random_bits, write_ranks, write_tensors
 
 from mindformers_ckpt.formats.dtypes import by_name
-from mindformers_ckpt.layout import Layout
+from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.strategy.files import write_strategy
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -10,14 +10,14 @@ import huggingface as hf
 import numpy as np
 import pytest
 
-from mindformers_ckpt.auto.cluster import Cluster
-from mindformers_ckpt.auto.config import Config
-from mindformers_ckpt.auto.direct import read_direct
-from mindformers_ckpt.auto.output_dir import OutputDir
-from mindformers_ckpt.auto.reslice import Reslicing
 from mindformers_ckpt.convert.run import Request, convert
-from mindformers_ckpt.layout import Layout
-from mindformers_ckpt.source_files import is_huggingface_folder
+from mindformers_ckpt.geometry.layout import Layout
+from mindformers_ckpt.job.cluster.cluster import Cluster
+from mindformers_ckpt.job.config import Config
+from mindformers_ckpt.job.direct import read_direct
+from mindformers_ckpt.job.output_dir import OutputDir
+from mindformers_ckpt.job.reslice import Reslicing
+from mindformers_ckpt.sources.find import is_huggingface_folder
 from mindformers_ckpt.strategy.model import Strategy
 
 SHAPES = hf.llama_shapes()

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mindformers_ckpt.box import Box
-from mindformers_ckpt.compute import Dequantise, cast, dequantise
+from mindformers_ckpt.engine.compute import cast, dequantise
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.formats.dtypes import by_name
+from mindformers_ckpt.geometry.box import Box
+from mindformers_ckpt.planning.computations import Dequantise
 
 BF16 = ml_dtypes.bfloat16
 

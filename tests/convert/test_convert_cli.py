@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from mindformers_ckpt.cli.main import cli
 from mindformers_ckpt.formats import read_header
-from mindformers_ckpt.layout import Layout
+from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.strategy.files import write_strategy
 
 

@@ -10,14 +10,14 @@ import huggingface as hf
 import ml_dtypes
 import pytest
 
-from mindformers_ckpt.checkpoint import Checkpoint
 from mindformers_ckpt.convert.model import models
 from mindformers_ckpt.convert.run import Request, convert
 from mindformers_ckpt.convert.targets import _runs
 from mindformers_ckpt.errors import PlanError
-from mindformers_ckpt.layout import Layout
-from mindformers_ckpt.plan import build_plan
-from mindformers_ckpt.source_files import find_source
+from mindformers_ckpt.geometry.layout import Layout
+from mindformers_ckpt.planning.build import build_plan
+from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import transform
 

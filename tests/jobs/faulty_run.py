@@ -12,7 +12,7 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests" / "auto")]
 from faults import arm  # noqa: E402
 from run_mindformer import main  # noqa: E402
 
-from mindformers_ckpt.auto.config import Config  # noqa: E402
+from mindformers_ckpt.job.config import Config  # noqa: E402
 
 if __name__ == "__main__":
     rank, _, fault = os.environ.get("FAULT", "").partition(":")

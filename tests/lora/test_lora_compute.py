@@ -11,12 +11,13 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mindformers_ckpt.box import Box
-from mindformers_ckpt.compute import DOWN_TILE, UP_TILE, Factor, Merge, factor_values, merge
+from mindformers_ckpt.engine.compute import DOWN_TILE, UP_TILE, factor_values, merge
+from mindformers_ckpt.engine.shard_io import FileSink
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
-from mindformers_ckpt.plan import TargetFile
-from mindformers_ckpt.shard_io import FileSink
+from mindformers_ckpt.geometry.box import Box
+from mindformers_ckpt.planning.computations import Factor, Merge
+from mindformers_ckpt.planning.model import TargetFile
 
 ROWS, COLUMNS = 150, 530
 ROOT = Path(__file__).resolve().parent.parent.parent

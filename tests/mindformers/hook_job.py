@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import nn
 
 from mindformers_ckpt import CheckpointHook, Layout
-from mindformers_ckpt.auto.config import Config
+from mindformers_ckpt.job.config import Config
 
 
 class Network(nn.Cell):

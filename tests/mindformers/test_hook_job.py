@@ -15,7 +15,7 @@ import pytest
 from recorded import random_bits, write_ranks
 
 from mindformers_ckpt.formats.dtypes import by_name
-from mindformers_ckpt.layout import Layout
+from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.strategy.files import rank_file_name, write_strategy
 
 try:

@@ -21,7 +21,7 @@ from recorded import Tensor, assert_same, random_model, read_tensors, recorded, 
 
 from mindformers_ckpt import mindformers as replacement
 from mindformers_ckpt.errors import ConfigError, PlanError, PublishError
-from mindformers_ckpt.layout import Layout
+from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.run import main
 from mindformers_ckpt.strategy.files import rank_file_name, read_strategy, write_strategy
 

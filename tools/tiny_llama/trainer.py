@@ -14,7 +14,7 @@ from mindspore import Tensor, nn
 from numpy.typing import NDArray
 
 from mindformers_ckpt import CheckpointHook
-from mindformers_ckpt.layout import Layout
+from mindformers_ckpt.geometry.layout import Layout
 
 from . import data
 from .model import TinyLlama

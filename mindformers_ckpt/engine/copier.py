@@ -1,0 +1,281 @@
+"""Runs a plan: streams bytes from source files to target files.
+
+Work is cut into tasks by output bytes, so that one huge tensor is spread over processes like a thousand
+small ones. Every tensor is copied block by block; a block of source bytes is read once and goes to all
+target files that take a part of it. Nothing here knows of strategies.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mindformers_ckpt.engine.buffers import ALIGNMENT, empty_bytes
+from mindformers_ckpt.engine.shard_io import BLOCK_BYTES, PIECE_BYTES, TRANSPOSE_BYTES, ShardReader, Sink, target_runs
+from mindformers_ckpt.formats import DType
+from mindformers_ckpt.geometry.box import Box, are_disjoint, block_count, blocks, hull, offset_in
+from mindformers_ckpt.planning.model import Place, Plan, SourceFile, Transfer, View
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_TASKS = 64
+_SMALLEST_TASK, _LARGEST_TASK = 8 << 20, 256 << 20
+
+
+class Slice(NamedTuple):
+    """Some consecutive blocks of a transfer, counted from `first`."""
+
+    transfer: Transfer
+    first: int
+    blocks: int
+
+
+class Task(NamedTuple):
+    """A unit of work: about equally many output bytes each."""
+
+    number: int
+    slices: tuple[Slice, ...]
+    bytes_written: int
+
+
+class TensorHash(NamedTuple):
+    """xxh3-128 of the content of a tensor in a target file."""
+
+    file: int
+    name: str
+    digest: str
+
+
+class Done(NamedTuple):
+    """What a finished task reports."""
+
+    task: int
+    bytes_written: int
+    hashes: tuple[TensorHash, ...]
+
+    def to_json(self) -> list[Any]:
+        """The report as JSON values, for the journal of a run."""
+        return [self.task, self.bytes_written, self.hashes]
+
+    @classmethod
+    def from_json(cls, value: Any) -> Done:
+        """Undo `to_json`. Raises ValueError for anything else."""
+        try:
+            task, written, hashes = value
+            return cls(int(task), int(written), tuple(TensorHash(*entry) for entry in hashes))
+        except TypeError as error:
+            raise ValueError(f"not the record of a task: {value!r}") from error
+
+
+def cut_into_tasks(plan: Plan, *, by_rank: bool = False, whole_tensors: bool = False) -> list[Task]:
+    """Cut a plan into tasks: by output bytes, or one a target file (`by_rank`).
+
+    With `whole_tensors` no tensor is cut over two tasks, as content hashes need it.
+    The cut depends on the plan alone, so that an interrupted run can be resumed.
+    """
+    if by_rank:
+        parts = [plan.for_targets([file]) for file in range(len(plan.targets))]
+        return [Task(number, tuple(_slices(part.transfers)), part.bytes_written) for number, part in enumerate(parts)]
+    size = max(_SMALLEST_TASK, min(_LARGEST_TASK, plan.bytes_written // _TASKS))
+    tasks: list[Task] = []
+    pending: list[Slice] = []
+    held = 0
+    for transfer in plan.transfers:
+        total = block_count(_wanted(transfer), _block_elements(transfer))
+        cost = transfer.bytes_written / max(total, 1)
+        first = 0
+        while first < total:
+            room = total - first
+            if not whole_tensors:
+                room = min(room, max(1, int((size - held) / cost)))
+            pending.append(Slice(transfer, first, room))
+            held += int(room * cost)
+            first += room
+            if held >= size or (first < total and not whole_tensors):
+                tasks.append(Task(len(tasks), tuple(pending), held))
+                pending, held = [], 0
+    if pending:
+        tasks.append(Task(len(tasks), tuple(pending), held))
+    return tasks
+
+
+def _slices(transfers: Sequence[Transfer]) -> Iterator[Slice]:
+    for transfer in transfers:
+        yield Slice(transfer, 0, block_count(_wanted(transfer), _block_elements(transfer)))
+
+
+def _wanted(transfer: Transfer) -> Box:
+    return hull([place.box for place in transfer.targets])
+
+
+def _block_elements(transfer: Transfer) -> int:
+    """A block of a transposed tensor takes a little of every row of the source, so there had better be few."""
+    transposed = any(place.view is not None and place.view.is_transposed for place in transfer.sources)
+    return max(1, (TRANSPOSE_BYTES if transposed else BLOCK_BYTES) // transfer.dtype.itemsize)
+
+
+def _is_cut_by_rows(transfer: Transfer) -> bool:
+    """Whether sources and targets are cut along the first dimension only: all they share are single runs of both.
+
+    Not where target boxes overlap without being equal, of which the common part would be read twice.
+    """
+    by_rows = bool(transfer.shape) and all(
+        place.is_plain and place.box.shape[1:] == transfer.shape[1:] for place in (*transfer.sources, *transfer.targets)
+    )
+    return by_rows and are_disjoint(list({place.box for place in transfer.targets}))
+
+
+class _Meeting(NamedTuple):
+    """What a source holds of a target's box, and the files that take it."""
+
+    box: Box
+    files: Sequence[int]
+    place: Place
+    common: Box
+
+
+def _row_meetings(transfer: Transfer, takers: Mapping[tuple[Box, View | None], Sequence[int]]) -> list[_Meeting]:
+    """Which sources a target that is cut by rows takes from; in one pass over both, however many ranks there are."""
+    sources = sorted(transfer.sources, key=lambda place: place.box.start[0])
+    found = []
+    number = 0
+    for (box, _), files in sorted(takers.items(), key=lambda taker: taker[0][0].start[0]):
+        while number < len(sources) and sources[number].box.stop[0] <= box.start[0]:
+            number += 1
+        for place in itertools.islice(sources, number, None):
+            if place.box.start[0] >= box.stop[0]:
+                break
+            common = place.box.intersect(box)
+            if common is not None:
+                found.append(_Meeting(box, files, place, common))
+    return found
+
+
+class Copier:
+    """Copies slices of transfers from source shards to a sink. Holds the buffers and the open files."""
+
+    def __init__(self, sources: Sequence[SourceFile], sink: Sink, *, hashes: bool = False) -> None:
+        self._reader = ShardReader(sources)
+        self._sink = sink
+        self._hashes = hashes
+        self._buffers: dict[str, np.ndarray[Any, np.dtype[np.uint8]]] = {}
+
+    def run(self, task: Task, check: Callable[[], None] = lambda: None) -> Done:
+        """Copy all blocks of a task; `check` is called between blocks and may raise to stop."""
+        hashes: list[TensorHash] = []
+        for piece in task.slices:
+            hashes += self._copy(piece, check)
+        return Done(task.number, task.bytes_written, tuple(hashes))
+
+    def close(self) -> None:
+        """Close the files that were opened, also those of the sink."""
+        self._reader.close()
+        self._sink.close()
+
+    def _copy(self, piece: Slice, check: Callable[[], None]) -> list[TensorHash]:
+        transfer = piece.transfer
+        takers: dict[tuple[Box, View | None], list[int]] = {}
+        for place in transfer.targets:
+            takers.setdefault((place.box, place.view), []).append(place.file)
+        # A tensor in several places of a file is not written in its order, so it has no digest.
+        digests: dict[tuple[Box, View | None], Any] = {}
+        if self._hashes:
+            digests = {taker: _new_hash() for taker in takers if taker[1] is None}
+        meetings = _row_meetings(transfer, takers) if not self._hashes and _is_cut_by_rows(transfer) else None
+        wanted, limit = _wanted(transfer), _block_elements(transfer)
+        for number, block in enumerate(blocks(wanted, limit)):
+            if number < piece.first:
+                continue
+            if number >= piece.first + piece.blocks:
+                break
+            check()
+            if meetings is not None:
+                self._copy_rows(transfer, block, meetings)
+            else:
+                self._copy_block(transfer, block, takers, digests)
+        return [
+            TensorHash(file, transfer.name, digest.hexdigest())
+            for taker, digest in digests.items()
+            for file in takers[taker]
+        ]
+
+    def _copy_rows(self, transfer: Transfer, block: Box, meetings: Sequence[_Meeting]) -> None:
+        """Copy what each target takes of each source as one run, in pieces small enough to stay in a core's cache."""
+        for box, files, place, common in meetings:
+            part = common.intersect(block)
+            if part is None:
+                continue
+            position = offset_in(part, box) * transfer.dtype.itemsize
+            lead = PIECE_BYTES - self._sink.offset(files[0], transfer.name, position) % PIECE_BYTES
+            for piece in self._reader.stream(place, transfer.name, transfer.dtype, part, lead):
+                for file in files:
+                    self._sink.write(file, transfer.name, position, piece)
+                position += len(piece)
+
+    def _copy_block(
+        self,
+        transfer: Transfer,
+        block: Box,
+        takers: dict[tuple[Box, View | None], list[int]],
+        digests: dict[tuple[Box, View | None], Any],
+    ) -> None:
+        dtype = transfer.dtype
+        held = self._read_parts(transfer, block)
+        for (box, view), files in takers.items():
+            part = box.intersect(block)
+            if part is None:
+                continue
+            data = self._gathered(part, held, dtype).reshape(-1).view("u1").data
+            if (box, view) in digests:
+                digests[box, view].update(data)
+            for start, count in target_runs(view, offset_in(part, box), part.volume):
+                piece, data = data[: count * dtype.itemsize], data[count * dtype.itemsize :]
+                for file in files:
+                    self._sink.write(file, transfer.name, start * dtype.itemsize, piece)
+
+    def _read_parts(self, transfer: Transfer, block: Box) -> list[tuple[Box, np.ndarray[Any, np.dtype[Any]]]]:
+        """What the sources hold of a block, each part contiguous in memory."""
+        common = [(place, place.box.intersect(block)) for place in transfer.sources]
+        parts = [(place, part) for place, part in common if part is not None]
+        arrays = self._arrays("read", transfer.dtype, [part.shape for _, part in parts])
+        for (place, part), array in zip(parts, arrays):
+            self._reader.read(place, transfer.name, transfer.dtype, part, array)
+        return [(part, array) for (_, part), array in zip(parts, arrays)]
+
+    def _gathered(
+        self, part: Box, held: Sequence[tuple[Box, np.ndarray[Any, np.dtype[Any]]]], dtype: DType
+    ) -> np.ndarray[Any, np.dtype[Any]]:
+        """The elements of a part, contiguous: where they were read, if they are so there."""
+        pieces = [(box, common, array) for box, array in held if (common := box.intersect(part)) is not None]
+        if len(pieces) == 1:
+            ((box, common, array),) = pieces
+            content: np.ndarray[Any, np.dtype[Any]] = array[common.relative_to(box).slices()]
+            if content.flags.c_contiguous:
+                return content
+        (gathered,) = self._arrays("gathered", dtype, [part.shape])
+        for box, common, array in pieces:
+            gathered[common.relative_to(part).slices()] = array[common.relative_to(box).slices()]
+        return gathered
+
+    def _arrays(
+        self, purpose: str, dtype: DType, shapes: Sequence[tuple[int, ...]]
+    ) -> list[np.ndarray[Any, np.dtype[Any]]]:
+        """Arrays in a buffer that is used again and again: fresh memory would cost a page fault every 4 KiB."""
+        sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
+        starts = list(itertools.accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
+        buffer = self._buffers.get(purpose)
+        if buffer is None or len(buffer) < starts[-1]:
+            buffer = self._buffers[purpose] = empty_bytes(max(starts[-1], BLOCK_BYTES))
+        return [
+            buffer[start : start + size].view(dtype.carrier).reshape(shape)
+            for start, size, shape in zip(starts, sizes, shapes)
+        ]
+
+
+def _new_hash() -> Any:
+    import xxhash
+
+    return xxhash.xxh3_128()

@@ -1,0 +1,221 @@
+"""One process or several run the tasks of a plan: workers that are started for it, and the process that wants it.
+
+A single process copies in two threads: while one waits for a read, the other writes. A worker that dies, or a task
+that fails, ends the whole work; no worker outlives the process that started it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import types
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mindformers_ckpt.engine.copier import Copier, Done, Task
+from mindformers_ckpt.engine.shard_io import FileSink
+from mindformers_ckpt.errors import TransferError
+from mindformers_ckpt.planning.model import Plan, SourceFile, TargetFile
+
+# multiprocessing is imported where there are worker processes: one process starts sooner without it.
+if TYPE_CHECKING:
+    from concurrent.futures import Executor, Future
+
+_SECONDS_BETWEEN_CHECKS = 0.2
+
+
+def copy_tasks(
+    plan: Plan,
+    folder: Path,
+    tasks: Sequence[Task],
+    *,
+    processes: int = 1,
+    hashes: bool = False,
+    may_fork: bool = False,
+    check: Callable[[], None] = lambda: None,
+) -> Generator[Done, None, None]:
+    """Run tasks of a plan into prepared target files under `folder`, and yield each as it is done.
+
+    A single process copies in two threads; `check` is called in the calling one. With more than one process,
+    `processes - 1` workers are started and this process works as well, each in one thread. Workers are
+    spawned; with `may_fork` they are forked where that is safe, and start sooner.
+    The first failure stops everything, and so does closing the generator. Raises TransferError, also when a
+    worker dies; what `check` raises goes through.
+    """
+    arguments = (plan.sources, folder, plan.targets, hashes)
+    with contextlib.closing(_copier(*arguments)) as copier:
+        if len(tasks) <= 1:
+            for task in tasks:
+                yield copier.run(task, check)
+        elif processes <= 1:
+            with contextlib.closing(_copier(*arguments)) as helper:
+                yield from _copy_with_thread(helper, tasks, copier, check)
+        else:
+            workers = min(processes, len(tasks)) - 1
+            yield from _copy_with_workers(workers, arguments, tasks, copier, check, may_fork)
+
+
+def _copier(sources: Sequence[SourceFile], folder: Path, targets: Sequence[TargetFile], hashes: bool) -> Copier:
+    return Copier(sources, FileSink(folder, targets), hashes=hashes)
+
+
+def _copy_with_thread(
+    helper: Copier, tasks: Sequence[Task], copier: Copier, check: Callable[[], None]
+) -> Iterator[Done]:
+    """Run tasks with `copier` and, in a thread beside this one, with `helper`; yield each as it is done."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    stop = threading.Event()
+
+    def run(task: Task) -> Done:
+        return helper.run(task, lambda: _end_if(stop.is_set()))
+
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield from _work_along(pool, 1, run, tasks, copier, check)
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _copy_with_workers(
+    workers: int,
+    arguments: tuple[Any, ...],
+    tasks: Sequence[Task],
+    copier: Copier,
+    check: Callable[[], None],
+    may_fork: bool,
+) -> Iterator[Done]:
+    """Run tasks in workers and, with `copier`, in this process; yield each as it is done.
+
+    `arguments` are those of a worker's copier: sources, folder, targets, hashes. `may_fork` is for a process
+    without connections, which a forked worker would keep open. Raises TransferError, also when a worker dies;
+    what `check` raises goes through.
+    """
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
+    import numpy as np  # noqa: F401  # before a fork, that no worker has to
+
+    context = multiprocessing.get_context(_start_method(may_fork))
+    # No Event: it has a lock, which a killed worker might take with it.
+    stop = context.RawValue(ctypes.c_bool, False)
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(*arguments, stop))
+    try:
+        yield from _work_along(pool, workers, _run_in_worker, tasks, copier, check)
+    except BrokenProcessPool as error:
+        raise TransferError(
+            "a worker process died; was it killed, or did the machine run out of memory? "
+            "Nothing was published; run the same command again, with fewer processes if memory is short"
+        ) from error
+    finally:
+        stop.value = True
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_method(may_fork: bool) -> Literal["fork", "spawn"]:
+    """A forked worker is there at once, a spawned one has to import everything: a quarter of a second.
+
+    A fork copies locks, and those that another thread holds stay locked in the copy for ever: so only a process
+    of a single thread forks. Before Python 3.11 the pool forks behind its own thread.
+    """
+    alone = sys.version_info >= (3, 11) and len(os.listdir("/proc/self/task")) == 1
+    return "fork" if may_fork and alone else "spawn"
+
+
+def _work_along(
+    pool: Executor,
+    workers: int,
+    run: Callable[[Task], Done],
+    tasks: Sequence[Task],
+    copier: Copier,
+    check: Callable[[], None],
+) -> Iterator[Done]:
+    """Feed tasks from the front to the workers, which `run` them, and take tasks from the far end meanwhile.
+
+    The pool gets its tasks little by little: one that it has got cannot be taken back (a pool that breaks
+    while it holds cancelled tasks leaves its other workers behind).
+    """
+    from concurrent.futures import FIRST_COMPLETED, wait
+
+    left = deque(tasks)
+    given: set[Future[Done]] = set()
+
+    def feed() -> None:
+        check()
+        unfinished = 0
+        for future in given:
+            if not future.done():
+                unfinished += 1
+            elif future.exception() is not None:
+                future.result()
+        while left and unfinished < 2 * workers:
+            with _blank_main():
+                given.add(pool.submit(run, left.popleft()))
+            unfinished += 1
+
+    while left or given:
+        feed()
+        if left:
+            yield copier.run(left.pop(), feed)
+        else:
+            wait(given, _SECONDS_BETWEEN_CHECKS, return_when=FIRST_COMPLETED)
+        for done in [future for future in given if future.done()]:
+            given.remove(done)
+            yield done.result()
+
+
+_worker: Copier | None = None
+_stop: ctypes.c_bool | None = None
+
+
+def _start_worker(
+    sources: tuple[SourceFile, ...], folder: Path, targets: tuple[TargetFile, ...], hashes: bool, stop: ctypes.c_bool
+) -> None:
+    global _worker, _stop
+    _worker, _stop = _copier(sources, folder, targets, hashes), stop
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End when the starting process is gone: a worker that waits for work would not notice."""
+    import multiprocessing
+
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _run_in_worker(task: Task) -> Done:
+    assert _worker is not None
+    return _worker.run(task, lambda: _end_if(_stop is not None and _stop.value))
+
+
+def _end_if(stopped: bool) -> None:
+    if stopped:
+        raise TransferError("the work was stopped")
+
+
+@contextlib.contextmanager
+def _blank_main() -> Iterator[None]:
+    """Start workers without `__main__` and without interrupts.
+
+    spawn would import the training script, and MindSpore with it. Ctrl-C reaches all processes of a
+    terminal; the starting process alone handles it and ends the workers.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        sys.modules["__main__"] = main

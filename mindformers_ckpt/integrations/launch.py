@@ -1,0 +1,86 @@
+"""Run a MindFormers script with our engine under its `TransformCkpt`.
+
+    python -m mindformers_ckpt.run run_mindformer.py --config finetune.yaml --auto_trans_ckpt True
+    msrun --worker_num=8 --local_worker_num=8 python -m mindformers_ckpt.run run_mindformer.py --config finetune.yaml
+
+The script runs as __main__ with its own arguments. Nothing else changes: MindFormers is imported when the
+script imports it. MINDFORMERS_CKPT_TIMEOUT: seconds that ranks wait for each other at a step (7200).
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from mindformers_ckpt.errors import ConfigError
+from mindformers_ckpt.integrations.mindformers import MODULE, check_version, install_in
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the script that the first argument names with the others. Returns 1 for wrong input, 2 for usage."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0].startswith("-"):
+        print(__doc__, file=sys.stderr)
+        return 2
+    script = Path(arguments[0])
+    try:
+        check_version()
+        _check_script(script)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    sys.meta_path.insert(0, _Finder())
+    sys.argv = arguments
+    sys.path[0] = str(script.resolve().parent)
+    runpy.run_path(str(script), run_name="__main__")
+    return 0
+
+
+def _check_script(script: Path) -> None:
+    if not script.is_file():
+        raise ConfigError(f"there is no script {script}")
+    if script.name == "transform_checkpoint.py":
+        raise ConfigError(
+            f"{script} holds a TransformCkpt of its own, which cannot be replaced; `mindformers-ckpt transform` takes "
+            "the same options"
+        )
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Lets our engine be installed at the moment the script imports MindFormers, not earlier.
+
+    What the script sets before (environment, context) must still come first.
+    """
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != MODULE:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    """Loads a module as the loader that it stands before, then installs."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        install_in(module)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._loader, name)

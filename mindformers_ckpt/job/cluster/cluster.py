@@ -1,0 +1,286 @@
+"""The ranks of one training job do things together: share a value, wait for each other, learn of a failure.
+
+    with Cluster.from_environment(timeout=600) as cluster:
+        with cluster.step("clear"):                 # an exception in here reaches all the others
+            clear_stale_folders()
+        seen = cluster.gather("layouts", summary)   # one value a rank, in rank order
+
+Nothing waits without a limit, nothing is left on a disk, and no collective operator of the training
+framework is used (those hang when a rank is dead). The sockets behind it are in `rendezvous.py`,
+`coordinator.py` and `messages.py`.
+
+The ranks make the same calls in the same order. A failure is final: from then on every call on every rank
+raises the same `RankError`. A cluster belongs to one thread. Processes started while it is open should be
+spawned: a forked child keeps the connection of a killed rank open, so that only the time-out tells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mindformers_ckpt.errors import CheckpointError, ConfigError
+from mindformers_ckpt.job.cluster.messages import ADVICE, GRACE, JOIN, MAX_VALUES, Address, Message, ProtocolError
+from mindformers_ckpt.job.cluster.rendezvous import Meeting, RankError, meet
+
+__all__ = ["Address", "Cluster", "RankError"]
+
+# Jobs on one host are given neighbouring scheduler ports (8118, 8119 ...) or round distances between them:
+# neither should lead to another job's port. With it, usual ports stay below the ephemeral ones (32768 up).
+PORT_OFFSET = 1013
+MAX_TEXT = 4000  # characters of a failure's text that are passed on
+
+
+class Cluster:
+    """The ranks of one job; built by `from_environment` or `connect`.
+
+    `nodes[r]` names the node of rank r.
+    """
+
+    def __init__(self, rank: int, size: int, nodes: tuple[str, ...], timeout: float, meeting: Meeting | None) -> None:
+        self.rank = rank
+        self.size = size
+        self.nodes = nodes
+        self.timeout = timeout
+        self._meeting = meeting
+        self._error: RankError | None = None
+
+    @property
+    def node(self) -> str:
+        """The name of this rank's node."""
+        return self.nodes[self.rank]
+
+    @property
+    def node_ranks(self) -> tuple[int, ...]:
+        """The ranks on this rank's node, ascending."""
+        return tuple(rank for rank, node in enumerate(self.nodes) if node == self.node)
+
+    @property
+    def local_rank(self) -> int:
+        """The position of this rank among those of its node, from 0."""
+        return self.node_ranks.index(self.rank)
+
+    @property
+    def is_first_on_node(self) -> bool:
+        """Whether this is the lowest rank of its node."""
+        return self.local_rank == 0
+
+    @classmethod
+    def from_environment(cls, timeout: float, env: Mapping[str, str] = os.environ) -> Cluster:
+        """Join the ranks of the job that `msrun` (or a rank table) describes in the environment.
+
+        Returns when all ranks are there. Besides what msrun sets, these count:
+
+        - MINDFORMERS_CKPT_MASTER=host:port, the meeting address, alike on all ranks; otherwise it is
+          MS_SCHED_HOST and MS_SCHED_PORT + PORT_OFFSET.
+        - MINDFORMERS_CKPT_JOB_ID, alike on all ranks: keeps jobs of the same size and address apart.
+        - MINDFORMERS_CKPT_NODE, the name of this node, where host name and kernel do not tell (containers).
+
+        Raises ConfigError when the environment is incomplete, RankError as `connect` does.
+        """
+        rank, size = _rank_and_size(env)
+        node = node_name(env)
+        if size == 1:
+            return cls(rank, size, (node,), timeout, None)
+        job = env.get("MINDFORMERS_CKPT_JOB_ID", "")
+        return cls.connect(rank, size, _meeting_address(env), timeout, job, node)
+
+    @classmethod
+    def connect(
+        cls, rank: int, size: int, address: Address, timeout: float, job: str = "", node: str | None = None
+    ) -> Cluster:
+        """Join `size` ranks at an address that one of their hosts owns; returns when all are there.
+
+        `timeout`: seconds for finding the coordinator, and then for each step from its first arrival.
+        Raises RankError when a rank does not come, or something else listens on the address.
+        """
+        node = node_name({}) if node is None else node
+        meeting = meet(address, rank, size, job, node, timeout)
+        cluster = cls(rank, size, (), timeout, meeting)
+        try:
+            cluster.nodes = tuple(cluster._receive(meeting, JOIN))
+        except BaseException:
+            cluster.close()
+            raise
+        return cluster
+
+    def gather(self, step: str, value: object = None) -> list[Any]:
+        """Share a small JSON value: the values of all ranks in rank order, once all have arrived at `step`.
+
+        The values come back as JSON gives them (a tuple as a list). All of them together may take 64 MiB.
+        Raises RankError on every rank when one failed, died, left, came to another step, or did not come.
+        """
+        self.check()
+        encoded = json.dumps(value)
+        limit = MAX_VALUES // self.size
+        if len(encoded) > limit:
+            error = RankError(f"a value of {len(encoded)} bytes, {limit} are allowed", self.rank, step)
+            self.fail(error, step)
+            raise error
+        if self._meeting is None:
+            return [json.loads(encoded)]
+        self._send(self._meeting, {"kind": "gather", "step": step, "value": value})
+        return self._receive(self._meeting, step)
+
+    def barrier(self, step: str) -> None:
+        """Wait until all ranks have arrived at `step`; raises as `gather` does."""
+        self.gather(step)
+
+    def check(self) -> None:
+        """Raise RankError if a failure has been announced; does not wait. For the loops of long work."""
+        if self._error is None and self._meeting is not None:
+            try:
+                message = self._meeting.link.poll()
+            except (ConnectionError, ProtocolError) as error:
+                raise self._lost(error, None) from error
+            if message is not None:
+                raise self._announced(message)
+        if self._error is not None:
+            raise self._error
+
+    def fail(self, error: BaseException, step: str | None = None) -> None:
+        """Tell all ranks that this one failed. Does nothing after an earlier failure."""
+        if self._error is not None:
+            return
+        text = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        where = "" if step is None else f" in step {step!r}"
+        text = f"rank {self.rank} failed{where}: {text}"[:MAX_TEXT]
+        self._error = RankError(text, self.rank, step)
+        if self._meeting is not None:
+            self._send(self._meeting, {"kind": "failed", "rank": self.rank, "step": step, "text": text})
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Run the body; an exception in it is reported to all ranks and raised here unchanged.
+
+        Does not wait for anybody: the next `gather` or `barrier` does.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self.fail(error, name)
+            raise
+
+    def close(self) -> None:
+        """Leave, without disturbing the others. The rank that coordinates waits until all have left.
+
+        It waits `timeout` seconds at most, and only a moment after a failure.
+        """
+        meeting, self._meeting = self._meeting, None
+        if self._error is None:
+            self._error = RankError(f"rank {self.rank} has left")
+        if meeting is not None:
+            self._send(meeting, {"kind": "leave"})
+            meeting.link.close()
+            if meeting.coordinator is not None:
+                meeting.coordinator.join(self.timeout + GRACE)
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.fail(error)
+        self.close()
+
+    def _send(self, meeting: Meeting, message: Message) -> None:
+        try:
+            meeting.link.send(message, time.monotonic() + self.timeout)
+        except OSError:
+            return  # the coordinator's last words, or its end, are found by whoever receives next
+
+    def _receive(self, meeting: Meeting, step: str) -> list[Any]:
+        """The values of the step."""
+        try:
+            message = meeting.link.receive(time.monotonic() + self.timeout + GRACE)
+        except TimeoutError as error:
+            text = f"step {step!r}: rank {meeting.host_rank}, which coordinates, does not answer"
+            self._error = RankError(f"{text} ({self.timeout + GRACE:g} s)", meeting.host_rank, step)
+            raise self._error from error
+        except (ConnectionError, ProtocolError) as error:
+            raise self._lost(error, step) from error
+        if message["kind"] != "gathered":
+            raise self._announced(message)
+        values: list[Any] = message["values"]
+        return values
+
+    def _announced(self, message: Message) -> RankError:
+        self._error = RankError(message["text"], message["rank"], message["step"])
+        return self._error
+
+    def _lost(self, error: Exception, step: str | None) -> RankError:
+        host_rank = self._meeting.host_rank if self._meeting is not None else None
+        text = f"rank {host_rank}, which coordinates, died or is cut off: {error}"
+        self._error = RankError(text, host_rank, step)
+        return self._error
+
+
+def node_name(env: Mapping[str, str]) -> str:
+    """A name that the ranks of one node share: host name and a hash of it with the kernel's boot id.
+
+    MINDFORMERS_CKPT_NODE takes the place of both.
+    """
+    name = env.get("MINDFORMERS_CKPT_NODE", "")
+    identity = name
+    if not name:
+        name = socket.gethostname()
+        boot_id = Path("/proc/sys/kernel/random/boot_id")
+        identity = f"{name} {boot_id.read_text() if boot_id.exists() else ''}"
+    return f"{name[:64]}:{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+
+
+def _rank_and_size(env: Mapping[str, str]) -> tuple[int, int]:
+    """This process's rank and the number of ranks, (0, 1) outside of a job.
+
+    msrun sets MS_NODE_ID (the rank, in spite of its name) unless it runs on several nodes without
+    --node_rank; RANK_ID is then 0 for all workers of the first node, inherited from the scheduler. With a
+    rank table MindSpore renumbers RANK_ID in `init()`, so there it is the one that counts.
+    """
+    if env.get("MS_ROLE") == "MS_SCHED":
+        raise ConfigError(
+            "this process is MindSpore's scheduler (MS_ROLE=MS_SCHED), no rank: call "
+            "mindspore.communication.init() before the weights are loaded, it does not return there"
+        )
+    size = _integer(env, "MS_WORKER_NUM") or _integer(env, "RANK_SIZE") or 1
+    if size == 1 or env.get("MS_SIMULATION_LEVEL"):  # a dry run plays one rank of many, alone
+        return 0, 1
+    name = "MS_NODE_ID" if env.get("MS_ROLE") and not env.get("RANK_TABLE_FILE") else "RANK_ID"
+    rank = _integer(env, name)
+    if rank is None:
+        raise ConfigError(f"{name} is not set in a job of {size} ranks: give msrun --node_rank on each node")
+    if rank >= size:
+        raise ConfigError(f"{name}={rank} is no rank of a job of {size} ranks (MS_WORKER_NUM or RANK_SIZE)")
+    return rank, size
+
+
+def _integer(env: Mapping[str, str], name: str) -> int | None:
+    text = env.get(name, "")
+    if text and not text.isdecimal():
+        raise ConfigError(f"{name}={text!r} is no whole number")
+    return int(text) if text else None
+
+
+def _meeting_address(env: Mapping[str, str]) -> Address:
+    """Where the ranks meet: MINDFORMERS_CKPT_MASTER, or beside MindSpore's scheduler."""
+    master = env.get("MINDFORMERS_CKPT_MASTER", "")
+    if master:
+        source = f"MINDFORMERS_CKPT_MASTER={master}"
+        host, _, digits = master.rpartition(":")
+        host, port = host.strip("[]"), int(digits) if digits.isdecimal() else 0
+    else:
+        host, port = env.get("MS_SCHED_HOST", ""), _integer(env, "MS_SCHED_PORT") or 0
+        source = f"MS_SCHED_HOST={host} and MS_SCHED_PORT={port or ''}"
+        port = port and port + (PORT_OFFSET if port + PORT_OFFSET < 1 << 16 else -PORT_OFFSET)
+    if host in ("", "0.0.0.0", "::") or not 0 < port < 1 << 16:
+        raise ConfigError(f"{source}: no address where the ranks can meet; {ADVICE}")
+    return Address(host, port)

@@ -1,0 +1,206 @@
+"""How the ranks of one job find each other: one TCP address, one coordinator, one connection a rank.
+
+Every rank tries to listen on the meeting address. On the host that owns the address the first one succeeds
+and runs the coordinator (`coordinator.py`). Every rank, also that one, is a client.
+
+Nothing is left behind: a connection ends with its process, so the coordinator learns of a killed rank at
+once, and the ranks of a killed coordinator. TCP keepalive does the same for a node that is powered off.
+
+The job key keeps jobs apart, it is no secret (as with MindSpore's own scheduler, trust the network).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import random
+import select
+import socket
+import time
+from collections import deque
+from typing import Any, NamedTuple
+
+from mindformers_ckpt.errors import ClusterError
+from mindformers_ckpt.job.cluster.coordinator import Coordinator
+from mindformers_ckpt.job.cluster.messages import (
+    ADVICE,
+    CHUNK,
+    JOIN,
+    MAX_MESSAGE,
+    PROTOCOL,
+    Address,
+    Decoder,
+    Message,
+    ProtocolError,
+    encode,
+    hang_up,
+    tune,
+)
+
+CONNECT_TIMEOUT = 5.0  # seconds of one attempt, where packets are swallowed
+FIRST_RETRY, LAST_RETRY = 0.02, 1.0  # seconds between attempts
+
+
+class RankError(ClusterError):
+    """A rank failed, died, or did not come in time.
+
+    `rank` is the one at fault, or None where it is not one rank; `step` is the step under way, or None.
+    """
+
+    def __init__(self, message: str, rank: int | None = None, step: str | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.step = step
+
+
+def _resolve(address: Address) -> tuple[socket.AddressFamily, Any]:
+    """The socket family and address to use; raises OSError (gaierror) when the name is unknown."""
+    family, _, _, _, where = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+    return family, where
+
+
+def listen(address: Address, size: int) -> socket.socket:
+    """Listen on the address; raises OSError where it is not this host's, or another socket has it.
+
+    SO_REUSEADDR lets a new job use the port while connections of the last one are in TIME_WAIT. On Linux it
+    also lets two sockets bind one port as long as neither listens: only listen() decides.
+    """
+    family, where = _resolve(address)
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(where)
+        sock.listen(size)
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+class Link:
+    """A rank's connection to the coordinator."""
+
+    def __init__(self, address: Address, timeout: float) -> None:
+        family, where = _resolve(address)
+        self._decoder = Decoder(MAX_MESSAGE)
+        self._inbox: deque[Message] = deque()
+        self._sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            self._sock.settimeout(min(timeout, CONNECT_TIMEOUT))
+            self._sock.connect(where)
+            if self._sock.getsockname() == self._sock.getpeername():
+                # Where nobody listens on a port of the ephemeral range, TCP can connect a socket to itself.
+                raise ConnectionRefusedError(errno.ECONNREFUSED, "nobody listens")
+            tune(self._sock, timeout)
+        except OSError:
+            self._sock.close()
+            raise
+        self._poller = select.poll()
+        self._poller.register(self._sock, select.POLLIN)
+
+    def send(self, message: Message, deadline: float) -> None:
+        """Send a message. Raises OSError when the connection is lost, or at the deadline."""
+        self._sock.settimeout(max(deadline - time.monotonic(), 0.001))
+        self._sock.sendall(encode(message))
+
+    def receive(self, deadline: float) -> Message:
+        """The next message. Raises TimeoutError at the deadline, ConnectionError when the link is lost."""
+        while not self._inbox:
+            self._fill(deadline - time.monotonic())
+        return self._inbox.popleft()
+
+    def poll(self) -> Message | None:
+        """The next message if there is one already. Raises ConnectionError when the link is lost."""
+        if not self._inbox:
+            with contextlib.suppress(TimeoutError):
+                self._fill(0)
+        return self._inbox.popleft() if self._inbox else None
+
+    def _fill(self, timeout: float) -> None:
+        if not self._poller.poll(max(0, math.ceil(timeout * 1000))):
+            raise TimeoutError("no answer")
+        try:
+            data = self._sock.recv(CHUNK)
+        except OSError as error:
+            raise ConnectionError(f"connection lost: {error}") from error
+        if not data:
+            raise ConnectionError("connection closed")
+        self._inbox += self._decoder.feed(data)
+
+    def close(self) -> None:
+        hang_up(self._sock)
+
+
+class Meeting(NamedTuple):
+    """What a rank has after it joined: its connection, who coordinates, and the coordinator if it is here."""
+
+    link: Link
+    host_rank: int
+    coordinator: Coordinator | None
+
+
+def meet(address: Address, rank: int, size: int, job: str, node: str, timeout: float) -> Meeting:
+    """Join the ranks at the meeting address, as their coordinator if nobody else is.
+
+    Raises RankError when something else listens there, or nothing answers within `timeout` seconds.
+    """
+    key = hashlib.sha256(json.dumps([*address, size, job]).encode()).hexdigest()
+    hello = {"kind": "hello", "protocol": PROTOCOL, "key": key, "size": size, "rank": rank, "node": node}
+    deadline = time.monotonic() + timeout
+    delay = FIRST_RETRY
+    coordinator: Coordinator | None = None
+    cannot_listen = ""
+    try:
+        while True:
+            if coordinator is None:
+                try:
+                    coordinator = Coordinator(listen(address, size), rank, size, key, timeout)
+                    coordinator.start()
+                except OSError as error:
+                    cannot_listen = f"; rank {rank} cannot listen there: {error}"
+            try:
+                link, host_rank = _introduce(address, hello, deadline)
+                break
+            except OSError as error:
+                if time.monotonic() + delay >= deadline:
+                    text = f"rank {rank} found no coordinator at {address} within {timeout:g} s: {error}"
+                    raise RankError(f"{text}{cannot_listen}; {ADVICE}", step=JOIN) from error
+            time.sleep(delay * random.uniform(0.5, 1.0))  # thousands of ranks should not knock together
+            delay = min(2 * delay, LAST_RETRY)
+    except BaseException:
+        if coordinator is not None:
+            coordinator.stop()
+        raise
+    if coordinator is not None and host_rank != rank:
+        # net.ipv4.ip_nonlocal_bind lets every host listen on the address; only one of them is reached.
+        coordinator.stop()
+        coordinator = None
+    return Meeting(link, host_rank, coordinator)
+
+
+def _introduce(address: Address, hello: Message, deadline: float) -> tuple[Link, int]:
+    """Connect once. Raises OSError where it is worth trying again, RankError where it is not."""
+    link = Link(address, max(deadline - time.monotonic(), 0.001))
+    try:
+        link.send(hello, deadline)
+        reply = link.receive(deadline)
+        if reply.get("kind") == "welcome":
+            return link, reply["rank"]
+        if reply.get("kind") != "refused":
+            raise ProtocolError("an unexpected answer")
+        if reply["retry"]:
+            raise ConnectionRefusedError(errno.ECONNREFUSED, reply["text"])
+        raise ProtocolError(reply["text"])
+    except ProtocolError as error:
+        link.close()
+        raise RankError(f"something else listens on {address}: {error}; {ADVICE}", step=JOIN) from error
+    except TimeoutError as error:
+        link.close()
+        raise RankError(f"something listens on {address} but does not answer; {ADVICE}", step=JOIN) from error
+    except BaseException:
+        link.close()
+        raise

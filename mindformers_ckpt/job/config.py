@@ -1,0 +1,253 @@
+"""The yaml keys of the checkpoint hook: one validated, frozen configuration.
+
+Keys that belong to the rest of a training yaml are left alone. Values may come as strings, as
+hyperparameters and environment values do: "True", "false" and "2" parse, nonsense is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable
+
+from mindformers_ckpt.convert.config import LAYOUT_SETTINGS
+from mindformers_ckpt.errors import ConfigError, describe_problems
+from mindformers_ckpt.job.object_store import check_url, is_url
+
+RUN_MODES = ("train", "finetune", "predict", "eval")
+_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0", "")
+_STEP_FILE = re.compile(r"-\d+_\d+$|\.(ckpt|safetensors)$")
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the hook does, in the guide's words.
+
+    Attributes:
+        load_checkpoint: file of complete weights, or folder of `rank_x` folders; "" loads nothing.
+        src_strategy_path_or_dir: strategy that the checkpoint was saved under; "" for complete weights.
+        auto_trans_ckpt: re-slice the checkpoint when its strategy is not the job's.
+        auto_trans_save: save the re-sliced checkpoint under `output_dir` and load that (guide); False: every
+            rank reads its own parts of the source straight into its parameters, nothing is written (our key).
+        transform_process_num: processes that re-slice, of all nodes together.
+        transform_by_rank: one target rank is the unit of work.
+        output_dir: folder of `strategy`, `transformed_checkpoint` and what else the job writes.
+        use_parallel: False for a job on one card.
+        run_mode: train, finetune, predict or eval.
+        resume_training: whether the state of the optimizer is loaded too; or the name of the file to resume
+            from ("<prefix>-<epoch>_<step>.ckpt"). Left out: it is loaded into an optimizer that is there.
+        only_save_strategy: write the strategy and stop.
+        load_ckpt_format: format of the transformed checkpoint, "ckpt" or "safetensors".
+        transform_timeout: seconds that ranks wait for each other at a step (our key).
+        remote_save_url: obs:// or s3:// folder through which nodes without a shared disk exchange strategies
+            and weights; "" for none.
+        npu_num_per_node: ranks of such a node.
+        layout_settings: what the yaml says of its network under `model.model_config` or `moe_config`: qkv_concat,
+            mlp_concat, use_rearrange_rope, use_gmm. Hugging Face weights are converted for these.
+    """
+
+    load_checkpoint: str = ""
+    src_strategy_path_or_dir: str = ""
+    auto_trans_ckpt: bool = False
+    auto_trans_save: bool = True
+    transform_process_num: int = 1
+    transform_by_rank: bool = False
+    output_dir: str = "./output"
+    use_parallel: bool = True
+    run_mode: str = "train"
+    resume_training: bool | str | None = None
+    only_save_strategy: bool = False
+    load_ckpt_format: str = "ckpt"
+    transform_timeout: float = 7200.0
+    remote_save_url: str = ""
+    npu_num_per_node: int = 8
+    layout_settings: tuple[tuple[str, bool], ...] = ()
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Config:
+        """Take the hook's keys out of a training configuration. Raises ConfigError listing all faults."""
+        chosen: dict[str, Any] = {}
+        problems = []
+        for key, parse in _PARSERS.items():
+            if values.get(key) is None:
+                continue
+            try:
+                chosen[key] = parse(_expanded(values[key]))
+            except ValueError as error:
+                problems.append(f"{key}: {error}")
+        problems += misspelt(values)
+        if problems:
+            raise ConfigError(describe_problems("the checkpoint keys of the configuration are wrong", problems))
+        return cls(**chosen, layout_settings=_layout_settings(values))
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Config:
+        """Read the keys of a training yaml (anchors, merge keys and ${VARIABLE} values included).
+
+        `overrides` win over the file. Raises ConfigError when the file cannot be read or a value is wrong.
+        """
+        import yaml
+
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: the configuration cannot be read: {error}") from error
+        if content is None:
+            content = {}
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path}: a mapping of keys was expected, not {type(content).__name__}")
+        return cls.from_mapping({**content, **(overrides or {})})
+
+    @property
+    def strategy_dir(self) -> Path:
+        """Where the strategy of this run is saved (guide: output/strategy)."""
+        return Path(self.output_dir) / "strategy"
+
+    @property
+    def transformed_dir(self) -> Path:
+        """Where re-sliced checkpoints go (guide: output/transformed_checkpoint)."""
+        return Path(self.output_dir) / "transformed_checkpoint"
+
+    @property
+    def has_remote_source(self) -> bool:
+        """Whether the checkpoint or its strategy lies in an object storage."""
+        return is_url(self.load_checkpoint) or is_url(self.src_strategy_path_or_dir)
+
+    @property
+    def step_file(self) -> str | None:
+        """The file name to resume from, where resume_training names one."""
+        return self.resume_training if isinstance(self.resume_training, str) else None
+
+
+def _layout_settings(values: Mapping[str, Any]) -> tuple[tuple[str, bool], ...]:
+    """The settings of the network in a MindFormers configuration; what a network does not have is not there."""
+
+    def inside(mapping: Any, key: str) -> Any:
+        return mapping.get(key) if isinstance(mapping, Mapping) else None
+
+    network = inside(values.get("model"), "model_config")
+    found: dict[str, bool] = {}
+    for section in (values.get("moe_config"), inside(network, "moe_config"), network):
+        found |= {key: value for key in LAYOUT_SETTINGS if isinstance(value := inside(section, key), bool)}
+    return tuple(sorted(found.items()))
+
+
+def parse_bool(value: Any) -> bool:
+    """True and False as bool or text. Raises ValueError for anything else."""
+    if isinstance(value, bool):
+        return value
+    text = str(value).strip().lower()
+    if text in _TRUE:
+        return True
+    if text in _FALSE:
+        return False
+    raise ValueError(f"True or False was expected, not {value!r}")
+
+
+def _expanded(value: Any) -> Any:
+    """Put environment values in for ${NAME} and ${NAME:-default}."""
+    if not isinstance(value, str):
+        return value
+
+    def lookup(match: re.Match[str]) -> str:
+        found = os.environ.get(match[1], match[2])
+        if found is None:
+            raise ValueError(f"the environment variable {match[1]} is not set")
+        return found
+
+    return _VARIABLE.sub(lookup, value)
+
+
+def _parse_path(value: Any) -> str:
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueError(f"a path was expected, not {value!r}")  # noqa: TRY004 (collected as ValueError)
+    text = os.fspath(value)
+    return "" if text == "None" else os.path.expanduser(text)
+
+
+def _parse_positive(value: Any) -> int:
+    try:
+        number = int(str(value).strip())
+    except ValueError:
+        number = 0
+    if number < 1 or isinstance(value, bool):
+        raise ValueError(f"a whole number of at least 1 was expected, not {value!r}")
+    return number
+
+
+def _parse_seconds(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise ValueError(f"a positive number of seconds was expected, not {value!r}")
+    return number
+
+
+def _parse_url(value: Any) -> str:
+    """The URL of an object storage; what MindFormers' configurations have in its place counts as none."""
+    if value in ("", "None", "Please input obs url on AICC platform."):
+        return ""
+    return check_url(str(value))
+
+
+def _parse_output_dir(value: Any) -> str:
+    path = _parse_path(value) or Config.output_dir
+    if is_url(path):
+        raise ValueError(f"a local folder was expected, not {path!r}; set remote_save_url to that")
+    return path
+
+
+def _parse_resume(value: Any) -> bool | str:
+    try:
+        return parse_bool(value)
+    except ValueError:
+        if isinstance(value, str) and _STEP_FILE.search(value):
+            return value
+    raise ValueError(f"True, False or a file name like llama-3_150.ckpt was expected, not {value!r}")
+
+
+def _choice(*choices: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if value not in choices:
+            raise ValueError(f"one of {', '.join(choices)} was expected, not {value!r}")
+        return str(value)
+
+    return parse
+
+
+_PARSERS: dict[str, Callable[[Any], Any]] = {
+    "load_checkpoint": _parse_path,
+    "src_strategy_path_or_dir": _parse_path,
+    "auto_trans_ckpt": parse_bool,
+    "auto_trans_save": parse_bool,
+    "transform_process_num": _parse_positive,
+    "transform_by_rank": parse_bool,
+    "output_dir": _parse_output_dir,
+    "use_parallel": parse_bool,
+    "run_mode": _choice(*RUN_MODES),
+    "resume_training": _parse_resume,
+    "only_save_strategy": parse_bool,
+    "load_ckpt_format": _choice("ckpt", "safetensors"),
+    "transform_timeout": _parse_seconds,
+    "remote_save_url": _parse_url,
+    "npu_num_per_node": _parse_positive,
+}
+KEYS = tuple(_PARSERS)
+
+
+def misspelt(values: Mapping[str, Any]) -> list[str]:
+    """Keys that look like ours but are not: a typing error would silently switch the hook off."""
+    problems = []
+    for key in values:
+        if isinstance(key, str) and key not in KEYS and ("ckpt" in key or key.startswith(("transform_", "src_"))):
+            close = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.85)
+            if close and close[0] not in values:
+                problems.append(f"{key}: did you mean {close[0]}?")
+    return problems

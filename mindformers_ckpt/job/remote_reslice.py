@@ -1,0 +1,211 @@
+"""Re-slicing inside a job whose nodes have no shared disk: each makes its share, the object storage has all.
+
+Every node makes the files of its own ranks, from the source on its own disk. The ranks of nodes that do not
+have the source are spread over the others, and fetched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mindformers_ckpt.engine.copier import cut_into_tasks
+from mindformers_ckpt.engine.pool import copy_tasks
+from mindformers_ckpt.engine.shard_io import FileSink
+from mindformers_ckpt.errors import PlanError, TransferError
+from mindformers_ckpt.job.modelarts import Exchange, entries_of
+from mindformers_ckpt.job.reslice import Reslicing, affordable, spread
+from mindformers_ckpt.job.transfers import Entry
+from mindformers_ckpt.planning.model import Plan
+from mindformers_ckpt.publish import Staging, check_free_space
+from mindformers_ckpt.transform import check_apart
+
+log = logging.getLogger("mindformers_ckpt")
+
+MAIN_RANK = 0
+KIND = "transformed_checkpoint"
+MANIFEST = "manifest.json"
+
+
+class Node(NamedTuple):
+    """What the first rank of a node tells the others of its disk.
+
+    Attributes:
+        has_source: whether the source is there.
+        digest: that of its plan, None when nothing needs to be re-sliced or there is no source.
+        name: the checkpoint's, "" when nothing needs to be re-sliced or there is no source.
+        folder: where the weights of its ranks will be, below a folder of the checkpoint's name.
+    """
+
+    has_source: bool
+    digest: str | None
+    name: str
+    folder: str
+
+
+@dataclass
+class RemoteReslicing:
+    """One re-slicing of a job, used as `Reslicing` is: all ranks enter `resliced`."""
+
+    reslicing: Reslicing
+    exchange: Exchange
+
+    def __post_init__(self) -> None:
+        self.cluster = self.reslicing.cluster
+        # A run's name is not that of an earlier one, so nothing is mistaken for a part of this result.
+        self._staging = Staging(self.reslicing.output.transformed, self.exchange.run, overwrite=True)
+
+    @contextmanager
+    def resliced(self) -> Iterator[Path | None]:
+        """The folder to load this rank's weights from, None when the source has the job's slices already."""
+        cluster = self.cluster
+        plan = self._plan_here() if cluster.is_first_on_node else None
+        nodes = self._tell(plan)
+        name = nodes[cluster.nodes[MAIN_RANK]].name
+        if not name:
+            if cluster.rank == MAIN_RANK:
+                log.info("the checkpoint has the strategy of this job: it is loaded as it is")
+            yield None
+            cluster.barrier("loaded")
+            if cluster.rank == MAIN_RANK:
+                self.exchange.drop()
+        elif cluster.is_first_on_node:
+            with self._staging as staging, cluster.step("load"):
+                manifest = self._make(plan, nodes)
+                yield staging.folder / name
+                cluster.barrier("loaded")
+                staging.publish(self._local_manifest(manifest))
+        else:
+            for step in ("weights sent", "weights complete", "weights fetched"):
+                cluster.barrier(step)
+            yield Path(nodes[cluster.node].folder, name)
+            cluster.barrier("loaded")
+
+    def _plan_here(self) -> Plan | None:
+        """The plan of the whole job; None when nothing needs to be re-sliced, or this node has no source."""
+        if self._has_source():
+            return self.reslicing.plan()
+        source = self.reslicing.config.load_checkpoint
+        log.warning("%s has no %s: the weights of its ranks come from the other nodes", self.cluster.node, source)
+        return None
+
+    def _has_source(self) -> bool:
+        return self.cluster.rank == MAIN_RANK or Path(self.reslicing.config.load_checkpoint).exists()
+
+    def _tell(self, plan: Plan | None) -> dict[str, Node]:
+        """Share what the nodes have. Raises PlanError where their sources differ."""
+        cluster = self.cluster
+        digest, name = None, ""
+        if plan is not None:
+            digest = digest_of(plan, Path(self.reslicing.config.load_checkpoint))
+            name = Path(plan.targets[0].path).parts[0]
+        about = Node(self._has_source(), digest, name, str(self._staging.folder))
+        told = cluster.gather("plan", about if cluster.is_first_on_node else None)
+        nodes = {node: Node(*told[cluster.nodes.index(node)]) for node in dict.fromkeys(cluster.nodes)}
+        main = cluster.nodes[MAIN_RANK]
+        others = [name for name, node in nodes.items() if node.has_source and node.digest != nodes[main].digest]
+        if others:
+            raise PlanError(
+                f"{', '.join(others)}: other source files or strategies than on {main}; load_checkpoint and "
+                "src_strategy_path_or_dir must be the same on all nodes, or missing where the weights shall be fetched"
+            )
+        return nodes
+
+    def _make(self, plan: Plan | None, nodes: Mapping[str, Node]) -> Mapping[str, Any]:
+        """Make, send and fetch; afterwards the staging folder holds the files of this node's ranks. The manifest."""
+        cluster, exchange, folder = self.cluster, self.exchange, self._staging.folder
+        made = {} if plan is None else self._make_share(plan, [name for name in nodes if nodes[name].has_source])
+        exchange.send_share(KIND, {path: folder / path for path in made})
+        cluster.barrier("weights sent")
+        if cluster.rank == MAIN_RANK:
+            assert plan is not None
+            exchange.transfers.send_manifest(exchange.key(MANIFEST), self._whole_manifest(plan))
+        cluster.barrier("weights complete")
+        manifest = self._manifest()
+        names = [file["path"] for file in manifest["files"]]
+        own = {
+            path: entry
+            for path, entry, file in zip(names, entries_of(manifest), manifest["files"])
+            if file["rank"] in cluster.node_ranks
+        }
+        self._fetch({path: entry for path, entry in own.items() if path not in made})
+        for path in set(made) - set(own):
+            shutil.rmtree((folder / path).parent)
+        cluster.barrier("weights fetched")
+        return manifest
+
+    def _make_share(self, plan: Plan, makers: Sequence[str]) -> list[str]:
+        """Make the files that are this node's to make; their paths in the staging folder."""
+        cluster, folder = self.cluster, self._staging.folder
+        check_apart(plan, self.reslicing.output.transformed)
+        owners = makers_of(cluster.nodes, makers)
+        share = [number for number, file in enumerate(plan.targets) if owners[file.rank] == cluster.node]
+        part = plan.for_targets(share)
+        if cluster.rank == MAIN_RANK:
+            for warning in plan.warnings:
+                log.warning("%s", warning)
+        log.info("%s re-slices %d files, %.2f GB", cluster.node, len(share), part.bytes_written / 1e9)
+        check_free_space(folder, part.bytes_written)
+        sink = FileSink(folder, plan.targets)
+        for number in share:
+            sink.prepare(number)
+        config = self.reslicing.config
+        # At least one process where there is work, as MindFormers has it on ModelArts.
+        processes = spread(max(config.transform_process_num, len(makers)), len(makers))[makers.index(cluster.node)]
+        tasks = [task for task in cut_into_tasks(part, by_rank=config.transform_by_rank) if task.bytes_written]
+        for _ in copy_tasks(plan, folder, tasks, processes=affordable(processes), check=cluster.check):
+            pass
+        return [plan.targets[number].path for number in share]
+
+    def _fetch(self, files: Mapping[str, Entry]) -> None:
+        if files:
+            size = sum(entry.bytes for entry in files.values())
+            log.info("%s fetches %d files, %.2f GB", self.cluster.node, len(files), size / 1e9)
+            check_free_space(self._staging.folder, size)
+            self.exchange.transfers.fetch((entry, self._staging.folder / path) for path, entry in files.items())
+
+    def _manifest(self) -> Mapping[str, Any]:
+        return self.exchange.transfers.fetch_manifest(self.exchange.key(MANIFEST))
+
+    def _whole_manifest(self, plan: Plan) -> dict[str, Any]:
+        """What the result consists of. Raises TransferError unless all files of the plan have been sent."""
+        from mindformers_ckpt import __version__
+
+        sent = {entry.key: entry for entries in self.exchange.shares(KIND).values() for entry in entries}
+        keys = {target.path: self.exchange.key(KIND, target.path) for target in plan.targets}
+        lacking = [path for path, key in keys.items() if key not in sent]
+        if lacking:
+            raise TransferError(f"{self.exchange.url}: no node has sent {', '.join(lacking[:8])}")
+        return {
+            "mindformers_ckpt": __version__,
+            "source_checkpoint": self.reslicing.config.load_checkpoint,
+            "target": self.reslicing.target.describe(),
+            "files": [
+                {"path": file.path, "rank": file.rank, "tensors": len(file.tensors), **sent[keys[file.path]]._asdict()}
+                for file in plan.targets
+            ],
+        }
+
+    def _local_manifest(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        files = [file for file in manifest["files"] if file["rank"] in self.cluster.node_ranks]
+        return {**manifest, "remote": self.exchange.url, "files": files}
+
+
+def digest_of(plan: Plan, source: Path) -> str:
+    """A digest of what is read and written where, alike on all nodes wherever their sources lie."""
+    names = [(os.path.relpath(file.path, source), file.size) for file in plan.sources]
+    return hashlib.blake2b(repr((names, plan.targets, plan.transfers)).encode(), digest_size=16).hexdigest()
+
+
+def makers_of(nodes: Sequence[str], makers: Sequence[str]) -> list[str]:
+    """For every rank the node that makes its file: its own, or the `makers` in turn where that is none of them."""
+    turns = itertools.cycle(makers)
+    return [node if node in makers else next(turns) for node in nodes]

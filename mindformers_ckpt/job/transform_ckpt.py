@@ -1,0 +1,338 @@
+"""What `TransformCkpt` of MindFormers does, done with our engine: for a job's ranks, or one process alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mindformers_ckpt.engine.copier import cut_into_tasks
+from mindformers_ckpt.engine.pool import copy_tasks
+from mindformers_ckpt.engine.shard_io import FileSink
+from mindformers_ckpt.errors import CheckpointError, ConfigError, PlanError
+from mindformers_ckpt.job.cluster.cluster import Cluster, RankError
+from mindformers_ckpt.job.reslice import affordable, digest_of, share_of, spread
+from mindformers_ckpt.job.shared_disk import wait_for_files
+from mindformers_ckpt.planning.build import build_plan, missing_names
+from mindformers_ckpt.planning.model import Plan
+from mindformers_ckpt.publish import Staging, check_free_space
+from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.sources.find import SourceFiles, find_source
+from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies, read_strategy
+from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.transform import Options, check_apart, describe_result, fingerprint_of, transform
+
+log = logging.getLogger("mindformers_ckpt")
+
+MAIN_RANK = 0
+_FOLDER_MODE = 0o750  # MindFormers' mode of the folders that it makes for results
+_WHOLE_MODES = ("data_parallel", "stand_alone")
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to make of what.
+
+    Attributes:
+        source: a file, a folder of files, or a folder of rank folders.
+        source_strategy: file or folder; None for complete weights.
+        target_strategy: file or folder; None for complete weights, or where there are live strategies.
+        live_strategies: the folder that the job's ranks save their strategies in.
+        parallel_mode: MindSpore's, "semi_auto_parallel" or another.
+        destination: folder of the results, one folder a checkpoint.
+        prefix: of the target files' names.
+        rank, world_size: of this process.
+        first_ranks: the first target rank of every process's share (`transform_process_num`).
+        by_rank: one target rank is the unit of work (`transform_by_rank`).
+    """
+
+    source: Path
+    source_strategy: Path | None
+    target_strategy: Path | None
+    live_strategies: Path | None
+    parallel_mode: str
+    destination: Path
+    prefix: str
+    rank: int
+    world_size: int
+    first_ranks: tuple[int, ...]
+    by_rank: bool
+
+    def plans(self, target: Strategy, ranks: Sequence[int] | None = None) -> dict[str, Plan]:
+        """A plan for every checkpoint of the source, by the name of its folder. Raises the errors of planning."""
+        files = find_source(self.source)
+        strategy = Strategy.complete()
+        if self.source_strategy is not None and files.sharded:
+            strategy = read_strategy(self.source_strategy)
+        plans, held = {}, {}
+        for name, part in _parts(files).items():
+            checkpoint = Checkpoint(part, strategy)
+            plans[name] = build_plan(checkpoint, target, ranks=ranks, prefix=self.prefix, allow_missing=True)
+            held.update(checkpoint.tensors())
+        if not strategy.is_complete and strategy.names().isdisjoint(held):
+            raise PlanError(
+                f"{files.root} and {self.source_strategy} have no parameter in common ({min(held, default='-')}, … and "
+                f"{min(strategy.names())}, …); it is the strategy of another model"
+            )
+        self._warn(plans, missing_names(target, held).required, unused=strategy.is_complete)
+        return plans
+
+    def _warn(self, plans: Mapping[str, Plan], lacking: Sequence[str], unused: bool) -> None:
+        if self.rank != MAIN_RANK:
+            return
+        if unused and self.source_strategy is not None:
+            log.warning("%s holds complete weights; its strategy %s is not used", self.source, self.source_strategy)
+        for warning in dict.fromkeys(warning for plan in plans.values() for warning in plan.warnings):
+            log.warning("%s", warning)
+        if lacking:
+            names = ", ".join(lacking[:8]) + (f" and {len(lacking) - 8} more" if len(lacking) > 8 else "")
+            log.warning("%s lacks %s: they keep the values that the network starts with", self.source, names)
+
+    def about(self, target: Strategy) -> dict[str, Any]:
+        """What the manifest says of the run."""
+        return {"source_path": str(self.source), "target": target.describe()}
+
+    def mark(self, folder: Path, ranks: Sequence[int]) -> None:
+        """Make the marks of success that MindFormers leaves, and give the folder its mode."""
+        folder.chmod(_FOLDER_MODE)
+        for rank in ranks:
+            (folder / f"transform_succeed_rank_{rank}.txt").touch()
+
+
+def transform_checkpoint(request: Request, rank: int, size: int, timeout: float) -> None:
+    """Do what is asked for. In a job of `size` ranks by MindSpore's count all of them call this.
+
+    Returns when the results are in their places. Raises the errors of reading, planning and writing, on all
+    ranks alike; then the results that were there before are intact.
+    """
+    with _cluster(request, rank, size, timeout) as cluster, _announced(cluster):
+        if size > 1:
+            _Job(request, cluster).run()
+        else:
+            _run_alone(request, cluster)
+
+
+def _cluster(request: Request, rank: int, size: int, timeout: float) -> Cluster:
+    if size == 1:
+        return Cluster.from_environment(timeout, {})
+    if size != request.world_size:
+        raise ConfigError(f"world_size is {request.world_size}, but this job has {size} ranks; leave world_size out")
+    # MindSpore's rank counts, however the job was started.
+    ours = {"MS_ROLE": "", "MS_WORKER_NUM": str(size), "RANK_ID": str(rank)}
+    return Cluster.from_environment(timeout, {**os.environ, **ours})
+
+
+@contextmanager
+def _announced(cluster: Cluster) -> Iterator[None]:
+    """A failure in here reaches all ranks. Where another rank failed before, that is the cause: it is raised."""
+    with cluster.step("transform checkpoint"):
+        try:
+            yield
+        except CheckpointError:
+            try:
+                cluster.check()
+            except RankError as error:
+                if error.rank != cluster.rank:
+                    raise
+            raise
+
+
+def _parts(files: SourceFiles) -> dict[str, SourceFiles]:
+    """The checkpoints of a source by the name of their result, as MindFormers names it.
+
+    That is the name of the folder with rank folders, or of a file up to its first dot; every file of a
+    folder of complete weights has a result of its own. Only the .ckpt files count where there are any.
+    """
+    if files.sharded:
+        strays = [paths[-1] for paths in files.by_rank.values() if paths[-1].suffix != ".ckpt"]
+        strays = [path for path in strays if any(path.parent.glob("*.ckpt"))]
+        if strays:
+            raise PlanError(f"{strays[0].parent} holds .ckpt and other checkpoint files; keep those of one format")
+        return {files.root.name: files}
+    paths = [path for path in files.by_rank[0] if path.suffix == ".ckpt"]
+    if not paths:
+        return {files.root.name.split(".")[0]: files}
+    parts: dict[str, SourceFiles] = {}
+    for path in paths:
+        name = path.name.split(".")[0]
+        if name in parts:
+            raise PlanError(f"the results of {parts[name].root} and {path} would both be named {name}; rename one")
+        parts[name] = SourceFiles(path, {0: (path,)}, sharded=False)
+    return parts
+
+
+def _run_alone(request: Request, cluster: Cluster) -> None:
+    """All target ranks, or the share of one of several processes that were started by hand."""
+    target = _target(request, cluster)
+    ranks = _share(request, target)
+    options = Options(by_rank=request.by_rank, overwrite=True, partial=ranks is not None)
+    done = request.first_ranks if ranks is None else (request.rank,)
+    for name, plan in request.plans(target, ranks).items():
+        transform(
+            plan,
+            request.destination / name,
+            options,
+            about=request.about(target),
+            progress=_reporter(),
+            companions=lambda folder: request.mark(folder, done),
+        )
+        if options.partial:
+            request.mark(request.destination / name, done)
+        log.info("the transformed checkpoint is in %s", request.destination / name)
+
+
+def _share(request: Request, target: Strategy) -> Sequence[int] | None:
+    """The target ranks of this process, None for all."""
+    if request.world_size > 1 and request.world_size != target.rank_count:
+        raise ConfigError(
+            f"world_size is {request.world_size}, but the target strategy is for {target.describe()}; give the "
+            "strategy of the job with that many ranks"
+        )
+    firsts = request.first_ranks
+    if len(firsts) == 1:
+        return None
+    if request.rank not in firsts:
+        listed = ", ".join(map(str, firsts))
+        raise ConfigError(f"rank_id {request.rank} begins no share: {len(firsts)} processes begin at {listed}")
+    position = firsts.index(request.rank)
+    return range(request.rank, (*firsts, request.world_size)[position + 1])
+
+
+def _target(request: Request, cluster: Cluster) -> Strategy:
+    """The strategy to re-slice for. The main rank writes the merged file of a pipeline, as MindFormers does."""
+    folder = request.live_strategies
+    if folder is None:
+        if request.target_strategy is None:
+            return Strategy.complete()
+        return read_strategy(request.target_strategy)
+    if not any(folder.glob("*_rank_*")):
+        if request.parallel_mode not in _WHOLE_MODES:
+            raise PlanError(
+                f"no rank has saved its strategy in {folder}; the network must be compiled before, in an output dir "
+                "where strategy_ckpt_save_file points to"
+            )
+        return Strategy(({},), request.world_size, f"{request.parallel_mode}: whole weights on every rank")
+    strategy = read_strategy(folder)
+    if strategy.rank_count != request.world_size:
+        raise PlanError(
+            f"the strategy files in {folder} are for {strategy.rank_count} ranks, this job has {request.world_size}; "
+            "remove those of other runs"
+        )
+    if len(strategy.stages) > 1 and cluster.rank == MAIN_RANK:
+        merge_strategies(folder, folder / MERGED_FILE)
+    return strategy
+
+
+@dataclass
+class _Job:
+    """The transformation by all ranks of a job: the main rank plans and publishes, every node copies its share."""
+
+    request: Request
+    cluster: Cluster
+
+    def run(self) -> None:
+        """Returns on all ranks when the result is in its place, or raises on all of them."""
+        self._check_strategies()
+        names = self._lead() if self.cluster.rank == MAIN_RANK else self._follow()
+        if self.request.live_strategies is not None and len(set(self.cluster.nodes)) > 1:
+            rank, prefix = self.cluster.rank, self.request.prefix
+            wait_for_files(self.request.destination / name / f"rank_{rank}/{prefix}{rank}.ckpt" for name in names)
+            self.cluster.barrier("seen")
+
+    def _check_strategies(self) -> None:
+        """Wait until every rank has saved its strategy. Raises PlanError naming the ranks that have not."""
+        folder = self.request.live_strategies
+        if folder is None:
+            return
+        there = self.cluster.gather("strategy", any(folder.glob(f"*_rank_{self.cluster.rank}.*")))
+        lacking = [rank for rank, has in enumerate(there) if not has]
+        if any(there) and lacking:
+            raise PlanError(f"ranks {lacking[:16]} have saved no strategy in {folder}, the others have")
+
+    @cached_property
+    def target(self) -> Strategy:
+        return _target(self.request, self.cluster)
+
+    @cached_property
+    def plans(self) -> dict[str, Plan]:
+        return self.request.plans(self.target)
+
+    def _lead(self) -> list[str]:
+        request, cluster = self.request, self.cluster
+        options = Options(by_rank=request.by_rank)
+        for name, plan in self.plans.items():
+            check_apart(plan, request.destination / name)
+            staging = Staging(request.destination / name, fingerprint_of(plan, options), overwrite=True)
+            # The others learn of a failure before the folder is removed that they write to.
+            with staging, _announced(cluster):
+                check_free_space(staging.folder, plan.bytes_written)
+                sink = FileSink(staging.folder, plan.targets)
+                for file in range(len(plan.targets)):
+                    sink.prepare(file)
+                cluster.gather("plan", {"name": name, "folder": str(staging.folder), "digest": digest_of(plan)})
+                self._copy_share(plan, staging.folder)
+                cluster.barrier("transformed")
+                request.mark(staging.folder, request.first_ranks)
+                about = request.about(self.target)
+                staging.publish(describe_result(plan, staging.folder, staging.fingerprint, (), about))
+            log.info("the transformed checkpoint is in %s", request.destination / name)
+        cluster.gather("plan", {"name": None})
+        return list(self.plans)
+
+    def _follow(self) -> list[str]:
+        names = []
+        while (told := self.cluster.gather("plan")[MAIN_RANK])["name"] is not None:
+            names.append(str(told["name"]))
+            if self._processes():
+                plan, folder = self.plans.get(told["name"]), Path(told["folder"])
+                if plan is None or digest_of(plan) != told["digest"]:
+                    raise PlanError(
+                        f"node {self.cluster.node} sees other source files or strategies than rank {MAIN_RANK}; they "
+                        "must be the same on all nodes"
+                    )
+                wait_for_files([folder])
+                self._copy_share(plan, folder)
+            self.cluster.barrier("transformed")
+        return names
+
+    def _shares(self) -> dict[int, int]:
+        """The first rank of every node -> how many of the processes are its node's."""
+        nodes = self.cluster.nodes
+        leaders = [nodes.index(node) for node in dict.fromkeys(nodes)]
+        return dict(zip(leaders, spread(len(self.request.first_ranks), len(leaders))))
+
+    def _processes(self) -> int:
+        return self._shares().get(self.cluster.rank, 0)
+
+    def _copy_share(self, plan: Plan, folder: Path) -> None:
+        shares = self._shares()
+        tasks = cut_into_tasks(plan, by_rank=self.request.by_rank)
+        tasks = share_of(tasks, list(shares.values()), list(shares).index(self.cluster.rank))
+        total, written, report = sum(task.bytes_written for task in tasks), 0, _reporter()
+        processes = affordable(self._processes())
+        copied = copy_tasks(plan, folder, tasks, processes=processes, check=self.cluster.check)
+        with closing(copied):  # whatever goes wrong here, the workers end before the folder is removed
+            for finished in copied:
+                written += finished.bytes_written
+                report(written, total)
+
+
+def _reporter() -> Callable[[int, int], None]:
+    """Logs bytes and rate every few seconds, and at the end."""
+    started = last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _SECONDS_BETWEEN_LINES or done == total:
+            last, rate = now, done / max(now - started, 1e-9)
+            log.info("re-slicing: %.2f of %.2f GB, %.2f GB/s", done / 1e9, total / 1e9, rate / 1e9)
+
+    return report

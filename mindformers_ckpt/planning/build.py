@@ -1,0 +1,231 @@
+"""From a checkpoint and a target strategy to a plan: the re-slicing of every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
+from mindformers_ckpt.formats import TensorSpec
+from mindformers_ckpt.geometry.box import Box, hull, meets
+from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, SourceFile, TargetFile, Transfer
+from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
+from mindformers_ckpt.sources.plausibility import check_contents
+from mindformers_ckpt.strategy.model import Strategy
+
+# Targets of a training strategy need not be in the source: optimizer states and gradients of weights that
+# are there, and the adapters that a LoRA run adds, start from their initial values.
+_ADAPTER_MARKS = ("lora", "mindpet_delta")
+
+
+def build_plan(
+    source: Checkpoint,
+    target: Strategy,
+    *,
+    ranks: Iterable[int] | None = None,
+    prefix: str = DEFAULT_PREFIX,
+    format: str = "ckpt",
+    allow_missing: bool = False,
+    sample: bool = True,
+) -> Plan:
+    """Plan the re-slicing of `source` for the ranks of `target` (all of them, or `ranks`).
+
+    The target files are `rank_<r>/<prefix><r>.<format>`. Tensors keep the source's order, those that both
+    strategies name first, as MindSpore's own tool writes them. `sample` says whether samples of the contents are
+    compared with the source strategy; of many processes that plan the same, one is enough.
+
+    Raises PlanError (or the errors of reading the source) with everything that does not fit: contents that
+    contradict the source strategy, tensors that the target needs and nobody holds, shards of missing ranks,
+    shapes that do not divide.
+    """
+    tensors = source.tensors()
+    chosen = sorted(set(range(target.rank_count) if ranks is None else ranks))
+    outside = [rank for rank in chosen if not 0 <= rank < target.rank_count]
+    if outside:
+        raise PlanError(f"ranks {outside[:8]} are not among the {target.rank_count} ranks of the target strategy")
+    warnings = [*source.files.warnings, *(check_contents(source, tensors) if sample else ())]
+    warnings += _one_sided(source.strategy, target, tensors)
+    missing = missing_names(target, tensors)
+    if missing.required and not allow_missing:
+        headline = (
+            f"{source.files.root} lacks parameters that the target strategy ({target.origin}) has; "
+            "is it the checkpoint of this model?"
+        )
+        raise PlanError(describe_problems(headline, missing.required))
+    warnings += missing.notes
+    plan = _assemble(source, target, tensors, chosen, prefix, format)
+    plan = replace(plan, warnings=tuple(warnings))
+    plan.check()
+    return plan
+
+
+def _assemble(
+    source: Checkpoint,
+    target: Strategy,
+    tensors: Mapping[str, LogicalTensor],
+    ranks: Sequence[int],
+    prefix: str,
+    format: str,
+) -> Plan:
+    paths = source.used_files(tensors)
+    index = {path: number for number, path in enumerate(paths)}
+    position = {rank: number for number, rank in enumerate(ranks)}
+    held: list[list[TensorSpec]] = [[] for _ in ranks]
+    transfers, problems = [], []
+    for name in _target_order(source.strategy, target, tensors):
+        tensor = tensors[name]
+        try:
+            boxes = target_boxes(tensor, target, ranks)
+        except StrategyError as error:
+            problems.append(f"{name}: {error}")
+            continue
+        if not boxes:
+            continue
+        needed = hull([box for _, box in boxes])
+        sources = tuple(Place(index[shard.path], shard.box) for shard in tensor.shards if meets(shard.box, needed))
+        problems += [
+            f"{name}{list(tensor.spec.shape)}: the box {box} is held by ranks {list(holders)}, none of whose files "
+            "is there"
+            for box, holders in tensor.missing
+            if any(box.intersect(wanted) for _, wanted in boxes)
+        ]
+        targets = tuple(Place(position[rank], box) for rank, box in boxes)
+        transfers.append(Transfer(name, tensor.spec.dtype, tensor.spec.shape, sources, targets))
+        for place in targets:
+            held[place.file].append(TensorSpec(name, tensor.spec.dtype, place.box.shape))
+    if problems:
+        raise PlanError(describe_problems(f"{source.files.root} cannot be re-sliced for {target.describe()}", problems))
+    files = tuple(SourceFile(path, path.stat().st_size) for path in paths)
+    return Plan(files, rank_targets(ranks, held, prefix, format), tuple(transfers))
+
+
+def rank_targets(
+    ranks: Sequence[int], held: Sequence[Sequence[TensorSpec]], prefix: str, format: str
+) -> tuple[TargetFile, ...]:
+    """The files of ranks, by the tensors that each holds. Equal lists of tensors are one object."""
+    shared: dict[tuple[TensorSpec, ...], tuple[TensorSpec, ...]] = {}
+    files = []
+    for rank, specs in zip(ranks, held):
+        key = tuple(specs)
+        files.append(TargetFile(f"rank_{rank}/{prefix}{rank}.{format}", rank, format, shared.setdefault(key, key)))
+    return tuple(files)
+
+
+def target_boxes(tensor: LogicalTensor, target: Strategy, ranks: Sequence[int]) -> list[tuple[int, Box]]:
+    """The target ranks that get a tensor, each with its box."""
+    name, shape = tensor.spec.name, tensor.spec.shape
+    owners = [stage for stage, layouts in enumerate(target.stages) if name in layouts]
+    if not owners:
+        whole = Box.whole(shape)
+        return [(rank, whole) for rank in ranks]
+    stages = set(owners)
+    if len(tensor.stages) > 1:
+        # Stages of the source share it, although a strategy file names it on one only: a tied embedding.
+        # MindSpore ties the first and the last stage.
+        stages.add(len(target.stages) - 1)
+    found = []
+    boxes: dict[int, tuple[Box, ...]] = {}
+    for rank in ranks:
+        stage, position = divmod(rank, target.stage_size)
+        if stage not in stages:
+            continue
+        if stage not in boxes:
+            layout = target.layout(name, stage)
+            assert layout is not None
+            boxes[stage] = layout.for_whole(shape).boxes(shape)
+        found.append((rank, boxes[stage][position]))
+    return found
+
+
+def holds_same_slices(source: Checkpoint, target: Strategy) -> bool:
+    """Whether every rank of the target holds just the boxes that the same rank of the source holds.
+
+    However the device matrices are written: then nothing needs to be re-sliced.
+    """
+    strategy = source.strategy
+    if (strategy.rank_count, strategy.stage_size) != (target.rank_count, target.stage_size):
+        return False
+    ranks = range(strategy.rank_count)
+    for name, tensor in source.tensors().items():
+        shape = tensor.spec.shape
+        held: dict[int, Box] = {}
+        for stage in tensor.stages:
+            first = stage * strategy.stage_size
+            layout = strategy.layout(name, stage)
+            boxes = layout.for_whole(shape).boxes(shape) if layout is not None else ()
+            for position in range(strategy.stage_size):
+                held[first + position] = boxes[position] if boxes else Box.whole(shape)
+        try:
+            if held != dict(target_boxes(tensor, target, ranks)):
+                return False
+        except StrategyError:
+            return False  # building the plan tells what does not fit
+    return True
+
+
+def _target_order(source: Strategy, target: Strategy, tensors: Iterable[str]) -> list[str]:
+    """Tensors that both strategies name first, then the rest: the order that MindSpore's tool writes."""
+
+    def named(strategy: Strategy, name: str) -> bool:
+        return strategy.is_complete or any(name in layouts for layouts in strategy.stages)
+
+    return sorted(tensors, key=lambda name: not (named(source, name) and named(target, name)))
+
+
+def _one_sided(source: Strategy, target: Strategy, tensors: Iterable[str]) -> list[str]:
+    """Warn of parameters that only one of two real strategies names: the file decides how they are read."""
+    if source.is_complete or target.is_complete:
+        return []
+    in_source, in_target = source.names(), target.names()
+    lost = [name for name in tensors if name in in_source and name not in in_target]
+    gained = [name for name in tensors if name in in_target and name not in in_source]
+    warnings = []
+    if lost:
+        warnings.append(f"not in the target strategy, every target rank gets them whole: {_shortened(lost)}")
+    if gained:
+        warnings.append(f"not in the source strategy, taken as whole in every source file: {_shortened(gained)}")
+    return warnings
+
+
+class _Missing(NamedTuple):
+    """Names of the target strategy that no source file holds: `required` ones, and remarks on the others."""
+
+    required: list[str]
+    notes: list[str]
+
+
+def missing_names(target: Strategy, tensors: Mapping[str, LogicalTensor]) -> _Missing:
+    """The names of the target strategy that are not among the tensors."""
+    wanted = target.names()
+    absent = sorted(wanted - set(tensors))
+    states: dict[str, list[str]] = {}
+    required, adapters = [], []
+    present_kinds = {name.partition(".")[0] for name in tensors if _weight_of(name, wanted) is not None}
+    for name in absent:
+        kind = name.partition(".")[0]
+        if any(mark in name.lower() for mark in _ADAPTER_MARKS):
+            adapters.append(name)
+        elif _weight_of(name, wanted) is not None and kind not in present_kinds:
+            states.setdefault(kind, []).append(name)
+        else:
+            required.append(name)
+    notes = [
+        f"the source holds no {kind}.* ({len(names)} parameters of the target strategy): optimizer states that "
+        "are not in the checkpoint start from their initial values"
+        for kind, names in states.items()
+    ]
+    if adapters:
+        notes.append(f"adapter parameters that are not in the source keep their initial values: {_shortened(adapters)}")
+    return _Missing(required, notes)
+
+
+def _weight_of(name: str, names: Collection[str]) -> str | None:
+    """The weight that a parameter is a state of ("adam_m.<weight>"), None when it is none."""
+    weight = name.partition(".")[2]
+    return weight if weight in names else None
+
+
+def _shortened(names: Sequence[str], limit: int = 5) -> str:
+    listed = ", ".join(names[:limit])
+    return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"

@@ -1,0 +1,205 @@
+"""Plan files: a plan as JSON, to look at, to keep, and to run later.
+
+What repeats is written once: boxes, and lists of places, are in tables of their own and are referred to by
+number. One line a table entry, so that a plan can be read, searched and compared with text tools.
+
+    {"mindformers_ckpt_plan": 1, "digest": "…",
+     "plan": {"about": {…}, "partial": false, "destination": "/…/result", "warnings": [],
+              "sources":   [["/…/rank_0/a.ckpt", bytes, modified (ns)], …],
+              "targets":   [["rank_0/checkpoint_0.ckpt", rank, "ckpt", tensor list], …],
+              "tensors":   [[name, element type, [shape]], …],
+              "lists":     [[tensor, …], …],
+              "boxes":     [[[start, …], [stop, …]], …],
+              "places":    [[[file, box], …], …],
+              "transfers": [[name, element type, [shape], source places, target places], …]}}
+
+Plans of `transform` only: what conversion adds (views, other names, computed elements) has no place here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from mindformers_ckpt.errors import CheckpointError, PlanError, describe_problems
+from mindformers_ckpt.formats import TensorSpec
+from mindformers_ckpt.formats.dtypes import by_name
+from mindformers_ckpt.geometry.box import Box
+from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer
+
+VERSION = 1
+_MARK = "mindformers_ckpt_plan"
+
+Entry = TypeVar("Entry", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A plan and what it takes to run it later.
+
+    Attributes:
+        plan: what to read and to write.
+        about: source and target in words, for the manifest of the result.
+        partial: whether the plan makes some of the target's ranks only.
+        destination: folder for the result, absolute; None when it is not known yet.
+    """
+
+    plan: Plan
+    about: dict[str, Any]
+    partial: bool
+    destination: Path | None
+
+
+def write_plan(job: Job, path: Path) -> None:
+    """Write a plan file, replacing an old one when it is complete.
+
+    Raises PlanError when it cannot be written, or a source file is gone.
+    """
+    half_made = path.with_name(f".{path.name}.part")
+    try:
+        body = _to_json(job)
+        half_made.write_text(_render({_MARK: VERSION, "digest": _digest(body), "plan": body}), encoding="utf-8")
+        os.replace(half_made, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            half_made.unlink()
+        raise PlanError(f"cannot write the plan file {path}: {error.strerror}") from error
+
+
+def read_plan(path: Path) -> Job:
+    """Read a plan file, and check that its sources are what they were when the plan was made.
+
+    Raises PlanError when the file is damaged, of another version or no plan, or a source was changed.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise PlanError(f"cannot read the plan file {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise PlanError(f"{path} is damaged or no plan file ({error}); make it again") from None
+    if not isinstance(content, dict) or _MARK not in content:
+        raise PlanError(f"{path} is no plan file; `mindformers-ckpt plan --out` makes one")
+    if content[_MARK] != VERSION:
+        raise PlanError(
+            f"{path} is a plan file of version {content[_MARK]}, this program reads version {VERSION}; make it again"
+        )
+    body: Any = content.get("plan")
+    if content.get("digest") != _digest(body):
+        raise PlanError(f"{path} is damaged: its content does not go with its digest; make it again")
+    try:
+        job = _from_json(body)
+    except (CheckpointError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise PlanError(f"{path} holds no plan that can be run ({error!r}); make it again") from error
+    _check_sources(path, job.plan.sources, [entry[2] for entry in body["sources"]])
+    job.plan.check()
+    return job
+
+
+def _to_json(job: Job) -> dict[str, Any]:
+    plan = job.plan
+    boxes: dict[Box, int] = {}
+    places: dict[tuple[Place, ...], int] = {}
+    specs: dict[TensorSpec, int] = {}
+    lists: dict[tuple[TensorSpec, ...], int] = {}
+    targets = [[target.path, target.rank, target.format, _number(lists, target.tensors)] for target in plan.targets]
+    tensor_lists = [[_number(specs, spec) for spec in entry] for entry in lists]
+    transfers = [
+        [
+            transfer.name,
+            transfer.dtype.name,
+            transfer.shape,
+            _number(places, transfer.sources),
+            _number(places, transfer.targets),
+        ]
+        for transfer in plan.transfers
+    ]
+    place_lists = [[_place_to_json(place, boxes) for place in entry] for entry in places]
+    return {
+        "about": job.about,
+        "partial": job.partial,
+        "destination": None if job.destination is None else str(job.destination),
+        "warnings": plan.warnings,
+        "sources": [[str(file.path), file.size, file.path.stat().st_mtime_ns] for file in plan.sources],
+        "targets": targets,
+        "tensors": [[spec.name, spec.dtype.name, spec.shape] for spec in specs],
+        "lists": tensor_lists,
+        "boxes": list(boxes),
+        "places": place_lists,
+        "transfers": transfers,
+    }
+
+
+def _number(table: dict[Entry, int], entry: Entry) -> int:
+    """The position of an entry in a table, which gets it unless it has it."""
+    return table.setdefault(entry, len(table))
+
+
+def _place_to_json(place: Place, boxes: dict[Box, int]) -> list[int]:
+    if place != Place(place.file, place.box):
+        raise PlanError("a plan that renames, rearranges or computes cannot be written to a file")
+    return [place.file, _number(boxes, place.box)]
+
+
+def _from_json(body: Any) -> Job:
+    boxes = [Box(tuple(start), tuple(stop)) for start, stop in body["boxes"]]
+    places = [tuple(Place(file, boxes[box]) for file, box in entries) for entries in body["places"]]
+    transfers = tuple(
+        Transfer(name, by_name(dtype), tuple(shape), places[sources], places[targets])
+        for name, dtype, shape, sources, targets in body["transfers"]
+    )
+    for path, *_ in body["targets"]:
+        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+            raise ValueError(f"the target file {path} leads out of the target folder")
+    specs = [TensorSpec(name, by_name(dtype), tuple(shape)) for name, dtype, shape in body["tensors"]]
+    lists = [tuple(specs[number] for number in entry) for entry in body["lists"]]
+    plan = Plan(
+        tuple(SourceFile(Path(path), size) for path, size, _ in body["sources"]),
+        tuple(TargetFile(target, rank, format, lists[number]) for target, rank, format, number in body["targets"]),
+        transfers,
+        tuple(body["warnings"]),
+    )
+    destination = body["destination"]
+    return Job(plan, body["about"], body["partial"], None if destination is None else Path(destination))
+
+
+def _check_sources(path: Path, sources: Sequence[SourceFile], times: Sequence[int]) -> None:
+    problems = []
+    for file, modified in zip(sources, times):
+        try:
+            status = file.path.stat()
+        except OSError as error:
+            problems.append(f"{file.path}: {error.strerror}")
+            continue
+        if status.st_size != file.size:
+            problems.append(f"{file.path} has {status.st_size} bytes, {file.size} when the plan was made")
+        elif status.st_mtime_ns != modified:
+            problems.append(f"{file.path} was written again after the plan was made")
+    if problems:
+        raise PlanError(describe_problems(f"the sources of the plan {path} were changed; make it again", problems))
+
+
+def _digest(body: Any) -> str:
+    text = json.dumps(body, separators=(",", ":"), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _render(content: dict[str, Any]) -> str:
+    """JSON with a line for every entry of a table."""
+    parts = []
+    for key, value in content["plan"].items():
+        text = _dump(value)
+        if isinstance(value, (list, tuple)) and value:
+            text = "[\n  " + ",\n  ".join(map(_dump, value)) + "\n ]"
+        parts.append(f" {_dump(key)}: {text}")
+    head = ", ".join(f"{_dump(key)}: {_dump(content[key])}" for key in (_MARK, "digest"))
+    return "{" + head + ', "plan": {\n' + ",\n".join(parts) + "\n}}\n"
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

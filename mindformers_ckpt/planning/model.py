@@ -1,0 +1,161 @@
+"""Plan: which bytes of which source files make which target files.
+
+A plan is data. It is built from headers and strategies, checked before anything is written, can be priced,
+printed and cut up, and it is all that `execute` needs. One `Transfer` a tensor says where its boxes lie in
+the source files and where its boxes go in the target files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.formats import DType, TensorSpec
+from mindformers_ckpt.geometry.box import Box, are_disjoint, covered_volume, hull, meets
+from mindformers_ckpt.planning.computations import Compute
+
+DEFAULT_PREFIX = "checkpoint_"
+
+
+class SourceFile(NamedTuple):
+    """A file to read, with the size it had when the plan was made."""
+
+    path: Path
+    size: int
+
+
+class TargetFile(NamedTuple):
+    """A file to write: its path under the target folder, its tensors in order, and what a header says of it."""
+
+    path: str
+    rank: int
+    format: str
+    tensors: tuple[TensorSpec, ...]
+    metadata: tuple[tuple[str, str], ...] = ()
+
+
+class View(NamedTuple):
+    """Where a box lies in a file's tensor that is not the box itself: fused, interleaved, stacked, transposed.
+
+    Attributes:
+        shape: a row-major reshape of the file's tensor.
+        box: the part of that view.
+        order: the view's axis that each dimension of the place's box runs along. Empty at a target, where
+            both boxes have the same elements in the same row-major order, however many dimensions they have.
+    """
+
+    shape: tuple[int, ...]
+    box: Box
+    order: tuple[int, ...]
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether elements that are neighbours in the place's box lie apart in the file."""
+        extents = self.box.shape
+        axes = [axis for axis in self.order if extents[axis] > 1]
+        return bool(axes) and axes[-1] != max(axes)
+
+
+class Place(NamedTuple):
+    """A box of a whole tensor, and the file (an index into the plan's list) that holds it.
+
+    The file's tensor is just this box, unless there is a `view`. `tensor` is its name in the file, "" for
+    the name of the whole tensor. `compute` makes the elements out of those of the source.
+    """
+
+    file: int
+    box: Box
+    tensor: str = ""
+    view: View | None = None
+    compute: Compute | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the file's tensor is just the box, element for element."""
+        return self.view is None and self.compute is None
+
+
+class Transfer(NamedTuple):
+    """All that happens to one tensor. The source boxes are disjoint; equal target boxes are replicas."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    sources: tuple[Place, ...]
+    targets: tuple[Place, ...]
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(place.box.volume for place in self.targets) * self.dtype.itemsize
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the source shards that lie in the hull of the targets: what execution reads."""
+        wanted = hull([place.box for place in self.targets])
+        return covered_volume(wanted, [place.box for place in self.sources]) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to read and what to write. `warnings` tell the user of choices that the plan made."""
+
+    sources: tuple[SourceFile, ...]
+    targets: tuple[TargetFile, ...]
+    transfers: tuple[Transfer, ...]
+    warnings: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def bytes_written(self) -> int:
+        """Content bytes of all target files."""
+        return sum(transfer.bytes_written for transfer in self.transfers)
+
+    @cached_property
+    def bytes_read(self) -> int:
+        """Content bytes that are read, each source byte once however many targets take it."""
+        return sum(transfer.bytes_read for transfer in self.transfers)
+
+    def for_targets(self, files: Collection[int]) -> Plan:
+        """The part of the plan that writes these target files (indices stay those of the whole plan)."""
+        wanted = frozenset(files)
+        transfers = []
+        for transfer in self.transfers:
+            targets = tuple(place for place in transfer.targets if place.file in wanted)
+            if targets:
+                needed = hull([place.box for place in targets])
+                sources = tuple(place for place in transfer.sources if meets(place.box, needed))
+                transfers.append(transfer._replace(sources=sources, targets=targets))
+        return replace(self, transfers=tuple(transfers))
+
+    def check(self) -> None:
+        """Check that every target box is in bounds and made, exactly once, of source bytes.
+
+        Raises PlanError that lists all tensors for which this does not hold.
+        """
+        problems = []
+        for transfer in self.transfers:
+            sources = tuple(place.box for place in transfer.sources)
+            targets = tuple(dict.fromkeys(place.box for place in transfer.targets))
+            fault = _cover_fault(transfer.shape, sources, targets)
+            if fault is not None:
+                problems.append(f"{transfer.name}: {fault}")
+        if problems:
+            raise PlanError(describe_problems("the plan does not make whole tensors", problems))
+
+
+@lru_cache(maxsize=4096)
+def _cover_fault(shape: tuple[int, ...], sources: tuple[Box, ...], targets: tuple[Box, ...]) -> str | None:
+    whole = Box.whole(shape)
+    for box in (*sources, *targets):
+        if not whole.contains(box):
+            return f"the box {box} lies outside of the shape {list(shape)}"
+    if sum(box.volume for box in sources) > whole.volume or not are_disjoint(sources):
+        return "source shards overlap"
+    for box in targets:
+        held = covered_volume(box, sources)
+        if held != box.volume:
+            return f"of the box {box}, {box.volume - held} of {box.volume} elements are in no source file"
+    return None

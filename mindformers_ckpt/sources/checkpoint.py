@@ -1,0 +1,266 @@
+"""A checkpoint: files on disk and the strategy they were saved under, seen as whole tensors and their shards."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from mindformers_ckpt.errors import FormatError, PlanError, StrategyError, describe_problems
+from mindformers_ckpt.formats import Header, TensorRecord, TensorSpec, read_header
+from mindformers_ckpt.geometry.box import Box
+from mindformers_ckpt.geometry.layout import Layout
+from mindformers_ckpt.sources.find import SourceFiles
+from mindformers_ckpt.strategy.model import Strategy
+
+# Up to so many files every header is read before work starts. Beyond, a file of the same stage and the same
+# size and beginning as one already read is taken to hold the same tensors; it is checked when it is opened for
+# its bytes.
+_SCAN_ALL_FILES = 64
+_FIRST_BYTES = 48
+
+
+class Shard(NamedTuple):
+    """A box of a tensor and the file that holds it, under the tensor's name."""
+
+    rank: int
+    path: Path
+    box: Box
+
+
+class LogicalTensor(NamedTuple):
+    """A whole tensor, and where its distinct boxes lie: one replica of each, the first rank's.
+
+    `shards` are disjoint. `missing` are boxes that no file holds, with the ranks that should.
+    `layout` is None for a parameter that no strategy names: it is replicated.
+    `stages` are the pipeline stages whose files hold it.
+    """
+
+    spec: TensorSpec
+    shards: tuple[Shard, ...]
+    missing: tuple[tuple[Box, tuple[int, ...]], ...]
+    layout: Layout | None
+    stages: tuple[int, ...]
+
+
+@dataclass
+class Checkpoint:
+    """Files by rank under a strategy. Headers are read when they are needed, contents never.
+
+    With `names` other tensors in the files are left aside. Raises PlanError when files and strategy do not
+    belong together.
+    """
+
+    files: SourceFiles
+    strategy: Strategy
+    names: Container[str] | None = None
+    _headers: dict[Path, Header] = field(default_factory=dict)
+    _last: Header | None = None
+    _tensors: dict[str, LogicalTensor] | None = None
+    _by_rank: dict[int, dict[str, tuple[Path, TensorRecord]]] = field(default_factory=dict)
+    _by_looks: dict[tuple[object, ...], int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        ranks, count = set(self.files.by_rank), self.strategy.rank_count
+        if not self.files.sharded and count > 1:
+            raise PlanError(
+                f"{self.files.root} is complete weights, but its strategy ({self.strategy.origin}) is for {count} "
+                "ranks; leave the source strategy out, or give the folder that holds the rank_<n> folders"
+            )
+        if self.files.sharded and self.strategy.is_complete and len(ranks) > 1:
+            from mindformers_ckpt.strategy.nearby import strategy_near  # reads strategies: protobuf
+
+            near = strategy_near(self.files.root, max(ranks) + 1)
+            raise PlanError(
+                f"{self.files.root} holds the shards of {len(ranks)} ranks, but no source strategy is given; "
+                "name the strategy file or folder they were saved under"
+                + (f", which could be {near} (it is for as many ranks)" if near is not None else "")
+            )
+        surplus = sorted(rank for rank in ranks if rank >= count)
+        if surplus:
+            raise PlanError(
+                f"{self.files.root} holds files of ranks {surplus[:8]}, but the strategy {self.strategy.origin} is "
+                f"for {count} ranks; it is not the strategy these files were saved under"
+            )
+
+    def only(self, names: Container[str] | None) -> Checkpoint:
+        """The same files with all tensors but `names` left aside (None for all); headers that were read are shared."""
+        return self if names is None else replace(self, names=names, _tensors=None)
+
+    def tensors(self) -> dict[str, LogicalTensor]:
+        """All tensors by name, in the order of the files of ascending ranks.
+
+        Raises FormatError for damaged files, and PlanError that lists all tensors whose shards contradict
+        each other or the strategy.
+        """
+        if self._tensors is None:
+            self._tensors = self._find_tensors()
+        return self._tensors
+
+    def _find_tensors(self) -> dict[str, LogicalTensor]:
+        self._raise_damaged()
+        found: dict[str, LogicalTensor] = {}
+        problems: list[str] = []
+        for stage in range(len(self.strategy.stages)):
+            for name, holders in self._holders(stage).items():
+                try:
+                    tensor = self._tensor(name, stage, holders)
+                    found[name] = _merged(found[name], tensor) if name in found else tensor
+                except (PlanError, StrategyError) as error:
+                    problems.append(f"{name}: {error}")
+        if problems:
+            headline = f"{self.files.root} does not fit the strategy it is read with ({self.strategy.describe()})"
+            raise PlanError(describe_problems(headline, problems))
+        return found
+
+    def header_of(self, rank: int) -> dict[str, tuple[Path, TensorSpec]]:
+        """The tensors in the files of a rank: name -> (file, spec)."""
+        return {name: (path, record.spec) for name, (path, record) in self.records_of(rank).items()}
+
+    def records_of(self, rank: int) -> dict[str, tuple[Path, TensorRecord]]:
+        """The tensors in the files of a rank, and where they lie in them: name -> (file, record)."""
+        if rank not in self._by_rank:
+            like, own = self._alike(rank), self.files.by_rank[rank]
+            if like == rank:
+                self._by_rank[rank] = self._read_headers(rank)
+            else:
+                places = dict(zip(self.files.by_rank[like], own))
+                records = self.records_of(like).items()
+                self._by_rank[rank] = {name: (places[path], record) for name, (path, record) in records}
+        return self._by_rank[rank]
+
+    def _read_headers(self, rank: int) -> dict[str, tuple[Path, TensorRecord]]:
+        tensors: dict[str, tuple[Path, TensorRecord]] = {}
+        for path in self.files.by_rank[rank]:
+            for name, record in self._header(path).tensors.items():
+                if name in tensors:
+                    raise PlanError(
+                        f"{path} and {tensors[name][0]} both hold {name}: these are several checkpoints, not one; "
+                        "name the file to read"
+                    )
+                tensors[name] = (path, record)
+        return tensors
+
+    def holds(self, rank: int, name: str) -> bool:
+        """Whether the files of a rank are there and hold a tensor."""
+        return rank in self.files.by_rank and name in self.records_of(rank)
+
+    def used_files(self, tensors: Mapping[str, LogicalTensor]) -> list[Path]:
+        """The files that hold the chosen replicas, in order."""
+        return sorted({shard.path for tensor in tensors.values() for shard in tensor.shards})
+
+    def _header(self, path: Path) -> Header:
+        if path not in self._headers:
+            self._headers[path] = self._last = read_header(path, self._last)
+        return self._headers[path]
+
+    def _raise_damaged(self) -> None:
+        """Read the headers of all files of a moderate source, and report all damaged ones together."""
+        paths = [path for files in self.files.by_rank.values() for path in files]
+        if len(paths) > _SCAN_ALL_FILES:
+            return
+        problems = []
+        for path in paths:
+            try:
+                self._header(path)
+            except FormatError as error:
+                problems.append(str(error))
+        if len(problems) == 1:
+            raise FormatError(problems[0])
+        if problems:
+            raise FormatError(describe_problems("checkpoint files cannot be read", problems))
+
+    def _ranks(self, stage: int) -> list[int]:
+        first = stage * self.strategy.stage_size
+        return [rank for rank in range(first, first + self.strategy.stage_size) if rank in self.files.by_rank]
+
+    def _alike(self, rank: int) -> int:
+        """The rank of the stage whose header stands for this rank's: its own where sources are moderate."""
+        if len(self.files.by_rank) <= _SCAN_ALL_FILES:
+            return rank
+        stage, files = self.strategy.stage_of(rank), self.files.by_rank[rank]
+        return self._by_looks.setdefault((stage, *map(_looks, files)), rank)
+
+    def _holders(self, stage: int) -> dict[str, dict[int, tuple[Path, TensorSpec]]]:
+        """For every tensor that files of the stage hold: rank -> file and spec of its shard."""
+        holders: dict[str, dict[int, tuple[Path, TensorSpec]]] = {}
+        for rank in self._ranks(stage):
+            for name, (path, record) in self.records_of(rank).items():
+                if self.names is None or name in self.names:
+                    holders.setdefault(name, {})[rank] = (path, record.spec)
+        return holders
+
+    def _tensor(self, name: str, stage: int, holders: Mapping[int, tuple[Path, TensorSpec]]) -> LogicalTensor:
+        shard_spec = next(iter(holders.values()))[1]
+        for rank, (path, spec) in holders.items():
+            if (spec.dtype, spec.shape) != (shard_spec.dtype, shard_spec.shape):
+                raise PlanError(
+                    f"{path} holds {spec.dtype.name}{list(spec.shape)}, but other ranks of the stage hold "
+                    f"{shard_spec.dtype.name}{list(shard_spec.shape)} (rank {rank} differs)"
+                )
+        layout = self._layout(name, stage, shard_spec)
+        if layout is None:
+            rank = min(holders)
+            whole = Shard(rank, holders[rank][0], Box.whole(shard_spec.shape))
+            return LogicalTensor(shard_spec, (whole,), (), None, (stage,))
+        shape = layout.full_shape(shard_spec.shape)
+        shards: list[Shard] = []
+        missing: list[tuple[Box, tuple[int, ...]]] = []
+        first = stage * self.strategy.stage_size
+        for box, members in layout.shards(shape):
+            holder = next((first + member for member in members if first + member in holders), None)
+            if holder is not None:
+                shards.append(Shard(holder, holders[holder][0], box))
+            else:
+                missing.append((box, tuple(first + member for member in members)))
+        return LogicalTensor(shard_spec._replace(shape=shape), tuple(shards), tuple(missing), layout, (stage,))
+
+    def _layout(self, name: str, stage: int, shard: TensorSpec) -> Layout | None:
+        """The layout of a tensor on a stage, fitted to the shape of its shards."""
+        layout = self.strategy.layout(name, stage)
+        if layout is None:
+            return None
+        if name in self.strategy.stages[stage]:
+            return layout.for_shard(shard.shape)
+        return self._shared_layout(name, layout, shard)
+
+    def _shared_layout(self, name: str, layout: Layout, shard: TensorSpec) -> Layout | None:
+        """The layout of a parameter shared with another stage, whose layout alone is recorded.
+
+        `layout` is the likely one. The shape tells whether the shard is cut like those of the other stage
+        (an optimizer shard), or not at all.
+        """
+        owner = next(number for number, layouts in enumerate(self.strategy.stages) if name in layouts)
+        ranks = self._ranks(owner)
+        specs = (self.header_of(rank).get(name) for rank in ranks)
+        reference = next((spec for spec in specs if spec is not None), None)
+        if reference is None:
+            return layout.for_shard(shard.shape)
+        owners_layout = self.strategy.stages[owner][name].for_shard(reference[1].shape)
+        full = owners_layout.full_shape(reference[1].shape)
+        for candidate in (layout.for_whole(full), owners_layout):
+            if candidate.full_shape(shard.shape) == full:
+                return candidate
+        return None if shard.shape == full else layout.for_shard(shard.shape)
+
+
+def _looks(path: Path) -> tuple[int, bytes]:
+    """The size of a file and its first bytes, in which its first tensor is named."""
+    try:
+        with path.open("rb") as stream:
+            return path.stat().st_size, stream.read(_FIRST_BYTES)
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _merged(first: LogicalTensor, second: LogicalTensor) -> LogicalTensor:
+    """One tensor from the copies on two stages: the first whole one is read."""
+    if (first.spec.dtype, first.spec.shape) != (second.spec.dtype, second.spec.shape):
+        raise PlanError(
+            f"stage {first.stages[0]} holds it as {first.spec.dtype.name}{list(first.spec.shape)}, "
+            f"stage {second.stages[0]} as {second.spec.dtype.name}{list(second.spec.shape)}"
+        )
+    best = second if first.missing and not second.missing else first
+    layout = first.layout or second.layout
+    return best._replace(stages=first.stages + second.stages, layout=layout)
