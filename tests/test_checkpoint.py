@@ -12,7 +12,6 @@ from mindformers_ckpt.errors import FormatError, PlanError
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.geometry.layout import Layout
-from mindformers_ckpt.sources import checkpoint as checkpoint_module
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.model import Strategy
@@ -213,19 +212,40 @@ def test_stages_that_contradict_each_other(tmp_path: Path) -> None:
         opened(tmp_path, strategy).tensors()
 
 
-def test_many_files_are_not_all_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_module, "_SCAN_ALL_FILES", 3)
-    read: list[Path] = []
-
-    def counted(path: Path, like: object) -> object:
-        read.append(path)
-        return original(path, like)
-
-    original = checkpoint_module.read_header
-    monkeypatch.setattr(checkpoint_module, "read_header", counted)
+@pytest.mark.parametrize("format", ["ckpt", "safetensors"])
+def test_equal_headers_are_parsed_once(format: str, tmp_path: Path) -> None:
     model = {name: Tensor(by_name("float32"), np.zeros((8, 8), np.uint32)) for name in "wv"}
-    write_ranks(tmp_path, shards(MP4, model))
-    tensors = opened(tmp_path, MP4).tensors()
-    assert len(read) == 1  # all four are of the same size and begin alike
+    for rank, tensors in shards(MP4, model).items():
+        write_tensors(tmp_path / f"rank_{rank}" / f"checkpoint_{rank}.{format}", tensors)
+    source = opened(tmp_path, MP4)
+    tensors = source.tensors()
+    assert len({id(source._header(path).tensors) for path in source.files.files}) == 1
     assert [shard.path.parent.name for shard in tensors["w"].shards] == ["rank_0", "rank_1", "rank_2", "rank_3"]
-    assert {name: tensor.spec.shape for name, tensor in tensors.items()} == {"w": (8, 8), "v": (8, 8)}
+
+
+@pytest.mark.parametrize("format", ["ckpt", "safetensors"])
+@pytest.mark.parametrize("ranks", [4, 80])
+def test_files_that_begin_alike_need_not_hold_the_same(ranks: int, format: str, tmp_path: Path) -> None:
+    """Of a de-redundant checkpoint: equal sizes and beginnings, other tensors behind (case 01)."""
+    strategy = Strategy.of_stages(({name: Layout((ranks,), ((),)) for name in ("a", "b", "c")},), "dp")
+    for rank in range(ranks):
+        second = "b" if rank < ranks // 2 else "c"
+        write_tensors(tmp_path / f"rank_{rank}" / f"x.{format}", random_model({"a": (64,), second: (16,)}, seed=1))
+    assert set(opened(tmp_path, strategy).tensors()) == {"a", "b", "c"}
+
+
+def test_ranks_without_files_are_left_aside_where_replicas_hold_everything(tmp_path: Path) -> None:
+    """The end of a checkpoint's life: one replica of everything is there, other folders are empty or older."""
+    strategy = Strategy.of_stages(({"w": Layout((2, 2), ((0,), ())), "v": Layout((2, 2), ((), (0,)))},), "dp2mp2")
+    ranks = shards(strategy, MODEL)
+    for rank in (0, 1):
+        write_tensors(tmp_path / f"rank_{rank}/gpt_rank_{rank}-1_20.ckpt", ranks[rank])
+    (tmp_path / "rank_2").mkdir()
+    write_tensors(tmp_path / "rank_3/gpt_rank_3-1_10.ckpt", ranks[3])
+    source = opened(tmp_path, strategy)
+    assert [shard.rank for shard in source.tensors()["w"].shards] == [0, 1]
+    (warning,) = source.warnings
+    assert "ranks 2, 3 are left aside, the others hold everything between them" in warning
+    (tmp_path / "rank_1/gpt_rank_1-1_20.ckpt").unlink()
+    with pytest.raises(PlanError, match=r"(?s)rank_1: no checkpoint file in .*rank_2: .*rank_3: its last file"):
+        opened(tmp_path, strategy).tensors()

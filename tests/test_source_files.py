@@ -61,26 +61,24 @@ def test_incumbent_finding_7_stale_file_chosen(tmp_path: Path) -> None:
         "a_rank_0-9_1.ckpt",
         "a_rank_1-9_1.ckpt",
     ]
-    assert len(files.warnings) == 2
-    assert "rank_0 holds several files; a_rank_0-9_1.ckpt is used, the last by default sort" in files.warnings[0]
-    assert "a_rank_0-10_1.ckpt has the higher numbers" in files.warnings[0]
+    (warning,) = files.warnings  # one for all ranks
+    assert "rank_0 and 1 more holds several files; a_rank_0-9_1.ckpt is used, the last by default sort" in warning
+    assert "a_rank_0-10_1.ckpt has the higher numbers" in warning
 
 
 def test_incumbent_finding_7_ranks_of_different_steps(tmp_path: Path) -> None:
     """MindSpore mixes files of different steps: weights that never existed. We refuse."""
     touch(tmp_path, "rank_0/a-1_10.ckpt", "rank_1/a-1_20.ckpt", "rank_2/a-1_20.ckpt")
     with pytest.raises(PlanError, match=r"different epochs and steps \(1_10: ranks \[0\]; 1_20: ranks \[1, 2\]\)"):
-        find_source(tmp_path)
+        find_source(tmp_path).raise_absent()
 
 
-@pytest.mark.parametrize("wanted", ["1_5.ckpt", "llama_rank_0-1_5.ckpt", "llama_rank_0-1_5", "any-1_5.safetensors"])
+@pytest.mark.parametrize(
+    "wanted", ["1_5.ckpt", "1_5", "llama_rank_0-1_5.ckpt", "llama_rank_0-1_5", "any-1_5.safetensors"]
+)
 def test_a_named_step(wanted: str, tmp_path: Path) -> None:
     for rank in range(2):
         touch(tmp_path, *(f"rank_{rank}/llama_rank_{rank}-{step}.ckpt" for step in ("1_5", "1_15", "2_5", "11_5")))
-    if wanted == "1_5.ckpt":  # no file is called so, and no epoch and step are told apart from a name without "-"
-        with pytest.raises(PlanError, match=r"no file for '1_5\.ckpt'"):
-            find_source(tmp_path, wanted)
-        return
     assert chosen(tmp_path, wanted) == {0: ["llama_rank_0-1_5.ckpt"], 1: ["llama_rank_1-1_5.ckpt"]}
     assert find_source(tmp_path, wanted).warnings == ()
 
@@ -93,12 +91,10 @@ def test_a_named_file(tmp_path: Path) -> None:
 
 def test_all_ranks_without_a_file_are_listed(tmp_path: Path) -> None:
     touch(tmp_path, "rank_0/a-1_1.ckpt", "rank_1/notes.txt", "rank_2/a-1_2.ckpt", "rank_3/a-1_1.ckpt")
-    with pytest.raises(
-        PlanError, match=r"files of some ranks are missing\n  - rank_1: no checkpoint file in .*rank_1$"
-    ):
-        find_source(tmp_path)
+    with pytest.raises(PlanError, match=r"(?s)rank_0: its last file, a-1_1.*rank_1: no checkpoint file in .*rank_1\n"):
+        find_source(tmp_path).raise_absent()
     with pytest.raises(PlanError, match=r"(?s)rank_1: no file for 'a-1_1'.*rank_2: no file for 'a-1_1'"):
-        find_source(tmp_path, "a-1_1")
+        find_source(tmp_path, "a-1_1").raise_absent()
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -133,7 +129,7 @@ def test_an_index_tells_which_files_belong_together(tmp_path: Path) -> None:
     [
         ([], "its weight_map does not map tensors to file names"),
         ({}, "its weight_map does not map tensors to file names"),
-        ("text", "is not a safetensors index"),
+        ("text", "is not an index of weight files"),
         ({"w": 3}, "its weight_map does not map tensors to file names"),
         ({"w": "../a.safetensors"}, "names files outside of its folder"),
         ({"w": "/etc/passwd"}, "names files outside of its folder"),

@@ -10,14 +10,14 @@ from typing import Any
 import click
 
 from mindformers_ckpt.cli.notices import amount, warn
-from mindformers_ckpt.cli.options import StrategyPath, json_option
+from mindformers_ckpt.cli.options import STEP, LocalPath, StrategyPath, json_option
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.convert.plugins import find_plugin, parse_extra, run_plugin
 from mindformers_ckpt.convert.run import DTYPES, Request, convert
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import Options, affordable_processes
 
-_PATH = click.Path(path_type=Path)
+_PATH = LocalPath()
 
 
 @click.command("convert", context_settings={"ignore_unknown_options": True, "show_default": True})
@@ -48,6 +48,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--write-tied", is_flag=True, help="Write a tied output layer as a tensor of its own.")
 @click.option("--process-num", type=click.IntRange(min=1), default=1, help="Processes that copy.")
 @click.option("--plugin", type=_PATH, help="Folder with convert_weight.py and convert_reversed.py of your own.")
+@STEP
 @click.option("--overwrite", is_flag=True, help="Replace what is at the output path.")
 @json_option
 @click.option("--quiet", is_flag=True, help="Print errors only.")

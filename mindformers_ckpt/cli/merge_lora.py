@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from mindformers_ckpt.cli.notices import amount, warn
-from mindformers_ckpt.cli.options import PROCESSES, StrategyPath, check_prefix, json_option
+from mindformers_ckpt.cli.options import PROCESSES, STEP, StrategyPath, check_prefix, json_option
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.cli.request import (
     check_outside,
@@ -24,7 +24,8 @@ from mindformers_ckpt.errors import PlanError, PublishError, StrategyError
 from mindformers_ckpt.lora import Scaling, plan_merge
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
 from mindformers_ckpt.sources.checkpoint import Checkpoint
-from mindformers_ckpt.sources.find import SourceFiles, find_source, separate_checkpoints
+from mindformers_ckpt.sources.find import find_mindspore, separate_checkpoints
+from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import Options, affordable_processes, transform
@@ -87,6 +88,7 @@ class _Ratio(click.ParamType):  # type: ignore[type-arg]  # generic in newer ver
     type=click.Choice(["ckpt", "safetensors"]),
     help="Format of the result.  [default: safetensors if all source files are, else ckpt]",
 )
+@STEP
 @PROCESSES
 @json_option
 @click.option("--quiet", is_flag=True, help="Print errors only.")
@@ -101,6 +103,7 @@ def command(
     dst_strategy: Path | None,
     merged_strategy: Path | None,
     save_format: str | None,
+    step: str | None,
     processes: int,
     as_json: bool,
     quiet: bool,
@@ -117,7 +120,7 @@ def command(
     chosen = _scaling(**scaling)
     _check_empty(destination)
     strategy = _source_strategy(src_strategy, merged_strategy)
-    files = _single(source)
+    files = _single(source, step)
     check_outside(files, destination)
     checkpoint = Checkpoint(files, strategy)
     target = read_optional_strategy(dst_strategy)
@@ -188,8 +191,8 @@ def _source_strategy(path: Path | None, merged: Path | None) -> Strategy:
     return merge_strategies(path, file)
 
 
-def _single(path: Path) -> SourceFiles:
-    checkpoints = separate_checkpoints(find_source(path))
+def _single(path: Path, step: str | None = None) -> Source:
+    checkpoints = separate_checkpoints(find_mindspore(path, step))
     if len(checkpoints) > 1:
         names = ", ".join(files.root.name for files in checkpoints)
         raise PlanError(f"{path} holds several checkpoints ({names}); give the file to merge")

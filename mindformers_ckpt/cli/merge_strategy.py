@@ -6,12 +6,13 @@ from pathlib import Path
 
 import click
 
+from mindformers_ckpt.cli.options import LocalPath
 from mindformers_ckpt.strategy.files import merge_strategies
 
 
 @click.command("merge-strategy")
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("folder", type=LocalPath())
+@click.argument("file", type=LocalPath())
 def command(folder: Path, file: Path) -> None:
     """Merge the strategy files of all ranks in FOLDER into FILE.
 

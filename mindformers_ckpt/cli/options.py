@@ -16,6 +16,21 @@ _SPAN = re.compile(r"(\d+)(?:-(\d+))?")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+class LocalPath(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+    """A path on a disk. An empty one is that of a variable that is not set; as a Path it would be this folder."""
+
+    name = "path"
+
+    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if isinstance(value, Path):
+            return value
+        if not value.strip():
+            self.fail("the path is empty; is a variable not set?", param, ctx)
+        if value.startswith(("obs://", "s3://")):
+            self.fail(f"{value} is in an object storage, a path on a disk is expected; copy it first", param, ctx)
+        return Path(value)
+
+
 class StrategyPath(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
     """A strategy file or folder; "None" and "" stand for complete weights, as the guide writes them."""
 
@@ -60,7 +75,7 @@ def check_prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
 _REQUEST_OPTIONS = (
     click.option(
         "--src-checkpoint",
-        type=click.Path(path_type=Path),
+        type=LocalPath(),
         help="File of complete weights, a folder of such files, or the folder that holds rank_<n> folders.",
     ),
     click.option(
@@ -100,11 +115,16 @@ _REQUEST_OPTIONS = (
     ),
 )
 
+STEP = click.option(
+    "--step",
+    help="Of rank folders with several files: the epoch and step to read, like 3_150, or a file's name.  [default: the "
+    "last by default sort of the names]",
+)
 DESTINATION = click.option(
     "--dst-checkpoint-dir",
     "--dst-checkpoint",
     "destination",
-    type=click.Path(path_type=Path),
+    type=LocalPath(),
     help="Folder for the result.",
 )
 PROCESSES = click.option(
@@ -119,7 +139,7 @@ PROCESSES = click.option(
 
 def request_options(command: Command) -> Command:
     """Add the options that say what to make of what: the fields of a `Request`."""
-    for option in reversed((*_REQUEST_OPTIONS[:1], DESTINATION, *_REQUEST_OPTIONS[1:], PROCESSES)):
+    for option in reversed((*_REQUEST_OPTIONS[:1], DESTINATION, STEP, *_REQUEST_OPTIONS[1:], PROCESSES)):
         command = option(command)
     return command
 

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from mindformers_ckpt.cli.notices import amount, warn
-from mindformers_ckpt.cli.options import json_option, request_options
+from mindformers_ckpt.cli.options import LocalPath, json_option, request_options
 from mindformers_ckpt.cli.request import Prepared, Request
 from mindformers_ckpt.formats import TensorSpec, layout_file
 from mindformers_ckpt.geometry.box import Box
@@ -67,7 +67,7 @@ class Summary:
 
 @click.command("plan")
 @request_options
-@click.option("--out", type=click.Path(path_type=Path), help="Write the plan to this file, for transform --plan.")
+@click.option("--out", type=LocalPath(), help="Write the plan to this file, for transform --plan.")
 @json_option
 def command(out: Path | None, as_json: bool, **asked: Any) -> None:
     """Say what transform would do, and write nothing but the plan file that is asked for.

@@ -14,7 +14,8 @@ from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.planning.file import Job
 from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer
 from mindformers_ckpt.sources.checkpoint import Checkpoint
-from mindformers_ckpt.sources.find import SourceFiles, find_source, separate_checkpoints
+from mindformers_ckpt.sources.find import find_mindspore, separate_checkpoints
+from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.strategy.model import Strategy
 
 
@@ -33,6 +34,7 @@ class Request:
     src_checkpoint: Path | None
     src_strategy: Path | None
     destination: Path | None
+    step: str | None
     dst_strategy: Path | None
     prefix: str
     format: str | None
@@ -48,7 +50,7 @@ class Request:
             raise click.UsageError("Missing option '--src-checkpoint'.")
         if self.ranks is not None and self.rank_id is not None:
             raise click.UsageError("--ranks and --rank-id both say which ranks to make; give one of them.")
-        files = find_source(self.src_checkpoint)
+        files = find_mindspore(self.src_checkpoint, self.step)
         if self.destination is not None:
             check_outside(files, self.destination)
         source, target = read_optional_strategy(self.src_strategy), read_optional_strategy(self.dst_strategy)
@@ -103,13 +105,12 @@ def read_optional_strategy(path: Path | None) -> Strategy:
     return read_strategy(path.absolute())
 
 
-def default_format(files: SourceFiles) -> str:
+def default_format(files: Source) -> str:
     """That of the source files; ckpt for a mixture."""
-    used = [path for paths in files.by_rank.values() for path in paths]
-    return "safetensors" if all(path.suffix == ".safetensors" for path in used) else "ckpt"
+    return "safetensors" if all(path.suffix == ".safetensors" for path in files.files) else "ckpt"
 
 
-def check_outside(files: SourceFiles, destination: Path) -> None:
+def check_outside(files: Source, destination: Path) -> None:
     """Refuse a target folder in the source folder, where the result would be taken for a part of the source."""
     root = files.root.resolve()
     if root.is_dir() and destination.resolve().is_relative_to(root):

@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from mindformers_ckpt.cli.notices import amount, warn
-from mindformers_ckpt.cli.options import json_option, request_options
+from mindformers_ckpt.cli.options import LocalPath, json_option, request_options
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.cli.request import Request
 from mindformers_ckpt.errors import FormatError, describe_problems
@@ -33,7 +33,7 @@ from mindformers_ckpt.transform import Options, Report, affordable_processes, ra
 @click.option(
     "--plan",
     "plan_file",
-    type=click.Path(path_type=Path),
+    type=LocalPath(),
     help="Run a plan that `mindformers-ckpt plan --out` wrote; it decides source, target and file names.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a target folder that is not empty.")

@@ -19,8 +19,7 @@ from mindformers_ckpt.convert.weights import (
     Found,
     Weights,
     config_folder,
-    huggingface_files,
-    mindspore_files,
+    mindspore_source,
     read_weights,
     recorded_naming,
 )
@@ -29,7 +28,8 @@ from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, SourceFile
 from mindformers_ckpt.publish import check_free_space
-from mindformers_ckpt.sources.find import SUFFIXES
+from mindformers_ckpt.sources.find import find_huggingface
+from mindformers_ckpt.sources.source import SUFFIXES
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import Options, Progress, check_apart, transform, write_files
 
@@ -58,6 +58,7 @@ class Request:
         n_head, hidden_size, layers: what config.json may lack; a contradiction to it is an error.
         is_pretrain, telechat_type: options of Swin and TeleChat.
         mlp_concat, use_rearrange_rope: settings of MindSpore's GLM4; `use_gmm`: of its Mixtral.
+        step: with `reverse`, the file of a rank folder to read: its name, or an epoch and step like "3_150".
     """
 
     model: str | None
@@ -76,6 +77,7 @@ class Request:
     mlp_concat: bool | None = None
     use_rearrange_rope: bool | None = None
     use_gmm: bool | None = None
+    step: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,10 @@ class Result:
 def prepare(request: Request) -> Prepared:
     """Read headers and plan all tensors. Raises ConfigError, FormatError and PlanError; nothing is written."""
     path = Path(os.path.abspath(request.input_path))
-    files = mindspore_files(path) if request.reverse else huggingface_files(path)
-    recorded = recorded_naming(path, files) if request.reverse else None
+    found = (
+        mindspore_source(request.input_path, request.step) if request.reverse else find_huggingface(request.input_path)
+    )
+    recorded = recorded_naming(path, found.files) if request.reverse else None
     if recorded is not None:
         request = _as_recorded(request, recorded)
     folder = config_folder(path if path.is_dir() else path.parent, request.hf_config)
@@ -125,7 +129,7 @@ def prepare(request: Request) -> Prepared:
     if recorded not in (None, layout):
         raise ConfigError(f"{path} says that its names and layout are {recorded}, the options say {layout}")
     origin: Side = "ms" if request.reverse else "hf"
-    source = read_weights(path, files, model.canonical.get(origin, str))
+    source = read_weights(found, model.canonical.get(origin, str))
     config, warnings = _completed(model, request, config, source)
     table = model.tables[_table_key(model, naming, config, source)]
     conversion = plan_tensors(
@@ -138,7 +142,7 @@ def prepare(request: Request) -> Prepared:
         write_copies=request.write_tied,
     )
     _check_copies(conversion.copies)
-    conversion = replace(conversion, warnings=(*warnings, *conversion.warnings))
+    conversion = replace(conversion, warnings=(*found.warnings, *warnings, *conversion.warnings))
     return Prepared(request, model, layout, config, folder, conversion)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +12,7 @@ from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
 from mindformers_ckpt.formats import TensorSpec, read_header
 from mindformers_ckpt.publish import MANIFEST_FILE, read_manifests
 from mindformers_ckpt.sources.find import find_source
-
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")
-# In order: what is read when a folder has no index.
-_PATTERNS = ("model.safetensors", "model-*.safetensors", "*.safetensors", "pytorch_model*.bin", "*.bin", "*.pth")
-# Files of other contents or other layouts that repositories keep beside the weights.
-_OTHERS = ("adapter_model", "consolidated", "training_args", "optimizer", "scheduler", "rng_state")
+from mindformers_ckpt.sources.source import Kind, Source
 
 
 class Found(NamedTuple):
@@ -45,92 +37,43 @@ class Weights:
     tensors: Mapping[str, Found]
 
 
-def read_weights(root: Path, files: Sequence[Path], canonical: Callable[[str], str] = lambda name: name) -> Weights:
+def read_weights(source: Source, canonical: Callable[[str], str] = lambda name: name) -> Weights:
     """Read the headers of all files. Raises FormatError and PlanError with everything that is wrong."""
     tensors: dict[str, Found] = {}
     damaged, problems = [], []
-    for path in files:
+    for path in source.files:
         try:
             header = read_header(path)
         except FormatError as error:
             damaged.append(str(error))
             continue
         for record in header.tensors.values():
+            if source.owners is not None and source.owners.get(record.spec.name) != path:
+                continue  # the index does not assign it to this file
             name = canonical(record.spec.name)
             if name in tensors:
                 problems.append(f"{name}: in {tensors[name].path.name} and in {path.name}")
             tensors[name] = Found(path, record.spec)
     if damaged:
         raise FormatError(damaged[0] if len(damaged) == 1 else describe_problems("files cannot be read", damaged))
+    root = source.root
     if problems:
         raise PlanError(describe_problems(f"{root} holds several weights, name the file to convert", problems))
     return Weights(root, root if root.is_dir() else root.parent, tensors)
 
 
-def huggingface_files(path: Path) -> list[Path]:
-    """The weight files of a Hugging Face folder, or of the folder that a given file is a part of.
-
-    An index decides; without one the safetensors files are taken, or else those of PyTorch. Numbered files
-    must be all there. Raises PlanError when files are missing or there are none.
-    """
-    if not path.exists():
-        raise PlanError(f"there is nothing at {path}")
-    if path.is_file() and not _is_part(path):
-        return [path]
-    folder = path if path.is_dir() else path.parent
-    for name in _INDEXES:
-        if (folder / name).is_file():
-            return _indexed(folder / name)
-    for pattern in _PATTERNS:
-        files = sorted(file for file in folder.glob(pattern) if not file.name.startswith(_OTHERS))
-        if files:
-            _check_numbers(folder, files)
-            return files
-    raise PlanError(f"{folder} holds no .safetensors, .bin, .pth or .pt file; give a cloned Hugging Face repository")
-
-
-def _is_part(path: Path) -> bool:
-    """Whether a file stands for its folder: it has no weights, or is one of several."""
-    if path.suffix not in (".safetensors", ".bin", ".pth", ".pt"):
-        return True
-    indexes = (path.parent / name for name in _INDEXES if (path.parent / name).is_file())
-    return bool(_NUMBERED.fullmatch(path.name)) or any(path in _indexed(index) for index in indexes)
-
-
-def _indexed(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PlanError(f"{index} is no index of weight files ({error!r})") from None
-    foreign = [name for name in names if Path(name).name != name]
-    if foreign:
-        raise PlanError(f"{index} names files outside of its folder: {foreign[:5]}")
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise PlanError(describe_problems(f"{index} names files that are not there", missing))
-    return [index.parent / name for name in names]
-
-
-def _check_numbers(folder: Path, files: Iterable[Path]) -> None:
-    """Refuse "model-00001-of-00003" without its companions."""
-    names = {file.name for file in files}
-    wanted = set()
-    for match in filter(None, map(_NUMBERED.fullmatch, names)):
-        count, width = int(match[3]), len(match[2])
-        wanted |= {f"{match[1]}-{number:0{width}}-of-{match[3]}{match[4]}" for number in range(1, count + 1)}
-    if wanted - names:
-        raise PlanError(describe_problems(f"{folder} lacks weight files", sorted(wanted - names)))
-
-
-def mindspore_files(path: Path) -> list[Path]:
-    """The files of complete MindSpore weights. Raises PlanError when they are cut for several ranks."""
-    source = find_source(path)
+def mindspore_source(path: Path, step: str | None = None) -> Source:
+    """Complete MindSpore weights. Raises PlanError when they are cut for several ranks, or a Hugging Face model."""
+    source = find_source(path, step)
+    if source.kind is Kind.HUGGING_FACE:
+        raise PlanError(f"{path} is a Hugging Face model already; to convert it to MindSpore leave --reversed out")
+    source.raise_absent()
     if len(source.by_rank) > 1:
         raise PlanError(
             f"{path} holds the shards of {len(source.by_rank)} ranks; merge them first: mindformers-ckpt transform "
             "--src-checkpoint … --src-strategy … --dst-checkpoint-dir …"
         )
-    return list(next(iter(source.by_rank.values())))
+    return source
 
 
 def recorded_naming(root: Path, files: Sequence[Path]) -> str | None:

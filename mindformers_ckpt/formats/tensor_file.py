@@ -71,7 +71,8 @@ class Header:
     """What a file says about its tensors, in file order.
 
     `size` is that of the file in bytes. `metadata` is empty for a `.ckpt`. `crc` is the CRC-32 that a `.ckpt`
-    stores (not verified), else None. `frames` are the bytes (offset, bytes) of a `.ckpt` before each content.
+    stores (not verified), else None. `frames` are the bytes (offset, bytes) of a `.ckpt`
+    before each content, and of a `.safetensors` file a digest of its header: with equal ones the tensors are the same.
     """
 
     path: Path
@@ -125,7 +126,7 @@ def _scan(path: Path, like: Header | None) -> Header:
     if path.suffix == ".ckpt":
         return ckpt.scan(path, like)
     if path.suffix == ".safetensors":
-        return safetensors.scan(path)
+        return safetensors.scan(path, like)
     from mindformers_ckpt.formats import torch_bin
 
     if path.suffix in torch_bin.SUFFIXES:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from mindformers_ckpt.engine.copier import Task, cut_into_tasks
@@ -17,12 +18,13 @@ from mindformers_ckpt.engine.shard_io import FileSink
 from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import Config
+from mindformers_ckpt.job.find import find_checkpoint
 from mindformers_ckpt.job.output_dir import OutputDir
 from mindformers_ckpt.planning.build import build_plan, holds_same_slices
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.publish import Staging, check_free_space
 from mindformers_ckpt.sources.checkpoint import Checkpoint
-from mindformers_ckpt.sources.find import SUFFIXES, find_source, is_huggingface_folder
+from mindformers_ckpt.sources.source import Kind, Source
 from mindformers_ckpt.strategy.files import read_strategy
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import Options, check_apart, describe_result, fingerprint_of
@@ -113,12 +115,19 @@ class Reslicing:
         self.cluster.barrier("transformed")
         return folder / str(told["name"])
 
+    @cached_property
+    def found_files(self) -> Source:
+        """What `load_checkpoint` leads to. Raises PlanError."""
+        if self.found is not None:
+            return self.found.files
+        return find_checkpoint(self.config)
+
     def source(self) -> Checkpoint:
         """The source and its strategy. Raises PlanError or StrategyError when they do not fit together."""
         if self.found is not None:
             return self.found.only(self.names)
         config = self.config
-        files = find_source(config.load_checkpoint, config.step_file)
+        files = self.found_files
         strategy = Strategy.complete()
         if config.src_strategy_path_or_dir:
             if files.sharded:
@@ -136,8 +145,7 @@ class Reslicing:
         plan = self._plan_for(None)
         if plan is None:
             return None
-        path = Path(self.config.load_checkpoint)
-        name = path.stem if path.suffix in SUFFIXES else path.name
+        name = self.found_files.name
         targets = tuple(target._replace(path=f"{name}/{target.path}") for target in plan.targets)
         return replace(plan, targets=targets)
 
@@ -148,7 +156,7 @@ class Reslicing:
 
     def _plan_for(self, ranks: Sequence[int] | None) -> Plan | None:
         format = self.config.load_ckpt_format
-        if is_huggingface_folder(self.config.load_checkpoint):
+        if self.found_files.kind is Kind.HUGGING_FACE:
             return self._plan_conversion(ranks, format)
         source = self.source()
         if holds_same_slices(source, self.target):

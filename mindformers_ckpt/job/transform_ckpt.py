@@ -23,7 +23,8 @@ from mindformers_ckpt.planning.build import build_plan, missing_names
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.publish import Staging, check_free_space
 from mindformers_ckpt.sources.checkpoint import Checkpoint
-from mindformers_ckpt.sources.find import SourceFiles, find_source
+from mindformers_ckpt.sources.find import find_mindspore
+from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies, read_strategy
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import Options, check_apart, describe_result, fingerprint_of, transform
@@ -67,7 +68,7 @@ class Request:
 
     def plans(self, target: Strategy, ranks: Sequence[int] | None = None) -> dict[str, Plan]:
         """A plan for every checkpoint of the source, by the name of its folder. Raises the errors of planning."""
-        files = find_source(self.source)
+        files = find_mindspore(self.source)
         strategy = Strategy.complete()
         if self.source_strategy is not None and files.sharded:
             strategy = read_strategy(self.source_strategy)
@@ -144,7 +145,7 @@ def _announced(cluster: Cluster) -> Iterator[None]:
             raise
 
 
-def _parts(files: SourceFiles) -> dict[str, SourceFiles]:
+def _parts(files: Source) -> dict[str, Source]:
     """The checkpoints of a source by the name of their result, as MindFormers names it.
 
     That is the name of the folder with rank folders, or of a file up to its first dot; every file of a
@@ -159,12 +160,12 @@ def _parts(files: SourceFiles) -> dict[str, SourceFiles]:
     paths = [path for path in files.by_rank[0] if path.suffix == ".ckpt"]
     if not paths:
         return {files.root.name.split(".")[0]: files}
-    parts: dict[str, SourceFiles] = {}
+    parts: dict[str, Source] = {}
     for path in paths:
         name = path.name.split(".")[0]
         if name in parts:
             raise PlanError(f"the results of {parts[name].root} and {path} would both be named {name}; rename one")
-        parts[name] = SourceFiles(path, {0: (path,)}, sharded=False)
+        parts[name] = Source(path, {0: (path,)})
     return parts
 
 

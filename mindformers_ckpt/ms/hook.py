@@ -20,6 +20,7 @@ from mindformers_ckpt.errors import CheckpointError, ConfigError, PlanError, Str
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.job.cluster.cluster import Cluster, RankError
 from mindformers_ckpt.job.config import Config
+from mindformers_ckpt.job.find import find_checkpoint
 from mindformers_ckpt.job.hyperparameters import from_command_line
 from mindformers_ckpt.job.modelarts import Exchange, check_nodes, fetch_sources, nodes_by_number
 from mindformers_ckpt.job.output_dir import OutputDir
@@ -29,7 +30,8 @@ from mindformers_ckpt.job.shared_disk import not_shared, owners_of, wait_for_fil
 from mindformers_ckpt.planning.build import holds_same_slices
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.sources.checkpoint import Checkpoint
-from mindformers_ckpt.sources.find import find_source, is_huggingface_folder
+from mindformers_ckpt.sources.find import find_source
+from mindformers_ckpt.sources.source import Kind
 from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies, rank_file_name, read_strategy
 from mindformers_ckpt.strategy.model import Strategy
 
@@ -377,12 +379,15 @@ class CheckpointHook:
 
     def _own_files(self, folder: Path | None) -> tuple[Path, ...]:
         rank = self.cluster.rank
-        if folder is None and is_huggingface_folder(self.config.load_checkpoint):
+        source = find_source(folder) if folder is not None else find_checkpoint(self.config)
+        if source.kind is Kind.HUGGING_FACE:
             raise PlanError(
                 f"{self.config.load_checkpoint} is a Hugging Face model: set auto_trans_ckpt: True to have it "
                 "converted at load, or convert it with mindformers-ckpt convert"
             )
-        source = find_source(folder or self.config.load_checkpoint, None if folder else self.config.step_file)
+        for warning in source.warnings if rank == MAIN_RANK else ():
+            log.warning("%s", warning)
+        source.raise_absent()
         files = source.by_rank.get(0 if set(source.by_rank) == {0} else rank)
         if files is None:
             raise PlanError(f"{source.root} has no folder rank_{rank} for this rank; {self._advice()}")

@@ -44,8 +44,9 @@ def build_plan(
     outside = [rank for rank in chosen if not 0 <= rank < target.rank_count]
     if outside:
         raise PlanError(f"ranks {outside[:8]} are not among the {target.rank_count} ranks of the target strategy")
-    warnings = [*source.files.warnings, *(check_contents(source, tensors) if sample else ())]
+    warnings = [*source.warnings, *(check_contents(source, tensors) if sample else ())]
     warnings += _one_sided(source.strategy, target, tensors)
+    _check_lost(source, target, tensors, allow_missing)
     missing = missing_names(target, tensors)
     if missing.required and not allow_missing:
         headline = (
@@ -58,6 +59,38 @@ def build_plan(
     plan = replace(plan, warnings=tuple(warnings))
     plan.check()
     return plan
+
+
+def _check_lost(
+    source: Checkpoint, target: Strategy, tensors: Mapping[str, LogicalTensor], allow_missing: bool
+) -> None:
+    """Refuse a source whose lost ranks alone held some parameters, where the target's own names cannot tell.
+
+    Names that the target strategy has are `missing_names`' business.
+    """
+    lost_ranks = set(source.lost_ranks)
+    if not lost_ranks or allow_missing:
+        return
+    size = source.strategy.stage_size
+    wanted = target.names()
+    lost = [
+        name
+        for name in missing_names(source.strategy, tensors).required
+        if name not in wanted
+        and any(
+            name in layouts and lost_ranks.intersection(range(stage * size, (stage + 1) * size))
+            for stage, layouts in enumerate(source.strategy.stages)
+        )
+    ]
+    if lost:
+        source.files.raise_absent()
+        ranks = sorted(lost_ranks)
+        shown = f"{ranks[:8]}{' and more' if len(ranks) > 8 else ''}"
+        headline = (
+            f"{source.files.root} holds no files of ranks {shown}, and no other rank has the parameters of their "
+            f"stage that the strategy ({source.strategy.origin}) names"
+        )
+        raise PlanError(describe_problems(headline, lost))
 
 
 def _assemble(

@@ -11,14 +11,8 @@ from mindformers_ckpt.errors import FormatError, PlanError, StrategyError, descr
 from mindformers_ckpt.formats import Header, TensorRecord, TensorSpec, read_header
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.geometry.layout import Layout
-from mindformers_ckpt.sources.find import SourceFiles
+from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.strategy.model import Strategy
-
-# Up to so many files every header is read before work starts. Beyond, a file of the same stage and the same
-# size and beginning as one already read is taken to hold the same tensors; it is checked when it is opened for
-# its bytes.
-_SCAN_ALL_FILES = 64
-_FIRST_BYTES = 48
 
 
 class Shard(NamedTuple):
@@ -52,23 +46,23 @@ class Checkpoint:
     belong together.
     """
 
-    files: SourceFiles
+    files: Source
     strategy: Strategy
     names: Container[str] | None = None
     _headers: dict[Path, Header] = field(default_factory=dict)
     _last: Header | None = None
     _tensors: dict[str, LogicalTensor] | None = None
     _by_rank: dict[int, dict[str, tuple[Path, TensorRecord]]] = field(default_factory=dict)
-    _by_looks: dict[tuple[object, ...], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         ranks, count = set(self.files.by_rank), self.strategy.rank_count
         if not self.files.sharded and count > 1:
             raise PlanError(
                 f"{self.files.root} is complete weights, but its strategy ({self.strategy.origin}) is for {count} "
-                "ranks; leave the source strategy out, or give the folder that holds the rank_<n> folders"
+                "ranks; give the folder that holds the rank_<n> folders, or leave the source strategy out if these are "
+                "the whole weights"
             )
-        if self.files.sharded and self.strategy.is_complete and len(ranks) > 1:
+        if self.files.sharded and self.strategy.is_complete and len(ranks | set(self.files.absent)) > 1:
             from mindformers_ckpt.strategy.nearby import strategy_near  # reads strategies: protobuf
 
             near = strategy_near(self.files.root, max(ranks) + 1)
@@ -83,6 +77,21 @@ class Checkpoint:
                 f"{self.files.root} holds files of ranks {surplus[:8]}, but the strategy {self.strategy.origin} is "
                 f"for {count} ranks; it is not the strategy these files were saved under"
             )
+
+    @property
+    def lost_ranks(self) -> list[int]:
+        """The ranks of the strategy that have no file here."""
+        return [rank for rank in range(self.strategy.rank_count) if rank not in self.files.by_rank]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know of the choice of files."""
+        if not self.files.absent:
+            return self.files.warnings
+        ranks = sorted(self.files.absent)
+        shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+        left = f"{self.files.root}: ranks {shown} are left aside, the others hold everything between them: "
+        return (*self.files.warnings, left + self.files.absent[ranks[0]])
 
     def only(self, names: Container[str] | None) -> Checkpoint:
         """The same files with all tensors but `names` left aside (None for all); headers that were read are shared."""
@@ -112,6 +121,8 @@ class Checkpoint:
         if problems:
             headline = f"{self.files.root} does not fit the strategy it is read with ({self.strategy.describe()})"
             raise PlanError(describe_problems(headline, problems))
+        if any(tensor.missing for tensor in found.values()):
+            self.files.raise_absent()
         return found
 
     def header_of(self, rank: int) -> dict[str, tuple[Path, TensorSpec]]:
@@ -121,19 +132,16 @@ class Checkpoint:
     def records_of(self, rank: int) -> dict[str, tuple[Path, TensorRecord]]:
         """The tensors in the files of a rank, and where they lie in them: name -> (file, record)."""
         if rank not in self._by_rank:
-            like, own = self._alike(rank), self.files.by_rank[rank]
-            if like == rank:
-                self._by_rank[rank] = self._read_headers(rank)
-            else:
-                places = dict(zip(self.files.by_rank[like], own))
-                records = self.records_of(like).items()
-                self._by_rank[rank] = {name: (places[path], record) for name, (path, record) in records}
+            self._by_rank[rank] = self._read_headers(rank)
         return self._by_rank[rank]
 
     def _read_headers(self, rank: int) -> dict[str, tuple[Path, TensorRecord]]:
         tensors: dict[str, tuple[Path, TensorRecord]] = {}
+        owners = self.files.owners
         for path in self.files.by_rank[rank]:
             for name, record in self._header(path).tensors.items():
+                if owners is not None and owners.get(name) != path:
+                    continue  # the index does not assign it to this file
                 if name in tensors:
                     raise PlanError(
                         f"{path} and {tensors[name][0]} both hold {name}: these are several checkpoints, not one; "
@@ -156,12 +164,9 @@ class Checkpoint:
         return self._headers[path]
 
     def _raise_damaged(self) -> None:
-        """Read the headers of all files of a moderate source, and report all damaged ones together."""
-        paths = [path for files in self.files.by_rank.values() for path in files]
-        if len(paths) > _SCAN_ALL_FILES:
-            return
+        """Read the headers of all files, and report all damaged ones together."""
         problems = []
-        for path in paths:
+        for path in self.files.files:
             try:
                 self._header(path)
             except FormatError as error:
@@ -174,13 +179,6 @@ class Checkpoint:
     def _ranks(self, stage: int) -> list[int]:
         first = stage * self.strategy.stage_size
         return [rank for rank in range(first, first + self.strategy.stage_size) if rank in self.files.by_rank]
-
-    def _alike(self, rank: int) -> int:
-        """The rank of the stage whose header stands for this rank's: its own where sources are moderate."""
-        if len(self.files.by_rank) <= _SCAN_ALL_FILES:
-            return rank
-        stage, files = self.strategy.stage_of(rank), self.files.by_rank[rank]
-        return self._by_looks.setdefault((stage, *map(_looks, files)), rank)
 
     def _holders(self, stage: int) -> dict[str, dict[int, tuple[Path, TensorSpec]]]:
         """For every tensor that files of the stage hold: rank -> file and spec of its shard."""
@@ -243,15 +241,6 @@ class Checkpoint:
             if candidate.full_shape(shard.shape) == full:
                 return candidate
         return None if shard.shape == full else layout.for_shard(shard.shape)
-
-
-def _looks(path: Path) -> tuple[int, bytes]:
-    """The size of a file and its first bytes, in which its first tensor is named."""
-    try:
-        with path.open("rb") as stream:
-            return path.stat().st_size, stream.read(_FIRST_BYTES)
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _merged(first: LogicalTensor, second: LogicalTensor) -> LogicalTensor:

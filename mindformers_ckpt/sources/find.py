@@ -1,203 +1,151 @@
-"""Which files make up a checkpoint on disk, by rank.
+"""What is at a path? The answer is exactly one source, or an error that says what is there.
 
-A path is one file of complete weights, a folder of complete files, or a `model_dir` with
-`model_dir/rank_x/*.ckpt` (guide: "src_checkpoint"). `.safetensors` may stand wherever `.ckpt` may.
+This is the one place that decides it: transform, convert, merge-lora, the hook and the adapter under MindFormers ask
+here. docs/sources.md has the table.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import islice
 from pathlib import Path
 
 from mindformers_ckpt.errors import PlanError, describe_problems
-from mindformers_ckpt.formats import read_header
+from mindformers_ckpt.sources import complete, foreign, huggingface, rank_folders
+from mindformers_ckpt.sources.complete import separate_checkpoints
+from mindformers_ckpt.sources.listing import Listing, rank_of
+from mindformers_ckpt.sources.source import SUFFIXES, TORCH_SUFFIXES, Kind, Source
 
-SUFFIXES = (".ckpt", ".safetensors")
-INDEX_FILE = "model.safetensors.index.json"
-_RANK_FOLDER = re.compile(r"rank_(\d+)")
-_STEP = re.compile(r"-(\d+)_(\d+)$")
-_DIGITS = re.compile(r"(\d+)")
+__all__ = ["SUFFIXES", "find_huggingface", "find_mindspore", "find_source", "separate_checkpoints"]
+
+_URL_SCHEMES = ("obs://", "s3://", "http://", "https://", "hf://")
 
 
-@dataclass(frozen=True)
-class SourceFiles:
-    """The files of a checkpoint.
+def find_source(path: str | os.PathLike[str], step: str | None = None, *, resume: bool = False) -> Source:
+    """Find the weights at `path`.
 
-    Attributes:
-        root: the path that was given.
-        by_rank: rank -> its files (several only where complete weights are spread over files).
-        sharded: whether the files lie in rank folders.
-        warnings: what the user should know of the choice.
+    `step` chooses among the files of rank folders: a file's name, or an epoch and step like "3_150"; without it the
+    last by default sort of the names is taken (guide), or with `resume` the last that all ranks have saved whole.
+
+    Raises PlanError when there are none, they cannot be told apart, or one shard was given in place of the whole.
     """
-
-    root: Path
-    by_rank: Mapping[int, tuple[Path, ...]]
-    sharded: bool
-    warnings: tuple[str, ...] = field(default=())
-
-    @property
-    def name(self) -> str:
-        """The checkpoint's name: that of its file or folder, without a suffix of a checkpoint file."""
-        return self.root.stem if self.root.suffix in SUFFIXES else self.root.name
-
-
-def find_source(path: str | os.PathLike[str], file_name: str | None = None) -> SourceFiles:
-    """Find the files of the checkpoint at `path`.
-
-    Where a rank folder holds several files the last by default sort of the names is taken, or
-    `file_name`-matching ones when that is given: a file of that name, or of that epoch and step
-    ("…-3_150.ckpt" names the files that end in "-3_150" on every rank).
-
-    Raises PlanError when there is nothing at the path, or a rank folder lacks the wanted file.
-    """
-    path = Path(os.path.abspath(path))
-    if path.is_file():
-        return SourceFiles(path, {0: (path,)}, sharded=False)
+    path = _checked(path)
     if not path.is_dir():
-        raise PlanError(f"there is no checkpoint at {path}")
-    folders = _rank_folders(path)
-    if folders:
-        return _sharded_source(path, folders, file_name)
-    return _complete_folder(path)
+        return _file(path)
+    listing = Listing(path)
+    if listing.rank_folders:
+        return rank_folders.read_to_resume(listing) if resume and not step else rank_folders.read(listing, step)
+    known = foreign.describe(listing)
+    if known is not None:
+        raise PlanError(known)
+    _refuse_shard(path, path)
+    if huggingface.is_model(listing):
+        return huggingface.read(listing)
+    found = complete.read(listing)
+    if found is not None:
+        return found
+    if listing.weight_files(TORCH_SUFFIXES):
+        return huggingface.read(listing)
+    raise PlanError(_nothing(listing))
+
+
+def find_mindspore(path: str | os.PathLike[str], step: str | None = None) -> Source:
+    """`find_source` where weights with MindSpore's names are needed. Raises PlanError for a Hugging Face model."""
+    source = find_source(path, step)
+    if source.kind is Kind.HUGGING_FACE:
+        raise PlanError(
+            f"{source.root} is a Hugging Face model, whose tensors have other names and forms than MindSpore's; "
+            "convert it: mindformers-ckpt convert --input-path … --output-path … (--dst-strategy cuts it in the same "
+            "pass)"
+        )
+    return source
+
+
+def find_huggingface(path: str | os.PathLike[str]) -> Source:
+    """`find_source` where weights of a Hugging Face model are expected, whatever describes them."""
+    checked = _checked(path)
+    if not checked.is_dir():
+        if not checked.is_file():
+            raise PlanError(f"there is nothing at {checked}")
+        return huggingface.read_file(checked)
+    listing = Listing(checked)
+    if listing.rank_folders:
+        raise PlanError(
+            f"{checked} holds rank folders, as MindSpore saves them, not a Hugging Face model; --reversed converts "
+            "from MindSpore to Hugging Face"
+        )
+    return huggingface.read(listing)
 
 
 def is_huggingface_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder is a Hugging Face model: a config.json with a `model_type`, and no rank folders."""
-    path = Path(path)
-    try:
-        config = json.loads((path / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and "model_type" in config and not _rank_folders(path)
+    """Whether a folder is a Hugging Face model."""
+    return os.path.isdir(path) and huggingface.is_model(Listing(Path(path)))
 
 
-def _rank_folders(path: Path) -> dict[int, Path]:
-    matches = ((entry, _RANK_FOLDER.fullmatch(entry.name)) for entry in path.iterdir())
-    return {int(match[1]): entry for entry, match in matches if match is not None and entry.is_dir()}
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The checkpoint files of a folder in the default sort of their names."""
-    return sorted(entry for entry in folder.iterdir() if entry.suffix in SUFFIXES and entry.is_file())
-
-
-def _sharded_source(root: Path, folders: Mapping[int, Path], file_name: str | None) -> SourceFiles:
-    chosen: dict[int, tuple[Path, ...]] = {}
-    problems, warnings = [], []
-    for rank, folder in sorted(folders.items()):
-        files = checkpoint_files(folder)
-        if file_name is not None:
-            files = [file for file in files if _names_match(file, file_name)]
-        if not files:
-            wanted = f"no file for {file_name!r}" if file_name else "no checkpoint file"
-            problems.append(f"rank_{rank}: {wanted} in {folder}")
-            continue
-        chosen[rank] = (files[-1],)
-        natural = max(files, key=_natural_order)
-        if natural != files[-1]:
-            warnings.append(
-                f"rank_{rank} holds several files; {files[-1].name} is used, the last by default sort of the "
-                f"names, although {natural.name} has the higher numbers"
-            )
-    if problems:
-        raise PlanError(describe_problems(f"{root}: files of some ranks are missing", problems))
-    _check_steps(chosen)
-    return SourceFiles(root, chosen, sharded=True, warnings=tuple(warnings))
-
-
-def _names_match(file: Path, wanted: str) -> bool:
-    if file.name == wanted or file.stem == wanted:
-        return True
-    step = _STEP.search(Path(wanted).stem if Path(wanted).suffix in SUFFIXES else wanted)
-    return step is not None and file.stem.endswith(step[0])
-
-
-def _natural_order(file: Path) -> list[str | int]:
-    return [int(part) if part.isdigit() else part for part in _DIGITS.split(file.stem)]
-
-
-def _check_steps(chosen: Mapping[int, tuple[Path, ...]]) -> None:
-    """Refuse files of different steps: mixed, they would give weights that never existed."""
-    steps: dict[str, list[int]] = {}
-    for rank, (file, *_) in chosen.items():
-        match = _STEP.search(file.stem)
-        if match is not None:
-            steps.setdefault(match[0].lstrip("-"), []).append(rank)
-    if len(steps) < 2:
-        return
-    listed = "; ".join(f"{step}: ranks {ranks[:8]}" for step, ranks in steps.items())
-    raise PlanError(
-        f"the last files of the ranks are of different epochs and steps ({listed}); "
-        "name the file to load, or remove the files that do not belong together"
-    )
-
-
-def _complete_folder(root: Path) -> SourceFiles:
-    """A folder of complete files: with an index they are one checkpoint, a single file is one too."""
-    index = root / INDEX_FILE
-    if index.is_file():
-        return SourceFiles(root, {0: _indexed_files(root, index)}, sharded=False)
-    files = checkpoint_files(root)
-    if not files:
+def _checked(path: str | os.PathLike[str]) -> Path:
+    text = os.fspath(path)
+    if not text.strip():
+        raise PlanError("the path of the checkpoint is empty; is a variable not set?")
+    # Path() makes obs:/bucket of obs://bucket.
+    if text.startswith((*_URL_SCHEMES, *(scheme.replace("//", "/") for scheme in _URL_SCHEMES))):
         raise PlanError(
-            f"{root} holds neither rank_<n> folders nor a .ckpt or .safetensors file; "
-            "give the folder that holds the rank folders, or a file"
+            f"{text} is in an object storage or on the web, but files of a disk are read here; copy it to one first (a "
+            "job reads obs:// and s3:// through load_checkpoint)"
         )
-    return SourceFiles(root, {0: tuple(files)}, sharded=False)
+    return Path(os.path.abspath(text))
 
 
-def _indexed_files(root: Path, index: Path) -> tuple[Path, ...]:
-    try:
-        file_of: dict[str, str] = dict(json.loads(index.read_bytes())["weight_map"])
-        names = sorted(set(file_of.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PlanError(f"{index} is not a safetensors index ({error!r})") from None
-    if not names or not all(isinstance(name, str) for name in names):
-        raise PlanError(f"{index} is not a safetensors index: its weight_map does not map tensors to file names")
-    # File names in an index come from outside: they may not lead out of the folder.
-    foreign = [name for name in names if Path(name).name != name]
-    if foreign:
-        raise PlanError(f"{index} names files outside of its folder: {foreign[:5]}")
-    missing = [name for name in names if not (root / name).is_file()]
-    if missing:
-        raise PlanError(describe_problems(f"{index} names files that are not there", missing))
-    held = {name: read_header(root / name).tensors for name in names}
-    absent = [f"{tensor} in {name}" for tensor, name in file_of.items() if tensor not in held[name]]
-    if absent:
-        raise PlanError(describe_problems(f"{index} names tensors that are not there; is it of these files?", absent))
-    return tuple(root / name for name in names)
+def _file(path: Path) -> Source:
+    """The source that a single file is."""
+    if not path.exists():
+        raise PlanError(f"there is no checkpoint at {path}{_instead(path)}")
+    _refuse_shard(path, path.parent)
+    if foreign.is_checkpoint2_file(path.name):
+        raise PlanError(
+            f"{path} is by its name one shard of a checkpoint of MindFormers' own newer format (checkpoint 2.0), not "
+            "complete weights; it cannot be read yet"
+        )
+    in_model = path.suffix == ".safetensors" and huggingface.is_model(Listing(path.parent))
+    if path.suffix in (*TORCH_SUFFIXES, ".json") or in_model:
+        return huggingface.read_file(path)
+    return Source(path, {0: (path,)})
 
 
-def separate_checkpoints(files: SourceFiles) -> list[SourceFiles]:
-    """The checkpoints that a source holds: several where a folder holds several files of complete weights.
+def _refuse_shard(path: Path, folder: Path) -> None:
+    """Refuse what is in the folder of one rank when other ranks' folders beside it hold files, too.
 
-    Files without a tensor name in common are one checkpoint. Where every two files have names in common,
-    each file is a checkpoint of its own.
-
-    Raises PlanError when neither holds, or two files would give results of the same name; FormatError for
-    damaged files.
+    Alone it is complete weights: the guide's own example is `…/rank_0/llama3_8b.ckpt`.
     """
-    if files.sharded or len(files.by_rank[0]) == 1 or (files.root / INDEX_FILE).is_file():
-        return [files]
-    paths = files.by_rank[0]
-    names = {path: set(read_header(path).tensors) for path in paths}
-    pairs = list(combinations(paths, 2))
-    apart = [pair for pair in pairs if names[pair[0]].isdisjoint(names[pair[1]])]
-    if len(apart) == len(pairs):
-        together = f"{len(paths)} files are read as one checkpoint: {', '.join(path.name for path in paths)}"
-        return [replace(files, warnings=(*files.warnings, together))]
-    if apart:
-        first, second = apart[0]
-        raise PlanError(
-            f"{files.root} holds {len(paths)} files, some of which repeat tensors and some of which do not "
-            f"({first.name} and {second.name} have none in common); give the file to read, or a folder with the "
-            "files of one checkpoint"
+    rank = rank_of(folder)
+    if rank is None:
+        return
+    siblings = (other for other in Listing(folder.parent).rank_folders.items() if other[0] != rank)
+    holding = list(islice((other for other, place in siblings if Listing(place).weight_files()), 4))
+    if holding:
+        others = ", ".join(f"rank_{other}" for other in holding)
+        alone = (
+            f"if {path.name} alone holds the whole weights, give it from a folder that is not named rank_<n> (a copy, "
+            "or a symbolic link)"
         )
-    if len({path.stem for path in paths}) < len(paths):
-        raise PlanError(f"{files.root} holds a .ckpt and a .safetensors file of the same name; give the file to read")
-    return [SourceFiles(path, {0: (path,)}, sharded=False) for path in paths]
+        whole = f"for the checkpoint of all ranks give {folder.parent}, with the strategy it was saved under"
+        headline = f"{path} is the part of one rank: {others} beside it hold files, too"
+        raise PlanError(describe_problems(headline, [whole, alone]))
+
+
+def _instead(path: Path) -> str:
+    """What is where the path was expected to lead."""
+    parent = next((parent for parent in path.parents if parent.is_dir()), None)
+    if parent is None or parent == Path(parent.anchor):
+        return ""
+    try:
+        return f"; {parent} holds {Listing(parent).describe()}"
+    except PlanError:
+        return ""
+
+
+def _nothing(listing: Listing) -> str:
+    strategies = "strategy files, which --src-strategy takes; " if listing.strategy_files else ""
+    return (
+        f"{listing.folder} holds neither rank_<n> folders nor a .ckpt or .safetensors file, but {strategies}"
+        f"{listing.describe()}; give the folder that holds the rank folders, or a file"
+    )

@@ -92,6 +92,7 @@ def test_files_of_an_index_must_be_there(tmp_path: Path) -> None:
 
 def test_an_index_leads_nowhere_else(tmp_path: Path) -> None:
     source = llama(tmp_path)
+    (source / "model.safetensors").rename(source / "part.safetensors")  # model.safetensors would go before the index
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
     assert "outside of its folder" in refusal(tmp_path, source)
 

@@ -1,0 +1,68 @@
+"""An index of weight files (`model.safetensors.index.json`): which file holds which tensor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
+from mindformers_ckpt.formats import read_header
+
+# What a download that has not finished leaves in the place of a file.
+_UNFINISHED = (".incomplete", ".crdownload", ".part", ".tmp", ".download", ".aria2")
+
+
+def read_index(path: Path) -> dict[str, Path]:
+    """Tensor -> file, as the index says. Raises PlanError when it is none, or names files that are not there."""
+    try:
+        weight_map: Any = json.loads(path.read_bytes())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise PlanError(f"{path} is not an index of weight files ({error!r})") from None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
+        raise PlanError(f"{path} is not an index of weight files: its weight_map does not map tensors to file names")
+    names = sorted(set(weight_map.values()))
+    # File names in an index come from outside: they may not lead out of the folder.
+    foreign = [name for name in names if Path(name).name != name]
+    if foreign:
+        raise PlanError(f"{path} names files outside of its folder: {foreign[:5]}")
+    missing = [f"{name}{_unfinished(path.parent, name)}" for name in names if not (path.parent / name).is_file()]
+    if missing:
+        raise PlanError(describe_problems(f"{path} names files that are not there", missing))
+    return {tensor: path.parent / name for tensor, name in weight_map.items()}
+
+
+def _unfinished(folder: Path, name: str) -> str:
+    """What an unfinished download of a file is called, for the message."""
+    found = next((f"{name}{end}" for end in _UNFINISHED if (folder / f"{name}{end}").exists()), None)
+    return "" if found is None else f" ({found} is: an unfinished download)"
+
+
+def check_index(path: Path, owners: dict[str, Path]) -> tuple[str, ...]:
+    """Compare an index with the headers of its files.
+
+    Raises FormatError for damaged files, and PlanError where a tensor is not in the file that the index says. Tensors
+    that files hold besides are left aside, as transformers does; returns the warning that says so.
+    """
+    held = {}
+    damaged = []
+    for file in dict.fromkeys(owners.values()):
+        try:
+            held[file] = read_header(file).tensors
+        except FormatError as error:
+            damaged.append(str(error))
+    if damaged:
+        raise FormatError(damaged[0] if len(damaged) == 1 else describe_problems("files cannot be read", damaged))
+    absent = [f"{tensor} in {file.name}" for tensor, file in owners.items() if tensor not in held[file]]
+    if absent:
+        raise PlanError(describe_problems(f"{path} names tensors that are not there; is it of these files?", absent))
+    surplus = [f"{name} in {file.name}" for file, names in held.items() for name in names if owners.get(name) != file]
+    if not surplus:
+        return ()
+    some = ", ".join(surplus[:5]) + (f" and {len(surplus) - 5} more" if len(surplus) > 5 else "")
+    return (f"left aside, since {path.name} does not assign them there: {some}",)
+
+
+def listed(paths: list[Path]) -> str:
+    """File names for a message."""
+    return ", ".join(path.name for path in paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")

@@ -1,0 +1,248 @@
+"""`model_dir/rank_x/*.ckpt`: the shards of a job, one folder a rank, and which file of each folder is taken.
+
+Where nothing else is said that is the last by default sort of the names (guide). The files of all ranks must be of one
+moment; ranks whose folder is empty, or whose last file is older, are absent: whether the others hold everything
+between them is for the strategy to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
+from mindformers_ckpt.formats import read_header
+from mindformers_ckpt.sources.listing import Listing
+from mindformers_ckpt.sources.source import Kind, Source
+from mindformers_ckpt.sources.steps import Moment, SavedName, matching, moments, natural, parse
+
+_LISTED = 8
+
+
+def read(listing: Listing, wanted: str | None = None) -> Source:
+    """The source of a folder with rank folders; `wanted` names a file, or an epoch and step.
+
+    Raises PlanError when no rank has a file, a folder holds several that could be meant, or files of several moments.
+    """
+    held = files_by_rank(listing)
+    chosen = _chosen(listing.folder, held, wanted)
+    warnings = [] if wanted else _unnatural(held, chosen)
+    return _source(listing, held, chosen, warnings, f"no file for {wanted!r}" if wanted else "no checkpoint file")
+
+
+def read_to_resume(listing: Listing) -> Source:
+    """The source that a job resumes from: the last step that all ranks have saved whole.
+
+    Where MindFormers wrote a meta.json into the rank folders its `last_ckpt_file` is believed, else the last by name is
+    taken; where such a file is cut off, or ranks are at different steps, an earlier step is, with a warning.
+    """
+    held = files_by_rank(listing)
+    recorded = {rank: _recorded_file(listing.rank_folders[rank], files) for rank, files in held.items()}
+    last = _chosen(listing.folder, {rank: files for rank, files in held.items() if recorded[rank] is None}, None)
+    chosen = {**last, **{rank: file for rank, file in recorded.items() if file is not None}}
+    fault = _fault(chosen)
+    warnings: list[str] = []
+    if fault is not None:
+        latest = [
+            name.moment for rank, name in moments(chosen).items() if recorded[rank] is not None and name is not None
+        ]
+        earlier = _last_whole(held, min(latest, default=None))
+        if earlier is not None:
+            chosen, moment = earlier
+            warnings.append(
+                f"{listing.folder}: {fault}; step {moment}, the last whole one that all ranks have, is resumed"
+            )
+    elif not any(recorded.values()):
+        warnings += _unnatural(held, chosen)
+    return _source(listing, held, chosen, warnings, "no checkpoint file")
+
+
+def _chosen(root: Path, held: Mapping[int, Sequence[Path]], wanted: str | None) -> dict[int, Path]:
+    """A file for every rank that has one. Raises PlanError that lists the folders in which several could be meant."""
+    chosen, problems = {}, []
+    for rank, files in held.items():
+        try:
+            file = named_file(files, wanted, rank) if wanted else last_file(files)
+        except PlanError as error:
+            problems.append(f"rank_{rank}: {error}")
+            continue
+        if file is not None:
+            chosen[rank] = file
+    if problems:
+        raise PlanError(describe_problems(f"{root}: several files could be meant", problems))
+    return chosen
+
+
+def _source(
+    listing: Listing, held: Mapping[int, Sequence[Path]], chosen: Mapping[int, Path], warnings: list[str], lacking: str
+) -> Source:
+    """The source of the chosen files, without those of an earlier moment."""
+    folders = listing.rank_folders
+    absent = {rank: f"{lacking} in {folders[rank]}" for rank in held if rank not in chosen}
+    older, advice = _older(listing.folder, held, chosen) if chosen else ({}, "")
+    source = Source(
+        listing.folder,
+        {rank: (file,) for rank, file in chosen.items() if rank not in older},
+        Kind.RANK_FOLDERS,
+        absent={**absent, **older},
+        advice=advice,
+        warnings=(*_beside(listing), *_other_ranks(chosen), *warnings),
+    )
+    if not chosen:
+        source.raise_absent()
+    return source
+
+
+def _recorded_file(folder: Path, files: Sequence[Path]) -> Path | None:
+    """The file that MindFormers' meta.json names as the last one saved, None where there is none (1.3 to 2.1)."""
+    meta = Listing(folder).json("meta.json")
+    name = meta.get("last_ckpt_file") if isinstance(meta, dict) else None
+    return next((file for file in files if file.name == name), None)
+
+
+def _fault(chosen: Mapping[int, Path]) -> str | None:
+    """Why files cannot be resumed from: they are of different moments, or one cannot be read."""
+    parsed = moments(chosen)
+    if len({_moment(name) for name in parsed.values()}) > 1:
+        return "the last files of the ranks are of different steps"
+    for file in chosen.values():
+        try:
+            read_header(file)
+        except FormatError as error:
+            return str(error)
+    return None
+
+
+def _last_whole(held: Mapping[int, Sequence[Path]], latest: Moment | None) -> tuple[dict[int, Path], Moment] | None:
+    """The files of the last moment (up to `latest`) of which all ranks have one that can be read."""
+    by_moment = {
+        rank: {name.moment: file for file in files if (name := parse(file.name)) is not None and not name.moment.mark}
+        for rank, files in held.items()
+        if files
+    }
+    common = set.intersection(*map(set, by_moment.values())) if by_moment else set()
+    for moment in sorted(common, reverse=True):
+        files = {rank: of_rank[moment] for rank, of_rank in by_moment.items()}
+        if (latest is None or moment <= latest) and _fault(files) is None:
+            return files, moment
+    return None
+
+
+def files_by_rank(listing: Listing) -> dict[int, list[Path]]:
+    """The checkpoint files of every rank folder, in the default sort of their names."""
+    return {rank: Listing(folder).weight_files() for rank, folder in listing.rank_folders.items()}
+
+
+def last_file(files: Sequence[Path]) -> Path | None:
+    """The last by default sort of the names (guide), None when there is none.
+
+    Raises PlanError where .ckpt and .safetensors files are there: neither has precedence (MindSpore refuses them, too).
+    """
+    if len({file.suffix for file in files}) > 1:
+        last = [next(file.name for file in reversed(files) if file.suffix == suffix) for suffix in _suffixes(files)]
+        raise PlanError(
+            f".ckpt and .safetensors files are there ({', '.join(last)}); name the file or its step, or keep those of "
+            "one format"
+        )
+    return files[-1] if files else None
+
+
+def named_file(files: Sequence[Path], wanted: str, rank: int) -> Path | None:
+    """The file that `wanted` names, None when there is none. Raises PlanError when there are several."""
+    found = matching(files, wanted, rank)
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found[:_LISTED])
+        raise PlanError(f"{wanted!r} could be {names}; give the name of one")
+    return found[0] if found else None
+
+
+def _suffixes(files: Sequence[Path]) -> list[str]:
+    return sorted({file.suffix for file in files})
+
+
+def _older(root: Path, held: Mapping[int, Sequence[Path]], chosen: Mapping[int, Path]) -> tuple[dict[int, str], str]:
+    """The ranks whose file is of an earlier moment than the newest, with why they are left out, and what to do.
+
+    Raises PlanError where that is not all: several models or kinds of names, or a newest file that was saved when its
+    rank failed.
+    """
+    parsed = moments(chosen)
+    if len({_moment(name) for name in parsed.values()}) < 2 and len({_prefix(name) for name in parsed.values()}) < 2:
+        return {}, ""
+    dated = {rank: name.moment for rank, name in parsed.items() if name is not None}
+    prefixes = {_prefix(name) for name in parsed.values()}
+    newest = max(dated.values(), default=None)
+    if newest is None or len(dated) < len(parsed) or len(prefixes) > 1 or newest.mark:
+        raise PlanError(f"{root}: {mixed_moments(held, parsed)}")
+    older = {rank: moment for rank, moment in dated.items() if moment != newest}
+    if any(newest in _moments_of(held[rank]) for rank in older):
+        raise PlanError(f"{root}: {mixed_moments(held, parsed)}")
+    return {
+        rank: f"its last file, {chosen[rank].name}, is of an earlier step than those of the others ({newest})"
+        for rank in older
+    }, mixed_moments(held, parsed)
+
+
+def mixed_moments(held: Mapping[int, Sequence[Path]], parsed: Mapping[int, SavedName | None]) -> str:
+    """The message for files that do not belong together, with the last step that all ranks have."""
+    groups: dict[str, list[int]] = {}
+    several = len({_prefix(name) for name in parsed.values()}) > 1
+    for rank, name in parsed.items():
+        text = "no step" if name is None else f"{name.prefix} " * several + str(name.moment)
+        groups.setdefault(text, []).append(rank)
+    listed = "; ".join(f"{moment}: ranks {ranks[:_LISTED]}" for moment, ranks in groups.items())
+    of_ranks = ({moment for moment in _moments_of(files) if not moment.mark} for files in held.values())
+    common = set.intersection(*of_ranks)
+    if common:
+        last = max(common)
+        way = f"the last step that all ranks have is {last}: --step {last.epoch}_{last.step} takes it"
+    else:
+        way = "name the file to load, or remove the files that do not belong together"
+    return f"the last files of the ranks are of different epochs and steps ({listed}); {way}"
+
+
+def _moment(name: SavedName | None) -> Moment | None:
+    return None if name is None else name.moment
+
+
+def _prefix(name: SavedName | None) -> str | None:
+    return None if name is None else name.prefix
+
+
+def _moments_of(files: Sequence[Path]) -> set[Moment]:
+    return {name.moment for name in map(parse, (file.name for file in files)) if name is not None}
+
+
+def _beside(listing: Listing) -> list[str]:
+    beside = listing.weight_files()
+    if not beside:
+        return []
+    names = ", ".join(file.name for file in beside[:_LISTED])
+    return [f"{listing.folder} holds rank folders, which are read; left aside are the files beside them: {names}"]
+
+
+def _other_ranks(chosen: Mapping[int, Path]) -> list[str]:
+    """Warn of files that name another rank than their folder."""
+    strange = [
+        str(file.relative_to(file.parent.parent))
+        for rank, file in chosen.items()
+        if (name := parse(file.name)) is not None and name.rank not in (None, rank)
+    ]
+    if not strange:
+        return []
+    return [f"files name another rank than their folder does, which is taken: {', '.join(strange[:_LISTED])}"]
+
+
+def _unnatural(held: Mapping[int, Sequence[Path]], chosen: Mapping[int, Path]) -> list[str]:
+    """One warning where the last by name is not the one with the highest numbers."""
+    better = {rank: max(held[rank], key=lambda file: natural(file.stem)) for rank in chosen}
+    differing = [rank for rank, file in better.items() if file != chosen[rank]]
+    if not differing:
+        return []
+    rank = differing[0]
+    others = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+    warning = (
+        f"rank_{rank}{others} holds several files; {chosen[rank].name} is used, the last by default sort of the names, "
+        f"although {better[rank].name} has the higher numbers; name the step to take another"
+    )
+    return [warning]
