@@ -24,7 +24,7 @@ from mindformers_ckpt.errors import PlanError, PublishError, StrategyError
 from mindformers_ckpt.lora import Scaling, plan_merge
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
 from mindformers_ckpt.sources.checkpoint import Checkpoint
-from mindformers_ckpt.sources.find import find_mindspore, separate_checkpoints
+from mindformers_ckpt.sources.find import find_source, separate_checkpoints
 from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies
 from mindformers_ckpt.strategy.model import Strategy
@@ -192,7 +192,7 @@ def _source_strategy(path: Path | None, merged: Path | None) -> Strategy:
 
 
 def _single(path: Path, step: str | None = None) -> Source:
-    checkpoints = separate_checkpoints(find_mindspore(path, step))
+    checkpoints = separate_checkpoints(find_source(path, step))
     if len(checkpoints) > 1:
         names = ", ".join(files.root.name for files in checkpoints)
         raise PlanError(f"{path} holds several checkpoints ({names}); give the file to merge")

@@ -69,11 +69,13 @@ def find_huggingface(path: str | os.PathLike[str]) -> Source:
             raise PlanError(f"there is nothing at {checked}")
         return huggingface.read_file(checked)
     listing = Listing(checked)
-    if listing.rank_folders:
+    if len(listing.rank_folders) > 1:
         raise PlanError(
             f"{checked} holds rank folders, as MindSpore saves them, not a Hugging Face model; --reversed converts "
             "from MindSpore to Hugging Face"
         )
+    if listing.rank_folders:  # what merge-lora makes of a model, in one piece
+        return rank_folders.read(listing)
     return huggingface.read(listing)
 
 

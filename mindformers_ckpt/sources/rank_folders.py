@@ -86,7 +86,7 @@ def _source(
         Kind.RANK_FOLDERS,
         absent={**absent, **older},
         advice=advice,
-        warnings=(*_beside(listing), *_other_ranks(chosen), *warnings),
+        warnings=(*_beside(listing, chosen), *_other_ranks(chosen), *warnings),
     )
     if not chosen:
         source.raise_absent()
@@ -213,8 +213,9 @@ def _moments_of(files: Sequence[Path]) -> set[Moment]:
     return {name.moment for name in map(parse, (file.name for file in files)) if name is not None}
 
 
-def _beside(listing: Listing) -> list[str]:
-    beside = listing.weight_files()
+def _beside(listing: Listing, chosen: Mapping[int, Path]) -> list[str]:
+    """Warn of files beside the rank folders. A second name of a chosen file (merge-lora makes one) is no other file."""
+    beside = [file for file in listing.weight_files() if not any(map(file.samefile, chosen.values()))]
     if not beside:
         return []
     names = ", ".join(file.name for file in beside[:_LISTED])
