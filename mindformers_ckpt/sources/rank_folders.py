@@ -49,9 +49,7 @@ def read_to_resume(listing: Listing) -> Source:
         earlier = _last_whole(held, min(latest, default=None))
         if earlier is not None:
             chosen, moment = earlier
-            warnings.append(
-                f"{listing.folder}: {fault}; step {moment}, the last whole one that all ranks have, is resumed"
-            )
+            warnings.append(f"{listing.folder}: {fault}; {moment}, the last whole step that all ranks have, is resumed")
     elif not any(recorded.values()):
         warnings += _unnatural(held, chosen)
     return _source(listing, held, chosen, warnings, "no checkpoint file")

@@ -1,0 +1,326 @@
+"""What a path is taken for: one reading, or an error that shows both (docs/sources.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from recorded import Tensor, random_model, write_tensors
+
+from mindformers_ckpt.errors import FormatError, PlanError
+from mindformers_ckpt.sources.find import find_huggingface, find_mindspore, find_source, is_huggingface_folder
+from mindformers_ckpt.sources.source import Kind, Source
+from mindformers_ckpt.sources.steps import Moment, SavedName, matching, parse
+
+CONFIG = json.dumps({"model_type": "llama"})
+
+
+def touch(root: Path, *names: str) -> Path:
+    """Files whose contents nobody looks at."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    return root
+
+
+def names(source: Source) -> dict[int, list[str]]:
+    return {rank: [path.name for path in files] for rank, files in source.by_rank.items()}
+
+
+def hugging_face(folder: Path, files: Mapping[str, Mapping[str, Tensor]], index: object = None) -> Path:
+    """A folder of transformers' form; MindSpore's mark is not in its files."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(CONFIG)
+    for name, tensors in files.items():
+        write_tensors(folder / name, dict(tensors))
+        if name.endswith(".safetensors"):
+            content = (folder / name).read_bytes()
+            (folder / name).write_bytes(content.replace(b'"format":"ms"', b'"format":"pt"'))
+    if index is not None:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama_rank_3-1_20.ckpt", SavedName("llama", 3, Moment(0, 1, 20))),
+        ("llama_rank_3_1-5_2.ckpt", SavedName("llama", 3, Moment(1, 5, 2))),
+        ("llama_rank_0-3_150_breakpoint.safetensors", SavedName("llama", 0, Moment(0, 3, 150, "_breakpoint"))),
+        # The 5 could be a run as well: what matters is that it is the same on all ranks.
+        ("qwen-2_5-1_10.ckpt", SavedName("qwen-2", None, Moment(5, 1, 10))),
+        ("llama-3-8b_rank_12-10_2", SavedName("llama-3-8b", 12, Moment(0, 10, 2))),
+        ("gpt_2-5_2.ckpt", SavedName("gpt", None, Moment(2, 5, 2))),
+        ("checkpoint_7.ckpt", None),
+        ("llama3_8b.ckpt", None),
+    ],
+)
+def test_names_are_parsed(name: str, expected: SavedName | None) -> None:
+    assert parse(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ("a_rank_0-5_2.ckpt", ["a_rank_1-5_2.ckpt"]),  # the exact name, with the rank's own number
+        ("a_rank_1_1-5_2", ["a_rank_1_1-5_2.ckpt"]),
+        ("b-5_2", ["a_rank_1-5_2.ckpt", "a_rank_1_1-5_2.ckpt"]),  # two runs: the caller refuses
+        ("x_1-5_2.ckpt", ["a_rank_1_1-5_2.ckpt"]),
+        ("5_3", ["a_rank_1-5_3.ckpt"]),
+        ("5_3_breakpoint", []),
+        ("b-5_3_breakpoint", ["a_rank_1-5_3_breakpoint.ckpt"]),
+        ("5_20", []),
+    ],
+)
+def test_a_named_file_goes_before_any_looser_match(wanted: str, expected: list[str]) -> None:
+    held = ("a_rank_1-5_2", "a_rank_1_1-5_2", "a_rank_1-5_3", "a_rank_1-5_3_breakpoint", "a_rank_1-15_2")
+    files = [Path(f"/m/rank_1/{name}.ckpt") for name in held]
+    assert [file.name for file in matching(files, wanted, 1)] == expected
+
+
+def test_runs_are_never_mixed(tmp_path: Path) -> None:
+    """A second run has saved on rank 0 only (case 04); the last step of both ranks is proposed."""
+    touch(tmp_path, "rank_0/a_rank_0-5_2.ckpt", "rank_0/a_rank_0_1-5_2.ckpt", "rank_1/a_rank_1-5_2.ckpt")
+    source = find_source(tmp_path)
+    assert names(source) == {0: ["a_rank_0_1-5_2.ckpt"]}
+    with pytest.raises(PlanError, match=r"--step 5_2 takes it\n  - rank_1: its last file, a_rank_1-5_2\.ckpt"):
+        source.raise_absent()
+    with pytest.raises(PlanError, match=r"'5_2' could be a_rank_0-5_2\.ckpt, a_rank_0_1-5_2\.ckpt"):
+        find_source(tmp_path, "5_2")
+    assert names(find_source(tmp_path, "a_rank_0-5_2.ckpt")) == {0: ["a_rank_0-5_2.ckpt"], 1: ["a_rank_1-5_2.ckpt"]}
+
+
+def test_what_a_failing_job_saved_is_not_joined_with_what_others_saved(tmp_path: Path) -> None:
+    touch(tmp_path, "rank_0/a_rank_0-3_150.ckpt", "rank_0/a_rank_0-3_180_breakpoint.ckpt", "rank_1/a_rank_1-3_150.ckpt")
+    with pytest.raises(PlanError, match=r"3_180_breakpoint: ranks \[0\]; 3_150: ranks \[1\].*--step 3_150"):
+        find_source(tmp_path)
+
+
+def test_numbers_that_are_the_ranks_are_no_runs(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"rank_{rank}/gpt_{rank}-5_2.ckpt" for rank in range(3)))
+    assert not find_source(tmp_path).absent
+
+
+def test_files_of_other_models_do_not_belong_together(tmp_path: Path) -> None:
+    touch(tmp_path, "rank_0/llama_rank_0-1_1.ckpt", "rank_1/qwen_rank_1-1_1.ckpt")
+    with pytest.raises(PlanError, match=r"llama 1_1: ranks \[0\]; qwen 1_1: ranks \[1\]"):
+        find_source(tmp_path)
+
+
+def test_a_file_of_another_rank_in_a_folder_is_said(tmp_path: Path) -> None:
+    touch(tmp_path, "rank_0/a_rank_0-1_1.ckpt", "rank_1/a_rank_0-1_1.ckpt")
+    (warning,) = find_source(tmp_path).warnings
+    assert "rank_1/a_rank_0-1_1.ckpt" in warning
+
+
+def test_both_formats_in_a_rank_folder(tmp_path: Path) -> None:
+    touch(tmp_path, "rank_0/a-1_1.ckpt", "rank_0/a-1_2.safetensors", "rank_1/a-1_2.safetensors")
+    with pytest.raises(PlanError, match=r"rank_0: \.ckpt and \.safetensors files are there \(a-1_1.ckpt, a-1_2.safe"):
+        find_source(tmp_path)
+    assert names(find_source(tmp_path, "1_2")) == {0: ["a-1_2.safetensors"], 1: ["a-1_2.safetensors"]}
+
+
+def test_two_folders_of_one_rank(tmp_path: Path) -> None:
+    touch(tmp_path, "rank_0/a.ckpt", "rank_00/a.ckpt", "rank_1/a.ckpt")
+    with pytest.raises(PlanError, match="rank_0 and rank_00 are both rank 0"):
+        find_source(tmp_path)
+
+
+def test_leftovers_and_hidden_files_do_not_count(tmp_path: Path) -> None:
+    touch(
+        tmp_path, *(f"rank_0/{name}" for name in ("a.ckpt", "._z.ckpt", ".z.ckpt", "z.ckpt.tmp", "z.ckpt.incomplete"))
+    )
+    touch(tmp_path / "complete", "w.safetensors", "._w.safetensors", "x.safetensors.crdownload")
+    assert names(find_source(tmp_path)) == {0: ["a.ckpt"]}
+    assert names(find_source(tmp_path / "complete")) == {0: ["w.safetensors"]}
+
+
+def test_files_beside_rank_folders_are_said(tmp_path: Path) -> None:
+    touch(tmp_path, "rank_0/a.ckpt", "rank_1/a.ckpt", "merged.ckpt", "merged_ckpt_strategy.ckpt")
+    (warning,) = find_source(tmp_path).warnings
+    assert warning.endswith("left aside are the files beside them: merged.ckpt")
+
+
+def test_strategy_files_are_no_weights(tmp_path: Path) -> None:
+    touch(tmp_path, "ckpt_strategy_rank_0.ckpt", "ckpt_strategy_rank_1.ckpt")
+    with pytest.raises(PlanError, match="strategy files, which --src-strategy takes"):
+        find_source(tmp_path)
+
+
+@pytest.mark.parametrize("given", ["rank_1", "rank_1/a-1_1.ckpt"])
+def test_a_shard_is_not_taken_for_the_whole(given: str, tmp_path: Path) -> None:
+    touch(tmp_path, "rank_0/a-1_1.ckpt", "rank_1/a-1_1.ckpt")
+    with pytest.raises(PlanError, match=r"(?s)part of one rank: rank_0 beside it.*give .*strategy.*symbolic link"):
+        find_source(tmp_path / given)
+    (tmp_path / "rank_0/a-1_1.ckpt").unlink()
+    assert names(find_source(tmp_path / given)) == {0: ["a-1_1.ckpt"]}  # the guide's own example: alone
+    touch(tmp_path, "rank_0/a-1_1.ckpt")
+    os.symlink(tmp_path / "rank_1", tmp_path / "whole")
+    assert names(find_source(tmp_path / "whole")) == {0: ["a-1_1.ckpt"]}
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (["iteration_00000010/x", "latest_checkpointed_iteration.txt"], "save path of a checkpoint .* 2.0"),
+        (["a-model-0000001-0000004.safetensors"], r"checkpoint 2\.0.*shards of one model"),
+        ([".metadata", "__0_0.distcp"], "distributed checkpoint of PyTorch"),
+        (["m_rank0_.safetensors", ".metadata"], "hyper-parallel"),
+        (["x.gguf"], "GGUF"),
+        (["mp_rank_00/x"], "Megatron-LM or DeepSpeed"),
+        (["readme.md"], r"neither rank_<n> folders nor .*, but readme\.md"),
+        ([], "but nothing"),
+    ],
+)
+def test_other_folders_are_named(entries: list[str], message: str, tmp_path: Path) -> None:
+    touch(tmp_path, *entries)
+    with pytest.raises(PlanError, match=message):
+        find_source(tmp_path)
+
+
+def test_a_checkpoint_2_of_one_card_is_complete(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "a-model-0000000-0000001.safetensors", random_model({"w": (2,)}))
+    write_tensors(tmp_path / "a-opt-0000000-0000001.safetensors", random_model({"adam_m.w": (2,)}))
+    assert find_source(tmp_path).kind is Kind.COMPLETE
+
+
+@pytest.mark.parametrize("path", ["", " "])
+def test_an_empty_path(path: str) -> None:
+    with pytest.raises(PlanError, match="is a variable not set"):
+        find_source(path)
+
+
+@pytest.mark.parametrize("path", ["obs://bucket/folder", "s3:/bucket/folder", Path("obs://bucket/folder")])
+def test_a_url(path: str | Path) -> None:
+    with pytest.raises(PlanError, match="object storage or on the web"):
+        find_source(path)
+
+
+def test_a_path_that_is_not_there_says_what_is(tmp_path: Path) -> None:
+    touch(tmp_path, "rank_0/a.ckpt", "strategy/x")
+    with pytest.raises(PlanError, match=r"there is no checkpoint at .*; .* holds rank_0, strategy"):
+        find_source(tmp_path / "checkpoint" / "rank_0")
+
+
+@pytest.mark.parametrize(("given", "expected"), [(".", "llama"), ("a/..", "llama"), ("model.ckpt", "model")])
+def test_the_name_is_asked_of_the_source(
+    given: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = touch(tmp_path / "llama", "model.ckpt", "a/x")
+    monkeypatch.chdir(folder)
+    assert find_source(given).name == expected
+
+
+W, V = random_model({"w": (2, 2), "v": (2, 2)}), random_model({"v": (2, 2), "u": (2,)})
+
+
+def test_a_single_file_goes_before_the_index(tmp_path: Path) -> None:
+    folder = hugging_face(tmp_path / "m", {"model.safetensors": W, "a.safetensors": V}, {"v": "a.safetensors"})
+    source = find_source(folder)
+    assert (source.kind, names(source)) == (Kind.HUGGING_FACE, {0: ["model.safetensors"]})
+    (warning,) = source.warnings
+    assert (
+        "model.safetensors is read, as transformers does; left aside: model.safetensors.index.json, a.safe" in warning
+    )
+
+
+def test_the_index_says_who_holds_what(tmp_path: Path) -> None:
+    """Both shards hold v: the one that the index assigns it to is read (transformers would take the last)."""
+    folder = hugging_face(
+        tmp_path / "m", {"a.safetensors": W, "b.safetensors": V}, {"w": "a.safetensors", "v": "b.safetensors"}
+    )
+    source = find_huggingface(folder)
+    assert source.owners == {"w": folder / "a.safetensors", "v": folder / "b.safetensors"}
+    (warning,) = source.warnings
+    assert "does not assign them there: v in a.safetensors, u in b.safetensors" in warning
+
+
+def test_an_unfinished_download_is_named(tmp_path: Path) -> None:
+    folder = hugging_face(tmp_path / "m", {"a.safetensors": W}, {"w": "a.safetensors", "v": "b.safetensors"})
+    touch(folder, "b.safetensors.incomplete")
+    with pytest.raises(PlanError, match=r"b.safetensors \(b.safetensors.incomplete is: an unfinished download\)"):
+        find_source(folder)
+
+
+def test_safetensors_go_before_bin(tmp_path: Path) -> None:
+    folder = hugging_face(tmp_path / "m", {"model.safetensors": W})
+    touch(folder, "pytorch_model.bin.index.json", "pytorch_model.bin")
+    source = find_source(folder)
+    assert names(source) == {0: ["model.safetensors"]}
+    assert "left aside: pytorch_model.bin, pytorch_model.bin.index.json" in source.warnings[0]
+
+
+def test_several_sets_of_weights(tmp_path: Path) -> None:
+    folder = hugging_face(tmp_path / "m", {})
+    touch(folder, "model-00001-of-00001.safetensors", "fp16-00001-of-00001.safetensors")
+    with pytest.raises(PlanError, match=r"(?s)several sets of weights.*fp16-\*-of-00001.*model-\*-of-00001"):
+        find_huggingface(folder)
+    (folder / "fp16-00001-of-00001.safetensors").rename(folder / "model-00002-of-00003.safetensors")
+    (folder / "model-00001-of-00001.safetensors").rename(folder / "model-00001-of-00003.safetensors")
+    with pytest.raises(PlanError, match=r"lacks weight files\n  - model-00003-of-00003\.safetensors"):
+        find_huggingface(folder)
+
+
+def test_a_count_that_no_folder_has(tmp_path: Path) -> None:
+    folder = touch(hugging_face(tmp_path / "m", {}), "model-1-of-99999999999999.safetensors")
+    with pytest.raises(PlanError, match=r"lacks weight files"):
+        find_huggingface(folder)
+
+
+def test_a_hugging_face_model_is_not_cut_under_its_own_names(tmp_path: Path) -> None:
+    folder = hugging_face(tmp_path / "m", {"model.safetensors": W})
+    for path in (folder, folder / "model.safetensors"):
+        with pytest.raises(PlanError, match=r"is a Hugging Face model.*mindformers-ckpt convert"):
+            find_mindspore(path)
+    write_tensors(folder / "model.safetensors", W)  # written by MindSpore, with a config.json beside
+    assert not is_huggingface_folder(folder)
+    assert find_mindspore(folder).kind is Kind.COMPLETE
+
+
+def test_damaged_files_of_an_index(tmp_path: Path) -> None:
+    folder = hugging_face(tmp_path / "m", {}, {"w": "a.safetensors", "v": "b.safetensors"})
+    touch(folder, "a.safetensors", "b.safetensors")
+    with pytest.raises(FormatError, match=r"(?s)files cannot be read.*a\.safetensors.*b\.safetensors"):
+        find_source(folder)
+
+
+def resumed(root: Path, meta: Mapping[int, str] = {}) -> Source:
+    for rank, name in meta.items():
+        (root / f"rank_{rank}/meta.json").write_text(json.dumps({"last_epoch": 1, "last_ckpt_file": name}))
+    return find_source(root, resume=True)
+
+
+def saved(root: Path, *paths: str) -> Path:
+    for path in paths:
+        write_tensors(root / path, random_model({"w": (4,)}))
+    return root
+
+
+def test_resuming_believes_meta_json(tmp_path: Path) -> None:
+    saved(tmp_path, *(f"rank_{rank}/a_rank_{rank}-{step}_1.ckpt" for rank in range(2) for step in (9, 10)))
+    source = resumed(tmp_path, {rank: f"a_rank_{rank}-10_1.ckpt" for rank in range(2)})
+    assert names(source) == {0: ["a_rank_0-10_1.ckpt"], 1: ["a_rank_1-10_1.ckpt"]}
+    assert source.warnings == ()
+
+
+def test_resuming_goes_back_to_the_last_whole_step_of_all(tmp_path: Path) -> None:
+    saved(tmp_path, *(f"rank_{rank}/a_rank_{rank}-{step}_1.ckpt" for rank in range(2) for step in (1, 2, 3)))
+    for rank, step in ((1, 3), (0, 2)):
+        path = tmp_path / f"rank_{rank}/a_rank_{rank}-{step}_1.ckpt"
+        os.truncate(path, path.stat().st_size - 3)
+    source = resumed(tmp_path)
+    assert names(source) == {0: ["a_rank_0-1_1.ckpt"], 1: ["a_rank_1-1_1.ckpt"]}
+    (warning,) = source.warnings
+    assert "a_rank_1-3_1.ckpt" in warning
+    assert "1_1, the last whole step that all ranks have, is resumed" in warning
+
+
+def test_resuming_with_a_rank_that_is_behind(tmp_path: Path) -> None:
+    saved(tmp_path, *(f"rank_{rank}/a_rank_{rank}-{step}_1.ckpt" for rank, step in ((0, 1), (0, 2), (1, 1))))
+    source = resumed(tmp_path, {0: "a_rank_0-2_1.ckpt", 1: "a_rank_1-1_1.ckpt"})
+    assert names(source) == {0: ["a_rank_0-1_1.ckpt"], 1: ["a_rank_1-1_1.ckpt"]}
+    assert "the last files of the ranks are of different steps" in source.warnings[0]
