@@ -16,6 +16,17 @@ _SPAN = re.compile(r"(\d+)(?:-(\d+))?")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+class GivenPath(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+    """A path that names something: an empty one would stand for the current folder."""
+
+    name = "path"
+
+    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if not str(value).strip():
+            self.fail("the path is empty; is a variable not set? Give a path, or leave the option out", param, ctx)
+        return Path(value)
+
+
 class StrategyPath(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
     """A strategy file or folder; "None" and "" stand for complete weights, as the guide writes them."""
 
