@@ -58,7 +58,7 @@ class Scaling:
     rank_stabilised: bool = False
     alphas: Mapping[str, float] = field(default_factory=dict)
     ranks: Mapping[str, int] = field(default_factory=dict)
-    origin: str = "the given options"
+    origin: str = "options"
 
     def __post_init__(self) -> None:
         numbers = {"the scaling": self.value, "alpha": self.alpha}
@@ -103,7 +103,7 @@ class Scaling:
             raise ValueError("its scaling is not known")
         if expected is not None and expected != rank:
             raise ValueError(
-                f"it is of rank {rank}, {self.origin} says {expected}; if it was padded, give --lora_scaling"
+                f"it is of rank {rank}, not {expected} ({self.origin}); if it was padded, give --lora_scaling"
             )
         scaling = alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
         fault = number_fault(scaling)
