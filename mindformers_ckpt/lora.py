@@ -267,7 +267,7 @@ def _fit(
 ) -> dict[str, _Fold]:
     """Weight -> what is added to it. Raises PlanError that lists everything that does not fit."""
     folds: dict[str, _Fold] = {}
-    problems: list[str] = []
+    problems: dict[str, list[str]] = {}
     remedies: dict[str, None] = {}
     for branch in branches:
         up, down = factors[branch.up], factors[branch.down]
@@ -279,13 +279,23 @@ def _fit(
             fold = _Fold((spot,), (up,), (down,), merged.scaling, (merged,))
             folds[spot.weight] = _joined(folds[spot.weight], fold) if spot.weight in folds else fold
         except ValueError as error:
-            problems.append(f"{branch.up}, {branch.down}: {error}")
+            problems.setdefault(str(error), []).append(f"{branch.up}, {branch.down}")
             if isinstance(error, Unfit) and error.remedy:
                 remedies[error.remedy] = None
     if problems:
-        headline = f"{origin}: {len(problems)} of {len(branches)} LoRA branches cannot be merged"
-        raise PlanError("\n".join([describe_problems(headline, problems), *remedies]))
+        count = sum(map(len, problems.values()))
+        headline = f"{origin}: {count} of {len(branches)} LoRA branches cannot be merged"
+        raise PlanError("\n".join([describe_problems(headline, _by_cause(problems)), *remedies]))
     return folds
+
+
+def _by_cause(problems: Mapping[str, Sequence[str]]) -> list[str]:
+    """A line for every cause, with the branches that have it."""
+    shown = max(1, 10 // len(problems))  # of a branch two names are said
+    return [
+        f"{branches[0]}: {cause}" if len(branches) == 1 else f"{cause}: {_some(branches, shown)}"
+        for cause, branches in problems.items()
+    ]
 
 
 def _merged_branches(folds: Mapping[str, _Fold]) -> list[MergedBranch]:

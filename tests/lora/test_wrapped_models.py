@@ -139,3 +139,22 @@ def test_one_cause_is_a_short_message(arguments: tuple[str, ...], lines: int, ne
     assert len(result.output.splitlines()) == lines
     assert result.output.count(next_step) == 1
     assert "80 " in result.output
+
+
+def test_one_cause_of_many_branches_is_one_line(tmp_path: Path) -> None:
+    base = {name.replace(".lora_A.", "."): tensor for name, tensor in many().items() if ".lora_A." in name}
+    weight = base_model()["model.layers.0.attention.wq.weight"]
+    source = {**{name.partition("base_model.model.")[2]: weight for name in base}, **base_model()}
+    words = {
+        "src_ckpt_path_or_dir": write_complete(tmp_path / "base.ckpt", source),
+        "adapter": write_complete(tmp_path / "adapter_model.safetensors", many()),
+        "dst_ckpt_dir": tmp_path / "out",
+    }
+    arguments = [f"--{name}={value}" for name, value in words.items()]
+    result = CliRunner().invoke(cli, ["merge-lora", *arguments, "--alpha=16", "--rank=16"])
+    assert result.exit_code == 1
+    headline, line = result.output.splitlines()
+    assert "80 of 80 LoRA branches cannot be merged" in headline
+    assert "it is of rank 8, not 16 (options); if it was padded, give --lora_scaling: " in line
+    assert line.count(".lora_") == 20
+    assert line.endswith("and 70 more")
