@@ -315,7 +315,7 @@ def _check_shapes(spot: Spot, weight: LogicalTensor | None, up: LogicalTensor, d
         raise ValueError(f"{up.spec.name} is sharded, and {spot.weight} is fused; make the adapter complete first")
     shapes = [tensor.spec.shape for tensor in (up, down, weight)]
     rows = (spot.box.volume,) if spot.view else weight.spec.shape[:1]
-    fits = all(len(shape) == 2 for shape in shapes) and shapes[0] == (*rows, shapes[1][0])
+    fits = all(len(shape) == 2 for shape in shapes) and shapes[0] == (*rows, shapes[1][0]) and shapes[1][0] > 0
     if not fits or shapes[1][1] != shapes[2][1] or (spot.view and math.prod(spot.view) != shapes[2][0]):
         described = " · ".join(str(list(shape)) for shape in shapes[:2])
         raise ValueError(f"B · A is {described}, which does not fit {spot.weight} {list(shapes[2])}")

@@ -100,7 +100,7 @@ class Scaling:
         name = original_name(module)
         alpha, expected = self.alphas.get(name, self.alpha), self.ranks.get(name, self.rank)
         if alpha is None:
-            raise ValueError("its scaling is not known")
+            raise ValueError("its scaling is not known; give --lora_scaling, or --alpha")
         if expected is not None and expected != rank:
             raise ValueError(
                 f"it is of rank {rank}, not {expected} ({self.origin}); if it was padded, give --lora_scaling"

@@ -8,7 +8,6 @@ the time is up. Another matcher that is linear would refuse or understand otherw
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,6 +46,8 @@ def match_patterns(
 
 def _answers(patterns: Sequence[str], names: Sequence[str], seconds: float) -> tuple[list[list[int] | str], str]:
     """What the worker said of each pattern, in order, as far as it came, and how the next one ended it."""
+    import subprocess  # only where there are patterns
+
     task = json.dumps({"patterns": list(patterns), "names": list(names)}).encode()
     command = [sys.executable, "-I", "-S", str(_WORKER)]
     try:

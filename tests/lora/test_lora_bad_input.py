@@ -89,6 +89,21 @@ def test_shapes_that_do_not_fit(name: str, shape: tuple[int, ...], tmp_path: Pat
     assert QKV not in output
 
 
+@pytest.mark.parametrize("arguments", [("--alpha", "16"), ("--lora_scaling", "2")])
+def test_factors_of_rank_zero(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    model = {**lora_model(), f"{WQ}.{A}": zeros(0, 320), f"{WQ}.{B}": zeros(192, 0)}
+    output = refused_model(tmp_path, model, *arguments)
+    assert f"{WQ}.{B}, {WQ}.{A}: B · A is [192, 0] · [0, 320], which does not fit" in output
+
+
+def test_modules_that_no_pattern_gives_an_alpha(tmp_path: Path) -> None:
+    adapter = peft_config(tmp_path / "adapter", lora_alpha=None, alpha_pattern={"wq": 16})
+    output = refused_model(tmp_path, base_model(), "--adapter", adapter)
+    assert "2 of 3 LoRA branches cannot be merged" in output
+    assert "its scaling is not known; give --lora_scaling, or --alpha: " in output
+    assert WQ not in output
+
+
 def test_element_types_that_are_no_weights(tmp_path: Path) -> None:
     strange = {f"{WQ}.weight": zeros(192, 320, dtype="int8"), f"{W2}.{A}": zeros(8, 320, dtype="int32")}
     output = refused_model(tmp_path, {**lora_model(), **strange})
