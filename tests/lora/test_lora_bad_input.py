@@ -92,7 +92,8 @@ def test_shapes_that_do_not_fit(name: str, shape: tuple[int, ...], tmp_path: Pat
 @pytest.mark.parametrize("arguments", [("--alpha", "16"), ("--lora_scaling", "2")])
 def test_factors_of_rank_zero(arguments: tuple[str, ...], tmp_path: Path) -> None:
     model = {**lora_model(), f"{WQ}.{A}": zeros(0, 320), f"{WQ}.{B}": zeros(192, 0)}
-    output = refused_model(tmp_path, model, *arguments)
+    source = write_complete(tmp_path / "lora.safetensors", model)
+    output = refused(tmp_path, "--src_ckpt_path_or_dir", source, *arguments)
     assert f"{WQ}.{B}, {WQ}.{A}: B · A is [192, 0] · [0, 320], which does not fit" in output
 
 
