@@ -8,27 +8,30 @@ checkpoint and cutting for another strategy are one pass, and B and A may be cut
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.geometry.box import Box
+from mindformers_ckpt.lora_names import factor_name, is_adapter_name, is_dora_name, original_name, original_names
+from mindformers_ckpt.lora_scaling import Scaling
 from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.planning.computations import Factor, Merge, Piece
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan, SourceFile
 from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
 from mindformers_ckpt.strategy.model import Strategy
 
-# "wq.mindpet_delta_lora_a", "wq.tk_delta_lora_A", "linear_qkv.lora_a.weight", "q_proj.lora_A.default.weight"
-_FACTOR = re.compile(
-    r"(?P<module>.+)\.(?:mindpet_delta_|tk_delta_)?lora_(?P<end>[abAB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?"
-)
-_RELATED = re.compile(r"(?:^|[._])(?:lora|mindpet_delta|tk_delta)(?:[._]|$)", re.IGNORECASE)
 _TYPES = ("float16", "bfloat16", "float32")
-_LISTED = 10_000  # all names of a model: each of them has to be looked after
+
+
+class Unfit(ValueError):
+    """Why a branch cannot be merged. `remedy` says what to do about it, in words that hold for all such branches."""
+
+    def __init__(self, cause: str, remedy: str = "") -> None:
+        super().__init__(cause)
+        self.remedy = remedy
 
 
 class Branch(NamedTuple):
@@ -57,39 +60,8 @@ Locate = Callable[[str], Spot]
 
 
 def own_weight(module: str) -> Spot:
-    """The weight of a linear layer: all rows of "<module>.weight"."""
-    return Spot(f"{module}.weight")
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """What B · A is multiplied by: a number, or alpha / rank, or alpha / √rank (rsLoRA).
-
-    Attributes:
-        value: the number itself.
-        alpha: lora_alpha of the training; the rank is that of the factors.
-        rank: lora_rank of the training; factors of another rank are an error.
-        rank_stabilised: rsLoRA.
-        alphas: other alphas by patterns that the ends of module names match (`alpha_pattern` of PEFT).
-    """
-
-    value: float | None = None
-    alpha: float | None = None
-    rank: int | None = None
-    rank_stabilised: bool = False
-    alphas: Mapping[str, float] = field(default_factory=dict)
-
-    def of(self, module: str, rank: int) -> float:
-        """The scaling of a branch. Raises ValueError that says what is missing or does not fit."""
-        if self.value is not None:
-            return self.value
-        matching = (alpha for pattern, alpha in self.alphas.items() if re.fullmatch(rf"(.*\.)?({pattern})", module))
-        alpha = next(matching, self.alpha)
-        if alpha is None:
-            raise ValueError("its scaling is not known: give --lora_scaling, or --alpha")
-        if self.rank is not None and self.rank != rank:
-            raise ValueError(f"it is of rank {rank}, not {self.rank}; if it was padded, give --lora_scaling")
-        return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
+    """The weight of a linear layer: all rows of "<module>.weight", by the name of the original model."""
+    return Spot(f"{original_name(module)}.weight")
 
 
 class Adapters(NamedTuple):
@@ -99,6 +71,22 @@ class Adapters(NamedTuple):
     names: frozenset[str]
 
 
+class MergedBranch(NamedTuple):
+    """What a plan does with a branch: B · A of a rank, multiplied by the scaling, is added to a weight."""
+
+    module: str
+    weight: str
+    rank: int
+    scaling: float
+
+
+class MergePlan(NamedTuple):
+    """The plan of the merged weights, and the branches that it folds into them."""
+
+    plan: Plan
+    branches: tuple[MergedBranch, ...]
+
+
 def find_adapters(names: Iterable[str], origin: Path) -> Adapters:
     """Find the LoRA branches among the names of a checkpoint (`origin`, for messages).
 
@@ -106,7 +94,7 @@ def find_adapters(names: Iterable[str], origin: Path) -> Adapters:
     several adapters of one module, adapters that are no LoRA of a linear layer.
     """
     known = sorted(set(names))
-    factors = {name: match for name in known if (match := _FACTOR.fullmatch(name)) is not None}
+    factors = {name: factor for name in known if (factor := factor_name(name)) is not None}
     # "adam_m.<factor>" looks like a factor itself, of the module "adam_m.<module>".
     states = {name for name in known if name.partition(".")[2] in factors}
     halves: dict[str, dict[str, list[str]]] = {}
@@ -115,10 +103,10 @@ def find_adapters(names: Iterable[str], origin: Path) -> Adapters:
         if name in states:
             continue
         if name in factors:
-            module, end = factors[name]["module"], factors[name]["end"].lower()
+            module, end = factors[name]
             halves.setdefault(module, {}).setdefault(end, []).append(name)
-        elif _RELATED.search(name):
-            kind = "is of DoRA" if "magnitude" in name else "belongs to an adapter that is no LoRA of a linear layer"
+        elif is_adapter_name(name):
+            kind = "is of DoRA" if is_dora_name(name) else "belongs to an adapter that is no LoRA of a linear layer"
             problems.append(f"{name}: {kind}, which is not supported; merge it where it was trained")
     branches = []
     for module, ends in halves.items():
@@ -130,8 +118,37 @@ def find_adapters(names: Iterable[str], origin: Path) -> Adapters:
         else:
             problems.append(f"{(down + up)[0]}: its partner, the factor {'A' if up else 'B'}, is not there")
     if problems:
-        raise PlanError(describe_problems(f"{origin}: LoRA parameters cannot be merged", problems, _LISTED))
+        raise PlanError(describe_problems(f"{origin}: LoRA parameters cannot be merged", problems))
     return Adapters(tuple(branches), frozenset(states.union(factors)))
+
+
+class Weights(NamedTuple):
+    """The weights of a checkpoint without its adapters.
+
+    Attributes:
+        tensors: by the names of the original model. Each spec has the name in the files, which is another one where
+            PEFT had wrapped the model ("base_model.model.….q_proj.base_layer.weight").
+        warnings: what the user should know of the choice.
+    """
+
+    tensors: Mapping[str, LogicalTensor]
+    warnings: tuple[str, ...] = ()
+
+
+def weights_of(tensors: Mapping[str, LogicalTensor], adapters: Collection[str], origin: Path) -> Weights:
+    """The weights among the tensors of a checkpoint: all but those of `adapters`.
+
+    Raises PlanError that lists the weights of which a wrapped model holds several.
+    """
+    found = original_names(name for name in tensors if name not in adapters)
+    if found.clashes:
+        problems = [f"{name}: {', '.join(held)}" for name, held in found.clashes.items()]
+        headline = f"{origin} holds several parameters that are one in the original model; remove those not meant"
+        raise PlanError(describe_problems(headline, problems))
+    warnings: tuple[str, ...] = ()
+    if found.replaced:
+        warnings = (f"trained copies (modules_to_save) are taken instead of the originals: {_some(found.replaced)}",)
+    return Weights({plain: tensors[name] for plain, name in found.names.items()}, warnings)
 
 
 def plan_merge(
@@ -140,48 +157,94 @@ def plan_merge(
     scaling: Scaling,
     *,
     adapter: Checkpoint | None = None,
-    locate: Locate = own_weight,
+    locator: Callable[[Mapping[str, LogicalTensor]], Locate] = lambda weights: own_weight,
     prefix: str = DEFAULT_PREFIX,
     format: str = "ckpt",
-) -> Plan:
+) -> MergePlan:
     """Plan the merged weights of `source` for the ranks of `target`.
 
-    The branches are those of the source, or of a checkpoint of their own (`adapter`) over it; `locate` finds their
-    weights.
+    The branches are those of the source, or of a checkpoint of their own (`adapter`) over it; `locator` makes of the
+    weights, by the names of the original model, what finds those of the branches.
 
     Raises PlanError that lists all branches without a weight or a scaling, or whose shapes do not fit, and whatever
-    `find_adapters` and `build_plan` raise.
+    `find_adapters`, `build_plan` and `Scaling.for_modules` raise.
     """
     held = source.tensors()
     own = find_adapters(held, source.files.root)
-    if adapter is not None and own.branches:
-        raise PlanError(
-            f"{source.files.root} has LoRA parameters of its own ({own.branches[0].down}, …) besides those of "
-            f"{adapter.files.root}; merge them first, or leave the adapter out"
-        )
-    found, factors, origin = own, held, source.files.root
-    warnings: tuple[str, ...] = ()
+    weights = weights_of(held, own.names, source.files.root)
+    factors, origin, found, warnings = held, source.files.root, own, weights.warnings
     if adapter is not None:
         factors, origin = adapter.tensors(), adapter.files.root
         found = find_adapters(factors, origin)
+        _check_alone(own, source, origin)
         others = {name: tensor for name, tensor in factors.items() if name not in found.names}
-        warnings = _leftovers(others, held, origin)
+        warnings += _leftovers(others, weights.tensors, origin)
+    elif own.branches and not weights.tensors:
+        raise PlanError(f"{origin} holds LoRA parameters alone; give it as --adapter, and the weights they belong to")
     if not found.branches:
         raise PlanError(f"{origin} holds no LoRA parameters; are its weights merged already?")
-    folds = _fit(found.branches, held, factors, scaling, locate, origin)
-    base = Checkpoint(source.files, source.strategy, names=set(held) - own.names)
-    plan = build_plan(base, _without_adapters(target), prefix=prefix, format=format)
-    plan = replace(plan, warnings=(*plan.warnings, *warnings))
-    return _with_branches(plan, folds)
+    scaling, notes = _resolved(scaling, found.branches, origin)
+    folds = _fit(found.branches, weights.tensors, factors, scaling, locator(weights.tensors), origin)
+    plan = _base_plan(source, weights, target, prefix, format)
+    plan = replace(plan, warnings=(*plan.warnings, *warnings, *notes))
+    return MergePlan(_with_branches(plan, folds), tuple(_merged_branches(folds)))
 
 
-def _leftovers(others: Mapping[str, LogicalTensor], base: Mapping[str, LogicalTensor], origin: Path) -> tuple[str, ...]:
+def _check_alone(own: Adapters, source: Checkpoint, adapter: Path) -> None:
+    if own.branches:
+        raise PlanError(
+            f"{source.files.root} has LoRA parameters of its own ({own.branches[0].down}, …) besides those of "
+            f"{adapter}; merge them first, or leave the adapter out"
+        )
+
+
+def _resolved(scaling: Scaling, branches: Sequence[Branch], origin: Path) -> tuple[Scaling, tuple[str, ...]]:
+    """The scaling by modules. Raises PlanError once for all branches when nothing tells it."""
+    if not scaling.is_known:
+        count = f"{len(branches)} LoRA {'branch' if len(branches) == 1 else 'branches'}"
+        raise PlanError(
+            f"{origin}: the scaling of its {count} is not known; give --lora_scaling (lora_alpha / lora_rank of the "
+            "training, like 16/8), or --alpha"
+        )
+    return scaling.for_modules(branch.module for branch in branches)
+
+
+def _base_plan(source: Checkpoint, weights: Weights, target: Strategy, prefix: str, format: str) -> Plan:
+    """The plan of the weights without their branches, by the names of the original model."""
+    in_file = {plain: tensor.spec.name for plain, tensor in weights.tensors.items()}
+    base = Checkpoint(source.files, source.strategy, names=frozenset(in_file.values()))
+    plan = build_plan(base, _without_adapters(target, in_file), prefix=prefix, format=format)
+    plain = {name: original for original, name in in_file.items() if original != name}
+    if not plain:
+        return plan
+    transfers = tuple(
+        transfer._replace(
+            name=plain.get(transfer.name, transfer.name),
+            sources=tuple(place._replace(tensor=transfer.name) for place in transfer.sources),
+        )
+        for transfer in plan.transfers
+    )
+    targets = tuple(
+        file._replace(tensors=tuple(spec._replace(name=plain.get(spec.name, spec.name)) for spec in file.tensors))
+        for file in plan.targets
+    )
+    return replace(plan, transfers=transfers, targets=targets)
+
+
+def _leftovers(others: Mapping[str, LogicalTensor], base: Collection[str], origin: Path) -> tuple[str, ...]:
     """Refuse weights of an adapter that are no LoRA parameters; warn of single numbers, like the training step."""
-    trained = sorted(name for name, tensor in others.items() if name in base or tensor.spec.size > 1)
+    trained = sorted(name for name, tensor in others.items() if original_name(name) in base or tensor.spec.size > 1)
     if trained:
-        headline = f"{origin} holds trained parameters besides LoRA branches, which cannot be merged"
-        raise PlanError(describe_problems(headline, trained, _LISTED))
-    return (f"{origin}: not used: {', '.join(sorted(others))}",) if others else ()
+        headline = (
+            f"{origin} holds trained parameters besides LoRA branches, which cannot be merged; merge it with PEFT, or "
+            "where it was trained"
+        )
+        raise PlanError(describe_problems(headline, trained))
+    return (f"{origin}: not used: {_some(sorted(others))}",) if others else ()
+
+
+def _some(names: Sequence[str], limit: int = 20) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 class _Fold(NamedTuple):
@@ -191,6 +254,7 @@ class _Fold(NamedTuple):
     ups: tuple[LogicalTensor, ...]
     downs: tuple[LogicalTensor, ...]
     scaling: float
+    branches: tuple[MergedBranch, ...]
 
 
 def _fit(
@@ -203,19 +267,39 @@ def _fit(
 ) -> dict[str, _Fold]:
     """Weight -> what is added to it. Raises PlanError that lists everything that does not fit."""
     folds: dict[str, _Fold] = {}
-    problems = []
+    problems: dict[str, list[str]] = {}
+    remedies: dict[str, None] = {}
     for branch in branches:
         up, down = factors[branch.up], factors[branch.down]
         try:
             spot = locate(branch.module)
             _check_shapes(spot, weights.get(spot.weight), up, down)
-            fold = _Fold((spot,), (up,), (down,), scaling.of(branch.module, down.spec.shape[0]))
+            rank = down.spec.shape[0]
+            merged = MergedBranch(branch.module, spot.weight, rank, scaling.of(branch.module, rank))
+            fold = _Fold((spot,), (up,), (down,), merged.scaling, (merged,))
             folds[spot.weight] = _joined(folds[spot.weight], fold) if spot.weight in folds else fold
         except ValueError as error:
-            problems.append(f"{branch.up}, {branch.down}: {error}")
+            problems.setdefault(str(error), []).append(f"{branch.up}, {branch.down}")
+            if isinstance(error, Unfit) and error.remedy:
+                remedies[error.remedy] = None
     if problems:
-        raise PlanError(describe_problems(f"{origin}: LoRA branches cannot be merged", problems, _LISTED))
+        count = sum(map(len, problems.values()))
+        headline = f"{origin}: {count} of {len(branches)} LoRA branches cannot be merged"
+        raise PlanError("\n".join([describe_problems(headline, _by_cause(problems)), *remedies]))
     return folds
+
+
+def _by_cause(problems: Mapping[str, Sequence[str]]) -> list[str]:
+    """A line for every cause, with the branches that have it."""
+    shown = max(1, 10 // len(problems))  # of a branch two names are said
+    return [
+        f"{branches[0]}: {cause}" if len(branches) == 1 else f"{cause}: {_some(branches, shown)}"
+        for cause, branches in problems.items()
+    ]
+
+
+def _merged_branches(folds: Mapping[str, _Fold]) -> list[MergedBranch]:
+    return sorted(branch for fold in folds.values() for branch in fold.branches)
 
 
 def _check_shapes(spot: Spot, weight: LogicalTensor | None, up: LogicalTensor, down: LogicalTensor) -> None:
@@ -231,7 +315,7 @@ def _check_shapes(spot: Spot, weight: LogicalTensor | None, up: LogicalTensor, d
         raise ValueError(f"{up.spec.name} is sharded, and {spot.weight} is fused; make the adapter complete first")
     shapes = [tensor.spec.shape for tensor in (up, down, weight)]
     rows = (spot.box.volume,) if spot.view else weight.spec.shape[:1]
-    fits = all(len(shape) == 2 for shape in shapes) and shapes[0] == (*rows, shapes[1][0])
+    fits = all(len(shape) == 2 for shape in shapes) and shapes[0] == (*rows, shapes[1][0]) and shapes[1][0] > 0
     if not fits or shapes[1][1] != shapes[2][1] or (spot.view and math.prod(spot.view) != shapes[2][0]):
         described = " · ".join(str(list(shape)) for shape in shapes[:2])
         raise ValueError(f"B · A is {described}, which does not fit {spot.weight} {list(shapes[2])}")
@@ -244,13 +328,23 @@ def _joined(first: _Fold, second: _Fold) -> _Fold:
         raise ValueError(f"another branch is added to {second.spots[0].weight} as well")
     if first.scaling != second.scaling or len(dtypes) > 1:
         raise ValueError(f"another branch of the fused {second.spots[0].weight} has another scaling or type")
-    return _Fold(first.spots + second.spots, first.ups + second.ups, first.downs + second.downs, first.scaling)
+    return _Fold(
+        first.spots + second.spots,
+        first.ups + second.ups,
+        first.downs + second.downs,
+        first.scaling,
+        first.branches + second.branches,
+    )
 
 
-def _without_adapters(target: Strategy) -> Strategy:
-    """The strategy of a LoRA run as that of the merged weights: nothing of the factors, nor of their states."""
+def _without_adapters(target: Strategy, in_file: Mapping[str, str]) -> Strategy:
+    """The strategy of a LoRA run as that of the merged weights: nothing of the factors, nor of their states.
+
+    The names are those of the files (`in_file` has them by the names of the original model).
+    """
     stages = [
-        {name: layout for name, layout in stage.items() if _FACTOR.fullmatch(name) is None} for stage in target.stages
+        {in_file.get(name, name): layout for name, layout in stage.items() if factor_name(name) is None}
+        for stage in target.stages
     ]
     return replace(target, stages=tuple(stages))
 

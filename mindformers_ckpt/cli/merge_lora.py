@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,17 +11,20 @@ from typing import Any
 import click
 
 from mindformers_ckpt.cli.notices import amount, warn
-from mindformers_ckpt.cli.options import PROCESSES, STEP, StrategyPath, check_prefix, json_option
+from mindformers_ckpt.cli.options import PROCESSES, STEP, LocalPath, StrategyPath, check_prefix, json_option
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.cli.request import (
     check_outside,
     default_format,
     read_optional_strategy,
 )
-from mindformers_ckpt.convert.adapters import locator, read_scaling
+from mindformers_ckpt.convert.adapters import locator
 from mindformers_ckpt.errors import PlanError, PublishError, StrategyError
-from mindformers_ckpt.lora import Scaling, plan_merge
+from mindformers_ckpt.lora import MergedBranch, plan_merge
+from mindformers_ckpt.lora_scaling import Scaling, number_fault
+from mindformers_ckpt.lora_settings import read_settings
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
+from mindformers_ckpt.sources.adapter import AdapterSource, find_adapter
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source, separate_checkpoints
 from mindformers_ckpt.sources.source import Source
@@ -30,29 +32,56 @@ from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import Options, affordable_processes, transform
 
-_PATH = click.Path(path_type=Path)
+_PATH = LocalPath()
 
 
-class _Ratio(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
-    """A number, or a quotient like 16/8."""
+class _Number(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+    """A number that single precision can hold."""
 
     name = "number"
+    example = "16"
 
     def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, float):
-            return value
         try:
-            dividend, _, divisor = value.partition("/")
-            number = float(dividend) / float(divisor or 1)
-        except (ValueError, ZeroDivisionError):
-            number = math.nan
-        if not math.isfinite(number):
-            self.fail(f"{value!r} is no number; write it like 2 or 16/8", param, ctx)
+            number = self.parse(value) if isinstance(value, str) else value
+        except (ValueError, ZeroDivisionError, OverflowError):
+            self.fail(f"{value!r} is no number; write it like {self.example}", param, ctx)
+        fault = number_fault(number)
+        if fault is not None:
+            self.fail(f"it {fault}; write it like {self.example}", param, ctx)
         return number
+
+    def parse(self, text: str) -> float:
+        return float(text)
+
+
+class _Ratio(_Number):
+    """A number, or a quotient like 16/8."""
+
+    example = "2 or 16/8"
+
+    def parse(self, text: str) -> float:
+        dividend, slash, divisor = text.partition("/")
+        return float(dividend) / float(divisor) if slash else float(dividend)
+
+
+class _GivenStrategy(StrategyPath):
+    """A strategy; "None" stands for complete weights, an empty path for a mistake."""
+
+    def convert(
+        self, value: str | Path | None, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Path | None:
+        return super().convert(None if value is None else LocalPath().convert(value, param, ctx), param, ctx)
+
+
+def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not value.strip():
+        raise click.BadParameter("it is empty; is a variable not set? Give a name, or leave the option out")
+    return value
 
 
 @click.command("merge-lora")
-@click.option("--src-ckpt-strategy", "src_strategy", type=StrategyPath(), help="Strategy of the source; see above.")
+@click.option("--src-ckpt-strategy", "src_strategy", type=_GivenStrategy(), help="Strategy of the source; see above.")
 @click.option(
     "--src-ckpt-path-or-dir",
     "source",
@@ -69,17 +98,17 @@ class _Ratio(click.ParamType):  # type: ignore[type-arg]  # generic in newer ver
     help="Target files are rank_<n>/<prefix><n>.ckpt.",
 )
 @click.option("--lora-scaling", type=_Ratio(), help="lora_alpha / lora_rank of the training, like 2 or 16/8.")
-@click.option("--alpha", "--lora-alpha", "alpha", type=float, help="lora_alpha; the rank is that of the factors.")
+@click.option("--alpha", "--lora-alpha", "alpha", type=_Number(), help="lora_alpha; the rank is that of the factors.")
 @click.option("--rank", "--lora-rank", "rank", type=click.IntRange(min=1), help="lora_rank, to check the factors.")
 @click.option("--use-rslora", is_flag=True, help="The scaling is alpha / sqrt(rank).")
 @click.option("--adapter", type=_PATH, help="Checkpoint or PEFT folder with the LoRA parameters, if not the source.")
-@click.option("--model", help="Model of an adapter with Hugging Face names, as convert takes it.")
+@click.option("--model", callback=_check_name, help="Model of an adapter with Hugging Face names, as convert takes it.")
 @click.option("--hf-config", type=_PATH, help="Folder of its config.json, where names alone do not tell enough.")
 @click.option(
     "--dst-strategy",
     "--dst-ckpt-strategy",
     "dst_strategy",
-    type=StrategyPath(),
+    type=_GivenStrategy(),
     help="Cut the merged weights for this strategy, in the same pass.",
 )
 @click.option("--merged-strategy", type=_PATH, help="Where to put the merged strategy of a folder.")
@@ -119,23 +148,30 @@ def command(
         raise click.UsageError("--merged-strategy is for a folder as --src-ckpt-strategy; leave it out.")
     chosen = _scaling(**scaling)
     _check_empty(destination)
+    found = None if adapter is None else find_adapter(adapter)
+    chosen, notes = _completed(chosen, found)
     strategy = _source_strategy(src_strategy, merged_strategy)
     files = _single(source, step)
     check_outside(files, destination)
-    checkpoint = Checkpoint(files, strategy)
     target = read_optional_strategy(dst_strategy)
-    plan = plan_merge(
-        checkpoint,
+    plan, branches = plan_merge(
+        Checkpoint(files, strategy),
         target,
-        chosen if adapter is None else _completed(chosen, adapter),
-        adapter=None if adapter is None else _adapter(adapter, strategy),
-        locate=locator(checkpoint.tensors(), model, hf_config),
+        chosen,
+        adapter=None if found is None else _adapter(found.files, strategy),
+        locator=lambda weights: locator(weights, model, hf_config),
         prefix=prefix,
         format=save_format or default_format(files),
     )
+    plan = replace(plan, warnings=(*plan.warnings, *notes))
     if not quiet:
         warn(plan.warnings)
-    about = {"lora": "merged", "source": strategy.describe(), "target": target.describe(), "source_path": str(source)}
+    about = {
+        "lora": _record(branches, chosen, found),
+        "source": strategy.describe(),
+        "target": target.describe(),
+        "source_path": str(source),
+    }
     options = Options(processes=affordable_processes(processes), may_fork=True)
 
     def add_familiar_name(folder: Path) -> None:
@@ -159,12 +195,33 @@ def _scaling(lora_scaling: float | None, alpha: float | None, rank: int | None, 
     return Scaling(lora_scaling, alpha, rank, use_rslora)
 
 
-def _completed(given: Scaling, adapter: Path) -> Scaling:
-    """The given scaling, or else that of the adapter's own settings."""
-    own = read_scaling(adapter)
-    if own is None or given.value is not None or given.alpha is not None:
-        return given
-    return replace(own, rank=given.rank, rank_stabilised=own.rank_stabilised or given.rank_stabilised)
+def _completed(given: Scaling, adapter: AdapterSource | None) -> tuple[Scaling, tuple[str, ...]]:
+    """The given scaling, or else that of the adapter's own settings, and what the user should know of the choice."""
+    if adapter is None:
+        return given, ()
+    if adapter.settings is None:
+        return given, adapter.notes
+    own = read_settings(adapter.settings)  # also where its scaling is not used: it may tell that nothing can be merged
+    if given.value is not None or given.alpha is not None:
+        return given, (*adapter.notes, f"the scaling of {adapter.settings} is not used, but that of the options")
+    if given.rank_stabilised and not own.rank_stabilised:
+        note = f"--use-rslora is taken, although {adapter.settings} does not say use_rslora"
+        return replace(own, rank_stabilised=True, rank=given.rank or own.rank), (*adapter.notes, note)
+    if given.rank is not None:
+        own = replace(own, rank=given.rank, ranks={})
+    return own, adapter.notes
+
+
+def _record(branches: tuple[MergedBranch, ...], scaling: Scaling, adapter: AdapterSource | None) -> dict[str, Any]:
+    """What the manifest says of the merge: where factors and scaling come from, and what was done for every branch."""
+    return {
+        "adapter": None if adapter is None else str(adapter.files.root),
+        "scaling_from": scaling.origin,
+        "branches": {
+            branch.module: {"weight": branch.weight, "rank": branch.rank, "scaling": branch.scaling}
+            for branch in branches
+        },
+    }
 
 
 def _check_empty(destination: Path) -> None:
@@ -199,9 +256,8 @@ def _single(path: Path, step: str | None = None) -> Source:
     return checkpoints[0]
 
 
-def _adapter(path: Path, strategy: Strategy) -> Checkpoint:
+def _adapter(files: Source, strategy: Strategy) -> Checkpoint:
     """A checkpoint of LoRA parameters: complete, or cut by the strategy of the source."""
-    files = _single(path)
     return Checkpoint(files, strategy if files.sharded else Strategy.complete())
 
 

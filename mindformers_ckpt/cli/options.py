@@ -25,7 +25,7 @@ class LocalPath(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
         if isinstance(value, Path):
             return value
         if not value.strip():
-            self.fail("the path is empty; is a variable not set?", param, ctx)
+            self.fail("the path is empty; is a variable not set? Give a path, or leave the option out", param, ctx)
         if value.startswith(("obs://", "s3://")):
             self.fail(f"{value} is in an object storage, a path on a disk is expected; copy it first", param, ctx)
         return Path(value)

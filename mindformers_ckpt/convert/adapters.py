@@ -1,11 +1,9 @@
-"""PEFT adapters over MindSpore weights: their settings, and the MindSpore weights that their modules belong to."""
+"""PEFT adapters over MindSpore weights: the weights that their modules belong to."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from mindformers_ckpt.convert.config import ModelConfig, read_config
 from mindformers_ckpt.convert.model import Facts, Model, find_model, model_of_config, models
@@ -22,58 +20,11 @@ from mindformers_ckpt.convert.rules import (
     measure,
     parse_axes,
 )
-from mindformers_ckpt.errors import ConfigError, describe_problems
+from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.geometry.box import Box
-from mindformers_ckpt.lora import Locate, Scaling, Spot
+from mindformers_ckpt.lora import Locate, Spot, Unfit
+from mindformers_ckpt.lora_names import original_name
 from mindformers_ckpt.sources.checkpoint import LogicalTensor
-
-SETTINGS_FILE = "adapter_config.json"
-_PREFIX = "base_model.model."
-# Settings by which the merged weight is not W + scaling · B · A over the weights of the original model.
-_REFUSED = ("use_dora", "fan_in_fan_out", "layer_replication", "alora_invocation_tokens", "trainable_token_indices")
-_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-
-
-def read_scaling(adapter: Path) -> Scaling | None:
-    """The scaling that the adapter_config.json beside an adapter tells, None when there is none.
-
-    Raises ConfigError that lists all settings by which it cannot be merged: DoRA, transposed weights, starting
-    values that are taken out of the base weights, and others.
-    """
-    path = (adapter if adapter.is_dir() else adapter.parent) / SETTINGS_FILE
-    if not path.is_file():
-        return None
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict) or not isinstance(values.get("alpha_pattern") or {}, dict):
-        raise ConfigError(f"{path} is no adapter_config.json of PEFT")
-    problems = list(_faults(values))
-    if problems:
-        raise ConfigError(describe_problems(f"{path}: the adapter cannot be merged", problems))
-    return Scaling(
-        alpha=values.get("lora_alpha"),
-        rank_stabilised=bool(values.get("use_rslora")),
-        alphas=values.get("alpha_pattern") or {},
-    )
-
-
-def _faults(values: Mapping[str, Any]) -> Iterator[str]:
-    kind, start = values.get("peft_type", "LORA"), values.get("init_lora_weights")
-    if kind != "LORA":
-        yield f"peft_type {kind!r} is not supported; merge it with PEFT"
-    for name in _REFUSED:
-        if values.get(name):
-            yield f"{name} is not supported; merge it with PEFT"
-    if start not in _PLAIN_STARTS:
-        yield (
-            f"init_lora_weights {start!r} changes the base weights, so the adapter does not belong to those of the "
-            "original model; save it with path_initial_model_for_weight_conversion"
-        )
-    for name, alpha in {"lora_alpha": values.get("lora_alpha"), **(values.get("alpha_pattern") or {})}.items():
-        if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, (int, float))):
-            yield f"{name} is {alpha!r}, a number is expected"
 
 
 def locator(weights: Mapping[str, LogicalTensor], model: str | None, hf_config: Path | None) -> Locate:
@@ -89,13 +40,13 @@ def locator(weights: Mapping[str, LogicalTensor], model: str | None, hf_config: 
                 spots.setdefault(module, spot)
 
     def locate(module: str) -> Spot:
-        plain = module[len(_PREFIX) :] if module.startswith(_PREFIX) else module
+        plain = original_name(module)
         if f"{plain}.weight" in weights:
             return Spot(f"{plain}.weight")
         if plain in spots:
             return spots[plain]
-        hint = "; if its name is one of Hugging Face, give --model" if not spots and plain != module else ""
-        raise ValueError(f"the weight {plain}.weight is not there{hint}")
+        remedy = "" if spots or plain == module else "If these names are those of Hugging Face, give --model."
+        raise Unfit(f"the weight {plain}.weight is not there", remedy)
 
     return locate
 

@@ -9,14 +9,11 @@ from typing import NamedTuple
 from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.geometry.box import Box, hull, meets
+from mindformers_ckpt.lora_names import is_adapter_name
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, SourceFile, TargetFile, Transfer
 from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
 from mindformers_ckpt.sources.plausibility import check_contents
 from mindformers_ckpt.strategy.model import Strategy
-
-# Targets of a training strategy need not be in the source: optimizer states and gradients of weights that
-# are there, and the adapters that a LoRA run adds, start from their initial values.
-_ADAPTER_MARKS = ("lora", "mindpet_delta")
 
 
 def build_plan(
@@ -229,7 +226,11 @@ class _Missing(NamedTuple):
 
 
 def missing_names(target: Strategy, tensors: Mapping[str, LogicalTensor]) -> _Missing:
-    """The names of the target strategy that are not among the tensors."""
+    """The names of the target strategy that are not among the tensors.
+
+    Some need not be in the source of a training: optimizer states and gradients of weights that are there, and the
+    adapters that a LoRA run adds, start from their initial values.
+    """
     wanted = target.names()
     absent = sorted(wanted - set(tensors))
     states: dict[str, list[str]] = {}
@@ -237,7 +238,7 @@ def missing_names(target: Strategy, tensors: Mapping[str, LogicalTensor]) -> _Mi
     present_kinds = {name.partition(".")[0] for name in tensors if _weight_of(name, wanted) is not None}
     for name in absent:
         kind = name.partition(".")[0]
-        if any(mark in name.lower() for mark in _ADAPTER_MARKS):
+        if is_adapter_name(name):
             adapters.append(name)
         elif _weight_of(name, wanted) is not None and kind not in present_kinds:
             states.setdefault(kind, []).append(name)

@@ -31,6 +31,13 @@ def _is_checkpoint2(listing: Listing) -> bool:
     return isinstance(metadata, dict) and "state_dict_metadata" in metadata
 
 
+def _is_adapter(listing: Listing) -> bool:
+    """An adapter alone; the adapter_config.json of a folder that holds weights, too, is no business of ours here."""
+    return "adapter_config.json" in listing.file_names and not [
+        file for file in listing.weight_files() if not file.name.startswith("adapter_model")
+    ]
+
+
 def _has(*endings: str) -> Callable[[Listing], bool]:
     return lambda listing: any(name.endswith(endings) for name in listing.file_names)
 
@@ -55,6 +62,11 @@ _KINDS = (
         lambda listing: any(re.fullmatch(r".*_rank\d+_\.safetensors", name) for name in listing.file_names),
         "a checkpoint of hyper-parallel",
         "it cannot be read yet",
+    ),
+    _Foreign(
+        _is_adapter,
+        "a PEFT adapter, without the weights of its model",
+        "give the weights, and the adapter to merge-lora --adapter",
     ),
     _Foreign(
         _has(".gguf"),

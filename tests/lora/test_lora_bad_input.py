@@ -89,6 +89,22 @@ def test_shapes_that_do_not_fit(name: str, shape: tuple[int, ...], tmp_path: Pat
     assert QKV not in output
 
 
+@pytest.mark.parametrize("arguments", [("--alpha", "16"), ("--lora_scaling", "2")])
+def test_factors_of_rank_zero(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    model = {**lora_model(), f"{WQ}.{A}": zeros(0, 320), f"{WQ}.{B}": zeros(192, 0)}
+    source = write_complete(tmp_path / "lora.safetensors", model)
+    output = refused(tmp_path, "--src_ckpt_path_or_dir", source, *arguments)
+    assert f"{WQ}.{B}, {WQ}.{A}: B · A is [192, 0] · [0, 320], which does not fit" in output
+
+
+def test_modules_that_no_pattern_gives_an_alpha(tmp_path: Path) -> None:
+    adapter = peft_config(tmp_path / "adapter", lora_alpha=None, alpha_pattern={"wq": 16})
+    output = refused_model(tmp_path, base_model(), "--adapter", adapter)
+    assert "2 of 3 LoRA branches cannot be merged" in output
+    assert "its scaling is not known; give --lora_scaling, or --alpha: " in output
+    assert WQ not in output
+
+
 def test_element_types_that_are_no_weights(tmp_path: Path) -> None:
     strange = {f"{WQ}.weight": zeros(192, 320, dtype="int8"), f"{W2}.{A}": zeros(8, 320, dtype="int32")}
     output = refused_model(tmp_path, {**lora_model(), **strange})
@@ -99,8 +115,8 @@ def test_element_types_that_are_no_weights(tmp_path: Path) -> None:
 def test_a_scaling_that_is_not_given(tmp_path: Path) -> None:
     for arguments in ((), ("--rank", "8"), ("--use_rslora",)):
         output = refused_model(tmp_path, lora_model(), "--quiet", *arguments)
-        for module in (WQ, W2, QKV):
-            assert f"{module}.{B}, {module}.{A}: its scaling is not known: give --lora_scaling, or --alpha" in output
+        assert "the scaling of its 3 LoRA branches is not known; give --lora_scaling (lora_alpha / lora_rank" in output
+        assert WQ not in output  # one cause, one line
 
 
 def test_a_rank_that_is_not_that_of_the_factors(tmp_path: Path) -> None:
@@ -292,7 +308,7 @@ def peft_config(folder: Path, **values: object) -> Path:
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
-        ({"lora_alpha": None}, "its scaling is not known"),
+        ({"lora_alpha": None}, "the scaling of its 3 LoRA branches is not known"),
         ({"lora_alpha": "16"}, "lora_alpha is '16'"),
     ],
 )
