@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX
+from mindformers_ckpt.sources.plausibility import MODES
 
 _SPAN = re.compile(r"(\d+)(?:-(\d+))?")
 
@@ -112,6 +113,13 @@ _REQUEST_OPTIONS = (
         "--allow-missing",
         is_flag=True,
         help="Leave out parameters of the target strategy that are not in the source, instead of refusing.",
+    ),
+    click.option(
+        "--contents",
+        type=click.Choice(MODES),
+        default="error",
+        show_default=True,
+        help="When samples of the source contradict its strategy: refuse, warn and go on, or do not look.",
     ),
 )
 

@@ -42,6 +42,7 @@ class Request:
     world_size: int | None
     rank_id: int | None
     allow_missing: bool
+    contents: str
     processes: int
 
     def prepare(self) -> Prepared:
@@ -66,6 +67,7 @@ class Request:
                 prefix=self.prefix,
                 format=format,
                 allow_missing=self.allow_missing,
+                contents=self.contents,
             )
         plan = next(iter(plans.values())) if len(plans) == 1 else _joined(plans)
         about = {"source": source.describe(), "target": target.describe(), "source_path": str(files.root)}

@@ -17,6 +17,7 @@ from typing import Any, Callable
 from mindformers_ckpt.convert.config import LAYOUT_SETTINGS
 from mindformers_ckpt.errors import ConfigError, describe_problems
 from mindformers_ckpt.job.object_store import check_url, is_url
+from mindformers_ckpt.sources.plausibility import MODES
 
 RUN_MODES = ("train", "finetune", "predict", "eval")
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0", "")
@@ -43,6 +44,8 @@ class Config:
             from ("<prefix>-<epoch>_<step>.ckpt"). Left out: it is loaded into an optimizer that is there.
         only_save_strategy: write the strategy and stop.
         load_ckpt_format: format of the transformed checkpoint, "ckpt" or "safetensors".
+        check_contents: what contents that contradict the source strategy are, "error" or "warn"; "off" does not look
+            (our key).
         transform_timeout: seconds that ranks wait for each other at a step (our key).
         remote_save_url: obs:// or s3:// folder through which nodes without a shared disk exchange strategies
             and weights; "" for none.
@@ -63,6 +66,7 @@ class Config:
     resume_training: bool | str | None = None
     only_save_strategy: bool = False
     load_ckpt_format: str = "ckpt"
+    check_contents: str = "error"
     transform_timeout: float = 7200.0
     remote_save_url: str = ""
     npu_num_per_node: int = 8
@@ -222,6 +226,11 @@ def _choice(*choices: str) -> Callable[[Any], str]:
     return parse
 
 
+def _parse_contents(value: Any) -> str:
+    """One of MODES; yaml reads a bare `off` as False."""
+    return _choice(*MODES)("off" if value is False else value)
+
+
 _PARSERS: dict[str, Callable[[Any], Any]] = {
     "load_checkpoint": _parse_path,
     "src_strategy_path_or_dir": _parse_path,
@@ -235,6 +244,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "resume_training": _parse_resume,
     "only_save_strategy": parse_bool,
     "load_ckpt_format": _choice("ckpt", "safetensors"),
+    "check_contents": _parse_contents,
     "transform_timeout": _parse_seconds,
     "remote_save_url": _parse_url,
     "npu_num_per_node": _parse_positive,

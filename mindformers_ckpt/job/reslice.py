@@ -161,8 +161,9 @@ class Reslicing:
         source = self.source()
         if holds_same_slices(source, self.target):
             return None
-        sample = ranks is None or self.cluster.is_first_on_node
-        return build_plan(source, self.target, ranks=ranks, format=format, sample=sample)
+        looks = ranks is None or self.cluster.is_first_on_node
+        contents = self.config.check_contents if looks else "off"
+        return build_plan(source, self.target, ranks=ranks, format=format, contents=contents)
 
     def _plan_conversion(self, ranks: Sequence[int] | None, format: str) -> Plan:
         """Convert and re-slice Hugging Face weights in one pass, to the names that the job's strategy has."""

@@ -12,7 +12,7 @@ from mindformers_ckpt.geometry.box import Box, hull, meets
 from mindformers_ckpt.lora_names import is_adapter_name
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, SourceFile, TargetFile, Transfer
 from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
-from mindformers_ckpt.sources.plausibility import check_contents
+from mindformers_ckpt.sources.plausibility import check_contents, check_names
 from mindformers_ckpt.strategy.model import Strategy
 
 
@@ -24,13 +24,14 @@ def build_plan(
     prefix: str = DEFAULT_PREFIX,
     format: str = "ckpt",
     allow_missing: bool = False,
-    sample: bool = True,
+    contents: str = "error",
 ) -> Plan:
     """Plan the re-slicing of `source` for the ranks of `target` (all of them, or `ranks`).
 
     The target files are `rank_<r>/<prefix><r>.<format>`. Tensors keep the source's order, those that both
-    strategies name first, as MindSpore's own tool writes them. `sample` says whether samples of the contents are
-    compared with the source strategy; of many processes that plan the same, one is enough.
+    strategies name first, as MindSpore's own tool writes them. `contents` says what samples of the contents that
+    contradict the source strategy are: an "error", a reason to "warn", or not looked at ("off": of many processes
+    that plan the same, one is enough).
 
     Raises PlanError (or the errors of reading the source) with everything that does not fit: contents that
     contradict the source strategy, tensors that the target needs and nobody holds, shards of missing ranks,
@@ -41,7 +42,8 @@ def build_plan(
     outside = [rank for rank in chosen if not 0 <= rank < target.rank_count]
     if outside:
         raise PlanError(f"ranks {outside[:8]} are not among the {target.rank_count} ranks of the target strategy")
-    warnings = [*source.warnings, *(check_contents(source, tensors) if sample else ())]
+    check_names(source, tensors)
+    warnings = [*source.warnings, *check_contents(source, tensors, contents)]
     warnings += _one_sided(source.strategy, target, tensors)
     _check_lost(source, target, tensors, allow_missing)
     missing = missing_names(target, tensors)
