@@ -121,6 +121,13 @@ _REQUEST_OPTIONS = (
         show_default=True,
         help="When samples of the source contradict its strategy: refuse, warn and go on, or do not look.",
     ),
+    click.option(
+        "--like",
+        type=click.Path(path_type=Path),
+        metavar="CHECKPOINT_OR_HF_CONFIG",
+        help="Refuse a source with other full shapes than this: complete weights, rank folders with a folder "
+        "`strategy` in or beside them, or the config.json (or folder) of a Hugging Face model.",
+    ),
 )
 
 STEP = click.option(

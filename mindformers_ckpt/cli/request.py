@@ -14,7 +14,8 @@ from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.planning.file import Job
 from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer
 from mindformers_ckpt.sources.checkpoint import Checkpoint
-from mindformers_ckpt.sources.find import find_mindspore, separate_checkpoints
+from mindformers_ckpt.sources.find import find_mindspore, is_huggingface_folder, separate_checkpoints
+from mindformers_ckpt.sources.shapes import Reference, check_shapes, shapes_of_checkpoint
 from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.strategy.model import Strategy
 
@@ -43,6 +44,7 @@ class Request:
     rank_id: int | None
     allow_missing: bool
     contents: str
+    like: Path | None
     processes: int
 
     def prepare(self) -> Prepared:
@@ -60,7 +62,8 @@ class Request:
         plans = {}
         for part in separate_checkpoints(files):
             checkpoint = Checkpoint(part, source)
-            plans[part.name] = build_plan(
+            notes = () if self.like is None else check_shapes(checkpoint, _reference(self.like, checkpoint))
+            plan = build_plan(
                 checkpoint,
                 target,
                 ranks=ranks,
@@ -69,6 +72,7 @@ class Request:
                 allow_missing=self.allow_missing,
                 contents=self.contents,
             )
+            plans[part.name] = replace(plan, warnings=(*plan.warnings, *notes))
         plan = next(iter(plans.values())) if len(plans) == 1 else _joined(plans)
         about = {"source": source.describe(), "target": target.describe(), "source_path": str(files.root)}
         partial = ranks is not None and len(set(ranks)) < target.rank_count
@@ -96,6 +100,16 @@ class Request:
             )
         last = count if self.rank_id == firsts[-1] else self.rank_id + size
         return range(self.rank_id, last)
+
+
+def _reference(path: Path, source: Checkpoint) -> Reference:
+    """The shapes of what --like names."""
+    if path.suffix != ".json" and not is_huggingface_folder(path):
+        return shapes_of_checkpoint(path)
+    from mindformers_ckpt.convert.shapes import shapes_of_config
+
+    actual = {name: tensor.spec.shape for name, tensor in source.tensors().items()}
+    return Reference(path, shapes_of_config(path, actual))
 
 
 def read_optional_strategy(path: Path | None) -> Strategy:

@@ -23,6 +23,7 @@ DEFAULTS = {
     "resume_training": None,
     "only_save_strategy": False,
     "load_ckpt_format": "ckpt",
+    "check_contents": "error",
     "transform_timeout": 7200.0,
 }
 
@@ -69,6 +70,9 @@ def test_a_key_without_a_value_has_its_default(key: str) -> None:
         ("resume_training", "llama_7b-3_150", "llama_7b-3_150"),
         ("only_save_strategy", "true", True),
         ("load_ckpt_format", "safetensors", "safetensors"),
+        ("check_contents", "warn", "warn"),
+        ("check_contents", "off", "off"),
+        ("check_contents", False, "off"),  # what yaml reads of a bare off
         ("transform_timeout", "90", 90.0),
     ],
 )
@@ -94,6 +98,8 @@ def test_values_that_are_taken(key: str, value: Any, expected: Any) -> None:
         ("resume_training", "ture"),
         ("resume_training", 3),
         ("load_ckpt_format", "pt"),
+        ("check_contents", "ignore"),
+        ("check_contents", True),
         ("transform_timeout", 0),
         ("transform_timeout", "inf"),
         ("transform_timeout", "nan"),

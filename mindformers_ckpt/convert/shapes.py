@@ -1,0 +1,89 @@
+"""The shapes that a config.json gives the tensors of MindSpore, by the tables of its model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import product
+from pathlib import Path
+
+from mindformers_ckpt.convert.config import LAYOUT_SETTINGS, ModelConfig, read_config
+from mindformers_ckpt.convert.model import Facts, Model, model_of_config
+from mindformers_ckpt.convert.rules import PART, Bound, Rule, Table, bind, fill, parse_axes
+from mindformers_ckpt.convert.weights import config_folder
+from mindformers_ckpt.errors import ConfigError
+from mindformers_ckpt.sources.shapes import Shape, Shapes, agrees
+
+
+def shapes_of_config(path: Path, actual: Mapping[str, tuple[int, ...]]) -> Shapes:
+    """The shapes that a Hugging Face config.json (or its folder) gives tensors, by the names that MindSpore uses.
+
+    Of a model's namings, layouts and settings that is taken which fits the `actual` names and shapes best. Raises
+    PlanError and ConfigError when there is no config.json of a known model.
+    """
+    config = read_config(config_folder(path, path))
+    model = model_of_config(config)
+    canonical = model.canonical.get("ms", str)
+    spelt = {canonical(name): name for name in actual}
+    best: Shapes | None = None
+    least: tuple[int, int, int] | None = None
+    for candidate in _candidates(model, config):
+        shapes = {spelt.get(name, name): shape for name, shape in candidate.items()}
+        common = shapes.keys() & actual.keys()
+        different = sum(not agrees(actual[name], shapes[name]) for name in common)
+        misfit = (-len(common), len(shapes) - len(common), different)
+        if least is None or misfit < least:
+            best, least = shapes, misfit
+    if best is None:
+        raise ConfigError(f"{config.path}: does not tell the sizes of its model ({model.name})")
+    return best
+
+
+def _candidates(model: Model, config: ModelConfig) -> Iterator[Shapes]:
+    """The shapes under every table and all settings of the network; the usual ones first."""
+    settings = [option for option in LAYOUT_SETTINGS if option in model.options]
+    for values in product(*((LAYOUT_SETTINGS[option], not LAYOUT_SETTINGS[option]) for option in settings)):
+        facts = model.facts(ModelConfig({**config.values, **dict(zip(settings, values))}, config.path))
+        for table in model.tables.values():
+            try:
+                yield _shapes(table, facts)
+            except ConfigError:
+                continue  # a table of another layout, whose sizes this config.json lacks
+
+
+def _shapes(table: Table, facts: Facts) -> Shapes:
+    found: dict[str, Shape | None] = {}
+    for entry, captures in bind(table, facts.runs):
+        if not facts.holds(entry.when):
+            continue
+        if isinstance(entry, Rule) and not entry.optional:
+            found.update(_shapes_of_rule(fill(entry, captures, facts.sizes), facts))
+    return found
+
+
+def _shapes_of_rule(bound: Bound, facts: Facts) -> Iterator[tuple[str, Shape | None]]:
+    """The tensors of MindSpore in a rule."""
+    rule = bound.rule
+    spans = [part.span if isinstance(part.span, int) else facts.sizes.get(part.span) for part in rule.parts]
+    if rule.side == "ms":
+        yield bound.whole, _shape(rule.whole.axes, {**facts.sizes, PART: _sum(spans)})
+        return
+    for first in {part.name: part for part in reversed(rule.parts)}.values():
+        shared = [span for part, span in zip(rule.parts, spans) if part.name == first.name]
+        shape = _shape(first.axes, {**facts.sizes, PART: _sum(shared)})
+        yield from ((name, shape) for part, name, _ in bound.parts if part.name == first.name)
+
+
+def _shape(axes: str, sizes: Mapping[str, int | None]) -> Shape | None:
+    shape = tuple(_extent([sizes.get(axis) for axis in dimension]) for dimension in parse_axes(axes))
+    return shape if any(extent is not None for extent in shape) else None
+
+
+def _extent(sizes: list[int | None]) -> int | None:
+    known = [size for size in sizes if size is not None]
+    return math.prod(known) if len(known) == len(sizes) else None
+
+
+def _sum(spans: list[int | None]) -> int | None:
+    known = [span for span in spans if span is not None]
+    return sum(known) if len(known) == len(spans) else None
