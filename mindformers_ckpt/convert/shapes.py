@@ -66,7 +66,8 @@ def _shapes_of_rule(bound: Bound, facts: Facts) -> Iterator[tuple[str, Shape | N
     rule = bound.rule
     spans = [part.span if isinstance(part.span, int) else facts.sizes.get(part.span) for part in rule.parts]
     if rule.side == "ms":
-        yield bound.whole, _shape(rule.whole.axes, {**facts.sizes, PART: _sum(spans)})
+        axes = rule.whole.axes or getattr(rule, "shape", "")  # of a tensor that is only renamed
+        yield bound.whole, _shape(axes, {**facts.sizes, PART: _sum(spans)})
         return
     for first in {part.name: part for part in reversed(rule.parts)}.values():
         shared = [span for part, span in zip(rule.parts, spans) if part.name == first.name]
