@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import product
 from pathlib import Path
 
 from mindformers_ckpt.convert.config import LAYOUT_SETTINGS, ModelConfig, read_config
 from mindformers_ckpt.convert.model import Facts, Model, model_of_config
-from mindformers_ckpt.convert.rules import PART, Bound, Rule, Table, bind, fill, parse_axes
+from mindformers_ckpt.convert.rules import PART, Bound, Copy, Rule, Table, bind, fill, parse_axes
 from mindformers_ckpt.convert.weights import config_folder
 from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.sources.shapes import Shape, Shapes, agrees
@@ -27,7 +27,7 @@ def shapes_of_config(path: Path, actual: Mapping[str, tuple[int, ...]]) -> Shape
     spelt = {canonical(name): name for name in actual}
     best: Shapes | None = None
     least: tuple[int, int, int] | None = None
-    for candidate in _candidates(model, config):
+    for candidate in _candidates(model, config, spelt):
         shapes = {spelt.get(name, name): shape for name, shape in candidate.items()}
         common = shapes.keys() & actual.keys()
         different = sum(not agrees(actual[name], shapes[name]) for name in common)
@@ -39,25 +39,31 @@ def shapes_of_config(path: Path, actual: Mapping[str, tuple[int, ...]]) -> Shape
     return best
 
 
-def _candidates(model: Model, config: ModelConfig) -> Iterator[Shapes]:
+def _candidates(model: Model, config: ModelConfig, names: Collection[str]) -> Iterator[Shapes]:
     """The shapes under every table and all settings of the network; the usual ones first."""
     settings = [option for option in LAYOUT_SETTINGS if option in model.options]
     for values in product(*((LAYOUT_SETTINGS[option], not LAYOUT_SETTINGS[option]) for option in settings)):
         facts = model.facts(ModelConfig({**config.values, **dict(zip(settings, values))}, config.path))
         for table in model.tables.values():
             try:
-                yield _shapes(table, facts)
+                yield _shapes(table, facts, names)
             except ConfigError:
                 continue  # a table of another layout, whose sizes this config.json lacks
 
 
-def _shapes(table: Table, facts: Facts) -> Shapes:
+def _shapes(table: Table, facts: Facts, names: Collection[str]) -> Shapes:
+    """The tensors of a table. What need not be there counts only where it is among `names`."""
     found: dict[str, Shape | None] = {}
     for entry, captures in bind(table, facts.runs):
         if not facts.holds(entry.when):
             continue
-        if isinstance(entry, Rule) and not entry.optional:
-            found.update(_shapes_of_rule(fill(entry, captures, facts.sizes), facts))
+        if isinstance(entry, Rule):
+            shapes = _shapes_of_rule(fill(entry, captures, facts.sizes), facts)
+            found.update((name, shape) for name, shape in shapes if not entry.optional or name in names)
+        elif isinstance(entry, Copy) and "ms" in entry.name:
+            name, original = (which["ms"].format(**captures) for which in (entry.name, entry.of))
+            if name in names and original in found:
+                found[name] = found[original]
     return found
 
 

@@ -485,3 +485,21 @@ def test_a_node_that_dies(run: Any, source: Source, tmp_path: Path) -> None:
         assert re.search(r"rank [23]\b.* died", outcome.error)
     assert results(output) == before
     assert_loaded(run(keys, nodes=TWO_NODES).outcomes(), expected(TARGET, source.tensors))
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_check_contents_decides_about_replicas_that_differ(
+    run: Any, source: Source, tmp_path: Path, saved: bool
+) -> None:
+    """Rank 2 should repeat rank 0, but holds another model."""
+    config = recorded("dp2mp2pp2")
+    parts = slices_of(config, source.tensors, replicated=("global_step",))
+    other = slices_of(config, model_of(config, seed=1), replicated=("global_step",))
+    folder = write_ranks(tmp_path / "llama", {**parts, 2: other[2]})
+    keys = {**source.keys, "load_checkpoint": folder, "auto_trans_save": saved, "output_dir": tmp_path / "output"}
+    for outcome in run(keys).outcomes():
+        assert "contradict its strategy" in outcome.error
+        assert "check_contents: warn" in outcome.error
+    outcomes = run({**keys, "check_contents": "warn"}).outcomes()
+    assert_loaded(outcomes, expected(TARGET, source.tensors))
+    assert any("those of the first rank are taken for all" in outcome.log for outcome in outcomes)
