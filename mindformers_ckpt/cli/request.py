@@ -15,6 +15,7 @@ from mindformers_ckpt.planning.file import Job
 from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_mindspore, is_huggingface_folder, separate_checkpoints
+from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.shapes import Reference, check_shapes, shapes_of_checkpoint
 from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.strategy.model import Strategy
@@ -104,12 +105,21 @@ class Request:
 
 def _reference(path: Path, source: Checkpoint) -> Reference:
     """The shapes of what --like names."""
-    if path.suffix != ".json" and not is_huggingface_folder(path):
+    if not _is_config(path):
         return shapes_of_checkpoint(path)
     from mindformers_ckpt.convert.shapes import shapes_of_config
 
     actual = {name: tensor.spec.shape for name, tensor in source.tensors().items()}
     return Reference(path, shapes_of_config(path, actual))
+
+
+def _is_config(path: Path) -> bool:
+    """Whether a path is that of a config.json, or a folder that it describes: of a model, or without weights."""
+    if not path.is_dir():
+        return path.suffix == ".json"
+    listing = Listing(path)
+    is_bare = "config.json" in listing.file_names and not listing.rank_folders and not listing.weight_files()
+    return is_bare or is_huggingface_folder(path)
 
 
 def read_optional_strategy(path: Path | None) -> Strategy:
