@@ -14,5 +14,6 @@ MODEL = Model(
         "legacy+qkv_concat": decoder.LEGACY_CONCAT,
     },
     facts=decoder.facts,
+    options=decoder.FUSED_OPTIONS,
     canonical={"ms": decoder.canonical_ms},
 )

@@ -5,8 +5,8 @@ from mindformers_ckpt.convert.models import decoder
 from mindformers_ckpt.convert.rules import rename
 
 QK_NORMS = [
-    rename("self_attn.q_norm.weight", "self_attention.q_layernorm.weight"),
-    rename("self_attn.k_norm.weight", "self_attention.k_layernorm.weight"),
+    rename("self_attn.q_norm.weight", "self_attention.q_layernorm.weight", "dim"),
+    rename("self_attn.k_norm.weight", "self_attention.k_layernorm.weight", "dim"),
 ]
 
 MODEL = Model(
@@ -20,4 +20,5 @@ MODEL = Model(
         )
     },
     facts=decoder.facts,
+    options=decoder.FUSED_OPTIONS,
 )

@@ -28,7 +28,7 @@ MODEL = Model(
             *decoder.layers([*decoder.MCORE_ATTENTION, *QK_NORMS], decoder.MCORE_LAYER),
             *decoder.layers(decoder.MCORE_FFN, decoder.MCORE_LAYER, over="dense"),
             *decoder.layers(
-                [rename("mlp.gate.weight", "mlp.router.weight"), *decoder.MCORE_EXPERTS],
+                [rename("mlp.gate.weight", "mlp.router.weight", "expert hidden"), *decoder.MCORE_EXPERTS],
                 decoder.MCORE_LAYER,
                 over="sparse",
             ),
@@ -36,4 +36,5 @@ MODEL = Model(
         )
     },
     facts=facts,
+    options=decoder.FUSED_OPTIONS,
 )
