@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mindformers_ckpt.convert.config import LAYOUT_SETTINGS, ModelConfig, read_config
+from mindformers_ckpt.convert.copies import check_copies
 from mindformers_ckpt.convert.misfit import Attempt, Misfit, explain, other_naming, without_prefix
 from mindformers_ckpt.convert.model import Model, find_model, model_of_config, models
 from mindformers_ckpt.convert.output import copy_companions, staged_file, write_index, write_name_map
@@ -18,17 +19,15 @@ from mindformers_ckpt.convert.planning import Conversion, plan_tensors
 from mindformers_ckpt.convert.rules import Side
 from mindformers_ckpt.convert.targets import rank_files, whole_files
 from mindformers_ckpt.convert.weights import (
-    Found,
     Weights,
     config_folder,
     mindspore_source,
     read_weights,
     recorded_naming,
 )
-from mindformers_ckpt.errors import ConfigError, PlanError, describe_problems
+from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.formats.dtypes import by_name
-from mindformers_ckpt.geometry.box import Box
-from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, SourceFile
+from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
 from mindformers_ckpt.publish import check_free_space
 from mindformers_ckpt.sources.find import find_huggingface
 from mindformers_ckpt.sources.source import SUFFIXES, Source
@@ -37,7 +36,6 @@ from mindformers_ckpt.transform import Options, Progress, check_apart, transform
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SHARD_BYTES = 5 * 10**9
-_COMPARED_BYTES = 4 << 20
 # Options that only some models have.
 _OWN_OPTIONS = (
     *("is_pretrain", "telechat_type", "mlp_concat", "use_rearrange_rope", "use_gmm", "use_gmm_training"),
@@ -165,7 +163,7 @@ def prepare(request: Request, wanted: Collection[str] = ()) -> Prepared:
             request = replace(request, naming=other.partition("+")[0], qkv_concat="+qkv_concat" in other)
             return prepare(request, wanted)
         raise explain(misfit, attempt) from None
-    _check_copies(conversion.copies)
+    check_copies(conversion.copies)
     warnings = (*found.warnings, *warnings, *_other_type(model, config), *conversion.warnings)
     conversion = replace(conversion, warnings=warnings)
     return Prepared(request, model, layout, config, folder, conversion)
@@ -381,42 +379,3 @@ def _table_key(model: Model, naming: str, config: ModelConfig, source: Weights) 
     if model.layout is None:
         return naming
     return f"{naming}:{model.layout(config, list(source.tensors))}"
-
-
-def _check_copies(copies: Sequence[tuple[Found, Found]]) -> None:
-    """Compare tensors that a model ties with what they are tied to. Raises PlanError that lists differences."""
-    different = [
-        f"{copy.spec.name} is not equal to {original.spec.name}"
-        for copy, original in copies
-        if not _are_equal(copy, original)
-    ]
-    if different:
-        headline = (
-            "tensors differ that the model holds once; if the output layer is one of its own, config.json must say "
-            "tie_word_embeddings false"
-        )
-        raise PlanError(describe_problems(headline, different))
-
-
-def _are_equal(first: Found, second: Found) -> bool:
-    import numpy as np
-
-    from mindformers_ckpt.engine.shard_io import ShardReader
-    from mindformers_ckpt.geometry.box import blocks
-
-    if (first.spec.dtype, first.spec.shape) != (second.spec.dtype, second.spec.shape):
-        return False
-    whole = Box.whole(first.spec.shape)
-    reader = ShardReader([SourceFile(found.path, found.path.stat().st_size) for found in (first, second)])
-    try:
-        for block in blocks(whole, _COMPARED_BYTES // first.spec.dtype.itemsize):
-            contents = []
-            for file, found in enumerate((first, second)):
-                out = np.empty(block.shape, found.spec.dtype.carrier)
-                reader.read(Place(file, whole, found.spec.name), found.spec.name, found.spec.dtype, block, out)
-                contents.append(out)
-            if not np.array_equal(contents[0], contents[1]):
-                return False
-    finally:
-        reader.close()
-    return True
