@@ -141,3 +141,27 @@ def test_the_strategy_tells_which_mixtral_network_it_is_of(use_gmm: bool | None,
     inference = plan_ranks(request, Strategy(({f"{layer}ffn.w1.weight": rows},), 2, "a test"))
     shapes = {spec.name: spec.shape for spec in inference.targets[0].tensors}
     assert shapes[f"{layer}ffn.w1.weight"] == ((6, hf.HIDDEN, hf.FFN) if use_gmm else (6, hf.FFN, hf.HIDDEN))
+
+
+def test_tensors_without_a_place_in_the_network_are_named(tmp_path: Path) -> None:
+    tensors = hf.random_tensors(hf.llama_shapes(bias=True))
+    for layer in range(hf.LAYERS):
+        inside = f"model.layers.{layer}."
+        rows = {
+            "self_attn.o_proj": hf.HIDDEN,
+            "mlp.gate_proj": hf.FFN,
+            "mlp.up_proj": hf.FFN,
+            "mlp.down_proj": hf.HIDDEN,
+        }
+        tensors |= {f"{inside}{name}.bias": np.zeros(extent, np.float32) for name, extent in rows.items()}
+    config = hf.decoder_config(attention_bias=True, mlp_bias=True)
+    source = hf.write_folder(tmp_path / "llama", tensors, config)
+    for naming in ("legacy", "mcore"):
+        (line,) = convert(Request("llama", source, naming=naming), tmp_path / f"{naming}.ckpt").warnings
+        assert "mlp_bias" in line
+    for layer in range(hf.LAYERS):
+        for name in ("q_norm", "k_norm"):
+            tensors[f"model.layers.{layer}.self_attn.{name}.weight"] = np.zeros(4, np.float32)
+    source = hf.write_folder(tmp_path / "qwen3", tensors, {**config, "model_type": "qwen3"})
+    (line,) = convert(Request("qwen3", source), tmp_path / "qwen3.ckpt").warnings
+    assert "linear_proj.bias" in line

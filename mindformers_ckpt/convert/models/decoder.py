@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from mindformers_ckpt.convert.config import ModelConfig, quotient
 from mindformers_ckpt.convert.model import Facts, Runs
-from mindformers_ckpt.convert.rules import Copy, Drop, Entry, join, prefixed, rename
+from mindformers_ckpt.convert.rules import Copy, Drop, Entry, Rule, join, prefixed, rename
 
 HF_LAYER = "model.layers.{n}."
 LEGACY_LAYER = "model.layers.{n}."
@@ -153,6 +153,14 @@ def gate_up_by_row(ms: str, hf: str = "mlp.", ffn: str = "ffn") -> list[Entry]:
         )
         for kind, rest, bias in (("weight", " hidden", ""), ("bias", "", " mlp_bias"))
         for rows, flag in ((f"({ffn} part)", "!halves"), (f"(part {ffn})", "halves"))
+    ]
+
+
+def noted(entries: Iterable[Entry], flag: str, note: str) -> list[Entry]:
+    """The same rules; those that hold with a flag of the model tell the user something."""
+    return [
+        entry._replace(note=note) if isinstance(entry, Rule) and flag in entry.when.split() else entry
+        for entry in entries
     ]
 
 
