@@ -33,7 +33,14 @@ _PATH = LocalPath()
 @click.option("--telechat-type", help="TeleChat: telechat_7b or telechat_12b.")
 @click.option("--mlp-concat", type=bool, help="GLM4: gate and up in one tensor; left out: they are.")
 @click.option("--use-rearrange-rope", type=bool, help="GLM4: even rows of a head before odd ones, in query and key.")
-@click.option("--use-gmm", type=bool, help="Mixtral: experts turned, for grouped multiplication.")
+@click.option("--use-gmm", type=bool, help="Mixtral: experts turned, for grouped multiplication in inference.")
+@click.option("--use-gmm-training", type=bool, help="Mixtral: as a training network with use_gmm has them.")
+@click.option(
+    "--use-contiguous-weight-layout-attention", type=bool, help="Fused tensors: all of query, all of key, all of value."
+)
+@click.option(
+    "--use-interleaved-weight-layout-mlp", type=bool, help="Fused tensors: false for all of gate, then all of up."
+)
 @click.option("--format", type=click.Choice(["ckpt", "safetensors"]), help="Of the MindSpore files.")
 @click.option("--naming", type=click.Choice(["legacy", "mcore"]), help="MindSpore names; left out: the model's usual.")
 @click.option(
@@ -45,6 +52,7 @@ _PATH = LocalPath()
 )
 @click.option("--hf-config", type=_PATH, help="Folder of config.json and tokenizer files.")
 @click.option("--dst-strategy", type=StrategyPath(), help="Cut for this strategy in the same pass.")
+@click.option("--strip-prefix", help="Text in front of the source's tensor names that the model's do not have.")
 @click.option("--write-tied", is_flag=True, help="Write a tied output layer as a tensor of its own.")
 @click.option("--process-num", type=click.IntRange(min=1), default=1, help="Processes that copy.")
 @click.option("--plugin", type=_PATH, help="Folder with convert_weight.py and convert_reversed.py of your own.")

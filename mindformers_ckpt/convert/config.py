@@ -8,11 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mindformers_ckpt.errors import ConfigError, describe_problems
+from mindformers_ckpt.errors import ConfigError, FormatError, describe_problems
+from mindformers_ckpt.formats.dtypes import DType, by_name
 
 CONFIG_FILE = "config.json"
 # Settings of MindSpore's networks by which the same weights lie otherwise in their parameters, with what is usual.
-LAYOUT_SETTINGS = {"qkv_concat": True, "mlp_concat": True, "use_rearrange_rope": False, "use_gmm": False}
+LAYOUT_SETTINGS = {
+    "qkv_concat": True,
+    "mlp_concat": True,
+    "use_rearrange_rope": False,
+    "use_gmm": False,
+    "use_gmm_training": False,
+    "use_contiguous_weight_layout_attention": False,
+    "use_interleaved_weight_layout_mlp": True,
+}
 # The options of the guide, and the keys of config.json that say the same.
 _OPTION_KEYS = {
     "n_head": ("num_attention_heads", "n_head"),
@@ -46,6 +55,19 @@ class ModelConfig:
         """A text, "" when it is not there."""
         value = self.values.get(key)
         return value if isinstance(value, str) else ""
+
+    def dtype(self) -> DType:
+        """The element type of the model's weights, bfloat16 where it is not told. Raises ConfigError when unknown."""
+        name = (self.text("dtype") or self.text("torch_dtype")).removeprefix("torch.")
+        try:
+            return by_name(name if name not in ("", "auto") else "bfloat16")
+        except FormatError as error:
+            raise ConfigError(f"{self.path}: {error}; choose one with --dtype") from None
+
+    def quantisation(self, key: str) -> Any:
+        """A value of `quantization_config`, None when it is not there."""
+        section = self.values.get("quantization_config")
+        return section.get(key) if isinstance(section, dict) else None
 
     def with_options(self, options: Mapping[str, int | None]) -> ModelConfig:
         """The configuration with options for what it lacks.
@@ -93,6 +115,16 @@ def quotient(total: int | None, count: int | None) -> int | None:
     if total % count:
         raise ConfigError(f"config.json: {total} does not divide into {count}")
     return total // count
+
+
+def total(*terms: int | None) -> int | None:
+    """The sum, None when a term is not known."""
+    result = 0
+    for term in terms:
+        if term is None:
+            return None
+        result += term
+    return result
 
 
 def product(*factors: int | None) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -38,9 +38,15 @@ class Facts:
         return all((word.lstrip("!") in self.flags) != word.startswith("!") for word in condition.split())
 
 
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a tensor is of, by its name."""
+    match = _LAYER.search(name)
+    return int(match[1]) if match else None
+
+
 def count_layers(names: Iterable[str]) -> Mapping[str, Any]:
     """The number of layers, by the names of a source."""
-    numbers = [int(match[1]) for match in map(_LAYER.search, names) if match]
+    numbers = [number for number in map(layer_of, names) if number is not None]
     return {"num_hidden_layers": max(numbers) + 1} if numbers else {}
 
 
@@ -58,6 +64,8 @@ class Model:
         counted: what follows from the names of a source where config.json does not tell it.
         canonical: a name as a table spells it, from the spelling of a file, by side.
         options: command-line options that are this model's own.
+        told: those of its options that the names of MindSpore weights, or of a strategy, tell; None for one that
+            does not count then.
     """
 
     name: str
@@ -69,6 +77,7 @@ class Model:
     counted: Callable[[Iterable[str]], Mapping[str, Any]] = count_layers
     canonical: Mapping[Side, Callable[[str], str]] = field(default_factory=dict)
     options: tuple[str, ...] = ()
+    told: Callable[[Collection[str]], Mapping[str, bool | None]] = lambda names: {}
 
     def __post_init__(self) -> None:
         for table in self.tables.values():

@@ -62,6 +62,7 @@ def _form(rule: Rule, number: int, extents: Mapping[str, int], spans: Sequence[i
         own = whole = flat(parse_axes(axes))
     absent = tuple(axis for axis in whole if axis not in own)
     begin = sum(spans[:number])
+    offset = sum(spans[other] for other in shared if (other > number if rule.backwards else other < number))
 
     def box(axes: Sequence[str], start: int) -> Box:
         return Box(
@@ -76,7 +77,7 @@ def _form(rule: Rule, number: int, extents: Mapping[str, int], spans: Sequence[i
         axes=axes,
         extent=last - first,
         shape=shape,
-        run=box(space, 0 if PART in absent else begin - first),
+        run=box(space, 0 if PART in absent else offset),
         space=tuple(extents[axis] for axis in whole),
         box=box(whole, begin),
         order=tuple(map(space.index, whole)),

@@ -10,32 +10,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mindformers_ckpt.convert.config import ModelConfig
+from mindformers_ckpt.convert.matching import match, other_side
+from mindformers_ckpt.convert.misfit import Misfit, describe
 from mindformers_ckpt.convert.model import Facts
 from mindformers_ckpt.convert.pieces import pieces_of
-from mindformers_ckpt.convert.rules import (
-    PART,
-    Bound,
-    Copy,
-    Rule,
-    Side,
-    Table,
-    Tensor,
-    bind,
-    fill,
-    flat,
-    measure,
-    parse_axes,
-)
+from mindformers_ckpt.convert.rules import PART, Bound, Rule, Side, Table, Tensor, flat, measure, parse_axes
+from mindformers_ckpt.convert.states import find_states
 from mindformers_ckpt.convert.weights import Found, Weights
 from mindformers_ckpt.engine.compute import FLOATS
-from mindformers_ckpt.errors import ConfigError, PlanError, describe_problems
+from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.formats import DType, TensorSpec
-from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.planning.computations import Cast, Dequantise
 from mindformers_ckpt.planning.model import Place, SourceFile, Transfer, View
 
 _SCALE = "_scale_inv"
+_FACTORS = ("float32", "bfloat16", "float16")
+_INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")
 
 
 class Converted(NamedTuple):
@@ -68,9 +59,10 @@ def plan_tensors(
 ) -> Conversion:
     """Plan all target tensors of a side (without target files; the place's file is always 0).
 
-    Raises PlanError that lists every name that is unknown or missing and every shape that does not fit.
+    States of a training run are left aside, with a warning, on the way to Hugging Face.
+    Raises Misfit with every name that is unknown or missing, and every shape and type that does not fit.
     """
-    matching = _match(table, facts, source, to)
+    matching = match(table, facts, source, to)
     planner = _Planner(facts, config, source, dtype, matching.used)
     tensors: list[Converted] = []
     for entry in matching.entries:
@@ -80,77 +72,24 @@ def plan_tensors(
         if (copy.always or write_copies) and copy.of[to] in by_target:
             tensors.append(_renamed(by_target[copy.of[to]], name))
     unknown = [name for name in source.tensors if name not in matching.used]
-    problems = [f"missing: {name}" for name in matching.missing]
-    problems += [f"unknown: {name} {_describe(source.tensors[name].spec)}" for name in unknown]
-    problems += planner.problems
-    if problems:
-        hint = "is it this model, and is its config.json the right one?"
-        raise PlanError(describe_problems(f"{source.root} cannot be converted; {hint}", problems, limit=200))
+    aside = find_states(unknown if to == "hf" else (), matching.used)
+    unknown = [name for name in unknown if name not in aside.names()]
+    if matching.missing or unknown or planner.shapes or planner.integers or planner.others:
+        raise Misfit(source, matching.missing, unknown, planner.shapes, planner.integers, planner.others)
+    warnings = planner.warnings()
+    if aside:
+        warnings.append(f"left aside, as they are not weights of the model: {aside}")
     files = tuple(SourceFile(path, path.stat().st_size) for path in planner.files)
-    return Conversion(files, tuple(tensors), tuple(matching.copies))
-
-
-class _Matching(NamedTuple):
-    """What a table finds in a source.
-
-    Rules to convert, in order; copies to write, with their names; the names that it knows and that it lacks;
-    tensors that must be equal.
-    """
-
-    entries: list[Bound]
-    repeated: list[tuple[Copy, str]]
-    used: set[str]
-    missing: list[str]
-    copies: list[tuple[Found, Found]]
-
-
-def _match(table: Table, facts: Facts, source: Weights, to: Side) -> _Matching:
-    origin: Side = "ms" if to == "hf" else "hf"
-    bound = [
-        (fill(entry, captures, facts.sizes) if isinstance(entry, Rule) else entry, captures)
-        for entry, captures in bind(table, facts.runs)
-        if facts.holds(entry.when)
-    ]
-    # Optional tensors of one tag and repetition come together: one that is there calls for the others.
-    present = {
-        (entry.rule.optional, *captures.values())
-        for entry, captures in bound
-        if isinstance(entry, Bound)
-        and entry.rule.optional
-        and any(name in source.tensors for name in entry.names(origin))
-    }
-    found = _Matching([], [], set(), [], [])
-    for entry, captures in bound:
-        if isinstance(entry, Bound):
-            if entry.rule.optional and (entry.rule.optional, *captures.values()) not in present:
-                continue
-            names = entry.names(origin)
-            found.missing.extend(name for name in names if name not in source.tensors)
-            found.used.update(names)
-            if all(name in source.tensors for name in names):
-                found.entries.append(entry)
-        elif isinstance(entry, Copy):
-            if not entry.optional or (entry.optional, *captures.values()) in present:
-                _match_copy(entry, captures, source, to, origin, found)
-        elif origin == "hf":
-            found.used.add(entry.name.format(**captures))
-    return found
-
-
-def _match_copy(
-    copy: Copy, captures: Mapping[str, int], source: Weights, to: Side, origin: Side, found: _Matching
-) -> None:
-    if origin in copy.name:
-        name = copy.name[origin].format(**captures)
-        found.used.add(name)
-        if name in source.tensors and copy.of[origin] in source.tensors:
-            found.copies.append((source.tensors[name], source.tensors[copy.of[origin]]))
-    if to in copy.name:
-        found.repeated.append((copy, copy.name[to].format(**captures)))
+    return Conversion(files, tuple(tensors), tuple(matching.copies), tuple(warnings))
 
 
 class _Planner:
-    """Turns bound rules into transfers, and collects what does not fit."""
+    """Turns bound rules into transfers, and collects what does not fit.
+
+    Attributes:
+        shapes, others: what is wrong, a line each.
+        integers: tensors of whole numbers where the model has floating-point ones.
+    """
 
     def __init__(self, facts: Facts, config: ModelConfig, source: Weights, dtype: DType | None, used: set[str]) -> None:
         self._facts = facts
@@ -159,7 +98,13 @@ class _Planner:
         self._dtype = dtype
         self._used = used
         self._index: dict[Path, int] = {}
-        self.problems: list[str] = []
+        # Sizes that config.json does not tell: those of the first tensor that has them.
+        self._learnt: dict[str, tuple[int, str]] = {}
+        self._notes: dict[str, None] = {}
+        self._kept: dict[str, list[str]] = {}
+        self.shapes: list[str] = []
+        self.integers: list[Found] = []
+        self.others: list[str] = []
 
     @property
     def files(self) -> list[Path]:
@@ -169,24 +114,44 @@ class _Planner:
     def convert(self, bound: Bound, to: Side) -> Iterator[Converted]:
         """The target tensors of a rule."""
         rule = bound.rule
+        if rule.note and to == "ms":
+            self._notes[rule.note] = None
+        if not self._types_fit(bound, to):
+            return
         if not rule.whole.axes:
             yield from self._renamed(bound, to)
             return
         try:
             extents = self._extents(bound, to)
         except ValueError as error:
-            self.problems.append(str(error))
+            self.shapes.append(str(error))
             return
         if to == rule.side:
             yield from self._joined(bound, extents)
         else:
             yield from self._split(bound, extents)
 
+    def _types_fit(self, bound: Bound, to: Side) -> bool:
+        """Whether the source tensors of a rule have numbers of its kind; a problem each when they do not."""
+        allowed = _INTEGERS if bound.rule.integers else FLOATS
+        found = [self._source.tensors[name] for name in bound.names(other_side(to))]
+        wrong = [tensor for tensor in found if tensor.spec.dtype.name not in allowed]
+        if bound.rule.integers:
+            self.others += [f"{describe(tensor.spec)}: whole numbers are expected" for tensor in wrong]
+        else:
+            self.integers += wrong
+        return not wrong
+
     def _renamed(self, bound: Bound, to: Side) -> Iterator[Converted]:
         ((_, part, _),) = bound.parts
         name, source_name = (bound.whole, part) if to == bound.rule.side else (part, bound.whole)
         found = self._source.tensors[source_name]
         dtype = self._target_dtype(bound.rule, [found])
+        if bound.rule.shape:
+            try:
+                self._measured(bound.rule.shape, source_name, self._known(bound), partly=True)
+            except ValueError as error:
+                self.shapes.append(str(error))
         box = Box.whole(found.spec.shape)
         place = self._place(found, box, None, dtype)
         if place is not None and dtype is not None:
@@ -222,32 +187,43 @@ class _Planner:
 
     def _extents(self, bound: Bound, to: Side) -> dict[str, int]:
         """The extents of all axes, of `part` the sum; from config.json and the shapes of the source."""
-        rule = bound.rule
+        rule, known = bound.rule, self._known(bound)
         spans = self._spans(rule)
         extents: dict[str, int] = {}
         if to != rule.side:
-            return self._measured(rule.whole, bound.whole, {**self._facts.sizes, PART: sum(spans)})
+            return self._measured(rule.whole.axes, bound.whole, {**known, PART: sum(spans)})
         shared: dict[str, int] = {}
         for part, span in zip(rule.parts, spans):
             shared[part.name] = shared.get(part.name, 0) + span
         for part, name, _ in bound.parts:
-            own = self._measured(part, name, {**self._facts.sizes, PART: shared[part.name]})
+            own = self._measured(part.axes, name, {**known, PART: shared[part.name]})
             own.pop(PART, None)
             for axis, extent in own.items():
                 if extents.setdefault(axis, extent) != extent:
                     raise ValueError(f"{name}: {axis} is {extent} here, but {extents[axis]} in its companions")
         for axis in flat(parse_axes(rule.whole.axes)):
-            size = self._facts.sizes.get(axis)
+            size = known.get(axis)
             if axis not in extents and axis != PART and size is not None:
                 extents[axis] = size
         return {**extents, PART: sum(spans)}
 
-    def _measured(self, tensor: Tensor, name: str, known: Mapping[str, int | None]) -> dict[str, int]:
+    def _known(self, bound: Bound) -> Mapping[str, int | None]:
+        """The sizes of config.json; a repetition may bring its own with it."""
+        return {**self._facts.sizes, **bound.captures}
+
+    def _measured(
+        self, axes: str, name: str, known: Mapping[str, int | None], *, partly: bool = False
+    ) -> dict[str, int]:
         shape = self._source.tensors[name].spec.shape
         try:
-            return measure(parse_axes(tensor.axes), shape, known)
+            extents = measure(parse_axes(axes), shape, known, partly=partly)
         except ValueError as error:
             raise ValueError(f"{name}{list(shape)}: {error}") from None
+        for axis in extents.keys() & self._facts.sizes.keys():
+            size, first = self._learnt.setdefault(axis, (extents[axis], name))
+            if size != extents[axis]:
+                raise ValueError(f"{name}{list(shape)}: {axis} is {extents[axis]} here, but {size} in {first}")
+        return extents
 
     def _spans(self, rule: Rule) -> list[int]:
         return [self._span(part) for part in rule.parts]
@@ -268,17 +244,26 @@ class _Planner:
         dtypes = {tensor.spec.dtype for tensor in found}
         if len(dtypes) > 1:
             listed = ", ".join(f"{tensor.spec.name} {tensor.spec.dtype.name}" for tensor in found[:4])
-            if self._dtype is None or rule.precise or not all(dtype.name in FLOATS for dtype in dtypes):
-                self.problems.append(f"of several element types, choose one with --dtype: {listed}")
+            if self._dtype is None or rule.precise or rule.integers:
+                self.others.append(f"of several element types, choose one with --dtype: {listed}")
                 return None
         dtype = next(iter(dtypes))
-        if dtype.name not in FLOATS:
-            return dtype
-        if dtype.itemsize == 1:
-            return self._dtype or by_name(self._config.text("dtype") or self._config.text("torch_dtype") or "bfloat16")
-        if rule.precise and self._dtype is not None and self._dtype.itemsize < dtype.itemsize:
+        if dtype.itemsize == 1 and not rule.integers:
+            return self._dtype or self._config.dtype()
+        if rule.integers or (rule.precise and self._dtype is not None and self._dtype.itemsize < dtype.itemsize):
+            self._kept.setdefault(dtype.name, []).append(found[0].spec.name)
             return dtype
         return self._dtype or dtype
+
+    def warnings(self) -> list[str]:
+        """What the user should know of the result."""
+        found = list(self._notes)
+        if self._dtype is not None:
+            for kind, names in self._kept.items():
+                what = "whole numbers" if kind in _INTEGERS else "the network computes with them in that precision"
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                found.append(f"{len(names)} tensors stay {kind} ({what}): {', '.join(names[:3])}{more}")
+        return found
 
     def _place(self, found: Found, box: Box, view: View | None, dtype: DType | None) -> Place | None:
         """Where a box lies; None, and a problem, when the FP8 factors of it are missing."""
@@ -296,13 +281,12 @@ class _Planner:
         spec = found.spec
         scale = self._source.tensors.get(spec.name + _SCALE)
         if scale is None:
-            self.problems.append(f"missing: {spec.name}{_SCALE}, the factors of an FP8 tensor")
+            self.others.append(f"missing: {spec.name}{_SCALE}, the factors of an FP8 tensor")
             return None
         self._used.add(spec.name + _SCALE)
-        quantisation = self._config.values.get("quantization_config")
-        block = quantisation.get("weight_block_size") if isinstance(quantisation, dict) else None
+        block = self._config.quantisation("weight_block_size")
         if not isinstance(block, list) or len(block) != 2 or len(spec.shape) != 2:
-            self.problems.append(f"{spec.name}: FP8, but config.json has no quantization_config.weight_block_size")
+            self.others.append(f"{spec.name}: FP8, but config.json has no quantization_config.weight_block_size")
             return None
         task = Dequantise(
             spec.dtype,
@@ -310,10 +294,11 @@ class _Planner:
             scale.spec.name,
             (spec.shape[0], spec.shape[1]),
             (block[0], block[1]),
+            scale.spec.dtype,
         )
-        if scale.spec.shape != task.scale_shape or scale.spec.dtype.name != "float32":
-            expected = f"float32{list(task.scale_shape)}"
-            self.problems.append(f"{scale.spec.name} is {_describe(scale.spec)}, {expected} is expected")
+        if scale.spec.shape != task.scale_shape or scale.spec.dtype.name not in _FACTORS:
+            expected = f"{', '.join(_FACTORS[:-1])} or {_FACTORS[-1]} {list(task.scale_shape)}"
+            self.others.append(f"{describe(scale.spec)}: {expected} is expected")
             return None
         return task
 
@@ -337,7 +322,3 @@ def _converted(
 
 def _renamed(converted: Converted, name: str) -> Converted:
     return Converted(converted.spec._replace(name=name), converted.transfer._replace(name=name), converted.groups)
-
-
-def _describe(spec: TensorSpec) -> str:
-    return f"{spec.dtype.name}{list(spec.shape)}"

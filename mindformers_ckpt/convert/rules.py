@@ -8,8 +8,8 @@ where a part lies; nothing is computed, and both directions follow from the one 
 - The axis `part` is the one that parts share out: each takes its `span` of it, in the order of the rule.
 - An axis of the whole that is a capture in the parts' names ("…experts.{expert}.gate_proj.weight") is
   indexed by it: one part for every number below its size.
-- Parts of one name are runs of that tensor along `part`, one behind the other; where their axes differ, they are
-  those of the first of them, or those of the whole.
+- Parts of one name are runs of that tensor along `part`, one behind the other, or `backwards`; where their axes
+  differ, they are those of the first of them, or those of the whole.
 - Sizes come from the model's config.json; an axis that it does not tell follows from the shape on disk.
 """
 
@@ -56,6 +56,10 @@ class Rule(NamedTuple):
         when: the flags of the model that it holds for, all of them; "!flag" for the absence of one.
         optional: tensors that need not be there; those of one tag and repetition come all or none.
         precise: never narrowed by a choice of element type.
+        shape: the axes of a tensor that is only renamed, by which its shape is checked.
+        integers: holds whole numbers, as a table of positions does; all others hold floating-point numbers.
+        backwards: parts of one name lie in the reverse order in their own tensor.
+        note: what the user should know where MindSpore weights get this tensor.
     """
 
     side: Side
@@ -65,6 +69,10 @@ class Rule(NamedTuple):
     when: str = ""
     optional: str = ""
     precise: bool = False
+    shape: str = ""
+    integers: bool = False
+    note: str = ""
+    backwards: bool = False
 
     def tensors(self, side: Side) -> tuple[Tensor, ...]:
         """The tensors of the rule on a side."""
@@ -112,14 +120,26 @@ class Bound(NamedTuple):
         return [self.whole] if side == self.rule.side else list(dict.fromkeys(name for _, name, _ in self.parts))
 
 
-def rename(hf: str, ms: str, *, over: str = "", when: str = "", optional: str = "", precise: bool = False) -> Rule:
-    """The same tensor under another name."""
-    return Rule("ms", Tensor(ms), (Tensor(hf),), over, when, optional, precise)
+def rename(
+    hf: str,
+    ms: str,
+    axes: str = "",
+    *,
+    over: str = "",
+    when: str = "",
+    optional: str = "",
+    precise: bool = False,
+    integers: bool = False,
+    note: str = "",
+) -> Rule:
+    """The same tensor under another name. `axes` say what shape it must have."""
+    return Rule("ms", Tensor(ms), (Tensor(hf),), over, when, optional, precise, axes, integers, note)
 
 
-def transpose(hf: str, ms: str, *, over: str = "", when: str = "") -> Rule:
-    """The same matrix under another name, its axes exchanged."""
-    return Rule("ms", Tensor(ms, "row column"), (Tensor(hf, "column row"),), over, when)
+def transpose(hf: str, ms: str, axes: str = "column row", *, over: str = "", when: str = "") -> Rule:
+    """The same matrix under another name, its axes exchanged; `axes` are the two on the Hugging Face side."""
+    turned = " ".join(reversed(axes.split()))
+    return Rule("ms", Tensor(ms, turned), (Tensor(hf, axes),), over, when)
 
 
 def join(
@@ -129,9 +149,10 @@ def join(
     over: str = "",
     when: str = "",
     optional: str = "",
+    backwards: bool = False,
 ) -> Rule:
     """Hugging Face tensors (name, span[, axes]) that MindSpore holds as one."""
-    return Rule("ms", Tensor(ms, axes), _parts(axes, parts), over, when, optional)
+    return Rule("ms", Tensor(ms, axes), _parts(axes, parts), over, when, optional, backwards=backwards)
 
 
 def split(
@@ -194,9 +215,12 @@ def inner_captures(rule: Rule) -> tuple[str, ...]:
     return tuple(axis for axis in flat(parse_axes(rule.whole.axes)) if axis in inside and axis not in outer)
 
 
-def measure(axes: Axes, shape: Sequence[int], known: Mapping[str, int | None]) -> dict[str, int]:
+def measure(
+    axes: Axes, shape: Sequence[int], known: Mapping[str, int | None], *, partly: bool = False
+) -> dict[str, int]:
     """The extent of every axis of a tensor of this shape, those of `known` given.
 
+    Several unknown axes of one dimension cannot be told apart: an error, unless the extents are wanted `partly`.
     Raises ValueError that says what does not fit.
     """
     if len(axes) != len(shape):
@@ -206,13 +230,13 @@ def measure(axes: Axes, shape: Sequence[int], known: Mapping[str, int | None]) -
         open_axes = [axis for axis in dimension if known.get(axis) is None]
         given = {axis: size for axis in dimension if (size := known.get(axis)) is not None}
         rest = math.prod(given.values())
-        if len(open_axes) > 1:
+        if len(open_axes) > 1 and not partly:
             raise ValueError(f"the sizes {', '.join(open_axes)} are not known; config.json must tell them")
         if rest == 0 or extent % rest or (not open_axes and extent != rest):
             sizes = " · ".join(f"{axis} {size}" for axis, size in given.items())
             raise ValueError(f"a dimension of {extent} does not go with {sizes} of config.json")
         extents.update(given)
-        if open_axes:
+        if len(open_axes) == 1:
             extents[open_axes[0]] = extent // rest
     return extents
 

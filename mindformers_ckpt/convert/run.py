@@ -4,40 +4,43 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mindformers_ckpt.convert.config import LAYOUT_SETTINGS, ModelConfig, read_config
+from mindformers_ckpt.convert.copies import check_copies
+from mindformers_ckpt.convert.misfit import Attempt, Misfit, explain, other_naming, without_prefix
 from mindformers_ckpt.convert.model import Model, find_model, model_of_config, models
 from mindformers_ckpt.convert.output import copy_companions, staged_file, write_index, write_name_map
+from mindformers_ckpt.convert.paths import check_path
 from mindformers_ckpt.convert.planning import Conversion, plan_tensors
 from mindformers_ckpt.convert.rules import Side
 from mindformers_ckpt.convert.targets import rank_files, whole_files
 from mindformers_ckpt.convert.weights import (
-    Found,
     Weights,
     config_folder,
     mindspore_source,
     read_weights,
     recorded_naming,
 )
-from mindformers_ckpt.errors import ConfigError, PlanError, describe_problems
+from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.formats.dtypes import by_name
-from mindformers_ckpt.geometry.box import Box
-from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, SourceFile
+from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
 from mindformers_ckpt.publish import check_free_space
 from mindformers_ckpt.sources.find import find_huggingface
-from mindformers_ckpt.sources.source import SUFFIXES
+from mindformers_ckpt.sources.source import SUFFIXES, Source
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import Options, Progress, check_apart, transform, write_files
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SHARD_BYTES = 5 * 10**9
-_COMPARED_BYTES = 4 << 20
 # Options that only some models have.
-_OWN_OPTIONS = ("is_pretrain", "telechat_type", "mlp_concat", "use_rearrange_rope", "use_gmm")
+_OWN_OPTIONS = (
+    *("is_pretrain", "telechat_type", "mlp_concat", "use_rearrange_rope", "use_gmm", "use_gmm_training"),
+    *("use_contiguous_weight_layout_attention", "use_interleaved_weight_layout_mlp"),
+)
 _PLAIN = Options()
 
 
@@ -56,8 +59,11 @@ class Request:
         hf_config: folder of the model's config.json and tokenizer, if not the source's own.
         write_tied: write the output layer too where it is tied to the embedding.
         n_head, hidden_size, layers: what config.json may lack; a contradiction to it is an error.
+        strip_prefix: what the names of the source have in front of what the model calls its tensors.
         is_pretrain, telechat_type: options of Swin and TeleChat.
-        mlp_concat, use_rearrange_rope: settings of MindSpore's GLM4; `use_gmm`: of its Mixtral.
+        mlp_concat, use_rearrange_rope: settings of MindSpore's GLM4; use_gmm, use_gmm_training: of its Mixtral.
+        use_contiguous_weight_layout_attention, use_interleaved_weight_layout_mlp: settings of its networks that have
+            query, key and value, or gate and up, in one tensor.
         step: with `reverse`, the file of a rank folder to read: its name, or an epoch and step like "3_150".
     """
 
@@ -72,11 +78,15 @@ class Request:
     n_head: int | None = None
     hidden_size: int | None = None
     layers: int | None = None
+    strip_prefix: str | None = None
     is_pretrain: bool | None = None
     telechat_type: str | None = None
     mlp_concat: bool | None = None
     use_rearrange_rope: bool | None = None
     use_gmm: bool | None = None
+    use_gmm_training: bool | None = None
+    use_contiguous_weight_layout_attention: bool | None = None
+    use_interleaved_weight_layout_mlp: bool | None = None
     step: str | None = None
 
 
@@ -110,9 +120,14 @@ class Result:
     warnings: tuple[str, ...]
 
 
-def prepare(request: Request) -> Prepared:
-    """Read headers and plan all tensors. Raises ConfigError, FormatError and PlanError; nothing is written."""
+def prepare(request: Request, wanted: Collection[str] = ()) -> Prepared:
+    """Read headers and plan all tensors. Nothing is written.
+
+    `wanted` are names of the target's strategy, which may tell settings of the network.
+    Raises ConfigError, FormatError and PlanError.
+    """
     path = Path(os.path.abspath(request.input_path))
+    check_path(path, request.reverse)
     found = (
         mindspore_source(request.input_path, request.step) if request.reverse else find_huggingface(request.input_path)
     )
@@ -125,24 +140,32 @@ def prepare(request: Request) -> Prepared:
     model = _model(request, config)
     as_setting = "qkv_concat" in model.options
     naming = model.naming(request.naming, bool(request.qkv_concat) and not as_setting)
+    if request.reverse and recorded is None and naming.endswith("+qkv_concat"):
+        _ask_for_rows(path, request)
+    origin: Side = "ms" if request.reverse else "hf"
+    source = _stripped(found, model.canonical.get(origin, str), request.strip_prefix)
+    request = _as_told(request, model.told(source.tensors if request.reverse else wanted))
     layout = _layout_name(naming, model, request)
     if recorded not in (None, layout):
         raise ConfigError(f"{path} says that its names and layout are {recorded}, the options say {layout}")
-    origin: Side = "ms" if request.reverse else "hf"
-    source = read_weights(found, model.canonical.get(origin, str))
     config, warnings = _completed(model, request, config, source)
     table = model.tables[_table_key(model, naming, config, source)]
-    conversion = plan_tensors(
-        table,
-        model.facts(config),
-        config,
-        source,
-        "hf" if request.reverse else "ms",
-        dtype=by_name(DTYPES[request.dtype]) if request.dtype else None,
-        write_copies=request.write_tied,
-    )
-    _check_copies(conversion.copies)
-    conversion = replace(conversion, warnings=(*found.warnings, *warnings, *conversion.warnings))
+    to: Side = "hf" if request.reverse else "ms"
+    facts = model.facts(config)
+    dtype = by_name(DTYPES[request.dtype]) if request.dtype else None
+    try:
+        conversion = plan_tensors(table, facts, config, source, to, dtype=dtype, write_copies=request.write_tied)
+    except Misfit as misfit:
+        attempt = Attempt(model, naming, table, facts, config, to)
+        other = other_naming(misfit, attempt)
+        if other is not None and request.naming is None and request.qkv_concat is None:
+            # Names tell legacy and mcore apart; nothing was chosen by the user or recorded in the source.
+            request = replace(request, naming=other.partition("+")[0], qkv_concat="+qkv_concat" in other)
+            return prepare(request, wanted)
+        raise explain(misfit, attempt) from None
+    check_copies(conversion.copies)
+    warnings = (*found.warnings, *warnings, *_other_type(model, config), *conversion.warnings)
+    conversion = replace(conversion, warnings=warnings)
     return Prepared(request, model, layout, config, folder, conversion)
 
 
@@ -166,7 +189,7 @@ def convert(
     if request.reverse and (target is not None or format == "ckpt"):
         raise ConfigError("a strategy and the format ckpt are of the MindSpore side; leave them out with --reversed")
     started = time.monotonic()
-    prepared = prepare(request)
+    prepared = prepare(request, target.names() if target is not None else ())
     plan = _targets(prepared, output, format, target, shard_bytes)
     plan.check()
     output = Path(os.path.abspath(output))
@@ -211,7 +234,7 @@ def plan_ranks(
 
     Raises what `prepare` raises, and PlanError where weights and strategy do not fit together.
     """
-    prepared = prepare(request)
+    prepared = prepare(request, target.names())
     origin = str(request.input_path)
     plan = rank_files(prepared.conversion, target, ranks=ranks, prefix=prefix, format=format, origin=origin)
     plan.check()
@@ -262,6 +285,29 @@ def _write_folder(
     transform(plan, output, options, about=about, progress=progress, check=check, companions=add_companions)
 
 
+def _stripped(found: Source, canonical: Callable[[str], str], prefix: str | None) -> Weights:
+    """The tensors of a source, without what `--strip_prefix` says in their names."""
+    if not prefix:
+        return read_weights(found, canonical)
+    source = read_weights(found, lambda name: canonical(without_prefix(name, prefix)))
+    names = [tensor.spec.name for tensor in source.tensors.values()]
+    if all(without_prefix(name, prefix) == name for name in names):
+        raise ConfigError(f"--strip_prefix {prefix}: no tensor of {found.root} has it, they are called as {names[:1]}")
+    return source
+
+
+def _other_type(model: Model, config: ModelConfig) -> tuple[str, ...]:
+    """A warning where config.json is of another model than the one that was chosen."""
+    kind = config.text("model_type")
+    if not kind or kind in model.model_types:
+        return ()
+    told = (
+        f"config.json says model_type {kind!r}, the weights are converted as {model.name} (model_type "
+        f"{' or '.join(model.model_types)}): names and shapes fit, but the network may compute something else"
+    )
+    return (told,)
+
+
 def _model(request: Request, config: ModelConfig) -> Model:
     if request.model is None:
         return model_of_config(config)
@@ -302,6 +348,13 @@ def _as_recorded(request: Request, recorded: str) -> Request:
     return replace(request, **{key: value for key, value in values.items() if getattr(request, key) is None})
 
 
+def _as_told(request: Request, told: Mapping[str, bool | None]) -> Request:
+    """The request, with what names tell where no option says it."""
+    values = {key: value for key, value in told.items() if value is None or getattr(request, key) is None}
+    own: dict[str, Any] = values
+    return replace(request, **own)
+
+
 def _layout_name(naming: str, model: Model, request: Request) -> str:
     """The naming, and the settings by which its tensors differ from the usual ones: "legacy+use_gmm"."""
     for option, usual in LAYOUT_SETTINGS.items():
@@ -310,46 +363,19 @@ def _layout_name(naming: str, model: Model, request: Request) -> str:
     return naming
 
 
+def _ask_for_rows(path: Path, request: Request) -> None:
+    """Two layouts have had these names, and nothing in the file tells which it is. Raises ConfigError."""
+    if None not in (request.use_contiguous_weight_layout_attention, request.use_interleaved_weight_layout_mlp):
+        return
+    raise ConfigError(
+        f"{path} does not say how query, key and value, and gate and up, lie in its fused tensors; give "
+        "--use_contiguous_weight_layout_attention False --use_interleaved_weight_layout_mlp True for files of "
+        "MindFormers 1.4 and later (by groups of heads, and row by row in turn), True and False for those of 1.3 and "
+        "before (one behind the other)"
+    )
+
+
 def _table_key(model: Model, naming: str, config: ModelConfig, source: Weights) -> str:
     if model.layout is None:
         return naming
     return f"{naming}:{model.layout(config, list(source.tensors))}"
-
-
-def _check_copies(copies: Sequence[tuple[Found, Found]]) -> None:
-    """Compare tensors that a model ties with what they are tied to. Raises PlanError that lists differences."""
-    different = [
-        f"{copy.spec.name} is not equal to {original.spec.name}"
-        for copy, original in copies
-        if not _are_equal(copy, original)
-    ]
-    if different:
-        headline = (
-            "tensors differ that the model holds once; if the output layer is one of its own, config.json must say "
-            "tie_word_embeddings false"
-        )
-        raise PlanError(describe_problems(headline, different))
-
-
-def _are_equal(first: Found, second: Found) -> bool:
-    import numpy as np
-
-    from mindformers_ckpt.engine.shard_io import ShardReader
-    from mindformers_ckpt.geometry.box import blocks
-
-    if (first.spec.dtype, first.spec.shape) != (second.spec.dtype, second.spec.shape):
-        return False
-    whole = Box.whole(first.spec.shape)
-    reader = ShardReader([SourceFile(found.path, found.path.stat().st_size) for found in (first, second)])
-    try:
-        for block in blocks(whole, _COMPARED_BYTES // first.spec.dtype.itemsize):
-            contents = []
-            for file, found in enumerate((first, second)):
-                out = np.empty(block.shape, found.spec.dtype.carrier)
-                reader.read(Place(file, whole, found.spec.name), found.spec.name, found.spec.dtype, block, out)
-                contents.append(out)
-            if not np.array_equal(contents[0], contents[1]):
-                return False
-    finally:
-        reader.close()
-    return True

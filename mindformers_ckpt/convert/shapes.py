@@ -72,7 +72,7 @@ def _shapes_of_rule(bound: Bound, facts: Facts) -> Iterator[tuple[str, Shape | N
     rule = bound.rule
     spans = [part.span if isinstance(part.span, int) else facts.sizes.get(part.span) for part in rule.parts]
     if rule.side == "ms":
-        axes = rule.whole.axes or getattr(rule, "shape", "")  # of a tensor that is only renamed
+        axes = rule.whole.axes or rule.shape  # of a tensor that is only renamed
         yield bound.whole, _shape(axes, {**facts.sizes, PART: _sum(spans)})
         return
     for first in {part.name: part for part in reversed(rule.parts)}.values():

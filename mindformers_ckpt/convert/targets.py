@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from mindformers_ckpt.convert.planning import Conversion, Converted
+from mindformers_ckpt.convert.states import find_states
 from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.geometry.box import Box, hull
@@ -63,12 +64,15 @@ def rank_files(
     chosen = sorted(set(range(target.rank_count) if ranks is None else ranks))
     logical = {item.spec.name: LogicalTensor(item.spec, (), (), None, (0,)) for item in conversion.tensors}
     absent = missing_names(target, logical)
-    if absent.required:
+    states = find_states(absent.required, target.names())
+    required = [name for name in absent.required if name not in states.names()]
+    if required:
         raise PlanError(
-            describe_problems(
-                f"{origin} lacks parameters that the target strategy ({target.origin}) has", absent.required
-            )
+            describe_problems(f"{origin} lacks parameters that the target strategy ({target.origin}) has", required)
         )
+    notes = list(absent.notes)
+    if states:
+        notes.append(f"the target strategy names states of a training run, which start anew: {states}")
     held: list[list[TensorSpec]] = [[] for _ in chosen]
     position = {rank: number for number, rank in enumerate(chosen)}
     named = target.names()
@@ -89,7 +93,7 @@ def rank_files(
     if problems:
         raise PlanError(describe_problems(f"the weights cannot be cut for {target.describe()}", problems))
     files = rank_targets(chosen, held, prefix, format)
-    return Plan(conversion.files, files, tuple(transfers), (*conversion.warnings, *absent.notes))
+    return Plan(conversion.files, files, tuple(transfers), (*conversion.warnings, *notes))
 
 
 class _Run(NamedTuple):

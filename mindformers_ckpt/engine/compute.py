@@ -63,6 +63,13 @@ def dequantise(
     return result.reshape(values.shape)
 
 
+def scale_values(values: Array, dtype: DType) -> Array:
+    """The factors of an FP8 tensor, given as bytes of their type, in single precision."""
+    import numpy as np
+
+    return values.view(_numeric(dtype.name)).astype(np.float32, copy=False)
+
+
 def factor_values(values: Array, factor: Factor, tile: tuple[int, int]) -> Array:
     """The elements of a factor's view as a matrix in single precision, filled up with zeros to whole tiles."""
     import numpy as np

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mindformers_ckpt.engine.buffers import empty_bytes
-from mindformers_ckpt.engine.compute import DOWN_TILE, UP_TILE, cast, dequantise, factor_values, merge
+from mindformers_ckpt.engine.compute import DOWN_TILE, UP_TILE, cast, dequantise, factor_values, merge, scale_values
 from mindformers_ckpt.errors import FormatError, TransferError
 from mindformers_ckpt.formats import DType, FileLayout, Header, Segment, TensorSpec, layout_file, read_header
-from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box, blocks, is_one_run, offset_in, run_length
 from mindformers_ckpt.planning.computations import Cast, Dequantise, Factor, Merge
 from mindformers_ckpt.planning.model import Place, SourceFile, TargetFile, View
@@ -155,11 +154,12 @@ class ShardReader:
         key = (compute.scale_file, compute.scale)
         if key not in self._scales:
             box = Box.whole(compute.scale_shape)
-            factors = np.empty(box.shape, np.uint32)
-            self.read(Place(compute.scale_file, box, compute.scale), compute.scale, by_name("float32"), box, factors)
+            dtype = compute.scale_dtype
+            factors = np.empty(box.shape, dtype.carrier)
+            self.read(Place(compute.scale_file, box, compute.scale), compute.scale, dtype, box, factors)
             if len(self._scales) >= _SCALES:
                 self._scales.popitem(last=False)
-            self._scales[key] = factors.view(np.float32)
+            self._scales[key] = scale_values(factors, dtype)
         return self._scales[key]
 
     def _factor(self, factor: Factor, tile: tuple[int, int]) -> Array:

@@ -52,7 +52,7 @@ def scan(path: Path, like: Header | None = None) -> Header:
             if like is not None and (like.format, like.size, like.frames) == ("safetensors", size, frames):
                 return Header(path, "safetensors", size, like.tensors, like.metadata, None, like.frames)
             fields = _parse_json(text)
-            metadata = _check_metadata(fields.pop(_METADATA, {}))
+            metadata = _check_metadata(fields.pop(_METADATA, None))
             tensors = _tensors(fields, metadata, _LENGTH_SIZE + len(text), size)
         except Malformed as error:
             raise FormatError(f"{path}: {error}; restore the file from a good copy") from None
@@ -145,6 +145,8 @@ def _refuse_constant(constant: str) -> None:
 
 
 def _check_metadata(metadata: object) -> dict[str, str]:
+    if metadata is None:
+        return {}  # absent or null: the same to the reference library
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise Malformed(f"{_METADATA} must map strings to strings")
     return metadata

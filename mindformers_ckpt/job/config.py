@@ -51,7 +51,8 @@ class Config:
             and weights; "" for none.
         npu_num_per_node: ranks of such a node.
         layout_settings: what the yaml says of its network under `model.model_config` or `moe_config`: qkv_concat,
-            mlp_concat, use_rearrange_rope, use_gmm. Hugging Face weights are converted for these.
+            mlp_concat, use_rearrange_rope, use_gmm, use_contiguous_weight_layout_attention and
+            use_interleaved_weight_layout_mlp. Hugging Face weights are converted for these.
     """
 
     load_checkpoint: str = ""

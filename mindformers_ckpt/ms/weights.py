@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mindformers_ckpt.convert.states import COUNTERS
 from mindformers_ckpt.errors import ConfigError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
 
@@ -16,13 +17,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mindformers_ckpt")
 
-# What the checkpoint callbacks of MindSpore and MindFormers, and their optimizers, save beside the weights.
-_COUNTERS = frozenset(
-    {
-        *("epoch_num", "step_num", "global_step", "global_batch_size", "learning_rate", "loss_scale", "scale_sense"),
-        *("current_iterator_step", "last_overflow_iterator_step", "beta1_power", "beta2_power"),
-    }
-)
 _NUMPY_TYPES = frozenset(
     {
         *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -166,8 +160,8 @@ def load_into(cells: Sequence[Cell], loaded: Mapping[str, Any]) -> dict[str, Any
                 lacking.add(name)
     report_names("not loaded, not in the checkpoint", lacking)
     surplus = {name for name, value in loaded.items() if name not in known and not isinstance(value, str)}
-    report_names("in the checkpoint, not found in the network", surplus - _COUNTERS)
-    report_names("counters in the checkpoint, not found in the network", surplus & _COUNTERS, logging.INFO)
+    report_names("in the checkpoint, not found in the network", surplus - COUNTERS)
+    report_names("counters in the checkpoint, not found in the network", surplus & COUNTERS, logging.INFO)
     return {name: result.get(name, value) for name, value in loaded.items()}
 
 

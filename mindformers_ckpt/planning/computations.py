@@ -15,13 +15,14 @@ class Cast(NamedTuple):
 
 
 class Dequantise(NamedTuple):
-    """The source is FP8, with one single-precision factor for every block of rows and columns.
+    """The source is FP8, with a factor for every block of rows and columns.
 
     Attributes:
         dtype: of the source.
         scale_file, scale: the file (an index into the plan's list) and the tensor of the factors.
         matrix: rows and columns of the source tensor.
         block: rows and columns that share a factor; the last blocks may be smaller.
+        scale_dtype: of the factors: single precision, or a type whose numbers are all exact in it.
     """
 
     dtype: DType
@@ -29,6 +30,7 @@ class Dequantise(NamedTuple):
     scale: str
     matrix: tuple[int, int]
     block: tuple[int, int]
+    scale_dtype: DType
 
     @property
     def scale_shape(self) -> tuple[int, int]:

@@ -24,6 +24,9 @@ CODES = {
     "float16": "F16",
     "float8_e4m3fn": "F8_E4M3",
     "int64": "I64",
+    "int32": "I32",
+    "int8": "I8",
+    "uint8": "U8",
 }
 VOCABULARY, HIDDEN, FFN, LAYERS = 12, 8, 6, 2
 

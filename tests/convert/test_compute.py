@@ -74,7 +74,7 @@ def test_factors_belong_to_the_blocks_of_the_matrix(data: st.DataObject) -> None
     a, b, c = (data.draw(st.integers(1, 4)) for _ in "abc")
     matrix = (a * b, c)
     block = (data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5)))
-    task = Dequantise(by_name("float8_e4m3fn"), 0, "s", matrix, block)
+    task = Dequantise(by_name("float8_e4m3fn"), 0, "s", matrix, block, by_name("float32"))
     codes = np.arange(a * b * c, dtype=np.uint8).reshape(matrix) * 7 % 120
     scale = np.linspace(0.5, 2, int(np.prod(task.scale_shape)), dtype=np.float32).reshape(task.scale_shape)
     factors = np.repeat(np.repeat(scale, block[0], 0), block[1], 1)[: matrix[0], :c]

@@ -110,7 +110,6 @@ def test_prediction_layers_have_their_own_names(tmp_path: Path) -> None:
     for hf_name, name, old in (
         ("enorm", "mtp.layers.0.enorm", "model.mtp_hidden_fusers.0.norm_emb"),
         ("hnorm", "mtp.layers.0.hnorm", "model.mtp_hidden_fusers.0.norm"),
-        ("eh_proj", "mtp.layers.0.eh_proj", "model.mtp_hidden_fusers.0.dense"),
         ("shared_head.norm", "mtp.layers.0.final_layernorm", "model.mtp_norms.0"),
         (
             "self_attn.o_proj",

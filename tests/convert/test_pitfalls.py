@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -162,7 +161,7 @@ def test_11_is_pretrain_false_is_false(word: str, tmp_path: Path) -> None:
 def test_11_no_layer_of_gpt2_is_lost(tmp_path: Path) -> None:
     """Without config.json layers are counted; a number that is too small is an error."""
     source = hf.write_folder(tmp_path / "source", hf.random_tensors(hf.gpt2_shapes(layers=14)), None)
-    with pytest.raises(PlanError, match=re.escape("unknown: transformer.h.12.")):
+    with pytest.raises(PlanError, match="14 layers, --layers says 12"):
         convert(Request("gpt2", source, layers=12), tmp_path / "weights.ckpt")
     result = convert(Request("gpt2", source), tmp_path / "weights.ckpt")
     assert "backbone.blocks.13.layernorm1.gamma" in read_header(tmp_path / "weights.ckpt").tensors

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from mindformers_ckpt.convert.config import ModelConfig
 from mindformers_ckpt.convert.model import find_model, model_of_config, models
-from mindformers_ckpt.convert.rules import Drop, Entry, check_table, join, measure, parse_axes, rename, split
+from mindformers_ckpt.convert.rules import (
+    Drop,
+    Entry,
+    Rule,
+    check_table,
+    flat,
+    join,
+    measure,
+    parse_axes,
+    rename,
+    split,
+)
 from mindformers_ckpt.errors import ConfigError
 
 
@@ -91,3 +104,29 @@ def test_extents_follow_from_the_shape_where_they_are_not_known() -> None:
         measure(axes, (24, 7, 1), known)
     with pytest.raises(ValueError, match="25 does not go with group 2 · part 4"):
         measure(axes, (25, 7), known)
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "glm-n": {"model_type": "glm4", "num_attention_heads": 4, "head_dim": 4, "use_rearrange_rope": True},
+    "swin": {"depths": [2, 2], "num_heads": [1, 2], "embed_dim": 4, "mlp_ratio": 2.0},
+}
+# Axes of which no config.json tells the extent.
+FREE = {
+    *("lora_rank", "offsets", "tokens", "others", "windows", "batch", "token", "classes"),
+    *("pixels", "height", "columns", "patch_height", "patch_width"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(models()))
+def test_every_rule_of_every_table_says_a_shape_of_known_sizes(name: str) -> None:
+    model = models()[name]
+    config = ModelConfig({"num_hidden_layers": 2, "n_routed_experts": 4, **CONFIGS.get(name, {})})
+    facts = model.facts(config)
+    sizes = {*facts.sizes, *(axis for run in facts.runs.values() for captures in run for axis in captures)}
+    for table in model.tables.values():
+        for entry in table:
+            if isinstance(entry, Rule):
+                for tensor in (entry.whole, *entry.parts):
+                    axes = entry.shape or tensor.axes
+                    assert axes, tensor.name
+                    assert set(flat(parse_axes(axes))) - {"part"} <= sizes | FREE, tensor.name

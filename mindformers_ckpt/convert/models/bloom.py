@@ -1,13 +1,17 @@
 """BLOOM. Files have the prefix "transformer." or not, on both sides alike."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from mindformers_ckpt.convert.config import ModelConfig, quotient
+from mindformers_ckpt.convert.config import ModelConfig, product, quotient
 from mindformers_ckpt.convert.model import Facts, Model
-from mindformers_ckpt.convert.models.decoder import layer_run, tied_head
+from mindformers_ckpt.convert.models.decoder import EMBEDDING, layer_run, tied_head
 from mindformers_ckpt.convert.rules import Entry, Rule, Table, prefixed, rename, split, transpose
 
 _PREFIX = "transformer."
+NO_HEAD = (
+    "the output layer is not tied to the embedding here, and is written as head.weight; MindFormers' own network of "
+    "this model computes with the embedding in its place, and has no such parameter"
+)
 
 
 def facts(config: ModelConfig) -> Facts:
@@ -15,7 +19,14 @@ def facts(config: ModelConfig) -> Facts:
     heads = config.integer("n_head", "num_attention_heads")
     hidden = config.integer("hidden_size", "n_embed")
     tied = config.values.get("tie_word_embeddings", True)
-    sizes = {"head": heads, "dim": quotient(hidden, heads), "hidden": hidden}
+    sizes = {
+        "head": heads,
+        "dim": quotient(hidden, heads),
+        "hidden": hidden,
+        "width": hidden,  # of all heads
+        "inner": product(4, hidden),
+        "vocab": config.integer("vocab_size"),
+    }
     return Facts(sizes, layer_run(config), frozenset({"tied"} if tied else ()))
 
 
@@ -24,9 +35,9 @@ def layout(config: ModelConfig, names: Sequence[str]) -> str:
     return "prefixed" if any(name.startswith(_PREFIX) for name in names) else "plain"
 
 
-def norm(hf: str, ms: str) -> list[Rule]:
+def norm(hf: str, ms: str, axes: str = "hidden") -> list[Rule]:
     """A layer norm: weight and bias are gamma and beta."""
-    return [rename(f"{hf}.weight", f"{ms}.gamma"), rename(f"{hf}.bias", f"{ms}.beta")]
+    return [rename(f"{hf}.weight", f"{ms}.gamma", axes), rename(f"{hf}.bias", f"{ms}.beta", axes)]
 
 
 # Of every head its query, its key and its value, in one tensor.
@@ -39,10 +50,19 @@ _QKV = [
     for kind, rest in (("weight", " hidden"), ("bias", ""))
 ]
 _LINEAR = (
-    ("self_attention.dense", "attention.projection"),
-    ("mlp.dense_h_to_4h", "output.mapping"),
-    ("mlp.dense_4h_to_h", "output.projection"),
+    ("self_attention.dense", "attention.projection", "hidden", "width"),
+    ("mlp.dense_h_to_4h", "output.mapping", "inner", "hidden"),
+    ("mlp.dense_4h_to_h", "output.projection", "hidden", "inner"),
 )
+
+
+def turned_linear(layers: Iterable[tuple[str, str, str, str]]) -> list[Entry]:
+    """Linear layers (names, axes of the rows and of the columns) whose matrices are transposed."""
+    found: list[Entry] = []
+    for hf, ms, rows, columns in layers:
+        found.append(transpose(f"{hf}.weight", f"{ms}.weight", f"{rows} {columns}"))
+        found.append(rename(f"{hf}.bias", f"{ms}.bias", rows))
+    return found
 
 
 def _table(prefix: str) -> Table:
@@ -50,16 +70,15 @@ def _table(prefix: str) -> Table:
         *norm("input_layernorm", "layernorm1"),
         *_QKV,
         *norm("post_attention_layernorm", "layernorm2"),
-        *(transpose(f"{hf}.weight", f"{ms}.weight") for hf, ms in _LINEAR),
-        *(rename(f"{hf}.bias", f"{ms}.bias") for hf, ms in _LINEAR),
+        *turned_linear(_LINEAR),
     ]
     embedding = (f"{prefix}word_embeddings.weight", f"{prefix}embedding.word_embedding.embedding_table")
     return (
-        rename(*embedding),
+        rename(*embedding, EMBEDDING),
         *norm(f"{prefix}word_embeddings_layernorm", f"{prefix}embedding.norm"),
         *prefixed(layer, prefix + "h.{n}.", prefix + "blocks.{n}.", over="layer"),
         *norm(f"{prefix}ln_f", f"{prefix}ln_f"),
-        *tied_head(*embedding, "lm_head.weight", "head.weight"),
+        *tied_head(*embedding, "lm_head.weight", "head.weight", note=NO_HEAD),
     )
 
 

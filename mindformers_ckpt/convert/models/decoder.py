@@ -5,15 +5,19 @@ Layers are written without their prefix, so that they serve wherever such a laye
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from mindformers_ckpt.convert.config import ModelConfig, quotient
 from mindformers_ckpt.convert.model import Facts, Runs
-from mindformers_ckpt.convert.rules import Copy, Drop, Entry, join, prefixed, rename
+from mindformers_ckpt.convert.rules import Copy, Drop, Entry, Rule, join, prefixed, rename
 
 HF_LAYER = "model.layers.{n}."
 LEGACY_LAYER = "model.layers.{n}."
 MCORE_LAYER = "decoder.layers.{n}."
+
+
+# The axes of an embedding and an output layer.
+EMBEDDING = "vocab hidden"
 
 
 def layer_run(config: ModelConfig) -> Runs:
@@ -31,8 +35,11 @@ def facts(config: ModelConfig) -> Facts:
         flags |= {"bias", "output_bias"}
     if config.flag("mlp_bias"):
         flags.add("mlp_bias")
+    flags |= layout_flags(config)
     return Facts(
         {
+            "vocab": config.integer("vocab_size"),
+            "hidden": config.integer("hidden_size"),
             "group": groups,
             "queries": quotient(heads, groups),
             "dim": config.integer("head_dim") or quotient(config.integer("hidden_size"), heads),
@@ -46,84 +53,123 @@ def facts(config: ModelConfig) -> Facts:
     )
 
 
-def tied_head(hf_embedding: str, ms_embedding: str, hf: str, ms: str) -> list[Entry]:
+# Settings of MindSpore's networks that have query, key and value, and gate and up, in one tensor each.
+FUSED_OPTIONS = ("use_contiguous_weight_layout_attention", "use_interleaved_weight_layout_mlp")
+
+
+def layout_flags(config: ModelConfig) -> set[str]:
+    """Whether rows of query, key and value are contiguous, and those of gate and up as well."""
+    attention, mlp = FUSED_OPTIONS
+    flags = {"contiguous"} if config.flag(attention) else set()
+    return flags | ({"halves"} if config.values.get(mlp) is False else set())
+
+
+def tied_head(hf_embedding: str, ms_embedding: str, hf: str, ms: str, note: str = "") -> list[Entry]:
     """The output layer: a tensor of its own, or a copy of the embedding where config.json ties them."""
     return [
-        rename(hf, ms, when="!tied"),
+        rename(hf, ms, EMBEDDING, when="!tied", note=note),
         Copy({"hf": hf, "ms": ms}, {"hf": hf_embedding, "ms": ms_embedding}, when="tied"),
     ]
 
 
-LEGACY_START = [rename("model.embed_tokens.weight", "model.tok_embeddings.embedding_weight")]
+LEGACY_START = [rename("model.embed_tokens.weight", "model.tok_embeddings.embedding_weight", EMBEDDING)]
 LEGACY_END = [
-    rename("model.norm.weight", "model.norm_out.weight"),
+    rename("model.norm.weight", "model.norm_out.weight", "hidden"),
     *tied_head(
         "model.embed_tokens.weight", "model.tok_embeddings.embedding_weight", "lm_head.weight", "lm_head.weight"
     ),
 ]
-MCORE_START = [rename("model.embed_tokens.weight", "embedding.word_embeddings.weight")]
+MCORE_START = [rename("model.embed_tokens.weight", "embedding.word_embeddings.weight", EMBEDDING)]
 MCORE_END = [
-    rename("model.norm.weight", "decoder.final_layernorm.weight"),
+    rename("model.norm.weight", "decoder.final_layernorm.weight", "hidden"),
     *tied_head(
         "model.embed_tokens.weight", "embedding.word_embeddings.weight", "lm_head.weight", "output_layer.weight"
     ),
 ]
 
 LEGACY_NORMS = [
-    rename("input_layernorm.weight", "attention_norm.weight"),
-    rename("post_attention_layernorm.weight", "ffn_norm.weight"),
+    rename("input_layernorm.weight", "attention_norm.weight", "hidden"),
+    rename("post_attention_layernorm.weight", "ffn_norm.weight", "hidden"),
 ]
-LEGACY_QKV: list[Entry] = [
-    rename(f"self_attn.{hf}_proj.{kind}", f"attention.w{hf}.{kind}", when="" if kind == "weight" else "bias")
-    for hf in "qkv"
-    for kind in ("weight", "bias")
-]
-LEGACY_OUTPUT = [
-    rename("self_attn.o_proj.weight", "attention.wo.weight"),
-    rename("self_attn.o_proj.bias", "attention.wo.bias", when="output_bias"),
-]
-_FFN = (("gate", "w1"), ("down", "w2"), ("up", "w3"))
-LEGACY_FFN: list[Entry] = [
-    rename(f"mlp.{hf}_proj.{kind}", f"feed_forward.{ms}.{kind}", when="" if kind == "weight" else "mlp_bias")
-    for hf, ms in _FFN
-    for kind in ("weight", "bias")
-]
+# (Hugging Face, MindSpore, axes of the rows, axes of the columns)
+_QKV = (
+    ("self_attn.q_proj", "attention.wq", "(heads dim)", "hidden"),
+    ("self_attn.k_proj", "attention.wk", "(group dim)", "hidden"),
+    ("self_attn.v_proj", "attention.wv", "(group dim)", "hidden"),
+)
+_OUTPUT = (("self_attn.o_proj", "attention.wo", "hidden", "(heads dim)"),)
+_FFN = (
+    ("mlp.gate_proj", "feed_forward.w1", "ffn", "hidden"),
+    ("mlp.down_proj", "feed_forward.w2", "hidden", "ffn"),
+    ("mlp.up_proj", "feed_forward.w3", "ffn", "hidden"),
+)
+
+
+def linear(layers: Iterable[tuple[str, str, str, str]], bias: str) -> list[Entry]:
+    """Linear layers with other names, and their biases where the flag `bias` holds."""
+    found: list[Entry] = []
+    for hf, ms, rows, columns in layers:
+        found.append(rename(f"{hf}.weight", f"{ms}.weight", f"{rows} {columns}"))
+        found.append(rename(f"{hf}.bias", f"{ms}.bias", rows, when=bias))
+    return found
+
+
+LEGACY_QKV = linear(_QKV, "bias")
+LEGACY_OUTPUT = linear(_OUTPUT, "output_bias")
+LEGACY_FFN = linear(_FFN, "mlp_bias")
 
 
 def qkv_by_group(ms: str, bias: str = "bias") -> list[Entry]:
-    """Query, key and value in one tensor: of every group of heads its queries, its key and its value."""
-    spans: tuple[tuple[str, int | str], ...] = (("q", "queries"), ("k", 1), ("v", 1))
+    """Query, key and value in one tensor: of every group of heads its queries, its key and its value.
+
+    With the flag "contiguous" all queries come first, then all keys, then all values.
+    """
+    by_group: tuple[tuple[str, int | str], ...] = (("q", "queries"), ("k", 1), ("v", 1))
+    contiguous: tuple[tuple[str, int | str], ...] = (("q", "heads"), ("k", "group"), ("v", "group"))
     return [
         join(
             f"{ms}.{kind}",
-            "(group part dim)" + (" hidden" if kind == "weight" else ""),
+            rows + (" hidden" if kind == "weight" else ""),
             *((f"self_attn.{name}_proj.{kind}", span) for name, span in spans),
-            when="" if kind == "weight" else bias,
+            when=flag if kind == "weight" else f"{flag} {bias}",
         )
         for kind in ("weight", "bias")
+        for rows, spans, flag in (
+            ("(group part dim)", by_group, "!contiguous"),
+            ("(part dim)", contiguous, "contiguous"),
+        )
     ]
 
 
 def gate_up_by_row(ms: str, hf: str = "mlp.", ffn: str = "ffn") -> list[Entry]:
-    """Gate and up in one matrix, their rows taking turns."""
+    """Gate and up in one matrix, their rows taking turns; with the flag "halves" one behind the other."""
     return [
         join(
             f"{ms}.{kind}",
-            f"({ffn} part)" + rest,
+            rows + rest,
             (f"{hf}gate_proj.{kind}", 1, ffn + rest),
             (f"{hf}up_proj.{kind}", 1, ffn + rest),
-            when=when,
+            when=f"{flag}{bias}",
         )
-        for kind, rest, when in (("weight", " hidden", ""), ("bias", "", "mlp_bias"))
+        for kind, rest, bias in (("weight", " hidden", ""), ("bias", "", " mlp_bias"))
+        for rows, flag in ((f"({ffn} part)", "!halves"), (f"(part {ffn})", "halves"))
     ]
 
 
-def lora(pairs: Sequence[tuple[str, str]]) -> list[Entry]:
-    """The adapters that a LoRA run adds to linear layers (Hugging Face name, MindSpore name)."""
+def noted(entries: Iterable[Entry], flag: str, note: str) -> list[Entry]:
+    """The same rules; those that hold with a flag of the model tell the user something."""
     return [
-        rename(f"{hf}.lora_{end.upper()}.weight", f"{ms}.tk_delta_lora_{end}", optional=f"adapter of {ms}")
-        for hf, ms in pairs
-        for end in "ab"
+        entry._replace(note=note) if isinstance(entry, Rule) and flag in entry.when.split() else entry
+        for entry in entries
+    ]
+
+
+def lora(layers: Iterable[tuple[str, str, str, str]]) -> list[Entry]:
+    """The adapters that a LoRA run adds to linear layers."""
+    return [
+        rename(f"{hf}.lora_{end.upper()}.weight", f"{ms}.tk_delta_lora_{end}", axes, optional=f"adapter of {ms}")
+        for hf, ms, rows, columns in layers
+        for end, axes in (("a", f"lora_rank {columns}"), ("b", f"{rows} lora_rank"))
     ]
 
 
@@ -132,8 +178,8 @@ def canonical_ms(name: str) -> str:
     return name.replace(".mindpet_delta_lora_", ".tk_delta_lora_")
 
 
-ATTENTION_LORA = lora([(f"self_attn.{hf}_proj", f"attention.w{hf}") for hf in "qkvo"])
-FFN_LORA = lora([(f"mlp.{hf}_proj", f"feed_forward.{ms}") for hf, ms in _FFN])
+ATTENTION_LORA = lora([*_QKV, *_OUTPUT])
+FFN_LORA = lora(_FFN)
 BUFFERS: list[Entry] = [Drop("self_attn.rotary_emb.inv_freq")]
 
 
@@ -145,7 +191,7 @@ def layers(entries: Sequence[Entry], ms: str = LEGACY_LAYER, over: str = "layer"
 LEGACY_LAYERS = layers([*LEGACY_NORMS, *LEGACY_QKV, *LEGACY_OUTPUT, *LEGACY_FFN, *ATTENTION_LORA, *FFN_LORA, *BUFFERS])
 LEGACY = (*LEGACY_START, *LEGACY_LAYERS, *LEGACY_END)
 
-# "High performance" names of MindFormers 1.4 and later; files of 1.3 have the same names with plain [q; k; v].
+# "High performance" names. Files of MindFormers 1.3 have the same names, with contiguous rows and halves.
 LEGACY_CONCAT = (
     *LEGACY_START,
     *layers(
@@ -154,8 +200,7 @@ LEGACY_CONCAT = (
             *qkv_by_group("attention.w_qkv"),
             *LEGACY_OUTPUT,
             *gate_up_by_row("feed_forward.w_gate_hidden"),
-            rename("mlp.down_proj.weight", "feed_forward.w2.weight"),
-            rename("mlp.down_proj.bias", "feed_forward.w2.bias", when="mlp_bias"),
+            *linear(_FFN[1:2], "mlp_bias"),
             *BUFFERS,
         ]
     ),
@@ -163,16 +208,14 @@ LEGACY_CONCAT = (
 )
 
 MCORE_ATTENTION: list[Entry] = [
-    rename("input_layernorm.weight", "input_layernorm.weight"),
+    rename("input_layernorm.weight", "input_layernorm.weight", "hidden"),
     *qkv_by_group("self_attention.linear_qkv"),
-    rename("self_attn.o_proj.weight", "self_attention.linear_proj.weight"),
-    rename("self_attn.o_proj.bias", "self_attention.linear_proj.bias", when="output_bias"),
-    rename("post_attention_layernorm.weight", "pre_mlp_layernorm.weight"),
+    *linear([("self_attn.o_proj", "self_attention.linear_proj", "hidden", "(heads dim)")], "output_bias"),
+    rename("post_attention_layernorm.weight", "pre_mlp_layernorm.weight", "hidden"),
 ]
 MCORE_FFN: list[Entry] = [
     *gate_up_by_row("mlp.linear_fc1"),
-    rename("mlp.down_proj.weight", "mlp.linear_fc2.weight"),
-    rename("mlp.down_proj.bias", "mlp.linear_fc2.bias", when="mlp_bias"),
+    *linear([("mlp.down_proj", "mlp.linear_fc2", "hidden", "ffn")], "mlp_bias"),
 ]
 # Experts in two matrices for grouped multiplication: rows (expert, hidden), columns first gate, then up.
 MCORE_EXPERTS: list[Entry] = [

@@ -4,7 +4,7 @@ The legacy names are those of the first training network with grouped multiplica
 part of a head as two halves where Hugging Face keeps pairs. The mcore names are those since MindFormers 1.7.
 """
 
-from mindformers_ckpt.convert.config import ModelConfig, quotient
+from mindformers_ckpt.convert.config import ModelConfig, product, quotient, total
 from mindformers_ckpt.convert.model import Facts, Model
 from mindformers_ckpt.convert.models import decoder
 from mindformers_ckpt.convert.rules import Copy, Entry, join, prefixed, rename, split
@@ -17,7 +17,8 @@ def facts(config: ModelConfig) -> Facts:
     count = config.integer("num_hidden_layers") or 0
     dense = config.integer("first_k_dense_replace") or 0
     rope, nope = config.integer("qk_rope_head_dim"), config.integer("qk_nope_head_dim")
-    latent = config.integer("kv_lora_rank")
+    latent, value = config.integer("kv_lora_rank"), config.integer("v_head_dim")
+    hidden, expert_ffn = config.integer("hidden_size"), config.integer("moe_intermediate_size")
     experts = config.integer("n_routed_experts")
     layers = [{"n": number} for number in range(count)]
     flags = {"tied"} if config.flag("tie_word_embeddings") else set()
@@ -25,6 +26,7 @@ def facts(config: ModelConfig) -> Facts:
         flags.add("q_lora")
     if config.integer("n_shared_experts"):
         flags.add("shared")
+    flags |= decoder.layout_flags(config) - {"contiguous"}  # latent attention has no such rows
     return Facts(
         {
             "head": config.integer("num_attention_heads"),
@@ -33,10 +35,19 @@ def facts(config: ModelConfig) -> Facts:
             "nope_pairs": quotient(nope, 2),
             "latent_pairs": quotient(latent, 2),
             "nope": nope,
-            "value": config.integer("v_head_dim"),
-            "hidden": config.integer("hidden_size"),
+            "value": value,
+            "latent": latent,
+            "query_rank": config.integer("q_lora_rank"),
+            "query_dim": total(nope, rope),
+            "latent_rope": total(latent, rope),
+            "nope_value": total(nope, value),
+            "vocab": config.integer("vocab_size"),
+            "hidden": hidden,
+            "half": hidden,  # of the columns of a prediction layer's projection
+            "twice_hidden": product(2, hidden),
             "ffn": config.integer("intermediate_size"),
-            "expert_ffn": config.integer("moe_intermediate_size"),
+            "expert_ffn": expert_ffn,
+            "shared_ffn": product(config.integer("n_shared_experts"), expert_ffn),
             "expert": experts,
         },
         {
@@ -49,8 +60,8 @@ def facts(config: ModelConfig) -> Facts:
     )
 
 
-def _mtp(hf: str, ms: str) -> Entry:
-    return rename(_HF_MTP + hf, ms, over="mtp", optional="mtp")
+def _mtp(hf: str, ms: str, axes: str = "hidden") -> Entry:
+    return rename(_HF_MTP + hf, ms, axes, over="mtp", optional="mtp")
 
 
 def _mtp_copies() -> list[Entry]:
@@ -65,15 +76,15 @@ def _mtp_copies() -> list[Entry]:
 
 
 LEGACY_ATTENTION: list[Entry] = [
-    rename("input_layernorm.weight", "attention_norm.weight", precise=True),
-    rename("self_attn.q_proj.weight", "attention.q_proj.weight", when="!q_lora"),
-    rename("self_attn.q_a_proj.weight", "attention.q2l_proj.weight", when="q_lora"),
-    rename("self_attn.q_a_layernorm.weight", "attention.lq_norm.weight", when="q_lora", precise=True),
+    rename("input_layernorm.weight", "attention_norm.weight", "hidden", precise=True),
+    rename("self_attn.q_proj.weight", "attention.q_proj.weight", "(head query_dim) hidden", when="!q_lora"),
+    rename("self_attn.q_a_proj.weight", "attention.q2l_proj.weight", "query_rank hidden", when="q_lora"),
+    rename("self_attn.q_a_layernorm.weight", "attention.lq_norm.weight", "query_rank", when="q_lora", precise=True),
     split(
         "self_attn.q_b_proj.weight",
-        "(head part pair) rank",
+        "(head part pair) query_rank",
         ("attention.l2q_nope_proj.weight", "nope_pairs"),
-        ("attention.l2q_pe_proj.weight", "rope_pairs", "(head pair part) rank"),
+        ("attention.l2q_pe_proj.weight", "rope_pairs", "(head pair part) query_rank"),
         when="q_lora",
     ),
     split(
@@ -82,25 +93,34 @@ LEGACY_ATTENTION: list[Entry] = [
         ("attention.kv2l_latent_kv.weight", "latent_pairs"),
         ("attention.kv2l_k_pe.weight", "rope_pairs", "(pair part) hidden"),
     ),
-    rename("self_attn.kv_a_layernorm.weight", "attention.lkv_norm.weight", precise=True),
+    rename("self_attn.kv_a_layernorm.weight", "attention.lkv_norm.weight", "latent", precise=True),
     split(
         "self_attn.kv_b_proj.weight",
-        "(head part) rank",
+        "(head part) latent",
         ("attention.lkv2kv_k_nope.weight", "nope"),
         ("attention.lkv2kv_v.weight", "value"),
     ),
-    rename("self_attn.o_proj.weight", "attention.wo.weight"),
-    rename("post_attention_layernorm.weight", "ffn_norm.weight", precise=True),
+    rename("self_attn.o_proj.weight", "attention.wo.weight", "hidden (head value)"),
+    rename("post_attention_layernorm.weight", "ffn_norm.weight", "hidden", precise=True),
 ]
-_FFN = (("gate", "w1"), ("down", "w2"), ("up", "w3"))
-LEGACY_DENSE: list[Entry] = [rename(f"mlp.{hf}_proj.weight", f"feed_forward.{ms}.weight") for hf, ms in _FFN]
+
+
+def _legacy_ffn(hf: str, ms: str, ffn: str, when: str = "") -> list[Entry]:
+    return [
+        rename(f"{hf}.{name}_proj.weight", f"{ms}.{number}.weight", axes, when=when)
+        for name, number, axes in (
+            ("gate", "w1", f"{ffn} hidden"),
+            ("down", "w2", f"hidden {ffn}"),
+            ("up", "w3", f"{ffn} hidden"),
+        )
+    ]
+
+
+LEGACY_DENSE = _legacy_ffn("mlp", "feed_forward", "ffn")
 LEGACY_SPARSE: list[Entry] = [
-    rename("mlp.gate.weight", "feed_forward.routed_experts.router_dense.weight", precise=True),
-    rename("mlp.gate.e_score_correction_bias", "feed_forward.routed_experts.topk_bias", precise=True),
-    *(
-        rename(f"mlp.shared_experts.{hf}_proj.weight", f"feed_forward.shared_experts.{ms}.weight", when="shared")
-        for hf, ms in _FFN
-    ),
+    rename("mlp.gate.weight", "feed_forward.routed_experts.router_dense.weight", "expert hidden", precise=True),
+    rename("mlp.gate.e_score_correction_bias", "feed_forward.routed_experts.topk_bias", "expert", precise=True),
+    *_legacy_ffn("mlp.shared_experts", "feed_forward.shared_experts", "shared_ffn", "shared"),
     join(
         "feed_forward.routed_experts.ffn.w1",
         "expert hidden (part expert_ffn)",
@@ -121,7 +141,15 @@ LEGACY: tuple[Entry, ...] = (
     *decoder.layers(LEGACY_SPARSE, over="sparse"),
     _mtp("enorm.weight", "model.mtp_hidden_fusers.{i}.norm_emb.weight"),
     _mtp("hnorm.weight", "model.mtp_hidden_fusers.{i}.norm.weight"),
-    _mtp("eh_proj.weight", "model.mtp_hidden_fusers.{i}.dense.weight"),
+    # Hugging Face multiplies [embedding; hidden state], this network [hidden state; embedding].
+    join(
+        "model.mtp_hidden_fusers.{i}.dense.weight",
+        "hidden (part half)",
+        *((_HF_MTP + "eh_proj.weight", 1),) * 2,
+        over="mtp",
+        optional="mtp",
+        backwards=True,
+    ),
     *prefixed([*LEGACY_ATTENTION, *LEGACY_SPARSE], _HF_MTP, "model.layers.{m}.", over="mtp", optional="mtp"),
     _mtp("shared_head.norm.weight", "model.mtp_norms.{i}.weight"),
     *_mtp_copies(),
@@ -129,24 +157,24 @@ LEGACY: tuple[Entry, ...] = (
 )
 
 MCORE_ATTENTION: list[Entry] = [
-    rename("input_layernorm.weight", "input_layernorm.weight"),
-    rename("self_attn.q_a_proj.weight", "self_attention.linear_q_down_proj.weight"),
-    rename("self_attn.q_a_layernorm.weight", "self_attention.q_layernorm.weight"),
-    rename("self_attn.q_b_proj.weight", "self_attention.linear_q_up_proj.weight"),
-    rename("self_attn.kv_a_proj_with_mqa.weight", "self_attention.linear_kv_down_proj.weight"),
-    rename("self_attn.kv_a_layernorm.weight", "self_attention.kv_layernorm.weight"),
-    rename("self_attn.kv_b_proj.weight", "self_attention.linear_kv_up_proj.weight"),
-    rename("self_attn.o_proj.weight", "self_attention.linear_proj.weight"),
-    rename("post_attention_layernorm.weight", "pre_mlp_layernorm.weight"),
+    rename("input_layernorm.weight", "input_layernorm.weight", "hidden"),
+    rename("self_attn.q_a_proj.weight", "self_attention.linear_q_down_proj.weight", "query_rank hidden"),
+    rename("self_attn.q_a_layernorm.weight", "self_attention.q_layernorm.weight", "query_rank"),
+    rename("self_attn.q_b_proj.weight", "self_attention.linear_q_up_proj.weight", "(head query_dim) query_rank"),
+    rename("self_attn.kv_a_proj_with_mqa.weight", "self_attention.linear_kv_down_proj.weight", "latent_rope hidden"),
+    rename("self_attn.kv_a_layernorm.weight", "self_attention.kv_layernorm.weight", "latent"),
+    rename("self_attn.kv_b_proj.weight", "self_attention.linear_kv_up_proj.weight", "(head nope_value) latent"),
+    rename("self_attn.o_proj.weight", "self_attention.linear_proj.weight", "hidden (head value)"),
+    rename("post_attention_layernorm.weight", "pre_mlp_layernorm.weight", "hidden"),
 ]
 MCORE_SPARSE: list[Entry] = [
-    rename("mlp.gate.weight", "mlp.router.weight"),
-    rename("mlp.gate.e_score_correction_bias", "mlp.router.expert_bias", precise=True),
+    rename("mlp.gate.weight", "mlp.router.weight", "expert hidden"),
+    rename("mlp.gate.e_score_correction_bias", "mlp.router.expert_bias", "expert", precise=True),
     *(
-        entry._replace(when="shared")
+        entry._replace(when=f"shared {entry.when}".strip())
         for entry in (
-            decoder.gate_up_by_row("mlp.shared_experts.linear_fc1", "mlp.shared_experts.", "shared_ffn")[0],
-            rename("mlp.shared_experts.down_proj.weight", "mlp.shared_experts.linear_fc2.weight"),
+            *decoder.gate_up_by_row("mlp.shared_experts.linear_fc1", "mlp.shared_experts.", "shared_ffn")[:2],
+            rename("mlp.shared_experts.down_proj.weight", "mlp.shared_experts.linear_fc2.weight", "hidden shared_ffn"),
         )
     ),
     *decoder.MCORE_EXPERTS,
@@ -157,7 +185,9 @@ MCORE: tuple[Entry, ...] = (
     *decoder.layers(MCORE_ATTENTION, decoder.MCORE_LAYER),
     *decoder.layers(decoder.MCORE_FFN, decoder.MCORE_LAYER, over="dense"),
     *decoder.layers(MCORE_SPARSE, decoder.MCORE_LAYER, over="sparse"),
-    *(_mtp(f"{name}.weight", f"mtp.layers.{{i}}.{name}.weight") for name in ("enorm", "hnorm", "eh_proj")),
+    _mtp("enorm.weight", "mtp.layers.{i}.enorm.weight"),
+    _mtp("hnorm.weight", "mtp.layers.{i}.hnorm.weight"),
+    _mtp("eh_proj.weight", "mtp.layers.{i}.eh_proj.weight", "hidden twice_hidden"),
     *prefixed(
         [*MCORE_ATTENTION, *MCORE_SPARSE], _HF_MTP, "mtp.layers.{i}.transformer_layer.", over="mtp", optional="mtp"
     ),
@@ -172,4 +202,5 @@ MODEL = Model(
     model_types=("deepseek_v3",),
     tables={"legacy": LEGACY, "mcore": MCORE},
     facts=facts,
+    options=("use_interleaved_weight_layout_mlp",),
 )

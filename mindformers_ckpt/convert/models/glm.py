@@ -9,7 +9,7 @@ MindSpore's network has settings that change its parameters; they are options he
 
 from collections.abc import Mapping, Sequence
 
-from mindformers_ckpt.convert.config import ModelConfig, quotient
+from mindformers_ckpt.convert.config import ModelConfig, product, quotient, total
 from mindformers_ckpt.convert.model import Facts, Model
 from mindformers_ckpt.convert.models import decoder
 from mindformers_ckpt.convert.rules import Drop, Entry, join, prefixed, rename, split
@@ -32,7 +32,16 @@ def facts(config: ModelConfig) -> Facts:
         sizes = {**sizes, "group": config.integer("multi_query_group_num")}
     dim = config.integer("kv_channels") or sizes["dim"]
     ffn = config.integer("ffn_hidden_size") or sizes["ffn"]
-    return Facts({**sizes, "dim": dim, "ffn": ffn, "pair": quotient(dim, 2), "parity": 2}, found.runs, flags)
+    known = {
+        "dim": dim,
+        "ffn": ffn,
+        "pair": quotient(dim, 2),
+        "parity": 2,
+        "halves": 2,
+        "all_heads": total(sizes["heads"], product(2, sizes["group"])),
+        "vocab": config.integer("padded_vocab_size", "vocab_size"),
+    }
+    return Facts({**sizes, **known}, found.runs, flags)
 
 
 def layout(config: ModelConfig, names: Sequence[str]) -> str:
@@ -55,7 +64,7 @@ def _chatglm_qkv(kind: str, rest: str) -> list[Entry]:
     fused = f"{_FUSED}.{kind}"
     paired, rearranged = (f"(part {order}){rest}" for order in (_PAIRED, _REARRANGED))
     return [
-        rename(fused, fused, when="qkv_concat !rearranged", optional=optional),
+        rename(fused, fused, f"(all_heads dim){rest}", when="qkv_concat !rearranged", optional=optional),
         join(
             fused,
             rearranged,
@@ -85,14 +94,14 @@ def _native_qkv(kind: str, rest: str) -> list[Entry]:
     bias = " bias" if kind == "bias" else ""
     paired, rearranged = (f"(part {order}){rest}" for order in (_PAIRED, _REARRANGED))
     apart: list[Entry] = []
-    for name, _ in _PARTS:
+    for name, count in _PARTS:
         hf, ms = f"self_attn.{name}_proj.{kind}", f"self_attention.w{name}.{kind}"
         if name == "v":
-            apart.append(rename(hf, ms, when=f"!qkv_concat{bias}"))
+            apart.append(rename(hf, ms, f"({count} dim){rest}", when=f"!qkv_concat{bias}"))
             continue
-        apart.append(rename(hf, ms, when=f"!qkv_concat !rearranged{bias}"))
-        axes = f"(head {_REARRANGED}){rest}"
-        apart.append(join(ms, axes, (hf, 1, f"(head {_PAIRED}){rest}"), when=f"!qkv_concat rearranged{bias}"))
+        apart.append(rename(hf, ms, f"({count} dim){rest}", when=f"!qkv_concat !rearranged{bias}"))
+        axes = f"({count} {_REARRANGED}){rest}"
+        apart.append(join(ms, axes, (hf, 1, f"({count} {_PAIRED}){rest}"), when=f"!qkv_concat rearranged{bias}"))
     return [
         join(
             f"{_FUSED}.{kind}",
@@ -114,47 +123,47 @@ def _gate_up(hf: str) -> list[Entry]:
     """Gate and up, rows of one Hugging Face tensor."""
     halves = (("mlp.dense_left.weight", 1), ("mlp.dense_right.weight", 1))
     return [
-        rename(hf, "mlp.dense_h_to_4h.weight", when="mlp_concat"),
+        rename(hf, "mlp.dense_h_to_4h.weight", "(halves ffn) hidden", when="mlp_concat"),
         split(hf, "(part ffn) hidden", *halves, when="!mlp_concat"),
     ]
 
 
 CHATGLM: tuple[Entry, ...] = (
-    rename("transformer.embedding.word_embeddings.weight", _EMBEDDING),
+    rename("transformer.embedding.word_embeddings.weight", _EMBEDDING, decoder.EMBEDDING),
     Drop("transformer.rotary_pos_emb.inv_freq"),
     *prefixed(
         [
-            rename("input_layernorm.weight", "input_layernorm.weight"),
+            rename("input_layernorm.weight", "input_layernorm.weight", "hidden"),
             *(entry for kind, rest in _KINDS for entry in _chatglm_qkv(kind, rest)),
-            rename("self_attention.dense.weight", "self_attention.dense.weight"),
-            rename("post_attention_layernorm.weight", "post_attention_layernorm.weight"),
+            rename("self_attention.dense.weight", "self_attention.dense.weight", "hidden (heads dim)"),
+            rename("post_attention_layernorm.weight", "post_attention_layernorm.weight", "hidden"),
             *_gate_up("mlp.dense_h_to_4h.weight"),
-            rename("mlp.dense_4h_to_h.weight", "mlp.dense_4h_to_h.weight"),
+            rename("mlp.dense_4h_to_h.weight", "mlp.dense_4h_to_h.weight", "hidden ffn"),
         ],
         _LAYER,
         _LAYER,
         over="layer",
     ),
-    rename("transformer.encoder.final_layernorm.weight", "transformer.encoder.final_layernorm.weight"),
+    rename("transformer.encoder.final_layernorm.weight", "transformer.encoder.final_layernorm.weight", "hidden"),
     *decoder.tied_head("transformer.embedding.word_embeddings.weight", _EMBEDDING, _HEAD, _HEAD),
 )
 
 NATIVE: tuple[Entry, ...] = (
-    rename("model.embed_tokens.weight", _EMBEDDING),
+    rename("model.embed_tokens.weight", _EMBEDDING, decoder.EMBEDDING),
     *decoder.layers(
         [
-            rename("input_layernorm.weight", "input_layernorm.weight"),
+            rename("input_layernorm.weight", "input_layernorm.weight", "hidden"),
             *(entry for kind, rest in _KINDS for entry in _native_qkv(kind, rest)),
-            rename("self_attn.o_proj.weight", "self_attention.dense.weight"),
-            rename("post_self_attn_layernorm.weight", "post_self_attn_layernorm.weight", when="post_norms"),
-            rename("post_attention_layernorm.weight", "post_attention_layernorm.weight"),
-            rename("post_mlp_layernorm.weight", "post_mlp_layernorm.weight", when="post_norms"),
+            rename("self_attn.o_proj.weight", "self_attention.dense.weight", "hidden (heads dim)"),
+            rename("post_self_attn_layernorm.weight", "post_self_attn_layernorm.weight", "hidden", when="post_norms"),
+            rename("post_attention_layernorm.weight", "post_attention_layernorm.weight", "hidden"),
+            rename("post_mlp_layernorm.weight", "post_mlp_layernorm.weight", "hidden", when="post_norms"),
             *_gate_up("mlp.gate_up_proj.weight"),
-            rename("mlp.down_proj.weight", "mlp.dense_4h_to_h.weight"),
+            rename("mlp.down_proj.weight", "mlp.dense_4h_to_h.weight", "hidden ffn"),
         ],
         _LAYER,
     ),
-    rename("model.norm.weight", "transformer.encoder.final_layernorm.weight"),
+    rename("model.norm.weight", "transformer.encoder.final_layernorm.weight", "hidden"),
     *decoder.tied_head("model.embed_tokens.weight", _EMBEDDING, "lm_head.weight", _HEAD),
 )
 

@@ -4,15 +4,19 @@ from mindformers_ckpt.convert.model import Model
 from mindformers_ckpt.convert.models import decoder
 from mindformers_ckpt.convert.rules import Drop
 
+_NOTE = "the biases of the feed-forward layers (mlp_bias) have no place in MindFormers' network of Llama"
+_FLAG = "mlp_bias"
+
 MODEL = Model(
     name="llama",
     aliases=("llama2", "llama3", "llama3_1", "llama3_2"),
     model_types=("llama",),
     tables={
-        "legacy": (*decoder.LEGACY, Drop("rope.freqs")),
-        "mcore": decoder.MCORE,
-        "legacy+qkv_concat": decoder.LEGACY_CONCAT,
+        "legacy": (*decoder.noted(decoder.LEGACY, _FLAG, _NOTE), Drop("rope.freqs")),
+        "mcore": tuple(decoder.noted(decoder.MCORE, _FLAG, _NOTE)),
+        "legacy+qkv_concat": tuple(decoder.noted(decoder.LEGACY_CONCAT, _FLAG, _NOTE)),
     },
     facts=decoder.facts,
+    options=decoder.FUSED_OPTIONS,
     canonical={"ms": decoder.canonical_ms},
 )

@@ -23,5 +23,6 @@ MODEL = Model(
         "legacy+qkv_concat": decoder.LEGACY_CONCAT,
     },
     facts=facts,
+    options=decoder.FUSED_OPTIONS,
     canonical={"ms": decoder.canonical_ms},
 )

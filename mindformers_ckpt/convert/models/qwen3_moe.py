@@ -5,7 +5,7 @@ from dataclasses import replace
 from mindformers_ckpt.convert.config import ModelConfig
 from mindformers_ckpt.convert.model import Facts, Model
 from mindformers_ckpt.convert.models import decoder
-from mindformers_ckpt.convert.models.qwen3 import QK_NORMS
+from mindformers_ckpt.convert.models.qwen3 import ATTENTION, QK_NORMS
 from mindformers_ckpt.convert.rules import rename
 
 
@@ -25,10 +25,10 @@ MODEL = Model(
     tables={
         "mcore": (
             *decoder.MCORE_START,
-            *decoder.layers([*decoder.MCORE_ATTENTION, *QK_NORMS], decoder.MCORE_LAYER),
+            *decoder.layers([*ATTENTION, *QK_NORMS], decoder.MCORE_LAYER),
             *decoder.layers(decoder.MCORE_FFN, decoder.MCORE_LAYER, over="dense"),
             *decoder.layers(
-                [rename("mlp.gate.weight", "mlp.router.weight"), *decoder.MCORE_EXPERTS],
+                [rename("mlp.gate.weight", "mlp.router.weight", "expert hidden"), *decoder.MCORE_EXPERTS],
                 decoder.MCORE_LAYER,
                 over="sparse",
             ),
@@ -36,4 +36,5 @@ MODEL = Model(
         )
     },
     facts=facts,
+    options=decoder.FUSED_OPTIONS,
 )

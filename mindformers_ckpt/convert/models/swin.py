@@ -22,15 +22,36 @@ def counted(names: Iterable[str]) -> Mapping[str, list[int]]:
 
 
 def facts(config: ModelConfig) -> Facts:
-    """Stages and their blocks."""
+    """Stages and their blocks. The captures of a stage bring its sizes with them."""
     depths = config.values.get("depths") or []
+    first = config.integer("embed_dim")
+    stages = [{"s": stage, **_sizes(config, first, stage)} for stage in range(len(depths))]
     return Facts(
-        {},
         {
-            "block": [{"s": stage, "b": block} for stage, depth in enumerate(depths) for block in range(depth)],
-            "merge": [{"s": stage} for stage in range(len(depths) - 1)],
+            "embedding": first,
+            "channels": config.integer("num_channels"),
+            "last_width": None if first is None or not depths else first << (len(depths) - 1),
+        },
+        {
+            "block": [{**found, "b": block} for found, depth in zip(stages, depths) for block in range(depth)],
+            "merge": stages[:-1],
         },
     )
+
+
+def _sizes(config: ModelConfig, first: int | None, stage: int) -> dict[str, int]:
+    """What config.json tells of a stage, which is twice as wide as the one before."""
+    found: dict[str, int] = {}
+    if first is not None:
+        width = first << stage
+        found = {"width": width, "all_heads": width, "merged": 4 * width, "next_width": 2 * width}
+        ratio = config.values.get("mlp_ratio")
+        if isinstance(ratio, (int, float)):
+            found["inner"] = int(width * ratio)
+    heads = config.values.get("num_heads")
+    if isinstance(heads, list) and stage < len(heads):
+        found["heads"] = heads[stage]
+    return found
 
 
 def layout(config: ModelConfig, names: Sequence[str]) -> str:
@@ -41,53 +62,58 @@ def layout(config: ModelConfig, names: Sequence[str]) -> str:
     return "pretrained" if config.values.get("is_pretrain", pretrained) else "microsoft"
 
 
-def _linear(hf: str, ms: str, *, turned: bool = False) -> list[Entry]:
+def _linear(hf: str, ms: str, axes: str, *, turned: bool = False) -> list[Entry]:
     weight = transpose if turned else rename
-    return [weight(f"{hf}.weight", f"{ms}.weight"), rename(f"{hf}.bias", f"{ms}.bias")]
+    return [weight(f"{hf}.weight", f"{ms}.weight", axes), rename(f"{hf}.bias", f"{ms}.bias", axes.split()[0])]
 
 
 def _positions(hf: str) -> list[Entry]:
+    ms = "attn.relative_position_bias"
+    table, index = _POSITIONS
     return [
-        rename(f"{hf}.{name}", f"attn.relative_position_bias.{name}", optional="" if "table" in name else name)
-        for name in _POSITIONS
+        rename(f"{hf}.{table}", f"{ms}.{table}", "offsets heads"),
+        rename(f"{hf}.{index}", f"{ms}.{index}", "tokens others", optional=index, integers=True),
     ]
 
 
+# (suffix of a tensor of rows, its further axes, whether it may be left out)
+_QKV_KINDS = (("weight", " width", ""), ("bias", "", "qkv bias"))
 _MICROSOFT_BLOCK: list[Entry] = [
-    *norm("norm1", "norm1"),
+    *norm("norm1", "norm1", "width"),
     *(
         split(
             f"attn.qkv.{kind}",
-            "(part out)" + rest,
-            *((f"attn.{name}.{kind}", 1, "out" + rest) for name in "qkv"),
-            optional="" if kind == "weight" else "qkv bias",
+            "(part all_heads)" + rest,
+            *((f"attn.{name}.{kind}", 1, "all_heads" + rest) for name in "qkv"),
+            optional=optional,
         )
-        for kind, rest in (("weight", " in"), ("bias", ""))
+        for kind, rest, optional in _QKV_KINDS
     ),
     *_positions("attn"),
-    *_linear("attn.proj", "attn.proj"),
-    *norm("norm2", "norm2"),
-    *_linear("mlp.fc1", "mlp.mapping", turned=True),
-    *_linear("mlp.fc2", "mlp.projection", turned=True),
-    rename("attn_mask", "attn_mask", optional="mask"),
+    *_linear("attn.proj", "attn.proj", "width all_heads"),
+    *norm("norm2", "norm2", "width"),
+    *_linear("mlp.fc1", "mlp.mapping", "inner width", turned=True),
+    *_linear("mlp.fc2", "mlp.projection", "width inner", turned=True),
+    rename("attn_mask", "attn_mask", "windows tokens others", optional="mask"),
 ]
 _TRANSFORMERS_BLOCK: list[Entry] = [
-    *norm("layernorm_before", "norm1"),
+    *norm("layernorm_before", "norm1", "width"),
     *(
-        rename(f"attention.self.{hf}.{kind}", f"attn.{hf[0]}.{kind}", optional="" if kind == "weight" else "qkv bias")
+        rename(f"attention.self.{hf}.{kind}", f"attn.{hf[0]}.{kind}", "all_heads" + rest, optional=optional)
         for hf in ("query", "key", "value")
-        for kind in ("weight", "bias")
+        for kind, rest, optional in _QKV_KINDS
     ),
     *_positions("attention.self"),
-    *_linear("attention.output.dense", "attn.proj"),
-    *norm("layernorm_after", "norm2"),
-    *_linear("intermediate.dense", "mlp.mapping", turned=True),
-    *_linear("output.dense", "mlp.projection", turned=True),
+    *_linear("attention.output.dense", "attn.proj", "width all_heads"),
+    *norm("layernorm_after", "norm2", "width"),
+    *_linear("intermediate.dense", "mlp.mapping", "inner width", turned=True),
+    *_linear("output.dense", "mlp.projection", "width inner", turned=True),
 ]
 _MERGE: list[Entry] = [
-    rename("downsample.reduction.weight", "downsample.reduction.weight"),
-    *norm("downsample.norm", "downsample.norm"),
+    rename("downsample.reduction.weight", "downsample.reduction.weight", "next_width merged"),
+    *norm("downsample.norm", "downsample.norm", "merged"),
 ]
+_PATCHES = "embedding channels patch_height patch_width"
 
 
 def _stages(block: Sequence[Entry], hf: str) -> list[Entry]:
@@ -100,25 +126,34 @@ def _stages(block: Sequence[Entry], hf: str) -> list[Entry]:
 
 def _decoder(hf: str) -> list[Entry]:
     """What pre-training has instead of a classifier."""
-    kinds = ("weight", "bias")
-    return [rename(f"{hf}.{kind}", f"decoder.{kind}", optional="decoder") for kind in kinds]
+    kinds = (("weight", "pixels last_width height columns"), ("bias", "pixels"))
+    return [rename(f"{hf}.{kind}", f"decoder.{kind}", axes, optional="decoder") for kind, axes in kinds]
 
 
 def _head(hf: str) -> list[Entry]:
-    return [rename(f"{hf}.{kind}", f"head.{kind}", optional="head") for kind in ("weight", "bias")]
+    kinds = (("weight", "classes last_width"), ("bias", "classes"))
+    return [rename(f"{hf}.{kind}", f"head.{kind}", axes, optional="head") for kind, axes in kinds]
+
+
+def _start(mask: str, positions: str) -> list[Entry]:
+    """What stands beside the patches: the token of masked ones, and positions where they are absolute."""
+    axes = "batch token embedding"
+    return [
+        rename(mask, f"{_ENCODER}mask_token", axes, optional="mask token"),
+        rename(positions, f"{_ENCODER}absolute_pos_embed", axes, optional="positions"),
+    ]
 
 
 def _microsoft(prefix: str) -> Table:
     return (
-        *_linear(f"{prefix}patch_embed.proj", f"{_ENCODER}patch_embed.projection"),
+        *_linear(f"{prefix}patch_embed.proj", f"{_ENCODER}patch_embed.projection", _PATCHES),
         *(
             entry._replace(optional="patch norm")
-            for entry in norm(f"{prefix}patch_embed.norm", "encoder.patch_embed.norm")
+            for entry in norm(f"{prefix}patch_embed.norm", "encoder.patch_embed.norm", "embedding")
         ),
-        rename(f"{prefix}mask_token", f"{_ENCODER}mask_token", optional="mask token"),
-        rename(f"{prefix}absolute_pos_embed", f"{_ENCODER}absolute_pos_embed", optional="positions"),
+        *_start(f"{prefix}mask_token", f"{prefix}absolute_pos_embed"),
         *_stages(_MICROSOFT_BLOCK, prefix),
-        *norm(f"{prefix}norm", f"{_ENCODER}norm"),
+        *norm(f"{prefix}norm", f"{_ENCODER}norm", "last_width"),
     )
 
 
@@ -129,12 +164,11 @@ MODEL = Model(
         "legacy:microsoft": (*_microsoft(""), *_head("head")),
         "legacy:pretrained": (*_microsoft(_ENCODER), *_decoder("decoder.0")),
         "legacy:transformers": (
-            *_linear("swin.embeddings.patch_embeddings.projection", "encoder.patch_embed.projection"),
-            *norm("swin.embeddings.norm", "encoder.patch_embed.norm"),
-            rename("swin.embeddings.mask_token", "encoder.mask_token", optional="mask token"),
-            rename("swin.embeddings.position_embeddings", "encoder.absolute_pos_embed", optional="positions"),
+            *_linear("swin.embeddings.patch_embeddings.projection", "encoder.patch_embed.projection", _PATCHES),
+            *norm("swin.embeddings.norm", "encoder.patch_embed.norm", "embedding"),
+            *_start("swin.embeddings.mask_token", "swin.embeddings.position_embeddings"),
             *_stages(_TRANSFORMERS_BLOCK, "swin.encoder."),
-            *norm("swin.layernorm", "encoder.norm"),
+            *norm("swin.layernorm", "encoder.norm", "last_width"),
             *_head("classifier"),
             *_decoder("decoder.0"),
         ),

@@ -5,25 +5,24 @@ from dataclasses import replace
 from mindformers_ckpt.convert.config import ModelConfig, quotient
 from mindformers_ckpt.convert.model import Facts, Model
 from mindformers_ckpt.convert.models import gpt2
-from mindformers_ckpt.convert.models.bloom import norm
+from mindformers_ckpt.convert.models.bloom import norm, turned_linear
 from mindformers_ckpt.convert.models.decoder import tied_head
-from mindformers_ckpt.convert.rules import Drop, Entry, prefixed, rename, split, transpose
+from mindformers_ckpt.convert.rules import Drop, Entry, prefixed, split
 
 _LINEAR = (
-    ("attn.c_proj", "attention.projection"),
-    ("mlp.c_fc", "output.mapping"),
-    ("mlp.c_proj", "output.projection"),
+    ("attn.c_proj", "attention.projection", "hidden", "width"),
+    ("mlp.c_fc", "output.mapping", "inner", "hidden"),
+    ("mlp.c_proj", "output.projection", "hidden", "inner"),
 )
 
 
 def facts(config: ModelConfig) -> Facts:
     """The output layer is tied unless config.json says otherwise."""
     heads = config.integer("n_head", "num_attention_heads")
-    sizes = {"heads": heads, "dim": quotient(config.integer("n_embd", "hidden_size"), heads)}
-    flags = {"tied"} if config.values.get("tie_word_embeddings", True) else set()
-    if config.values.get("multi_query", True):
-        flags.add("multi_query")
-    return replace(gpt2.facts(config), sizes={**sizes, "head": heads}, flags=frozenset(flags))
+    found = gpt2.facts(config)
+    sizes = {**found.sizes, "heads": heads, "head": heads, "dim": quotient(found.sizes["hidden"], heads)}
+    flags = {"multi_query"} if config.values.get("multi_query", True) else set()
+    return replace(found, sizes=sizes, flags=found.flags | flags)
 
 
 def _qkv(kind: str, rest: str) -> list[Entry]:
@@ -45,8 +44,7 @@ _LAYER: list[Entry] = [
     *norm("ln_1", "layernorm1"),
     *_qkv("weight", " hidden"),
     *_qkv("bias", ""),
-    *(transpose(f"{hf}.weight", f"{ms}.weight") for hf, ms in _LINEAR),
-    *(rename(f"{hf}.bias", f"{ms}.bias") for hf, ms in _LINEAR),
+    *turned_linear(_LINEAR),
     *norm("ln_2", "layernorm2"),
     Drop("attn.bias"),
     Drop("attn.masked_bias"),

@@ -1,0 +1,51 @@
+"""Tensors that a model holds once and a file holds twice must be equal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mindformers_ckpt.convert.weights import Found
+from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.geometry.box import Box
+from mindformers_ckpt.planning.model import Place, SourceFile
+
+_COMPARED_BYTES = 4 << 20
+
+
+def check_copies(copies: Sequence[tuple[Found, Found]]) -> None:
+    """Compare tensors that a model ties with what they are tied to. Raises PlanError that lists differences."""
+    different = [
+        f"{copy.spec.name} is not equal to {original.spec.name}"
+        for copy, original in copies
+        if not _are_equal(copy, original)
+    ]
+    if different:
+        headline = (
+            "tensors differ that the model holds once; if the output layer is one of its own, config.json must say "
+            "tie_word_embeddings false"
+        )
+        raise PlanError(describe_problems(headline, different))
+
+
+def _are_equal(first: Found, second: Found) -> bool:
+    import numpy as np
+
+    from mindformers_ckpt.engine.shard_io import ShardReader
+    from mindformers_ckpt.geometry.box import blocks
+
+    if (first.spec.dtype, first.spec.shape) != (second.spec.dtype, second.spec.shape):
+        return False
+    whole = Box.whole(first.spec.shape)
+    reader = ShardReader([SourceFile(found.path, found.path.stat().st_size) for found in (first, second)])
+    try:
+        for block in blocks(whole, _COMPARED_BYTES // first.spec.dtype.itemsize):
+            contents = []
+            for file, found in enumerate((first, second)):
+                out = np.empty(block.shape, found.spec.dtype.carrier)
+                reader.read(Place(file, whole, found.spec.name), found.spec.name, found.spec.dtype, block, out)
+                contents.append(out)
+            if not np.array_equal(contents[0], contents[1]):
+                return False
+    finally:
+        reader.close()
+    return True

@@ -1,0 +1,91 @@
+"""What a training run keeps beside the weights of its model: optimizer states, counters and buffers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+# What the checkpoint callbacks of MindSpore and MindFormers, and their optimizers, save beside the weights.
+COUNTERS = frozenset(
+    {
+        *("epoch_num", "step_num", "global_step", "global_batch_size", "learning_rate", "loss_scale", "scale_sense"),
+        *("current_iterator_step", "last_overflow_iterator_step", "beta1_power", "beta2_power", "momentum"),
+        *("scale_window", "scale_window_up_count", "scale_window_down_count", "consumed_samples"),
+    }
+)
+_GROUP_COUNTER = re.compile(r"(?:learning_rate|weight_decay)(?:_group)?_\d+")
+# "<word>.<weight>": the states that the optimizers of MindSpore, mint and MindFormers (Muon, CAME) keep of a weight,
+# gradients that are summed up over steps, and copies of the weights in single precision.
+_STATE_WORDS = (
+    *("adam_m", "adam_v", "muon_m", "lamb_m", "lamb_v", "moment", "moments", "moment1", "moment2", "vhat", "accum"),
+    *("accum_update", "stat", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"),
+    *("exp_avg_insta_row", "exp_avg_insta_col", "exp_inf", "mean_grad", "mean_square", "momentum_buf", "linear"),
+    *("ax", "prev", "step_size", "accu_grads", "fp32", "fp32_params", "master", "master_params", "main_params"),
+)
+# CAME joins the word to the name with "_".
+_STATE = re.compile(rf"({'|'.join(sorted(_STATE_WORDS, key=len, reverse=True))})[._](.+)")
+_PLACEHOLDER = re.compile(r"(?:muon_m|adam_m|adam_v)\.placeholder\.\d+")
+# What MindFormers' networks count or keep between steps.
+_BUFFER = re.compile(
+    r"(?:.+\.)?(?:"
+    r"\w*dropout\.(?:\w+\.)*(?:seed|offset)\w*"
+    r"|fi_accu|fi_parameter\w*|expert_load|expert_load_history|expert_load_history_cnt"
+    r"|(?:global_|num_)?tokens_per_expert"
+    r"|key_cache|value_cache|key_cache_grad|value_cache_grad|zeros_k_pe|zeros_k_nope|zeros_value_states"
+    r")"
+    r"|_device_local_(?:norm|loss)\w*"
+)
+
+
+class States(NamedTuple):
+    """Names of states by what they are."""
+
+    optimizer: list[str]
+    counters: list[str]
+    buffers: list[str]
+
+    def __str__(self) -> str:
+        """ "6 optimizer states (adam_m.*, adam_v.*), 2 counters (epoch_num, step_num)" """
+        words = list(dict.fromkeys(f"{_word(name)}.*" for name in self.optimizer))
+        endings = list(dict.fromkeys(name.rpartition(".")[2] for name in self.buffers))
+        kinds = (
+            (self.optimizer, "optimizer states", words),
+            (self.counters, "counters", self.counters),
+            (self.buffers, "buffers", endings),
+        )
+        return ", ".join(f"{len(names)} {kind} ({_shortened(shown)})" for names, kind, shown in kinds if names)
+
+    def __bool__(self) -> bool:
+        return any(self)
+
+    def names(self) -> set[str]:
+        return {name for names in self for name in names}
+
+
+def find_states(names: Iterable[str], weights: Collection[str]) -> States:
+    """Which of the names are no weights but states of a training run, given the names of the model's weights."""
+    found = States([], [], [])
+    for name in names:
+        if name in COUNTERS or _GROUP_COUNTER.fullmatch(name):
+            found.counters.append(name)
+        elif _BUFFER.fullmatch(name):
+            found.buffers.append(name)
+        elif _PLACEHOLDER.fullmatch(name) or _is_state_of(name, weights):
+            found.optimizer.append(name)
+    return found
+
+
+def _is_state_of(name: str, weights: Collection[str]) -> bool:
+    match = _STATE.fullmatch(name)
+    return match is not None and (match[2] in weights or _BUFFER.fullmatch(match[2]) is not None)
+
+
+def _word(name: str) -> str:
+    match = _STATE.fullmatch(name)
+    return match[1] if match else name
+
+
+def _shortened(names: list[str], limit: int = 8) -> str:
+    listed = ", ".join(names[:limit])
+    return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"
