@@ -40,9 +40,8 @@ def from_command_line(argv: Sequence[str] | None = None) -> dict[str, str]:
         else:
             problems.append(f"--{key}: no value is given; write --{key}=VALUE")
     problems += [
-        f"--{key}: the value is empty, is a variable not set? Leave the option out, or write --{key}=None for none"
-        if key in _PATHS
-        else f"--{key}: the value is empty, is a variable not set? Leave the option out for the default"
+        f"--{key}: the value is empty, is a variable not set? Leave the option out"
+        + (f", or write --{key}=None" if key in _PATHS else "")
         for key, value in found.items()
         if not value.strip()
     ]

@@ -31,7 +31,7 @@ def misplaced(values: Mapping[Any, Any], keys: Sequence[str]) -> list[str]:
     """A line for each of `keys` that stands in a section, and not at the top, where it would count."""
     wanted = [key for key in keys if key not in _COMMON and key not in values]
     return [
-        f"{key}: it stands in the section {section}, where it has no effect; put it at the top, without indentation"
+        f"{key}: it has no effect in the section {section}; put it at the top, without indentation"
         for section, inside in values.items()
         if isinstance(inside, Mapping)
         for key in wanted
