@@ -98,7 +98,7 @@ class Staging:
         """
         if not self._journal.is_file():
             return {}
-        first, *lines = self._journal.read_text(encoding="utf-8").splitlines() or [""]
+        first, *lines = self._journal.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
         if first != _boot_id():
             return {}
         done = {}

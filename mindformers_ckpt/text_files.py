@@ -36,6 +36,7 @@ _STRING = re.compile(rb'"[^"]*"')
 _UNPRINTABLE = re.compile(
     "[\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e0fff]"
 )
+_AS_SQUARE = bytes.maketrans(b"{}", b"[]")
 _NOT_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}'))
 
 
@@ -79,15 +80,18 @@ def read_regular(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> bytes:
     """The bytes of a regular file. Raises OSError; ValueError for a FIFO, a device and more than `limit` bytes."""
     # Without O_NONBLOCK the opening of a FIFO waits for a writer, for ever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as stream:
+    try:
         status = os.fstat(descriptor)
-        if stat.S_ISDIR(status.st_mode):
-            raise ValueError("it is a folder")
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is not a regular file")
-        content = b"" if status.st_size > limit else stream.read(limit + 1)
-        if max(status.st_size, len(content)) > limit:
-            raise ValueError(f"it has more than {limit:,} bytes")
+            raise ValueError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is not a regular file")
+        content = b""
+        if status.st_size <= limit:
+            with open(descriptor, "rb", closefd=False) as stream:
+                content = stream.read(limit + 1)
+    finally:
+        os.close(descriptor)
+    if max(status.st_size, len(content)) > limit:
+        raise ValueError(f"it has more than {limit:,} bytes")
     return content
 
 
@@ -169,13 +173,13 @@ def _is_too_deep(data: bytes) -> bool:
     """
     if b"\\" in data:
         data = _ESCAPE.sub(b"", data)
-    data = _STRING.sub(b"", data.translate(None, _NOT_STRUCTURE))
+    data = _STRING.sub(b"", data.translate(_AS_SQUARE, _NOT_STRUCTURE))
     for _ in range(MAX_DEPTH):
-        rest = data.replace(b"[]", b"").replace(b"{}", b"")
+        rest = data.replace(b"[]", b"")
         if len(rest) == len(data):
-            break
+            return data.count(b"[") > MAX_DEPTH  # not closed
         data = rest
-    return data.count(b"[") + data.count(b"{") > MAX_DEPTH or (b"[]" in data or b"{}" in data)
+    return b"[" in data
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

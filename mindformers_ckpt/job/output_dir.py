@@ -91,7 +91,11 @@ class OutputDir:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            holder = self._holder.read_text(encoding="utf-8") if self._holder.exists() else "an unknown process"
+            holder = (
+                self._holder.read_text(encoding="utf-8", errors="replace")
+                if self._holder.exists()
+                else "an unknown process"
+            )
             raise PublishError(
                 f"another job ({holder}) is loading weights with the output dir {self.root}; "
                 "wait for it, or give this job another output_dir"

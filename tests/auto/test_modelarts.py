@@ -374,6 +374,7 @@ def test_wrong_hyperparameters() -> None:
 def test_hyperparameters_that_would_not_reach_the_hook() -> None:
     """They would silently start a training from random weights. All are told at once."""
     argv = ["--load_checkpont", "/data/a", "-auto_trans_ckpt=True", "\u2013\u2013use_parallel=True"]
+    empty = "the value is empty, is a variable not set? Leave the option out"
     argv += ["--load-checkpoint=/data/a", "--load_checkpoint=", "--run_mode", " "]
     with pytest.raises(ConfigError) as caught:
         from_command_line(argv)
@@ -381,8 +382,8 @@ def test_hyperparameters_that_would_not_reach_the_hook() -> None:
         "hyperparameters are wrong",
         "  - -auto_trans_ckpt: write --auto_trans_ckpt",
         "  - \u2013\u2013use_parallel: write --use_parallel",
-        "  - --load_checkpoint: the value is empty, is a variable not set? Leave the option out, or write --load_checkpoint=None",
-        "  - --run_mode: the value is empty, is a variable not set? Leave the option out",
+        f"  - --load_checkpoint: {empty}, or write --load_checkpoint=None",
+        f"  - --run_mode: {empty}",
         "  - --load_checkpont: did you mean load_checkpoint?",
         "  - --load-checkpoint: did you mean load_checkpoint?",
     ]
