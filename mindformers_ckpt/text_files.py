@@ -163,7 +163,7 @@ def _decoded(data: bytes) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"it is not UTF-8 text (byte {error.start})") from None
+        raise ValueError(f"it is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
 
 
 def _is_too_deep(data: bytes) -> bool:

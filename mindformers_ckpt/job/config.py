@@ -237,6 +237,10 @@ def _parse_output_dir(value: Any) -> str:
     path = _parse_path(value) or Config.output_dir
     if is_url(path):
         raise ValueError(f"a local folder was expected, not {path!r}; set remote_save_url to that")
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"MindSpore cannot write to a folder whose name is not UTF-8: {path}") from None
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,14 @@ def test_paths_without_a_value(value: str, text: str, monkeypatch: pytest.Monkey
     monkeypatch.delenv("UNSET", raising=False)
     with pytest.raises(ConfigError, match=f"load_checkpoint: .*{re.escape(text)}"):
         Config.from_mapping({"load_checkpoint": value})
+
+
+def test_a_folder_that_mindspore_cannot_write_to() -> None:
+    """A source may have any name; the output dir is handed to MindSpore, which takes UTF-8 only."""
+    name = os.fsdecode("/data/模型".encode("gbk"))
+    assert Config.from_mapping({"load_checkpoint": name}).load_checkpoint == name
+    with pytest.raises(ConfigError, match="output_dir: MindSpore cannot write to a folder whose name is not UTF-8"):
+        Config.from_mapping({"output_dir": name})
 
 
 def test_a_large_value_is_told_in_a_line() -> None:
