@@ -255,6 +255,8 @@ def _check_yaml(root: Any) -> None:
         known = sizes.get(id(node))
         if known is not None:
             return known
+        if node.tag.endswith(":int") and len(node.value) > MAX_DIGITS:
+            raise ValueError(f"a number of {len(node.value)} digits stands in it")
         if level > MAX_DEPTH:
             raise ValueError(f"it is nested more than {MAX_DEPTH} deep, or an alias leads to itself")
         below = [measure(child, level + 1) for child in _yaml_children(node)]

@@ -89,9 +89,11 @@ class Config:
             except ValueError as error:
                 problems.append(f"{key}: {error}")
         problems += [*misspelt(values, KEYS), *misplaced(values, KEYS)]
+        settings, wrong = _layout_settings(values)
+        problems += wrong
         if problems:
             raise ConfigError(describe_problems("the checkpoint keys of the configuration are wrong", problems))
-        return cls(**chosen, layout_settings=_layout_settings(values))
+        return cls(**chosen, layout_settings=settings)
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Config:
@@ -144,17 +146,28 @@ class Config:
         return self.resume_training if isinstance(self.resume_training, str) else None
 
 
-def _layout_settings(values: Mapping[str, Any]) -> tuple[tuple[str, bool], ...]:
-    """The settings of the network in a MindFormers configuration; what a network does not have is not there."""
+def _layout_settings(values: Mapping[str, Any]) -> tuple[tuple[tuple[str, bool], ...], list[str]]:
+    """The settings of the network in a MindFormers configuration, and a line for each with another value.
+
+    What a network does not have is not there.
+    """
 
     def inside(mapping: Any, key: str) -> Any:
         return mapping.get(key) if isinstance(mapping, Mapping) else None
 
     network = inside(values.get("model"), "model_config")
     found: dict[str, bool] = {}
+    problems = []
     for section in (values.get("moe_config"), inside(network, "moe_config"), network):
-        found |= {key: value for key in LAYOUT_SETTINGS if isinstance(value := inside(section, key), bool)}
-    return tuple(sorted(found.items()))
+        for key in LAYOUT_SETTINGS:
+            value = inside(section, key)
+            if value is None:
+                continue
+            try:
+                found[key] = parse_bool(value)
+            except ValueError as error:
+                problems.append(f"{key} of the network: {error}")
+    return tuple(sorted(found.items())), problems
 
 
 def parse_bool(value: Any) -> bool:

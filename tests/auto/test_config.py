@@ -274,6 +274,16 @@ def test_a_folder_that_mindspore_cannot_write_to() -> None:
         Config.from_mapping({"output_dir": name})
 
 
+def test_settings_of_the_network() -> None:
+    network = {"type": "LlamaConfig", "qkv_concat": "False", "moe_config": {"use_gmm": True}}
+    assert Config.from_mapping({"model": {"model_config": network}}).layout_settings == (
+        ("qkv_concat", False),
+        ("use_gmm", True),
+    )
+    with pytest.raises(ConfigError, match="qkv_concat of the network: True or False was expected, not 'Flase'"):
+        Config.from_mapping({"model": {"model_config": {"qkv_concat": "Flase"}}})
+
+
 def test_a_large_value_is_told_in_a_line() -> None:
     with pytest.raises(ConfigError) as caught:
         Config.from_mapping({"auto_trans_ckpt": "x" * 10_000, "load_checkpoint": [[1] * 1000] * 1000})
