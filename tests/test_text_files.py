@@ -245,7 +245,7 @@ def _config(folder: Path, data: bytes) -> None:
 
 def _index(folder: Path, data: bytes) -> None:
     (folder / "model.safetensors.index.json").write_bytes(data)
-    (folder / "model.safetensors").write_bytes(b"")
+    (folder / "model-00001-of-00001.safetensors").write_bytes(b"")
     find_source(folder)
 
 
