@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mindformers_ckpt.errors import ConfigError, describe_problems
 from mindformers_ckpt.lora_scaling import Scaling, number_fault, rank_fault
-from mindformers_ckpt.sources.adapter import SETTINGS_FILE
+from mindformers_ckpt.text_files import read_json_object
 
 # Settings by which the merged weight is not W + scaling · B · A over the weights of the original model.
 _REFUSED = {
@@ -35,14 +34,7 @@ def read_settings(path: Path) -> Scaling:
     Raises ConfigError that lists all settings by which the adapter cannot be merged: DoRA, transposed weights, starting
     values that are taken out of the base weights, numbers that cannot be, and others.
     """
-    try:
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON that can be read: {error}; save the adapter again") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} is not an {SETTINGS_FILE} of PEFT: a JSON object is expected")
+    values = read_json_object(path, ConfigError, infinite=True)  # numbers are checked one by one, by name
     problems = [*_unsupported(values), *_unfit_numbers(values)]
     if problems:
         raise ConfigError(describe_problems(f"{path}: the adapter cannot be merged", problems))

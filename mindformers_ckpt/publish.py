@@ -10,6 +10,7 @@ some ranks each may go on side by side; any other run has the destination for it
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -26,6 +27,7 @@ from filelock import FileLock, Timeout
 
 from mindformers_ckpt.engine.copier import Done
 from mindformers_ckpt.errors import PublishError
+from mindformers_ckpt.text_files import MAX_OWN_BYTES, read_json_object, write_json
 
 MANIFEST_FILE = "manifest.json"
 _JOURNAL = "journal"
@@ -96,7 +98,7 @@ class Staging:
         """
         if not self._journal.is_file():
             return {}
-        first, *lines = self._journal.read_text().splitlines() or [""]
+        first, *lines = self._journal.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
         if first != _boot_id():
             return {}
         done = {}
@@ -111,7 +113,7 @@ class Staging:
     def record(self, done: Iterable[Done]) -> None:
         """Note finished tasks, so that the run can be resumed after them."""
         try:
-            with open(self._journal, "a") as stream:
+            with open(self._journal, "a", encoding="utf-8") as stream:
                 if not stream.tell():
                     stream.write(_boot_id() + "\n")
                 stream.writelines(json.dumps(task.to_json()) + "\n" for task in done)
@@ -125,7 +127,7 @@ class Staging:
         """
         try:
             self._journal.unlink(missing_ok=True)
-            (self.folder / name).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+            write_json(self.folder / name, manifest)
             if fsync:
                 _sync_tree(self.folder)
             if self._take_name():
@@ -223,22 +225,17 @@ def _remove(lock: FileLock) -> None:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a published result, None when there is none: the result is not ours, or not whole."""
     try:
-        content: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_bytes())
-    except (OSError, ValueError):
+        return read_json_object(folder / MANIFEST_FILE, PublishError, limit=MAX_OWN_BYTES)
+    except PublishError:
         return None
-    return content
 
 
 def read_manifests(folder: Path) -> dict[str, dict[str, Any]]:
     """All manifests in a folder by name: of a whole result, or of runs that made some ranks each."""
     found = {}
     for path in sorted(folder.glob("manifest*.json")):
-        try:
-            content = json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            continue
-        if isinstance(content, dict):
-            found[path.name] = content
+        with contextlib.suppress(PublishError):
+            found[path.name] = read_json_object(path, PublishError, limit=MAX_OWN_BYTES)
     return found
 
 
@@ -269,7 +266,7 @@ def _exchange(first: Path, second: Path) -> None:
 
 
 def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 def _sync_tree(folder: Path) -> None:

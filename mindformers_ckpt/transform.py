@@ -211,9 +211,9 @@ def fingerprint_of(plan: Plan, options: Options) -> str:
             status = file.path.stat()
         except OSError as error:
             raise TransferError(f"{file.path}: cannot be read: {error.strerror}") from error
-        digest.update(f"{file.path} {status.st_size} {status.st_mtime_ns}\n".encode())
+        digest.update(f"{file.path} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
     for target in plan.targets:
-        digest.update(f"{target.path} {target.format} {target.metadata}\n".encode())
+        digest.update(f"{target.path} {target.format} {target.metadata}\n".encode(errors="surrogateescape"))
     for transfer in plan.transfers:
         digest.update(repr(transfer).encode())
     digest.update(f"{options.by_rank} {options.hashes} {options.crc}".encode())

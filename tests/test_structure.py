@@ -13,7 +13,8 @@ PACKAGE = ROOT / "mindformers_ckpt"
 
 # From the ground up: a room imports rooms that stand above it in this list, never one below.
 ROOMS = (
-    *("errors", "patterns", "lora_names", "geometry", "formats", "strategy", "sources", "planning", "engine"),
+    *("printable", "errors", "text_files", "log", "patterns", "lora_names", "geometry", "formats", "strategy"),
+    *("sources", "planning", "engine"),
     *("publish", "transform", "lora_scaling", "lora_settings", "lora", "convert", "job", "ms", "integrations", "cli"),
 )
 # Names that users type or import; each leads into a room.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mindformers_ckpt.cli.notices import amount, warn
+from mindformers_ckpt.cli.notices import amount, say, say_json, warn
 from mindformers_ckpt.cli.options import STEP, LocalPath, StrategyPath, json_option
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.convert.plugins import find_plugin, parse_extra, run_plugin
@@ -100,9 +99,9 @@ def command(
     if not quiet:
         warn(result.warnings)
     if as_json:
-        click.echo(json.dumps(asdict(result), indent=1, ensure_ascii=False, default=str))
+        say_json(asdict(result))
     elif not quiet:
-        click.echo(
+        say(
             f"{result.model} ({result.naming} names): {result.tensors} tensors, {amount(result.bytes_written)} in "
             f"{result.files} files at {result.destination}, {result.seconds:.2f} s"
         )

@@ -5,16 +5,20 @@ Exit codes: 0 done, 1 wrong input or failed, 2 usage, 130 interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import importlib
 import os
+from collections.abc import Iterator
 from typing import IO, Any
 
 import click
 
 from mindformers_ckpt import __version__
+from mindformers_ckpt.cli.notices import complain, escape_what_the_locale_lacks
 from mindformers_ckpt.errors import CheckpointError
+from mindformers_ckpt.printable import printable
 
 # command -> (module of the command, one line of help). Modules are imported when their command runs.
 _COMMANDS = {
@@ -36,8 +40,7 @@ class _Failure(click.ClickException):
     exit_code = 1
 
     def show(self, file: IO[Any] | None = None) -> None:
-        click.secho("error: ", fg="red", bold=True, err=True, nl=False)
-        click.echo(self.message, err=True)
+        complain(self.message)
 
 
 class _Interrupted(_Failure):
@@ -62,9 +65,14 @@ class _LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _printable_usage_errors():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _printable_usage_errors():
+                return super().invoke(ctx)
         except CheckpointError as error:
             raise _Failure(str(error)) from error
         except KeyboardInterrupt as error:
@@ -74,6 +82,16 @@ class _LazyGroup(click.Group):
             if error.filename is None or error.errno == errno.EPIPE:
                 raise
             raise _Failure(f"{error.filename}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _printable_usage_errors() -> Iterator[None]:
+    """What click says of wrong options repeats what was given."""
+    try:
+        yield
+    except click.ClickException as error:
+        vars(error)["message"] = printable(error.message)  # click calls it final
+        raise
 
 
 def _with_hyphens(token: str) -> str:
@@ -97,4 +115,5 @@ def main(arguments: list[str] | None = None) -> Any:
     """Run the command line and exit with its code; a known error is one message on stderr."""
     # Plans are millions of tuples without cycles, and looking for cycles in them took a third of the planning.
     gc.disable()
+    escape_what_the_locale_lacks()
     cli.main(arguments, prog_name="mindformers-ckpt")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import click
 
-from mindformers_ckpt.cli.notices import amount, warn
+from mindformers_ckpt.cli.notices import amount, say, say_json, warn
 from mindformers_ckpt.cli.options import PROCESSES, STEP, LocalPath, StrategyPath, check_prefix, json_option
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.cli.request import (
@@ -181,9 +180,9 @@ def command(
     with show_progress("merge", quiet=quiet) as progress:
         report = transform(plan, destination, options, about=about, progress=progress, companions=add_familiar_name)
     if as_json:
-        click.echo(json.dumps({**asdict(report), "warnings": plan.warnings}, default=str, ensure_ascii=False))
+        say_json({**asdict(report), "warnings": plan.warnings})
     elif not quiet:
-        click.echo(
+        say(
             f"{report.files} {'file' if report.files == 1 else 'files'}, {amount(report.bytes_written)} written to "
             f"{report.destination} in {report.seconds:.2f} s"
         )

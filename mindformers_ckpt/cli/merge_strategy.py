@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from mindformers_ckpt.cli.notices import say
 from mindformers_ckpt.cli.options import LocalPath
 from mindformers_ckpt.strategy.files import merge_strategies
 
@@ -20,7 +21,7 @@ def command(folder: Path, file: Path) -> None:
     """
     strategy = merge_strategies(folder, file)
     stages = len(strategy.stages)
-    click.echo(
+    say(
         f"{file}: {stages} {'stage' if stages == 1 else 'stages'} of {strategy.stage_size} ranks, "
         f"{len(strategy.names())} parameters"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 import click
 
-from mindformers_ckpt.cli.notices import amount, warn
+from mindformers_ckpt.cli.notices import amount, say, say_json, warn
 from mindformers_ckpt.cli.options import LocalPath, json_option, request_options
 from mindformers_ckpt.cli.request import Prepared, Request
 from mindformers_ckpt.formats import TensorSpec, layout_file
@@ -83,13 +82,13 @@ def command(out: Path | None, as_json: bool, **asked: Any) -> None:
     if out is not None:
         write_plan(job, out)
     if as_json:
-        click.echo(json.dumps(asdict(summary), ensure_ascii=False))
+        say_json(asdict(summary))
         return
     warn(summary.warnings)
     for name, text in _lines(summary):
-        click.echo(f"{name + ':':<12} {text}")
+        say(f"{name + ':':<12} {text}")
     if out is not None:
-        click.echo(f"Written to {out}; run it with: mindformers-ckpt transform --plan {out}")
+        say(f"Written to {out}; run it with: mindformers-ckpt transform --plan {out}")
 
 
 def _summary(prepared: Prepared, processes: int) -> Summary:

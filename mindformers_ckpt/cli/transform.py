@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from mindformers_ckpt.cli.notices import amount, warn
+from mindformers_ckpt.cli.notices import amount, say, say_json, warn
 from mindformers_ckpt.cli.options import LocalPath, json_option, request_options
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.cli.request import Request
@@ -83,9 +82,9 @@ def command(
     )
     report = _run(job, destination, options, quiet)
     if as_json:
-        click.echo(json.dumps(_as_json(report, job), ensure_ascii=False))
+        say_json(_as_json(report, job))
     elif not quiet:
-        click.echo(_as_text(report))
+        say(_as_text(report))
 
 
 def _run(job: Job, destination: Path, options: Options, quiet: bool) -> Report:

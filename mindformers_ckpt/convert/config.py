@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from mindformers_ckpt.errors import ConfigError, FormatError, describe_problems
 from mindformers_ckpt.formats.dtypes import DType, by_name
+from mindformers_ckpt.text_files import read_json_object
 
 CONFIG_FILE = "config.json"
 # Settings of MindSpore's networks by which the same weights lie otherwise in their parameters, with what is usual.
@@ -99,13 +99,7 @@ def read_config(folder: Path | None) -> ModelConfig:
     path = folder / CONFIG_FILE if folder is not None else None
     if path is None or not path.is_file():
         return ModelConfig()
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} is no JSON object")
-    return ModelConfig(values, path)
+    return ModelConfig(read_json_object(path, ConfigError, infinite=True), path)
 
 
 def quotient(total: int | None, count: int | None) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,8 +12,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mindformers_ckpt.convert.config import CONFIG_FILE
-from mindformers_ckpt.errors import PublishError
+from mindformers_ckpt.errors import ConfigError, PublishError
 from mindformers_ckpt.planning.model import Plan
+from mindformers_ckpt.text_files import read_json_object, write_json
 
 INDEX_FILE = "model.safetensors.index.json"
 NAME_MAP_FILE = "param_name_map.json"
@@ -29,13 +29,13 @@ def write_index(plan: Plan, folder: Path) -> None:
         return
     places = {spec.name: target.path for target in plan.targets for spec in target.tensors}
     index = {"metadata": {"total_size": plan.bytes_written}, "weight_map": dict(sorted(places.items()))}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    write_json(folder / INDEX_FILE, index, indent=2)
 
 
 def write_name_map(plan: Plan, folder: Path) -> None:
     """Tensor name -> file, as MindSpore Transformers looks it up in a folder of safetensors files."""
     places = {spec.name: target.path for target in plan.targets for spec in target.tensors}
-    (folder / NAME_MAP_FILE).write_text(json.dumps(places, indent=2) + "\n")
+    write_json(folder / NAME_MAP_FILE, places, indent=2)
 
 
 def copy_companions(origin: Path | None, folder: Path, dtype: str | None, *, plain: bool) -> None:
@@ -51,12 +51,12 @@ def copy_companions(origin: Path | None, folder: Path, dtype: str | None, *, pla
             if file.is_file() and not file.name.endswith(_NOT_COMPANIONS) and file.name != CONFIG_FILE:
                 shutil.copyfile(file, folder / file.name)
     if (origin / CONFIG_FILE).is_file():
-        values = json.loads((origin / CONFIG_FILE).read_bytes())
+        values = read_json_object(origin / CONFIG_FILE, ConfigError, infinite=True)
         adapted = _adapted_config(values, dtype, plain)
         if adapted == values:
             shutil.copyfile(origin / CONFIG_FILE, folder / CONFIG_FILE)
         else:
-            (folder / CONFIG_FILE).write_text(json.dumps(adapted, indent=2, ensure_ascii=False) + "\n")
+            write_json(folder / CONFIG_FILE, adapted, indent=2)
 
 
 def _adapted_config(values: dict[str, Any], dtype: str | None, plain: bool) -> dict[str, Any]:

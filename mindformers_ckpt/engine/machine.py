@@ -27,8 +27,8 @@ def free_memory() -> int:
     free = psutil.virtual_memory().available
     for limit, used, stat, reclaimable in _CGROUP_FILES:
         try:
-            most, held = int(Path(limit).read_text()), int(Path(used).read_text())
-            lines = dict(line.split() for line in Path(stat).read_text().splitlines())
+            most, held = int(Path(limit).read_text(encoding="ascii")), int(Path(used).read_text(encoding="ascii"))
+            lines = dict(line.split() for line in Path(stat).read_text(encoding="ascii").splitlines())
             return min(free, max(0, most - held + int(lines.get(reclaimable, 0))))
         except (OSError, ValueError):  # no such files, or no limit ("max")
             continue

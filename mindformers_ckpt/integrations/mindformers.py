@@ -27,10 +27,9 @@ from typing import Any, NamedTuple
 
 from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.job.config import parse_bool
+from mindformers_ckpt.log import log
 
 __all__ = ["MODULE", "VERSIONS", "install", "installed", "uninstall"]
-
-log = logging.getLogger("mindformers_ckpt")
 
 MODULE = "mindformers.tools.ckpt_transform.transform_checkpoint"
 VERSIONS = ("1.6.", "1.7.")  # TransformCkpt is the same code in both; the tests run 1.7.0

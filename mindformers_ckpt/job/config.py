@@ -6,9 +6,9 @@ hyperparameters and environment values do: "True", "false" and "2" parse, nonsen
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,17 @@ from typing import Any, Callable
 
 from mindformers_ckpt.convert.config import LAYOUT_SETTINGS
 from mindformers_ckpt.errors import ConfigError, describe_problems
+from mindformers_ckpt.job.misspelt import misplaced, misspelt
 from mindformers_ckpt.job.object_store import check_url, is_url
 from mindformers_ckpt.sources.plausibility import MODES
+from mindformers_ckpt.text_files import read_yaml_mapping
 
 RUN_MODES = ("train", "finetune", "predict", "eval")
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0", "")
 _STEP_FILE = re.compile(r"-\d+_\d+$|\.(ckpt|safetensors)$")
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+# ${NAME}, ${NAME:-default}, and $NAME where it is a whole part of a path.
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}|(?<![^/])\$([A-Za-z_]\w*)(?![^/])")
+_NOTHING = "None"  # what the guide writes for a path that is not given
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,12 @@ class Config:
                 chosen[key] = parse(_expanded(values[key]))
             except ValueError as error:
                 problems.append(f"{key}: {error}")
-        problems += misspelt(values)
+        problems += [*misspelt(values, KEYS), *misplaced(values, KEYS)]
+        settings, wrong = _layout_settings(values)
+        problems += wrong
         if problems:
             raise ConfigError(describe_problems("the checkpoint keys of the configuration are wrong", problems))
-        return cls(**chosen, layout_settings=_layout_settings(values))
+        return cls(**chosen, layout_settings=settings)
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Config:
@@ -96,16 +102,7 @@ class Config:
 
         `overrides` win over the file. Raises ConfigError when the file cannot be read or a value is wrong.
         """
-        import yaml
-
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path}: the configuration cannot be read: {error}") from error
-        if content is None:
-            content = {}
-        if not isinstance(content, dict):
-            raise ConfigError(f"{path}: a mapping of keys was expected, not {type(content).__name__}")
+        content = read_yaml_mapping(Path(path), ConfigError)
         return cls.from_mapping({**content, **(overrides or {})})
 
     @property
@@ -124,22 +121,54 @@ class Config:
         return is_url(self.load_checkpoint) or is_url(self.src_strategy_path_or_dir)
 
     @property
+    def nothing_to_load(self) -> str | None:
+        """A warning where keys ask for weights that no key names: the network would keep its initial ones."""
+        if self.load_checkpoint or self.only_save_strategy:
+            return None
+        asking = [
+            text
+            for text, is_set in (
+                ("auto_trans_ckpt: True", self.auto_trans_ckpt),
+                ("src_strategy_path_or_dir", bool(self.src_strategy_path_or_dir)),
+                (f"resume_training: {self.resume_training}", bool(self.resume_training)),
+            )
+            if is_set
+        ]
+        if not asking:
+            return None
+        return (
+            f"load_checkpoint is empty or not set: nothing is loaded, the network keeps its initial weights, and "
+            f"{' and '.join(asking)} {'has' if len(asking) == 1 else 'have'} no effect"
+        )
+
+    @property
     def step_file(self) -> str | None:
         """The file name to resume from, where resume_training names one."""
         return self.resume_training if isinstance(self.resume_training, str) else None
 
 
-def _layout_settings(values: Mapping[str, Any]) -> tuple[tuple[str, bool], ...]:
-    """The settings of the network in a MindFormers configuration; what a network does not have is not there."""
+def _layout_settings(values: Mapping[str, Any]) -> tuple[tuple[tuple[str, bool], ...], list[str]]:
+    """The settings of the network in a MindFormers configuration, and a line for each with another value.
+
+    What a network does not have is not there.
+    """
 
     def inside(mapping: Any, key: str) -> Any:
         return mapping.get(key) if isinstance(mapping, Mapping) else None
 
     network = inside(values.get("model"), "model_config")
     found: dict[str, bool] = {}
+    problems = []
     for section in (values.get("moe_config"), inside(network, "moe_config"), network):
-        found |= {key: value for key in LAYOUT_SETTINGS if isinstance(value := inside(section, key), bool)}
-    return tuple(sorted(found.items()))
+        for key in LAYOUT_SETTINGS:
+            value = inside(section, key)
+            if value is None:
+                continue
+            try:
+                found[key] = parse_bool(value)
+            except ValueError as error:
+                problems.append(f"{key} of the network: {error}")
+    return tuple(sorted(found.items())), problems
 
 
 def parse_bool(value: Any) -> bool:
@@ -151,28 +180,44 @@ def parse_bool(value: Any) -> bool:
         return True
     if text in _FALSE:
         return False
-    raise ValueError(f"True or False was expected, not {value!r}")
+    raise ValueError(f"True or False was expected, not {_shown(value)}")
 
 
 def _expanded(value: Any) -> Any:
-    """Put environment values in for ${NAME} and ${NAME:-default}."""
+    """Put environment values in for variables, defaults also for empty ones as a shell does.
+
+    Raises ValueError for a variable without a value: "" in its place would be another path, or none.
+    """
     if not isinstance(value, str):
         return value
 
     def lookup(match: re.Match[str]) -> str:
-        found = os.environ.get(match[1], match[2])
-        if found is None:
-            raise ValueError(f"the environment variable {match[1]} is not set")
-        return found
+        name, default = match[1] or match[3], match[2]
+        found = os.environ.get(name)
+        if found or default is not None:
+            return found or default
+        what = "not set" if found is None else "empty"
+        raise ValueError(f"the environment variable {name} is {what}; set it, or write ${{{name}:-default}}")
 
     return _VARIABLE.sub(lookup, value)
 
 
+def _shown(value: Any) -> str:
+    """A value for a message, in about a line however large it is."""
+    shortened = reprlib.Repr()
+    shortened.maxstring = shortened.maxother = shortened.maxlong = 200
+    return shortened.repr(value)
+
+
 def _parse_path(value: Any) -> str:
     if not isinstance(value, (str, os.PathLike)):
-        raise ValueError(f"a path was expected, not {value!r}")  # noqa: TRY004 (collected as ValueError)
+        raise ValueError(f"a path was expected, not {_shown(value)}")  # noqa: TRY004 (collected as ValueError)
     text = os.fspath(value)
-    return "" if text == "None" else os.path.expanduser(text)
+    if text and not text.strip():
+        raise ValueError(f"a path was expected, not {text!r}; write '' for none")
+    if "\0" in text:
+        raise ValueError(f"a path was expected, not {_shown(text)}: it holds a NUL character")
+    return "" if text == _NOTHING else os.path.expanduser(text)
 
 
 def _parse_positive(value: Any) -> int:
@@ -181,17 +226,17 @@ def _parse_positive(value: Any) -> int:
     except ValueError:
         number = 0
     if number < 1 or isinstance(value, bool):
-        raise ValueError(f"a whole number of at least 1 was expected, not {value!r}")
+        raise ValueError(f"a whole number of at least 1 was expected, not {_shown(value)}")
     return number
 
 
 def _parse_seconds(value: Any) -> float:
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        number = 0.0 if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
         number = 0.0
     if not 0 < number < float("inf"):
-        raise ValueError(f"a positive number of seconds was expected, not {value!r}")
+        raise ValueError(f"a positive number of seconds was expected, not {_shown(value)}")
     return number
 
 
@@ -206,6 +251,10 @@ def _parse_output_dir(value: Any) -> str:
     path = _parse_path(value) or Config.output_dir
     if is_url(path):
         raise ValueError(f"a local folder was expected, not {path!r}; set remote_save_url to that")
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"MindSpore cannot write to a folder whose name is not UTF-8: {path}") from None
     return path
 
 
@@ -215,13 +264,13 @@ def _parse_resume(value: Any) -> bool | str:
     except ValueError:
         if isinstance(value, str) and _STEP_FILE.search(value):
             return value
-    raise ValueError(f"True, False or a file name like llama-3_150.ckpt was expected, not {value!r}")
+    raise ValueError(f"True, False or a file name like llama-3_150.ckpt was expected, not {_shown(value)}")
 
 
 def _choice(*choices: str) -> Callable[[Any], str]:
     def parse(value: Any) -> str:
         if value not in choices:
-            raise ValueError(f"one of {', '.join(choices)} was expected, not {value!r}")
+            raise ValueError(f"one of {', '.join(choices)} was expected, not {_shown(value)}")
         return str(value)
 
     return parse
@@ -251,14 +300,3 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "npu_num_per_node": _parse_positive,
 }
 KEYS = tuple(_PARSERS)
-
-
-def misspelt(values: Mapping[str, Any]) -> list[str]:
-    """Keys that look like ours but are not: a typing error would silently switch the hook off."""
-    problems = []
-    for key in values:
-        if isinstance(key, str) and key not in KEYS and ("ckpt" in key or key.startswith(("transform_", "src_"))):
-            close = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.85)
-            if close and close[0] not in values:
-                problems.append(f"{key}: did you mean {close[0]}?")
-    return problems

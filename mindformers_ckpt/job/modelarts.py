@@ -13,7 +13,6 @@ each other through the cluster, so a failure of one reaches all of them.
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import shutil
@@ -30,11 +29,10 @@ from mindformers_ckpt.job.cluster.messages import name_ranks
 from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.job.object_store import StoreError, is_url, open_store
 from mindformers_ckpt.job.transfers import Entry, Transfers
+from mindformers_ckpt.log import log
 from mindformers_ckpt.publish import check_free_space
 from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies, rank_file_name, read_strategy
 from mindformers_ckpt.strategy.model import Strategy
-
-log = logging.getLogger("mindformers_ckpt")
 
 MAIN_RANK = 0
 _FOLDER = "auto_trans"

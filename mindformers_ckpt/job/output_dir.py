@@ -10,7 +10,6 @@ What a killed job leaves is put right by any of its other ranks, or else by the 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -19,8 +18,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from mindformers_ckpt.errors import ConfigError, PublishError, describe_problems
-
-log = logging.getLogger("mindformers_ckpt")
+from mindformers_ckpt.log import log
+from mindformers_ckpt.text_files import write_text
 
 _ATTEMPTS = 20
 
@@ -92,7 +91,11 @@ class OutputDir:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            holder = self._holder.read_text() if self._holder.exists() else "an unknown process"
+            holder = (
+                self._holder.read_text(encoding="utf-8", errors="replace")
+                if self._holder.exists()
+                else "an unknown process"
+            )
             raise PublishError(
                 f"another job ({holder}) is loading weights with the output dir {self.root}; "
                 "wait for it, or give this job another output_dir"
@@ -100,7 +103,7 @@ class OutputDir:
         except NotImplementedError:
             log.warning("%s is on a disk without file locks: a second job on it would not be noticed", self.root)
         self._cleared = True
-        self._holder.write_text(f"process {os.getpid()} on {os.uname().nodename}")
+        write_text(self._holder, f"process {os.getpid()} on {os.uname().nodename}")
         for waste in self.root.glob(".removed-*"):
             _remove(waste)
         if _is_there(self._previous):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,11 +23,10 @@ from mindformers_ckpt.errors import PlanError, TransferError
 from mindformers_ckpt.job.modelarts import Exchange, entries_of
 from mindformers_ckpt.job.reslice import Reslicing, affordable, spread
 from mindformers_ckpt.job.transfers import Entry
+from mindformers_ckpt.log import log
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.publish import Staging, check_free_space
 from mindformers_ckpt.transform import check_apart
-
-log = logging.getLogger("mindformers_ckpt")
 
 MAIN_RANK = 0
 KIND = "transformed_checkpoint"

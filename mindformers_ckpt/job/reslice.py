@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -20,6 +19,7 @@ from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.job.find import find_checkpoint
 from mindformers_ckpt.job.output_dir import OutputDir
+from mindformers_ckpt.log import log
 from mindformers_ckpt.planning.build import build_plan, holds_same_slices
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.publish import Staging, check_free_space
@@ -28,8 +28,6 @@ from mindformers_ckpt.sources.source import Kind, Source
 from mindformers_ckpt.strategy.files import read_strategy
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import Options, check_apart, describe_result, fingerprint_of
-
-log = logging.getLogger("mindformers_ckpt")
 
 MAIN_RANK = 0
 _SECONDS_BETWEEN_LINES = 5.0

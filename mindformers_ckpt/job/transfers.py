@@ -7,8 +7,6 @@ that it names. What is fetched is compared with it, by size and xxh3-128.
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
 import os
 import random
 import tempfile
@@ -22,8 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.job.object_store import ObjectStore, StoreError
-
-log = logging.getLogger("mindformers_ckpt")
+from mindformers_ckpt.log import log
+from mindformers_ckpt.text_files import MAX_OWN_BYTES, read_json_object, write_json
 
 T = TypeVar("T")
 _SECONDS_BETWEEN_CHECKS = 0.1
@@ -89,7 +87,7 @@ class Transfers:
         """Send a JSON object. Everything that it names must have been sent."""
         with tempfile.TemporaryDirectory(prefix="mindformers_ckpt-") as folder:
             file = Path(folder, "manifest.json")
-            file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(file, content)
             self.send({key: file})
 
     def fetch_manifest(self, key: str) -> dict[str, Any]:
@@ -99,10 +97,9 @@ class Transfers:
         def fetch(file: Path) -> dict[str, Any]:
             self.store.get(key, file, self._raise_if_stopped)
             try:
-                content: dict[str, Any] = json.loads(file.read_bytes())
-            except ValueError as error:
+                return read_json_object(file, StoreError, limit=MAX_OWN_BYTES)
+            except StoreError as error:
                 raise StoreError(f"{self.store.url}/{key} arrived damaged: {error}") from None
-            return content
 
         with tempfile.TemporaryDirectory(prefix="mindformers_ckpt-") as folder:
             file = Path(folder, "manifest.json")

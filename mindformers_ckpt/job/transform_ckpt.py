@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from mindformers_ckpt.errors import CheckpointError, ConfigError, PlanError
 from mindformers_ckpt.job.cluster.cluster import Cluster, RankError
 from mindformers_ckpt.job.reslice import affordable, digest_of, share_of, spread
 from mindformers_ckpt.job.shared_disk import wait_for_files
+from mindformers_ckpt.log import log
 from mindformers_ckpt.planning.build import build_plan, missing_names
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.publish import Staging, check_free_space
@@ -28,8 +28,6 @@ from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies, read_strategy
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import Options, check_apart, describe_result, fingerprint_of, transform
-
-log = logging.getLogger("mindformers_ckpt")
 
 MAIN_RANK = 0
 _FOLDER_MODE = 0o750  # MindFormers' mode of the folders that it makes for results

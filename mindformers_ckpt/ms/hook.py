@@ -27,6 +27,7 @@ from mindformers_ckpt.job.output_dir import OutputDir
 from mindformers_ckpt.job.remote_reslice import RemoteReslicing
 from mindformers_ckpt.job.reslice import Reslicing
 from mindformers_ckpt.job.shared_disk import not_shared, owners_of, wait_for_files
+from mindformers_ckpt.log import log
 from mindformers_ckpt.planning.build import holds_same_slices
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.sources.checkpoint import Checkpoint
@@ -38,7 +39,6 @@ from mindformers_ckpt.strategy.model import Strategy
 if TYPE_CHECKING:
     from mindspore.nn import Cell
 
-log = logging.getLogger("mindformers_ckpt")
 
 MAIN_RANK = 0  # the rank that clears, merges and publishes
 
@@ -93,6 +93,8 @@ class CheckpointHook:
         `mindspore.communication.init()`.
         """
         self._cluster = self._join()
+        if self.cluster.rank == MAIN_RANK and (nothing := self.config.nothing_to_load):
+            log.warning("%s", nothing)
         self._settled, self._source = True, None
         with self._together("prepare"):
             self._owner = self._find_owner()

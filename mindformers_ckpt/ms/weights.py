@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from mindformers_ckpt.convert.states import COUNTERS
 from mindformers_ckpt.errors import ConfigError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
+from mindformers_ckpt.log import log
 
 if TYPE_CHECKING:
     import numpy as np
     from mindspore import Parameter, Tensor
     from mindspore.nn import Cell
 
-log = logging.getLogger("mindformers_ckpt")
 
 _NUMPY_TYPES = frozenset(
     {

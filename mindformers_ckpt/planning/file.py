@@ -32,6 +32,7 @@ from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer
+from mindformers_ckpt.text_files import MAX_OWN_BYTES, parse_json, read_regular, readable_json, write_text
 
 VERSION = 1
 _MARK = "mindformers_ckpt_plan"
@@ -64,7 +65,7 @@ def write_plan(job: Job, path: Path) -> None:
     half_made = path.with_name(f".{path.name}.part")
     try:
         body = _to_json(job)
-        half_made.write_text(_render({_MARK: VERSION, "digest": _digest(body), "plan": body}), encoding="utf-8")
+        write_text(half_made, _render({_MARK: VERSION, "digest": _digest(body), "plan": body}))
         os.replace(half_made, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -78,7 +79,7 @@ def read_plan(path: Path) -> Job:
     Raises PlanError when the file is damaged, of another version or no plan, or a source was changed.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(read_regular(path, MAX_OWN_BYTES))
     except OSError as error:
         raise PlanError(f"cannot read the plan file {path}: {error.strerror}") from error
     except ValueError as error:
@@ -186,7 +187,7 @@ def _check_sources(path: Path, sources: Sequence[SourceFile], times: Sequence[in
 
 def _digest(body: Any) -> str:
     text = json.dumps(body, separators=(",", ":"), sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(text.encode("ascii"), digest_size=16).hexdigest()
 
 
 def _render(content: dict[str, Any]) -> str:
@@ -202,4 +203,4 @@ def _render(content: dict[str, Any]) -> str:
 
 
 def _dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return readable_json(value, separators=(",", ":"))

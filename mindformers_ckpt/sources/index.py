@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
 from mindformers_ckpt.formats import read_header
+from mindformers_ckpt.text_files import read_json_object
 
 # What a download that has not finished leaves in the place of a file.
 _UNFINISHED = (".incomplete", ".crdownload", ".part", ".tmp", ".download", ".aria2")
@@ -15,10 +14,7 @@ _UNFINISHED = (".incomplete", ".crdownload", ".part", ".tmp", ".download", ".ari
 
 def read_index(path: Path) -> dict[str, Path]:
     """Tensor -> file, as the index says. Raises PlanError when it is none, or names files that are not there."""
-    try:
-        weight_map: Any = json.loads(path.read_bytes())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise PlanError(f"{path} is not an index of weight files ({error!r})") from None
+    weight_map = read_json_object(path, PlanError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
         raise PlanError(f"{path} is not an index of weight files: its weight_map does not map tensors to file names")
     names = sorted(set(weight_map.values()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -11,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
 from mindformers_ckpt.sources.source import SUFFIXES
+from mindformers_ckpt.text_files import read_json
 
 _RANK_FOLDER = re.compile(r"rank_(\d+)")
 # Strategy files have the suffix of checkpoints (MindSpore's and MindFormers' names).
@@ -80,8 +80,8 @@ class Listing:
     def json(self, name: str) -> Any:
         """The content of a JSON file; None when there is none, or it is no JSON."""
         try:
-            return json.loads((self.folder / name).read_bytes())
-        except (OSError, ValueError, RecursionError):
+            return read_json(self.folder / name, FormatError, infinite=True)
+        except FormatError:
             return None
 
     def describe(self, limit: int = 8) -> str:

@@ -20,6 +20,7 @@ from mindformers_ckpt.errors import StrategyError, describe_problems
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.strategy.schema import strategy_map_class
+from mindformers_ckpt.text_files import parse_json
 
 MERGED_FILE = "merged_ckpt_strategy.ckpt"
 _RANK_FILE = re.compile(r"rank_(\d+)\.(ckpt|json)$")
@@ -267,7 +268,7 @@ def _message_rows(path: Path, data: bytes) -> _Rows:
 
 def _json_rows(path: Path, data: bytes) -> _Rows:
     try:
-        content = json.loads(data)
+        content = parse_json(data)
         layouts = []
         for name, item in content["parallel_layout_item"].items():
             row = _Row(
@@ -348,7 +349,7 @@ def _merged_json(by_stage: Mapping[int, bytes]) -> bytes:
         "parallel_layout_item": {},
     }
     for stage in sorted(by_stage):
-        content = json.loads(by_stage[stage])
+        content = parse_json(by_stage[stage])
         merged["parallel_strategy_item"].update(content["parallel_strategy_item"])
         for name, item in content["parallel_layout_item"].items():
             merged["parallel_layout_item"][f"{stage}-{name}"] = item

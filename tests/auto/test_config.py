@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mindformers_ckpt.errors import ConfigError
-from mindformers_ckpt.job.config import Config, parse_bool
+from mindformers_ckpt.job.config import KEYS, Config, parse_bool
+from mindformers_ckpt.job.misspelt import misspelt
 
 DEFAULTS = {
     "load_checkpoint": "",
@@ -86,6 +89,7 @@ def test_values_that_are_taken(key: str, value: Any, expected: Any) -> None:
         ("load_checkpoint", 7),
         ("load_checkpoint", ["a", "b"]),
         ("auto_trans_ckpt", "ture"),
+        ("use_parallel", "Flase"),  # in a yaml of MindFormers 1.2 and 1.3, which reads it as true
         ("auto_trans_ckpt", 2),
         ("transform_process_num", 0),
         ("transform_process_num", -1),
@@ -104,6 +108,9 @@ def test_values_that_are_taken(key: str, value: Any, expected: Any) -> None:
         ("transform_timeout", "inf"),
         ("transform_timeout", "nan"),
         ("transform_timeout", "soon"),
+        ("transform_timeout", True),
+        ("transform_timeout", 10**400),
+        ("transform_process_num", "9" * 5000),
     ],
 )
 def test_nonsense_is_refused(key: str, value: Any) -> None:
@@ -119,25 +126,168 @@ def test_all_faults_are_told_at_once() -> None:
     assert [line.split(":")[0] for line in text.splitlines()[1:]] == [
         "  - auto_trans_ckpt",
         "  - transform_process_num",
+        "  - auto_trans_ckpts",
     ]
 
 
 @pytest.mark.parametrize(
     ("wrong", "right"),
     [
-        ("auto_trans_chpt", None),  # too far from a word of ours to be noticed
+        ("load_checkpont", "load_checkpoint"),
+        ("laod_checkpoint", "load_checkpoint"),
+        ("load-checkpoint", "load_checkpoint"),
+        ("loadCheckpoint", "load_checkpoint"),
+        ("LOAD_CHECKPOINT", "load_checkpoint"),
+        ("load_checkpoint ", "load_checkpoint"),
+        ("load_ckpt", "load_checkpoint"),
+        ("load_checkpoint_path", "load_checkpoint"),
+        ("load_ckpt_dir", "load_checkpoint"),
+        ("auto_trans_chpt", "auto_trans_ckpt"),
         ("auto_tran_ckpt", "auto_trans_ckpt"),
+        ("auto_trans_checkpoint", "auto_trans_ckpt"),
+        ("auto_transform_ckpt", "auto_trans_ckpt"),
         ("transform_process_nums", "transform_process_num"),
+        ("trans_process_num", "transform_process_num"),
+        ("transform_processes", "transform_process_num"),
+        ("src_strategy", "src_strategy_path_or_dir"),
+        ("src_strategy_path", "src_strategy_path_or_dir"),
+        ("src_strategy_dir", "src_strategy_path_or_dir"),
+        ("src_startegy_path_or_dir", "src_strategy_path_or_dir"),
         ("src_strategy_path_or_dirs", "src_strategy_path_or_dir"),
+        ("only_save_startegy", "only_save_strategy"),
+        ("use_paralel", "use_parallel"),
+        ("resume_trainning", "resume_training"),
         ("load_ckpt_formats", "load_ckpt_format"),
+        ("ouput_dir", "output_dir"),
+        ("runmode", "run_mode"),
     ],
 )
-def test_misspelt_keys(wrong: str, right: str | None) -> None:
-    if right is None:
-        Config.from_mapping({wrong: True})
-        return
-    with pytest.raises(ConfigError, match=f"{wrong}: did you mean {right}"):
+def test_misspelt_keys(wrong: str, right: str) -> None:
+    with pytest.raises(ConfigError, match=f"{wrong}: did you mean {right}\\?"):
         Config.from_mapping({wrong: "1"})
+    with pytest.raises(ConfigError, match=f"{wrong}: did you mean {right}\\?"):
+        Config.from_mapping({wrong: "1", right: None})  # the right one beside it, as in MindFormers' own files
+
+
+def test_every_slip_of_one_letter_is_noticed() -> None:
+    """A letter lacking, doubled, wrong, or exchanged with the next one, at every place of every key."""
+    for key in KEYS:
+        for place in range(len(key)):
+            before, letter, after = key[:place], key[place], key[place + 1 :]
+            slips = {before + after, before + letter + letter + after, f"{before}x{after}"}
+            slips.add(before + after[:1] + letter + after[1:])
+            for slip in slips - {*KEYS, ""}:
+                assert misspelt({slip: 1}, KEYS) == [f"{slip}: did you mean {key}?"]
+
+
+def test_the_keys_of_mindformers_are_not_taken_for_misspelt_ones() -> None:
+    lines = (Path(__file__).parents[1] / "data/mindformers_keys.txt").read_text(encoding="utf-8").splitlines()
+    keys = [line for line in lines if not line.startswith("#")]
+    assert len(keys) == 103
+    assert misspelt(dict.fromkeys(keys), KEYS) == []
+
+
+def test_keys_of_other_tools_are_not_taken_for_misspelt_ones() -> None:
+    """Options that training scripts have: transformers, Megatron, ModelArts, MindFormers' conversion."""
+    others = "save_strategy eval_strategy output_path output_url train_url data_url checkpoint_path ckpt_path mode"
+    others += " save save_checkpoint save_ckpt_format load load_format resume resume_from_checkpoint model_path"
+    others += " checkpoint parallel parallel_mode use_flash_attention num_processes gpu_num_per_node device_num"
+    assert misspelt(dict.fromkeys(others.split()), KEYS) == []
+
+
+def test_keys_in_a_section_have_no_effect() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.from_mapping({"trainer": {"load_checkpoint": "/a", "type": "x"}, "model": {"auto_trans_ckpt": True}})
+    assert str(caught.value).splitlines()[1:] == [
+        "  - load_checkpoint: it has no effect in the section trainer; put it at the top, without indentation",
+        "  - auto_trans_ckpt: it has no effect in the section model; put it at the top, without indentation",
+    ]
+    values = {"load_checkpoint": "/b", "folders": {"load_checkpoint": "/a"}, "model": {"run_mode": "x"}}
+    assert Config.from_mapping(values).load_checkpoint == "/b"
+
+
+@pytest.mark.parametrize(
+    ("values", "asking"),
+    [
+        ({"auto_trans_ckpt": True}, "auto_trans_ckpt: True has no effect"),
+        ({"auto_trans_ckpt": True, "load_checkpoint": "None"}, "auto_trans_ckpt: True has no effect"),
+        ({"src_strategy_path_or_dir": "/s"}, "src_strategy_path_or_dir has no effect"),
+        ({"resume_training": True}, "resume_training: True has no effect"),
+        ({"auto_trans_ckpt": True, "src_strategy_path_or_dir": "/s"}, "src_strategy_path_or_dir have no effect"),
+        ({}, None),
+        ({"auto_trans_ckpt": True, "load_checkpoint": "/a"}, None),
+        ({"auto_trans_ckpt": True, "only_save_strategy": True}, None),
+        ({"resume_training": False}, None),
+    ],
+)
+def test_a_job_with_nothing_to_load(values: dict[str, Any], asking: str | None) -> None:
+    warning = Config.from_mapping(values).nothing_to_load
+    assert (warning is None) if asking is None else (warning is not None and warning.endswith(asking))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("", ""),
+        ("None", ""),
+        ("${SET}/llama", "/data/llama"),
+        ("$SET/llama", "/data/llama"),
+        ("$SET", "/data"),
+        ("${UNSET:-/other}/llama", "/other/llama"),
+        ("${EMPTY:-/other}/llama", "/other/llama"),
+        ("${UNSET:-}", ""),
+        ("/costs/5$/a$SET", "/costs/5$/a$SET"),
+    ],
+)
+def test_paths_of_variables(value: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SET", "/data")
+    monkeypatch.setenv("EMPTY", "")
+    monkeypatch.delenv("UNSET", raising=False)
+    assert Config.from_mapping({"load_checkpoint": value}).load_checkpoint == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("${UNSET}", "the environment variable UNSET is not set; set it, or write ${UNSET:-default}"),
+        ("$UNSET", "the environment variable UNSET is not set"),
+        ("/data/${UNSET}/llama", "the environment variable UNSET is not set"),
+        ("/data/$UNSET/llama", "the environment variable UNSET is not set"),
+        ("${EMPTY}", "the environment variable EMPTY is empty"),
+        ("$EMPTY/llama", "the environment variable EMPTY is empty"),
+        ("  ", "a path was expected, not '  '"),
+        ("/data/\0", "it holds a NUL character"),
+    ],
+)
+def test_paths_without_a_value(value: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMPTY", "")
+    monkeypatch.delenv("UNSET", raising=False)
+    with pytest.raises(ConfigError, match=f"load_checkpoint: .*{re.escape(text)}"):
+        Config.from_mapping({"load_checkpoint": value})
+
+
+def test_a_folder_that_mindspore_cannot_write_to() -> None:
+    """A source may have any name; the output dir is handed to MindSpore, which takes UTF-8 only."""
+    name = os.fsdecode("/data/模型".encode("gbk"))
+    assert Config.from_mapping({"load_checkpoint": name}).load_checkpoint == name
+    with pytest.raises(ConfigError, match="output_dir: MindSpore cannot write to a folder whose name is not UTF-8"):
+        Config.from_mapping({"output_dir": name})
+
+
+def test_settings_of_the_network() -> None:
+    network = {"type": "LlamaConfig", "qkv_concat": "False", "moe_config": {"use_gmm": True}}
+    assert Config.from_mapping({"model": {"model_config": network}}).layout_settings == (
+        ("qkv_concat", False),
+        ("use_gmm", True),
+    )
+    with pytest.raises(ConfigError, match="qkv_concat of the network: True or False was expected, not 'Flase'"):
+        Config.from_mapping({"model": {"model_config": {"qkv_concat": "Flase"}}})
+
+
+def test_a_large_value_is_told_in_a_line() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.from_mapping({"auto_trans_ckpt": "x" * 10_000, "load_checkpoint": [[1] * 1000] * 1000})
+    assert max(map(len, str(caught.value).splitlines())) < 500
 
 
 def test_other_keys_of_a_training_yaml_are_left_alone() -> None:

@@ -53,6 +53,17 @@ def config(tmp_path: Path) -> Callable[..., Config]:
     return build
 
 
+@pytest.mark.parametrize("value", ["", "None", None])
+def test_conversion_without_a_checkpoint_is_told_once(
+    value: str | None, config: Callable[..., Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert load(config(load_checkpoint=value), Net({"a": ("float32", (2,))})) == {}
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("load_checkpoint is empty or not set: nothing is loaded, the network keeps its init")
+    assert warnings[0].endswith("and auto_trans_ckpt: True has no effect")
+
+
 def load(config: Config, network: Net, optimizer: Net | None = None) -> dict[str, Any]:
     hook = CheckpointHook(config)
     hook.prepare()

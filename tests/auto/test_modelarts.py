@@ -346,9 +346,9 @@ def test_hyperparameters_of_this_process(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         (["--auto_trans_ckpt", "--other", "1"], {"auto_trans_ckpt": "True"}),
         (["--auto_trans_ckpt"], {"auto_trans_ckpt": "True"}),
-        (["--src_strategy_path_or_dir="], {"src_strategy_path_or_dir": ""}),
+        (["--src_strategy_path_or_dir=None"], {"src_strategy_path_or_dir": "None"}),
         (["--load_checkpoint=a=b"], {"load_checkpoint": "a=b"}),
-        (["-auto_trans_ckpt=True", "auto_trans_ckpt=True"], {}),
+        (["auto_trans_ckpt=True", "-v", "-", "--src_path=x"], {}),
         (["--use_parallel=False", "--", "--auto_trans_ckpt=True"], {"use_parallel": "False"}),
     ],
 )
@@ -356,7 +356,7 @@ def test_forms_of_options(argv: list[str], found: dict[str, str]) -> None:
     assert from_command_line(argv) == found
 
 
-def test_wrong_hyperparameters(caplog: pytest.LogCaptureFixture) -> None:
+def test_wrong_hyperparameters() -> None:
     from mindformers_ckpt import CheckpointHook
 
     with pytest.raises(ConfigError, match=r"--load_checkpoint: no value.*\n.*--npu_num_per_node: no value"):
@@ -369,5 +369,31 @@ def test_wrong_hyperparameters(caplog: pytest.LogCaptureFixture) -> None:
             CheckpointHook.from_args([f"--remote_save_url={wrong}"])
     with pytest.raises(ConfigError, match="output_dir: a local folder was expected"):
         CheckpointHook.from_args(["--output_dir=obs://bucket/x"])
-    from_command_line(["--auto_tran_ckpt=True"])
-    assert "hyperparameter --auto_tran_ckpt: did you mean auto_trans_ckpt?" in caplog.text
+
+
+def test_hyperparameters_that_would_not_reach_the_hook() -> None:
+    """They would silently start a training from random weights. All are told at once."""
+    argv = ["--load_checkpont", "/data/a", "-auto_trans_ckpt=True", "\u2013\u2013use_parallel=True"]
+    empty = "the value is empty, is a variable not set? Leave the option out"
+    argv += ["--load-checkpoint=/data/a", "--load_checkpoint=", "--run_mode", " "]
+    with pytest.raises(ConfigError) as caught:
+        from_command_line(argv)
+    assert str(caught.value).splitlines() == [
+        "hyperparameters are wrong",
+        "  - -auto_trans_ckpt: write --auto_trans_ckpt",
+        "  - \u2013\u2013use_parallel: write --use_parallel",
+        f"  - --load_checkpoint: {empty}, or write --load_checkpoint=None",
+        f"  - --run_mode: {empty}",
+        "  - --load_checkpont: did you mean load_checkpoint?",
+        "  - --load-checkpoint: did you mean load_checkpoint?",
+    ]
+
+
+def test_a_right_key_does_not_hide_a_misspelt_one(tmp_path: Path) -> None:
+    """MindFormers' yaml files hold every key, so that the right one is always there."""
+    from mindformers_ckpt import CheckpointHook
+
+    yaml = tmp_path / "finetune.yaml"
+    yaml.write_text("load_checkpoint: ''\n")
+    with pytest.raises(ConfigError, match="--load_checkpont: did you mean load_checkpoint"):
+        CheckpointHook.from_args(["--load_checkpont=/data/a"], yaml=yaml)

@@ -235,7 +235,7 @@ def node_name(env: Mapping[str, str]) -> str:
     if not name:
         name = socket.gethostname()
         boot_id = Path("/proc/sys/kernel/random/boot_id")
-        identity = f"{name} {boot_id.read_text() if boot_id.exists() else ''}"
+        identity = f"{name} {boot_id.read_text(encoding='ascii') if boot_id.exists() else ''}"
     return f"{name[:64]}:{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 
