@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,14 +12,14 @@ from typing import Any
 import pytest
 from recorded import Tensor, assert_ranks, random_model, write_ranks
 
-from mindformers_ckpt import publish
+from mindformers_ckpt.disk import files
 from mindformers_ckpt.engine import copier
 from mindformers_ckpt.engine.copier import Copier
-from mindformers_ckpt.errors import PlanError, PublishError
+from mindformers_ckpt.errors import PlanError, PublishError, TransferError
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.planning.model import Plan
-from mindformers_ckpt.publish import MANIFEST_FILE, Staging, read_manifest
+from mindformers_ckpt.publish import MANIFEST_FILE, Staging, read_manifest, read_manifests
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.model import Strategy
@@ -184,6 +185,7 @@ def test_a_second_run_is_refused_while_one_writes(source: Checkpoint, plan: Plan
                 refused.append(str(raised.value))
 
     transform(plan, destination, check=start_another)
+    assert f"(process {os.getpid()} on " in refused[0]
     assert "another process is making the same result" in refused[0]
     assert "another process is writing" in refused[1]
     assert_result(destination, slices(2))
@@ -221,52 +223,23 @@ def test_a_destination_that_is_filled_meanwhile_is_kept(plan: Plan, destination:
     with pytest.raises(PublishError, match="was filled by somebody else while the result was made"):
         transform(plan, destination, check=fill)
     assert [path.name for path in destination.iterdir()] == ["notes.txt"]
+    # What was made is kept, and takes its name when there is room for it.
+    (destination / "notes.txt").unlink()
+    report = transform(plan, destination, Options(resume=True))
+    assert report.resumed_bytes == plan.bytes_written
+    assert_result(destination, slices(2))
     assert siblings(destination) == {"result"}
 
 
-def test_the_old_result_is_there_until_the_new_one_takes_its_place(
-    source: Checkpoint, destination: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_old_result_is_there_until_the_new_one_takes_its_place(source: Checkpoint, destination: Path) -> None:
     transform(build_plan(source, strategy(8)), destination)
-    seen: list[int] = []
-
-    def look(first: Path, second: Path) -> None:
-        seen.append(len(list(second.glob("rank_*"))))
-        assert (first / MANIFEST_FILE).is_file()
-        exchange(first, second)
-        seen.append(len(list(second.glob("rank_*"))))
-
-    exchange = publish._exchange
-    monkeypatch.setattr(publish, "_exchange", look)
     options = Options(overwrite=True)
     transform(build_plan(source, strategy(2)), destination, options, check=lambda: assert_count(destination, 8))
-    assert seen == [8, 2]
+    assert_count(destination, 2)
 
 
 def assert_count(destination: Path, ranks: int) -> None:
     assert len(list(destination.glob("rank_*"))) == ranks
-
-
-def test_exchange_on_a_file_system_that_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class NoRename:
-        def __init__(self, name: object, use_errno: bool) -> None:
-            pass
-
-        def renameat2(self, *arguments: object) -> int:
-            return -1
-
-    monkeypatch.setattr(publish.ctypes, "CDLL", NoRename)
-    monkeypatch.setattr(publish.ctypes, "get_errno", lambda: errno.EINVAL)
-    for name in ("new", "old"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).write_text("")
-    publish._exchange(tmp_path / "new", tmp_path / "old")
-    assert (tmp_path / "old" / "new").is_file()
-    assert (tmp_path / "new" / "old").is_file()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
-    monkeypatch.setattr(publish.ctypes, "get_errno", lambda: errno.EACCES)
-    with pytest.raises(PermissionError):
-        publish._exchange(tmp_path / "new", tmp_path / "old")
 
 
 # Interrupted runs.
@@ -374,46 +347,82 @@ def test_a_changed_source_is_not_resumed(source: Checkpoint, plan: Plan, destina
     assert_result(destination, slices(2))
 
 
-def spoil_boot(journal: Path) -> None:
-    journal.write_text("another-boot\n" + journal.read_text().partition("\n")[2])
-
-
-def spoil_end(journal: Path) -> None:
+def spoil_end(folder: Path) -> None:
+    journal = folder / "journal"
     journal.write_text(journal.read_text()[:-5])
 
 
-def spoil_all(journal: Path) -> None:
-    journal.write_bytes(b"\0" * 100)
+def spoil_all(folder: Path) -> None:
+    (folder / "journal").write_bytes(b"\0" * 100)
 
 
-def remove(journal: Path) -> None:
-    journal.unlink()
-    (journal.parent / "rank_99").mkdir()
+def spoil_text(folder: Path) -> None:
+    """Lines that are no UTF-8, no JSON, or JSON that is too deep or too large."""
+    lines = [b"\xff\xfe", b'[1e999, 1, [], "", 0]', b"[" * 100_000, b"[1, 2]", b"null", b"[[1], 2, 3, 4, 5]"]
+    with open(folder / "journal", "ab") as stream:
+        stream.write(b"\n".join(lines) + b"\n")
+
+
+def remove(folder: Path) -> None:
+    (folder / "journal").unlink()
+    (folder / "rank_99").mkdir()
+
+
+def change_number(folder: Path) -> None:
+    """Another task's number in the last record."""
+    journal = folder / "journal"
+    *lines, last = journal.read_text().splitlines()
+    record = json.loads(last)
+    record[0] += 5
+    journal.write_text("\n".join([*lines, json.dumps(record)]) + "\n")
+
+
+def shorten(folder: Path) -> None:
+    os.truncate(folder / "rank_0" / "checkpoint_0.ckpt", 0)
+
+
+def unlink(folder: Path) -> None:
+    (folder / "rank_1" / "checkpoint_1.ckpt").unlink()
+
+
+def overwrite(folder: Path) -> None:
+    """Other bytes everywhere, in a file of the same size and times."""
+    for file in folder.glob("rank_*/*"):
+        status = file.stat()
+        file.write_bytes(b"\x55" * status.st_size)
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 @pytest.mark.parametrize(
     ("spoil", "kept"),
-    [(spoil_boot, 0), (spoil_end, 2), (spoil_all, 0), (remove, 0)],
-    ids=["other boot", "cut off", "garbage", "none"],
+    [
+        *((spoil_end, {1}), (spoil_all, {0}), (spoil_text, {2}), (remove, {0})),
+        # Tasks that wrote nothing to the spoilt file are kept.
+        *((change_number, {1}), (shorten, {0, 1}), (unlink, {0, 1}), (overwrite, {0})),
+    ],
 )
-def test_a_journal_that_cannot_be_trusted(
+def test_what_a_resumed_run_keeps_is_proved(
     spoil: Callable[[Path], None],
-    kept: int,
-    plan: Plan,
+    kept: set[int],
+    source: Checkpoint,
     destination: Path,
     many_tasks: None,
     tasks_run: list[int],
 ) -> None:
+    plan = build_plan(source, strategy(2))
     transform(plan, destination.with_name("direct"))
     number = len(tasks_run)
     with pytest.raises(KeyboardInterrupt):
         transform(plan, destination, progress=interrupt_after(3))
     (folder,) = staging_folders(destination)
-    spoil(folder / "journal")
+    records = (folder / "journal").read_text().splitlines()
+    (folder / "journal").write_text("\n".join(records[:2]) + "\n")  # however far both threads came
+    spoil(folder)
     tasks_run.clear()
     transform(plan, destination, Options(resume=True))
-    assert len(tasks_run) == number - kept
+    assert number - len(tasks_run) in kept
     assert_result(destination, slices(2))
+    assert siblings(destination) == {"result", "direct"}
 
 
 def test_a_run_that_was_resumed_from_a_spoilt_journal_can_be_resumed_again(
@@ -422,7 +431,7 @@ def test_a_run_that_was_resumed_from_a_spoilt_journal_can_be_resumed_again(
     with pytest.raises(KeyboardInterrupt):
         transform(plan, destination, progress=interrupt_after(3))
     (folder,) = staging_folders(destination)
-    spoil_end(folder / "journal")
+    spoil_end(folder)
     with pytest.raises(KeyboardInterrupt):
         transform(plan, destination, Options(resume=True), progress=interrupt_after(2))
     transform(plan, destination, Options(resume=True))
@@ -442,6 +451,7 @@ def test_leftovers_of_dead_runs_are_cleared_and_others_kept(plan: Plan, destinat
     destination.parent.mkdir()
     for name in (".result.staging-0123456789abcdef", ".other.staging-0123456789abcdef", ".result2.staging-01"):
         (destination.parent / name / "rank_0").mkdir(parents=True)
+    (destination.parent / ".result.staging-0123456789abcdef.lock").touch()  # as version 0.1 left them
     transform(plan, destination)
     assert siblings(destination) == {"result", ".other.staging-0123456789abcdef", ".result2.staging-01"}
 
@@ -515,3 +525,142 @@ def test_a_parent_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(PublishError, match="cannot be written"), Staging(tmp_path / "file" / "result", "0" * 16):
         pass
+
+
+# What may be replaced.
+
+
+def test_only_results_are_overwritten(plan: Plan, destination: Path) -> None:
+    """A manifest makes a folder a result, whatever else somebody has put there."""
+    destination.mkdir(parents=True)
+    (destination / "notes.txt").write_text("mine")
+    with pytest.raises(PublishError, match=r"is not an earlier result .*--overwrite-anything"):
+        transform(plan, destination, Options(overwrite=True))
+    assert (destination / "notes.txt").read_text() == "mine"
+    (destination / MANIFEST_FILE).write_text('{"made by": "somebody else"}')
+    with pytest.raises(PublishError, match="is not an earlier result"):
+        transform(plan, destination, Options(overwrite=True))
+    transform(plan, destination, Options(overwrite_anything=True))
+    assert_result(destination, slices(2))
+    (destination / "notes.txt").write_text("mine")
+    transform(plan, destination, Options(overwrite=True))
+    assert_result(destination, slices(2))
+
+
+@pytest.mark.parametrize("where", [".", "..", "../.."])
+def test_the_current_folder_is_refused(where: str, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    current = tmp_path / "work" / "inner" / "current"
+    current.mkdir(parents=True)
+    monkeypatch.chdir(current)
+    with pytest.raises(PublishError, match="is the current folder, or one around it"):
+        transform(plan, Path(where), Options(overwrite_anything=True))
+    assert current.is_dir()
+
+
+def test_what_cannot_be_removed_is_said(
+    source: Checkpoint, destination: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The new result is in its place: the run has not failed. The next run removes what is left."""
+    transform(build_plan(source, strategy(8)), destination)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "remove", refuse)
+        transform(build_plan(source, strategy(2)), destination, Options(overwrite=True))
+    assert_result(destination, slices(2))
+    assert "is of an earlier run and cannot be removed" in caplog.text
+    assert len(siblings(destination)) == 2
+    transform(build_plan(source, strategy(4)), destination, Options(overwrite=True))
+    assert_result(destination, slices(4))
+    assert siblings(destination) == {"result"}
+
+
+def test_a_result_that_lost_a_file_is_made_again(plan: Plan, destination: Path) -> None:
+    transform(plan, destination)
+    shutil.rmtree(destination / "rank_1")
+    assert transform(plan, destination, Options(resume=True)).resumed_bytes == 0
+    assert_result(destination, slices(2))
+
+
+# Sources that are written while they are read.
+
+
+def in_place(file: Path) -> None:
+    with open(file, "r+b") as stream:
+        stream.write(file.read_bytes())
+
+
+def as_a_new_file(file: Path) -> None:
+    status = file.stat()
+    shutil.copy2(file, file.with_name("new"))
+    os.replace(file.with_name("new"), file)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [in_place, as_a_new_file, Path.unlink])
+def test_a_source_that_is_written_during_the_run(
+    change: Callable[[Path], None], source: Checkpoint, plan: Plan, destination: Path, many_tasks: None
+) -> None:
+    transform(build_plan(source, strategy(8)), destination)
+    changed = plan.sources[2].path
+
+    def late(done: int, total: int) -> None:
+        if done == total:
+            change(changed)
+
+    with pytest.raises(TransferError) as raised:
+        transform(plan, destination, Options(overwrite=True), progress=late)
+    assert str(changed) in str(raised.value)
+    assert "--resume" not in str(raised.value)
+    assert_result(destination, slices(8))
+    assert siblings(destination) == {"result"}
+
+
+# Ranks that are added.
+
+
+def test_ranks_of_another_source_are_refused_though_both_began_together(tmp_path: Path, destination: Path) -> None:
+    plans = []
+    for name in ("a", "b"):
+        source = Checkpoint(find_source(write_ranks(tmp_path / name, slices(4))), strategy(4))
+        plans.append(build_plan(source, strategy(8), ranks=[0, 1] if name == "a" else [2, 3]))
+    inner: list[object] = []
+
+    def other_run() -> None:
+        if not inner:
+            inner.append(transform(plans[1], destination, Options(partial=True), about={"source_path": "b"}))
+
+    with pytest.raises(PublishError, match="holds ranks of another source"):
+        transform(plans[0], destination, Options(partial=True), about={"source_path": "a"}, check=other_run)
+    assert sorted(path.name for path in destination.iterdir()) == ["manifest_rank_2-3.json", "rank_2", "rank_3"]
+
+
+def test_ranks_of_a_source_that_was_written_again_are_refused(source: Checkpoint, destination: Path) -> None:
+    options = Options(partial=True)
+    transform(build_plan(source, strategy(8), ranks=[0, 1]), destination, options)
+    os.utime(source.files.by_rank[0][0])
+    with pytest.raises(PublishError, match="holds ranks of another source"):
+        transform(build_plan(source, strategy(8), ranks=[1, 2]), destination, Options(partial=True, overwrite=True))
+    # Where none of the old ranks stays, they are replaced.
+    transform(build_plan(source, strategy(8), ranks=[0, 1]), destination, Options(partial=True, overwrite=True))
+
+
+def test_manifests_name_each_rank_once(source: Checkpoint, destination: Path) -> None:
+    for ranks in ([0, 1, 2], [2, 3], [5, 6]):
+        plan = build_plan(source, strategy(8), ranks=ranks)
+        transform(plan, destination, Options(partial=True, overwrite=True))
+    manifests = read_manifests(destination)
+    named = [file["rank"] for manifest in manifests.values() for file in manifest["files"]]
+    assert sorted(named) == [0, 1, 2, 3, 5, 6]
+    assert {path.name for path in destination.glob("rank_*")} == {f"rank_{rank}" for rank in named}
+
+
+def test_a_dead_part_can_be_resumed_after_others(source: Checkpoint, destination: Path, many_tasks: None) -> None:
+    dead, other = (build_plan(source, strategy(8), ranks=ranks) for ranks in ([0, 1], [2, 3]))
+    with pytest.raises(KeyboardInterrupt):
+        transform(dead, destination, Options(partial=True), progress=interrupt_after(2))
+    transform(other, destination, Options(partial=True, resume=True))
+    assert transform(dead, destination, Options(partial=True, resume=True)).resumed_bytes > 0
+    assert siblings(destination) == {"result"}

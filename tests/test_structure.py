@@ -13,9 +13,9 @@ PACKAGE = ROOT / "mindformers_ckpt"
 
 # From the ground up: a room imports rooms that stand above it in this list, never one below.
 ROOMS = (
-    *("printable", "errors", "text_files", "log", "patterns", "lora_names", "geometry", "formats", "strategy"),
-    *("sources", "planning", "engine"),
-    *("publish", "transform", "lora_scaling", "lora_settings", "lora", "convert", "job", "ms", "integrations", "cli"),
+    *("printable", "errors", "text_files", "log", "progress", "disk", "patterns", "lora_names", "geometry", "formats"),
+    *("strategy", "sources", "planning", "engine", "publish", "execution", "transform"),
+    *("lora_scaling", "lora_settings", "lora", "convert", "job", "ms", "integrations", "cli"),
 )
 # Names that users type or import; each leads into a room.
 ENTRANCES = {

@@ -9,12 +9,20 @@ from typing import Any
 import click
 
 from mindformers_ckpt.cli.notices import amount, say, say_json, warn
-from mindformers_ckpt.cli.options import STEP, LocalPath, StrategyPath, json_option
+from mindformers_ckpt.cli.options import (
+    RESUME,
+    STEP,
+    LocalPath,
+    StrategyPath,
+    json_option,
+    replace_options,
+    resumable,
+)
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.convert.plugins import find_plugin, parse_extra, run_plugin
 from mindformers_ckpt.convert.run import DTYPES, Request, convert
+from mindformers_ckpt.execution import Options, affordable_processes
 from mindformers_ckpt.strategy.model import Strategy
-from mindformers_ckpt.transform import Options, affordable_processes
 
 _PATH = LocalPath()
 
@@ -56,7 +64,8 @@ _PATH = LocalPath()
 @click.option("--process-num", type=click.IntRange(min=1), default=1, help="Processes that copy.")
 @click.option("--plugin", type=_PATH, help="Folder with convert_weight.py and convert_reversed.py of your own.")
 @STEP
-@click.option("--overwrite", is_flag=True, help="Replace what is at the output path.")
+@replace_options
+@RESUME
 @json_option
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED)
@@ -70,6 +79,8 @@ def command(
     process_num: int,
     plugin: Path | None,
     overwrite: bool,
+    overwrite_anything: bool,
+    resume: bool,
     as_json: bool,
     quiet: bool,
     extra: tuple[str, ...],
@@ -91,8 +102,14 @@ def command(
     if extra:
         raise click.UsageError(f"No such option or argument: {' '.join(extra)}")
     request = Request(model, input_path, reverse, **choices)
-    options = Options(processes=affordable_processes(process_num), overwrite=overwrite, may_fork=True)
-    with show_progress("convert", quiet=quiet or as_json) as progress:
+    options = Options(
+        processes=affordable_processes(process_num),
+        overwrite=overwrite,
+        overwrite_anything=overwrite_anything,
+        resume=resume,
+        may_fork=True,
+    )
+    with resumable(output_path), show_progress("convert", quiet=quiet or as_json) as progress:
         result = convert(
             request, output_path, format=format, target=_strategy(dst_strategy), options=options, progress=progress
         )

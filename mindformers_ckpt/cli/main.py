@@ -1,9 +1,14 @@
 """The command `mindformers-ckpt`: finds the subcommand, prints errors, sets the exit code.
 
-Exit codes: 0 done, 1 wrong input or failed, 2 usage, 130 interrupted.
+Exit codes: 0 done, 1 wrong input or failed, 2 usage, 130 interrupted, 143 ended by SIGTERM, 129 by SIGHUP.
 """
 
 from __future__ import annotations
+
+from mindformers_ckpt.cli import signals
+
+if signals.is_program():
+    signals.quiet_start()
 
 import contextlib
 import errno
@@ -44,7 +49,7 @@ class _Failure(click.ClickException):
 
 
 class _Interrupted(_Failure):
-    exit_code = 130
+    exit_code = property(lambda self: signals.exit_code())  # a constant there
 
 
 class _LazyGroup(click.Group):
@@ -113,6 +118,7 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line and exit with its code; a known error is one message on stderr."""
+    signals.handle()
     # Plans are millions of tuples without cycles, and looking for cycles in them took a third of the planning.
     gc.disable()
     escape_what_the_locale_lacks()

@@ -10,7 +10,16 @@ from typing import Any
 import click
 
 from mindformers_ckpt.cli.notices import amount, say, say_json, warn
-from mindformers_ckpt.cli.options import PROCESSES, STEP, LocalPath, StrategyPath, check_prefix, json_option
+from mindformers_ckpt.cli.options import (
+    PROCESSES,
+    RESUME,
+    STEP,
+    LocalPath,
+    StrategyPath,
+    check_prefix,
+    json_option,
+    resumable,
+)
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.cli.request import (
     check_outside,
@@ -19,6 +28,7 @@ from mindformers_ckpt.cli.request import (
 )
 from mindformers_ckpt.convert.adapters import locator
 from mindformers_ckpt.errors import PlanError, PublishError, StrategyError
+from mindformers_ckpt.execution import Options, affordable_processes
 from mindformers_ckpt.lora import MergedBranch, plan_merge
 from mindformers_ckpt.lora_scaling import Scaling, number_fault
 from mindformers_ckpt.lora_settings import read_settings
@@ -29,7 +39,7 @@ from mindformers_ckpt.sources.find import find_source, separate_checkpoints
 from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies
 from mindformers_ckpt.strategy.model import Strategy
-from mindformers_ckpt.transform import Options, affordable_processes, transform
+from mindformers_ckpt.transform import transform
 
 _PATH = LocalPath()
 
@@ -118,6 +128,7 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
 )
 @STEP
 @PROCESSES
+@RESUME
 @json_option
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 def command(
@@ -133,6 +144,7 @@ def command(
     save_format: str | None,
     step: str | None,
     processes: int,
+    resume: bool,
     as_json: bool,
     quiet: bool,
     **scaling: Any,
@@ -146,7 +158,8 @@ def command(
     if merged_strategy is not None and (src_strategy is None or not src_strategy.is_dir()):
         raise click.UsageError("--merged-strategy is for a folder as --src-ckpt-strategy; leave it out.")
     chosen = _scaling(**scaling)
-    _check_empty(destination)
+    if not resume:
+        _check_empty(destination)
     found = None if adapter is None else find_adapter(adapter)
     chosen, notes = _completed(chosen, found)
     strategy = _source_strategy(src_strategy, merged_strategy)
@@ -171,13 +184,13 @@ def command(
         "target": target.describe(),
         "source_path": str(source),
     }
-    options = Options(processes=affordable_processes(processes), may_fork=True)
+    options = Options(processes=affordable_processes(processes), resume=resume, may_fork=True)
 
     def add_familiar_name(folder: Path) -> None:
         if target.is_complete:
             _link(folder, plan)
 
-    with show_progress("merge", quiet=quiet) as progress:
+    with resumable(destination), show_progress("merge", quiet=quiet) as progress:
         report = transform(plan, destination, options, about=about, progress=progress, companions=add_familiar_name)
     if as_json:
         say_json({**asdict(report), "warnings": plan.warnings})

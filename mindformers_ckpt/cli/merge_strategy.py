@@ -7,19 +7,21 @@ from pathlib import Path
 import click
 
 from mindformers_ckpt.cli.notices import say
-from mindformers_ckpt.cli.options import LocalPath
+from mindformers_ckpt.cli.options import OVERWRITE_ANYTHING, LocalPath
 from mindformers_ckpt.strategy.files import merge_strategies
 
 
 @click.command("merge-strategy")
 @click.argument("folder", type=LocalPath())
 @click.argument("file", type=LocalPath())
-def command(folder: Path, file: Path) -> None:
+@OVERWRITE_ANYTHING
+def command(folder: Path, file: Path, overwrite_anything: bool) -> None:
     """Merge the strategy files of all ranks in FOLDER into FILE.
 
-    FILE is what --src-strategy and --dst-strategy take for a job with a pipeline. It may lie in FOLDER.
+    FILE is what --src-strategy and --dst-strategy take for a job with a pipeline. It may be in FOLDER. An earlier
+    strategy file of its name is replaced.
     """
-    strategy = merge_strategies(folder, file)
+    strategy = merge_strategies(folder, file, anything=overwrite_anything)
     stages = len(strategy.stages)
     say(
         f"{file}: {stages} {'stage' if stages == 1 else 'stages'} of {strategy.stage_size} ranks, "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -157,6 +158,33 @@ def request_options(command: Command) -> Command:
     for option in reversed((*_REQUEST_OPTIONS[:1], DESTINATION, STEP, *_REQUEST_OPTIONS[1:], PROCESSES)):
         command = option(command)
     return command
+
+
+RESUME = click.option(
+    "--resume", is_flag=True, help="Go on after what an interrupted run of the same command has done."
+)
+
+
+def replace_options(command: Command) -> Command:
+    """Add the two words that allow to replace what is at the destination."""
+    command = OVERWRITE_ANYTHING(command)
+    return click.option("--overwrite", is_flag=True, help="Replace an earlier result of this program.")(command)
+
+
+OVERWRITE_ANYTHING = click.option(
+    "--overwrite-anything", is_flag=True, help="Replace whatever is there, also what this program did not make."
+)
+
+
+@contextlib.contextmanager
+def resumable(destination: Path) -> Iterator[None]:
+    """Say, when the body is interrupted, that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; {destination} is as it was. The same command with --resume goes on from here"
+        ) from None
 
 
 json_option = click.option(

@@ -11,13 +11,13 @@ from typing import Any
 import click
 
 from mindformers_ckpt.cli.notices import amount, say, say_json, warn
-from mindformers_ckpt.cli.options import LocalPath, json_option, request_options
+from mindformers_ckpt.cli.options import OVERWRITE_ANYTHING, LocalPath, json_option, request_options
 from mindformers_ckpt.cli.request import Prepared, Request
+from mindformers_ckpt.execution import check_apart, ranks_of
 from mindformers_ckpt.formats import TensorSpec, layout_file
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.planning.file import write_plan
 from mindformers_ckpt.planning.model import Plan, Transfer
-from mindformers_ckpt.transform import check_apart, ranks_of
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,12 @@ class Summary:
 @click.command("plan")
 @request_options
 @click.option("--out", type=LocalPath(), help="Write the plan to this file, for transform --plan.")
+@OVERWRITE_ANYTHING
 @json_option
-def command(out: Path | None, as_json: bool, **asked: Any) -> None:
+def command(out: Path | None, overwrite_anything: bool, as_json: bool, **asked: Any) -> None:
     """Say what transform would do, and write nothing but the plan file that is asked for.
+
+    An earlier plan file of its name is replaced.
 
     Parameters are those of transform.
     """
@@ -80,7 +83,7 @@ def command(out: Path | None, as_json: bool, **asked: Any) -> None:
         check_apart(job.plan, job.destination)
     summary = _summary(prepared, request.processes if request.rank_id is None else 1)
     if out is not None:
-        write_plan(job, out)
+        write_plan(job, out, anything=overwrite_anything)
     if as_json:
         say_json(asdict(summary))
         return

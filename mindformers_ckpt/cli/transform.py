@@ -10,14 +10,15 @@ import click
 from click.core import ParameterSource
 
 from mindformers_ckpt.cli.notices import amount, say, say_json, warn
-from mindformers_ckpt.cli.options import LocalPath, json_option, request_options
+from mindformers_ckpt.cli.options import RESUME, LocalPath, json_option, replace_options, request_options, resumable
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.cli.request import Request
 from mindformers_ckpt.errors import FormatError, describe_problems
+from mindformers_ckpt.execution import Options, Report, affordable_processes, ranks_of
 from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.planning.file import Job, read_plan
 from mindformers_ckpt.planning.model import Plan
-from mindformers_ckpt.transform import Options, Report, affordable_processes, ranks_of, transform
+from mindformers_ckpt.transform import transform
 
 
 @click.command("transform")
@@ -35,8 +36,8 @@ from mindformers_ckpt.transform import Options, Report, affordable_processes, ra
     type=LocalPath(),
     help="Run a plan that `mindformers-ckpt plan --out` wrote; it decides source, target and file names.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a target folder that is not empty.")
-@click.option("--resume", is_flag=True, help="Go on after what an interrupted run of the same command has done.")
+@replace_options
+@RESUME
 @click.option("--hash", "hashes", is_flag=True, help="Take xxh3-128 of every written tensor into the manifest.")
 @click.option("--fsync", is_flag=True, help="Force the result to the disk before it gets its name.")
 @click.option(
@@ -48,6 +49,7 @@ def command(
     transform_by_rank: bool,
     plan_file: Path | None,
     overwrite: bool,
+    overwrite_anything: bool,
     resume: bool,
     hashes: bool,
     fsync: bool,
@@ -76,6 +78,7 @@ def command(
         fsync=fsync,
         crc=crc_check,
         overwrite=overwrite,
+        overwrite_anything=overwrite_anything,
         resume=resume,
         partial=job.partial,
         may_fork=True,
@@ -88,13 +91,8 @@ def command(
 
 
 def _run(job: Job, destination: Path, options: Options, quiet: bool) -> Report:
-    try:
-        with show_progress("transform", quiet=quiet) as progress:
-            return transform(job.plan, destination, options, about=job.about, progress=progress)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted; {destination} is as it was. The same command with --resume goes on from here"
-        ) from None
+    with resumable(destination), show_progress("transform", quiet=quiet) as progress:
+        return transform(job.plan, destination, options, about=job.about, progress=progress)
 
 
 def _planned(plan_file: Path) -> Job:

@@ -1,18 +1,13 @@
-"""What surrounds converted weights: indexes, the model's other files, and putting a single file in place."""
+"""What surrounds converted weights: indexes, and the model's other files."""
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from mindformers_ckpt.convert.config import CONFIG_FILE
-from mindformers_ckpt.errors import ConfigError, PublishError
+from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.text_files import read_json_object, write_json
 
@@ -67,33 +62,3 @@ def _adapted_config(values: dict[str, Any], dtype: str | None, plain: bool) -> d
         if dtype is not None and key in adapted:
             adapted[key] = dtype
     return adapted
-
-
-@contextmanager
-def staged_file(destination: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside a file, to make the file in under its own name; it is renamed when all went well.
-
-    Raises PublishError when there is something at the destination, or it cannot be written.
-    """
-    destination = Path(os.path.abspath(destination))
-    if destination.is_dir():
-        raise PublishError(f"{destination} is a folder; a file was expected")
-    if destination.exists() and not overwrite:
-        raise PublishError(f"{destination} exists; choose another name, or allow it to be replaced (--overwrite)")
-    staging = destination.parent / f".{destination.name}.staging"
-    lock = FileLock(destination.parent / f".{destination.name}.lock")
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise PublishError(f"another process is writing {destination} at this moment; wait for it") from None
-    except OSError as error:
-        raise PublishError(f"{destination.parent} cannot be written: {error.strerror}") from error
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-        yield staging
-        os.replace(staging / destination.name, destination)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        lock.release()

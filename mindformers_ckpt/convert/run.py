@@ -13,7 +13,7 @@ from mindformers_ckpt.convert.config import LAYOUT_SETTINGS, ModelConfig, read_c
 from mindformers_ckpt.convert.copies import check_copies
 from mindformers_ckpt.convert.misfit import Attempt, Misfit, explain, other_naming, without_prefix
 from mindformers_ckpt.convert.model import Model, find_model, model_of_config, models
-from mindformers_ckpt.convert.output import copy_companions, staged_file, write_index, write_name_map
+from mindformers_ckpt.convert.output import copy_companions, write_index, write_name_map
 from mindformers_ckpt.convert.paths import check_path
 from mindformers_ckpt.convert.planning import Conversion, plan_tensors
 from mindformers_ckpt.convert.rules import Side
@@ -26,13 +26,13 @@ from mindformers_ckpt.convert.weights import (
     recorded_naming,
 )
 from mindformers_ckpt.errors import ConfigError
+from mindformers_ckpt.execution import Options, Progress
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
-from mindformers_ckpt.publish import check_free_space
 from mindformers_ckpt.sources.find import find_huggingface
 from mindformers_ckpt.sources.source import SUFFIXES, Source
 from mindformers_ckpt.strategy.model import Strategy
-from mindformers_ckpt.transform import Options, Progress, check_apart, transform, write_files
+from mindformers_ckpt.transform import transform
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SHARD_BYTES = 5 * 10**9
@@ -194,10 +194,7 @@ def convert(
     plan.check()
     output = Path(os.path.abspath(output))
     if not request.reverse and target is None and output.suffix in SUFFIXES:
-        check_apart(plan, output)
-        with staged_file(output, options.overwrite) as staging:
-            check_free_space(staging, plan.bytes_written)
-            write_files(plan, staging, options, progress=progress, check=check)
+        transform(plan, output, options, progress=progress, check=check, file=True)
     else:
         _write_folder(prepared, plan, output, options, progress, check)
     return Result(

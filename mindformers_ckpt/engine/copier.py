@@ -9,11 +9,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mindformers_ckpt.engine.buffers import ALIGNMENT, empty_bytes
-from mindformers_ckpt.engine.shard_io import BLOCK_BYTES, PIECE_BYTES, TRANSPOSE_BYTES, ShardReader, Sink, target_runs
+from mindformers_ckpt.engine.shard_io import (
+    BLOCK_BYTES,
+    PIECE_BYTES,
+    TRANSPOSE_BYTES,
+    Reader,
+    ShardReader,
+    Sink,
+    target_runs,
+)
 from mindformers_ckpt.formats import DType
 from mindformers_ckpt.geometry.box import Box, are_disjoint, block_count, blocks, hull, offset_in
 from mindformers_ckpt.planning.model import Place, Plan, SourceFile, Transfer, View
@@ -50,24 +58,12 @@ class TensorHash(NamedTuple):
 
 
 class Done(NamedTuple):
-    """What a finished task reports."""
+    """What a finished task reports. `proof` is a digest of all that it wrote, "" where none was asked for."""
 
     task: int
     bytes_written: int
     hashes: tuple[TensorHash, ...]
-
-    def to_json(self) -> list[Any]:
-        """The report as JSON values, for the journal of a run."""
-        return [self.task, self.bytes_written, self.hashes]
-
-    @classmethod
-    def from_json(cls, value: Any) -> Done:
-        """Undo `to_json`. Raises ValueError for anything else."""
-        try:
-            task, written, hashes = value
-            return cls(int(task), int(written), tuple(TensorHash(*entry) for entry in hashes))
-        except TypeError as error:
-            raise ValueError(f"not the record of a task: {value!r}") from error
+    proof: str = ""
 
 
 def cut_into_tasks(plan: Plan, *, by_rank: bool = False, whole_tensors: bool = False) -> list[Task]:
@@ -77,8 +73,7 @@ def cut_into_tasks(plan: Plan, *, by_rank: bool = False, whole_tensors: bool = F
     The cut depends on the plan alone, so that an interrupted run can be resumed.
     """
     if by_rank:
-        parts = [plan.for_targets([file]) for file in range(len(plan.targets))]
-        return [Task(number, tuple(_slices(part.transfers)), part.bytes_written) for number, part in enumerate(parts)]
+        return _tasks_by_file(plan)
     size = max(_SMALLEST_TASK, min(_LARGEST_TASK, plan.bytes_written // _TASKS))
     tasks: list[Task] = []
     pending: list[Slice] = []
@@ -102,9 +97,24 @@ def cut_into_tasks(plan: Plan, *, by_rank: bool = False, whole_tensors: bool = F
     return tasks
 
 
-def _slices(transfers: Sequence[Transfer]) -> Iterator[Slice]:
-    for transfer in transfers:
-        yield Slice(transfer, 0, block_count(_wanted(transfer), _block_elements(transfer)))
+def _tasks_by_file(plan: Plan) -> list[Task]:
+    """A task a target file, of all that it takes; in one pass over the targets of all transfers."""
+    taken: list[list[Slice]] = [[] for _ in plan.targets]
+    for transfer in plan.transfers:
+        places: dict[int, list[Place]] = {}
+        for place in transfer.targets:
+            places.setdefault(place.file, []).append(place)
+        sources: dict[tuple[Box, ...], tuple[Place, ...]] = {}  # replicas take from the same ones
+        for file, targets in places.items():
+            boxes = tuple(place.box for place in targets)
+            if boxes not in sources:
+                sources[boxes] = transfer.for_places(targets).sources
+            part = transfer._replace(sources=sources[boxes], targets=tuple(targets))
+            taken[file].append(Slice(part, 0, block_count(_wanted(part), _block_elements(part))))
+    return [
+        Task(number, tuple(slices), sum(piece.transfer.bytes_written for piece in slices))
+        for number, slices in enumerate(taken)
+    ]
 
 
 def _wanted(transfer: Transfer) -> Box:
@@ -157,18 +167,28 @@ def _row_meetings(transfer: Transfer, takers: Mapping[tuple[Box, View | None], S
 class Copier:
     """Copies slices of transfers from source shards to a sink. Holds the buffers and the open files."""
 
-    def __init__(self, sources: Sequence[SourceFile], sink: Sink, *, hashes: bool = False) -> None:
-        self._reader = ShardReader(sources)
+    def __init__(
+        self, sources: Sequence[SourceFile], sink: Sink, *, hashes: bool = False, reader: Reader | None = None
+    ) -> None:
+        self._reader = ShardReader(sources) if reader is None else reader
         self._sink = sink
         self._hashes = hashes
         self._buffers: dict[str, np.ndarray[Any, np.dtype[np.uint8]]] = {}
 
     def run(self, task: Task, check: Callable[[], None] = lambda: None) -> Done:
         """Copy all blocks of a task; `check` is called between blocks and may raise to stop."""
+        return self.repeat(task, check)
+
+    def repeat(self, task: Task, check: Callable[[], None]) -> Done:
+        """`run`, under another name where nothing is copied: with a reader or a sink that only stands in for one."""
         hashes: list[TensorHash] = []
         for piece in task.slices:
             hashes += self._copy(piece, check)
-        return Done(task.number, task.bytes_written, tuple(hashes))
+        return Done(task.number, task.bytes_written, tuple(hashes), self._sink.proof())
+
+    def forget(self) -> None:
+        """Forget what a task that failed wrote."""
+        self._sink.proof()
 
     def close(self) -> None:
         """Close the files that were opened, also those of the sink."""

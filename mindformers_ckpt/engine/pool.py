@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mindformers_ckpt.engine.copier import Copier, Done, Task
+from mindformers_ckpt.engine.proof import ProvingSink
 from mindformers_ckpt.engine.shard_io import FileSink
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.planning.model import Plan, SourceFile, TargetFile
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
 
 _SECONDS_BETWEEN_CHECKS = 0.2
+_FOR_THE_STARTER = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}  # the starting process ends its workers
 
 
 def copy_tasks(
@@ -37,6 +39,7 @@ def copy_tasks(
     *,
     processes: int = 1,
     hashes: bool = False,
+    proofs: bool = False,
     may_fork: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> Generator[Done, None, None]:
@@ -48,7 +51,7 @@ def copy_tasks(
     The first failure stops everything, and so does closing the generator. Raises TransferError, also when a
     worker dies; what `check` raises goes through.
     """
-    arguments = (plan.sources, folder, plan.targets, hashes)
+    arguments = (plan.sources, folder, plan.targets, hashes, proofs)
     with contextlib.closing(_copier(*arguments)) as copier:
         if len(tasks) <= 1:
             for task in tasks:
@@ -61,8 +64,10 @@ def copy_tasks(
             yield from _copy_with_workers(workers, arguments, tasks, copier, check, may_fork)
 
 
-def _copier(sources: Sequence[SourceFile], folder: Path, targets: Sequence[TargetFile], hashes: bool) -> Copier:
-    return Copier(sources, FileSink(folder, targets), hashes=hashes)
+def _copier(
+    sources: Sequence[SourceFile], folder: Path, targets: Sequence[TargetFile], hashes: bool, proofs: bool
+) -> Copier:
+    return Copier(sources, (ProvingSink if proofs else FileSink)(folder, targets), hashes=hashes)
 
 
 def _copy_with_thread(
@@ -94,7 +99,7 @@ def _copy_with_workers(
 ) -> Iterator[Done]:
     """Run tasks in workers and, with `copier`, in this process; yield each as it is done.
 
-    `arguments` are those of a worker's copier: sources, folder, targets, hashes. `may_fork` is for a process
+    `arguments` are those of a worker's copier: sources, folder, targets, hashes, proofs. `may_fork` is for a process
     without connections, which a forked worker would keep open. Raises TransferError, also when a worker dies;
     what `check` raises goes through.
     """
@@ -177,10 +182,15 @@ _stop: ctypes.c_bool | None = None
 
 
 def _start_worker(
-    sources: tuple[SourceFile, ...], folder: Path, targets: tuple[TargetFile, ...], hashes: bool, stop: ctypes.c_bool
+    sources: tuple[SourceFile, ...],
+    folder: Path,
+    targets: tuple[TargetFile, ...],
+    hashes: bool,
+    proofs: bool,
+    stop: ctypes.c_bool,
 ) -> None:
     global _worker, _stop
-    _worker, _stop = _copier(sources, folder, targets, hashes), stop
+    _worker, _stop = _copier(sources, folder, targets, hashes, proofs), stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -213,7 +223,7 @@ def _blank_main() -> Iterator[None]:
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_STARTER)
     try:
         yield
     finally:

@@ -44,7 +44,7 @@ _FACTORS = 4
 _STRIP = 64
 
 
-class _Descriptors:
+class Descriptors:
     """Open file descriptors, the least recently used ones closed beyond a limit."""
 
     def __init__(self, flags: int) -> None:
@@ -81,7 +81,7 @@ class ShardReader:
         self._files = files
         self._headers: dict[int, Header] = {}
         self._last: Header | None = None
-        self._descriptors = _Descriptors(os.O_RDONLY)
+        self._descriptors = Descriptors(os.O_RDONLY)
         self._scratch: Array | None = None
         self._piece: memoryview | None = None
         self._scales: OrderedDict[tuple[int, str], Array] = OrderedDict()
@@ -271,6 +271,19 @@ class ShardReader:
             view = view[length:]
 
 
+class Reader(Protocol):
+    """Where contents come from, as `ShardReader` gives them."""
+
+    def read(self, place: Place, name: str, dtype: DType, part: Box, out: Array) -> None:
+        """Read a part into an array of its shape."""
+
+    def stream(self, place: Place, name: str, dtype: DType, part: Box, lead: int) -> Iterator[memoryview]:
+        """The bytes of a part that is a single run of its shard, piece by piece."""
+
+    def close(self) -> None:
+        """Close what was opened."""
+
+
 class Sink(Protocol):
     """Where the contents of target tensors go, in pieces of consecutive bytes."""
 
@@ -279,6 +292,9 @@ class Sink(Protocol):
 
     def offset(self, file: int, name: str, start: int) -> int:
         """Where in the file, or in memory, byte `start` of a tensor lies."""
+
+    def proof(self) -> str:
+        """A digest of all that was written since it was asked for last, "" where none is taken."""
 
     def close(self) -> None:
         """Close what was opened."""
@@ -294,7 +310,7 @@ class FileSink:
         self._paths = [folder / file.path for file in files]
         self._files = files
         self._layouts: dict[tuple[str, int], FileLayout] = {}
-        self._descriptors = _Descriptors(os.O_WRONLY)
+        self._descriptors = Descriptors(os.O_WRONLY)
 
     def layout(self, file: int) -> FileLayout:
         """Where everything goes in a target file; files with the same tensors share it."""
@@ -306,6 +322,27 @@ class FileSink:
 
     def path(self, file: int) -> Path:
         return self._paths[file]
+
+    def prepare_all(self) -> None:
+        """Create all target files."""
+        for file in range(len(self._files)):
+            self.prepare(file)
+
+    def repair(self, file: int) -> None:
+        """Give a target file of an interrupted run its size, and all in it but the contents of the tensors, again."""
+        path, layout = self.path(file), self.layout(file)
+        try:
+            with open(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "wb") as stream:
+                is_whole = os.fstat(stream.fileno()).st_size >= layout.size
+                if is_whole:
+                    os.ftruncate(stream.fileno(), layout.size)  # a checksum may have been appended
+                    for offset, data in layout.frames:
+                        os.pwrite(stream.fileno(), data, offset)
+        except OSError:
+            is_whole = False
+        if not is_whole:
+            path.unlink(missing_ok=True)
+            self.prepare(file)
 
     def prepare(self, file: int, *, sparse: bool = False) -> None:
         """Create a target file in its final size, with everything in it but the contents of the tensors.
@@ -338,6 +375,9 @@ class FileSink:
     def offset(self, file: int, name: str, start: int) -> int:
         return next(file_ranges(self.layout(file).tensors[name].segments, start, 1))[0]
 
+    def proof(self) -> str:
+        return ""
+
     def close(self) -> None:
         self._descriptors.close()
 
@@ -360,6 +400,9 @@ class ArraySink:
     def offset(self, file: int, name: str, start: int) -> int:
         return start
 
+    def proof(self) -> str:
+        return ""
+
     def close(self) -> None:
         """Nothing was opened; the contents stay."""
 
@@ -370,7 +413,7 @@ def read_file(path: Path, names: Container[str] | None = None) -> Iterator[tuple
         header = read_header(path)
     except FormatError as error:
         raise TransferError(str(error)) from error
-    descriptors = _Descriptors(os.O_RDONLY)
+    descriptors = Descriptors(os.O_RDONLY)
     try:
         for name, record in header.tensors.items():
             if names is None or name in names:

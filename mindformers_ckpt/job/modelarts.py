@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mindformers_ckpt.errors import ConfigError, PlanError, StrategyError, describe_problems
+from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.cluster.messages import name_ranks
 from mindformers_ckpt.job.config import Config
@@ -34,7 +35,6 @@ from mindformers_ckpt.publish import check_free_space
 from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies, rank_file_name, read_strategy
 from mindformers_ckpt.strategy.model import Strategy
 
-MAIN_RANK = 0
 _FOLDER = "auto_trans"
 _FETCHED = "fetched"
 

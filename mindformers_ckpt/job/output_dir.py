@@ -17,9 +17,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from mindformers_ckpt.disk.locks import NO_LOCKS, Lock
 from mindformers_ckpt.errors import ConfigError, PublishError, describe_problems
-from mindformers_ckpt.log import log
-from mindformers_ckpt.text_files import write_text
+from mindformers_ckpt.publish import recover
 
 _ATTEMPTS = 20
 
@@ -38,6 +38,7 @@ class OutputDir:
         self._previous = self.root / ".strategy.previous"
         self._holder = self.root / ".checkpoint_hook.holder"
         self._lock = FileLock(self.root / ".checkpoint_hook.lock")
+        self._plain_lock = Lock(self.root / ".checkpoint_hook.owner")  # where the file system has no locks
         self._cleared = False
 
     def check_apart(
@@ -100,10 +101,13 @@ class OutputDir:
                 f"another job ({holder}) is loading weights with the output dir {self.root}; "
                 "wait for it, or give this job another output_dir"
             ) from None
-        except NotImplementedError:
-            log.warning("%s is on a disk without file locks: a second job on it would not be noticed", self.root)
+        except (NotImplementedError, OSError) as error:
+            self._lock_without_locks(error)
         self._cleared = True
-        write_text(self._holder, f"process {os.getpid()} on {os.uname().nodename}")
+        self._holder.unlink(missing_ok=True)  # and not written through, should it be a link
+        with open(self._holder, "x", encoding="utf-8") as stream:
+            stream.write(f"process {os.getpid()} on {os.uname().nodename}")
+        recover(self.transformed)
         for waste in self.root.glob(".removed-*"):
             _remove(waste)
         if _is_there(self._previous):
@@ -113,6 +117,16 @@ class OutputDir:
         else:
             self._previous.mkdir()
         self.strategy.mkdir()
+
+    def _lock_without_locks(self, error: NotImplementedError | OSError) -> None:
+        """Take a lock that works by the existence of its file. Raises PublishError when another job has it."""
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise PublishError(f"{self.root} cannot be written: {error.strerror}") from error
+        if not self._plain_lock.acquire():
+            raise PublishError(
+                f"another job ({self._plain_lock.holder()}) is loading weights with the output dir {self.root}; wait "
+                f"for it, or give this job another output_dir. If it has died, remove {self._plain_lock.path}"
+            )
 
     def keep(self, *, clear_transformed: bool = False) -> None:
         """The load is done: remove the old strategy, and the transformed checkpoint if it is stale."""
@@ -128,6 +142,7 @@ class OutputDir:
         `settled` other ranks may still write their strategy, so what was set aside is then kept, and the last
         rank that comes here, or the next job, has the last word.
         """
+        recover(self.transformed)
         if not self._cleared and not self._take_over():
             return
         try:
@@ -175,6 +190,7 @@ class OutputDir:
     def _release(self) -> None:
         self._cleared = False
         self._holder.unlink(missing_ok=True)
+        self._plain_lock.release()
         self._lock.release()
 
     def _discard(self, path: Path) -> None:

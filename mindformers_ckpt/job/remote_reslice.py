@@ -6,9 +6,7 @@ have the source are spread over the others, and fetched.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,20 +15,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mindformers_ckpt.engine.copier import cut_into_tasks
-from mindformers_ckpt.engine.pool import copy_tasks
-from mindformers_ckpt.engine.shard_io import FileSink
 from mindformers_ckpt.errors import PlanError, TransferError
+from mindformers_ckpt.execution import Options, Run
+from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.modelarts import Exchange, entries_of
-from mindformers_ckpt.job.reslice import Reslicing, affordable, spread
+from mindformers_ckpt.job.reslice import Reslicing, name_of
 from mindformers_ckpt.job.transfers import Entry
+from mindformers_ckpt.job.work import affordable, log_progress, spread
 from mindformers_ckpt.log import log
+from mindformers_ckpt.planning.digest import digest_of
 from mindformers_ckpt.planning.model import Plan
-from mindformers_ckpt.publish import Staging, check_free_space
-from mindformers_ckpt.transform import check_apart
+from mindformers_ckpt.publish import MANIFEST_FILE, check_free_space
 
-MAIN_RANK = 0
 KIND = "transformed_checkpoint"
-MANIFEST = "manifest.json"
 
 
 class Node(NamedTuple):
@@ -58,15 +55,14 @@ class RemoteReslicing:
 
     def __post_init__(self) -> None:
         self.cluster = self.reslicing.cluster
-        # A run's name is not that of an earlier one, so nothing is mistaken for a part of this result.
-        self._staging = Staging(self.reslicing.output.transformed, self.exchange.run, overwrite=True)
 
     @contextmanager
     def resliced(self) -> Iterator[Path | None]:
         """The folder to load this rank's weights from, None when the source has the job's slices already."""
         cluster = self.cluster
         plan = self._plan_here() if cluster.is_first_on_node else None
-        nodes = self._tell(plan)
+        run = self._run_of(plan) if cluster.is_first_on_node else None
+        nodes = self._tell(plan, run)
         name = nodes[cluster.nodes[MAIN_RANK]].name
         if not name:
             if cluster.rank == MAIN_RANK:
@@ -75,12 +71,12 @@ class RemoteReslicing:
             cluster.barrier("loaded")
             if cluster.rank == MAIN_RANK:
                 self.exchange.drop()
-        elif cluster.is_first_on_node:
-            with self._staging as staging, cluster.step("load"):
-                manifest = self._make(plan, nodes)
-                yield staging.folder / name
+        elif run is not None:
+            with run, cluster.step("load"):
+                manifest = self._make(run, nodes)
+                yield run.folder / name
                 cluster.barrier("loaded")
-                staging.publish(self._local_manifest(manifest))
+                run.publish(manifest=self._local_manifest(manifest))
         else:
             for step in ("weights sent", "weights complete", "weights fetched"):
                 cluster.barrier(step)
@@ -95,18 +91,25 @@ class RemoteReslicing:
         log.warning("%s has no %s: the weights of its ranks come from the other nodes", self.cluster.node, source)
         return None
 
+    def _run_of(self, plan: Plan | None) -> Run:
+        """This node's run, which makes nothing where there is no plan: its files are fetched then."""
+        options = Options(by_rank=self.reslicing.config.transform_by_rank, overwrite_anything=True, keep=False)
+        # A run's name is not that of an earlier one, so nothing is mistaken for a part of this result.
+        name = self.exchange.run
+        return Run(plan or Plan((), (), ()), self.reslicing.output.transformed, options, identity=name)
+
     def _has_source(self) -> bool:
         return self.cluster.rank == MAIN_RANK or Path(self.reslicing.config.load_checkpoint).exists()
 
-    def _tell(self, plan: Plan | None) -> dict[str, Node]:
+    def _tell(self, plan: Plan | None, run: Run | None) -> dict[str, Node]:
         """Share what the nodes have. Raises PlanError where their sources differ."""
         cluster = self.cluster
         digest, name = None, ""
         if plan is not None:
             digest = digest_of(plan, Path(self.reslicing.config.load_checkpoint))
-            name = Path(plan.targets[0].path).parts[0]
-        about = Node(self._has_source(), digest, name, str(self._staging.folder))
-        told = cluster.gather("plan", about if cluster.is_first_on_node else None)
+            name = name_of(plan)
+        about = None if run is None else Node(self._has_source(), digest, name, str(run.folder))
+        told = cluster.gather("plan", about)
         nodes = {node: Node(*told[cluster.nodes.index(node)]) for node in dict.fromkeys(cluster.nodes)}
         main = cluster.nodes[MAIN_RANK]
         others = [name for name, node in nodes.items() if node.has_source and node.digest != nodes[main].digest]
@@ -117,15 +120,14 @@ class RemoteReslicing:
             )
         return nodes
 
-    def _make(self, plan: Plan | None, nodes: Mapping[str, Node]) -> Mapping[str, Any]:
+    def _make(self, run: Run, nodes: Mapping[str, Node]) -> Mapping[str, Any]:
         """Make, send and fetch; afterwards the staging folder holds the files of this node's ranks. The manifest."""
-        cluster, exchange, folder = self.cluster, self.exchange, self._staging.folder
-        made = {} if plan is None else self._make_share(plan, [name for name in nodes if nodes[name].has_source])
+        cluster, exchange, folder = self.cluster, self.exchange, run.folder
+        made = self._make_share(run, [name for name in nodes if nodes[name].has_source])
         exchange.send_share(KIND, {path: folder / path for path in made})
         cluster.barrier("weights sent")
         if cluster.rank == MAIN_RANK:
-            assert plan is not None
-            exchange.transfers.send_manifest(exchange.key(MANIFEST), self._whole_manifest(plan))
+            exchange.transfers.send_manifest(exchange.key(MANIFEST_FILE), self._whole_manifest(run.plan))
         cluster.barrier("weights complete")
         manifest = self._manifest()
         names = [file["path"] for file in manifest["files"]]
@@ -134,44 +136,39 @@ class RemoteReslicing:
             for path, entry, file in zip(names, entries_of(manifest), manifest["files"])
             if file["rank"] in cluster.node_ranks
         }
-        self._fetch({path: entry for path, entry in own.items() if path not in made})
+        self._fetch(folder, {path: entry for path, entry in own.items() if path not in made})
         for path in set(made) - set(own):
             shutil.rmtree((folder / path).parent)
         cluster.barrier("weights fetched")
         return manifest
 
-    def _make_share(self, plan: Plan, makers: Sequence[str]) -> list[str]:
+    def _make_share(self, run: Run, makers: Sequence[str]) -> list[str]:
         """Make the files that are this node's to make; their paths in the staging folder."""
-        cluster, folder = self.cluster, self._staging.folder
-        check_apart(plan, self.reslicing.output.transformed)
+        cluster, config, plan = self.cluster, self.reslicing.config, run.plan
+        if not plan.targets:
+            return []
         owners = makers_of(cluster.nodes, makers)
         share = [number for number, file in enumerate(plan.targets) if owners[file.rank] == cluster.node]
         part = plan.for_targets(share)
         if cluster.rank == MAIN_RANK:
-            for warning in plan.warnings:
-                log.warning("%s", warning)
+            self.reslicing.announce(plan)
         log.info("%s re-slices %d files, %.2f GB", cluster.node, len(share), part.bytes_written / 1e9)
-        check_free_space(folder, part.bytes_written)
-        sink = FileSink(folder, plan.targets)
-        for number in share:
-            sink.prepare(number)
-        config = self.reslicing.config
+        run.prepare(share)
         # At least one process where there is work, as MindFormers has it on ModelArts.
         processes = spread(max(config.transform_process_num, len(makers)), len(makers))[makers.index(cluster.node)]
         tasks = [task for task in cut_into_tasks(part, by_rank=config.transform_by_rank) if task.bytes_written]
-        for _ in copy_tasks(plan, folder, tasks, processes=affordable(processes), check=cluster.check):
-            pass
+        run.copy(tasks, processes=affordable(processes), progress=log_progress(), check=cluster.check)
         return [plan.targets[number].path for number in share]
 
-    def _fetch(self, files: Mapping[str, Entry]) -> None:
+    def _fetch(self, folder: Path, files: Mapping[str, Entry]) -> None:
         if files:
             size = sum(entry.bytes for entry in files.values())
             log.info("%s fetches %d files, %.2f GB", self.cluster.node, len(files), size / 1e9)
-            check_free_space(self._staging.folder, size)
-            self.exchange.transfers.fetch((entry, self._staging.folder / path) for path, entry in files.items())
+            check_free_space(folder, size)
+            self.exchange.transfers.fetch((entry, folder / path) for path, entry in files.items())
 
     def _manifest(self) -> Mapping[str, Any]:
-        return self.exchange.transfers.fetch_manifest(self.exchange.key(MANIFEST))
+        return self.exchange.transfers.fetch_manifest(self.exchange.key(MANIFEST_FILE))
 
     def _whole_manifest(self, plan: Plan) -> dict[str, Any]:
         """What the result consists of. Raises TransferError unless all files of the plan have been sent."""
@@ -184,8 +181,7 @@ class RemoteReslicing:
             raise TransferError(f"{self.exchange.url}: no node has sent {', '.join(lacking[:8])}")
         return {
             "mindformers_ckpt": __version__,
-            "source_checkpoint": self.reslicing.config.load_checkpoint,
-            "target": self.reslicing.target.describe(),
+            **self.reslicing.about,
             "files": [
                 {"path": file.path, "rank": file.rank, "tensors": len(file.tensors), **sent[keys[file.path]]._asdict()}
                 for file in plan.targets
@@ -195,12 +191,6 @@ class RemoteReslicing:
     def _local_manifest(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
         files = [file for file in manifest["files"] if file["rank"] in self.cluster.node_ranks]
         return {**manifest, "remote": self.exchange.url, "files": files}
-
-
-def digest_of(plan: Plan, source: Path) -> str:
-    """A digest of what is read and written where, alike on all nodes wherever their sources lie."""
-    names = [(os.path.relpath(file.path, source), file.size) for file in plan.sources]
-    return hashlib.blake2b(repr((names, plan.targets, plan.transfers)).encode(), digest_size=16).hexdigest()
 
 
 def makers_of(nodes: Sequence[str], makers: Sequence[str]) -> list[str]:

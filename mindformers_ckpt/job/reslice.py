@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from mindformers_ckpt.engine.copier import Task, cut_into_tasks
-from mindformers_ckpt.engine.machine import MEMORY_PER_PROCESS, free_memory, usable_cores
-from mindformers_ckpt.engine.pool import copy_tasks
-from mindformers_ckpt.engine.shard_io import FileSink
-from mindformers_ckpt.errors import PlanError
+from mindformers_ckpt.execution import Run
+from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.job.find import find_checkpoint
 from mindformers_ckpt.job.output_dir import OutputDir
+from mindformers_ckpt.job.work import Work
 from mindformers_ckpt.log import log
 from mindformers_ckpt.planning.build import build_plan, holds_same_slices
 from mindformers_ckpt.planning.model import Plan
-from mindformers_ckpt.publish import Staging, check_free_space
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.source import Kind, Source
 from mindformers_ckpt.strategy.files import read_strategy
 from mindformers_ckpt.strategy.model import Strategy
-from mindformers_ckpt.transform import Options, check_apart, describe_result, fingerprint_of
-
-MAIN_RANK = 0
-_SECONDS_BETWEEN_LINES = 5.0
 
 
 @dataclass
@@ -54,38 +45,37 @@ class Reslicing:
 
         The result is published when all ranks leave: until all have loaded it, the old one stays in place.
         """
+        work = Work(self.cluster, self.config.transform_process_num, self.config.transform_by_rank)
         if self.cluster.rank != MAIN_RANK:
-            yield self._follow()
+            made = work.follow(lambda name: self.plan())
+            yield None if made is None else Path(*made)
             self.cluster.barrier("loaded")
             return
         plan = self.plan()
         if plan is None:
             log.info("the checkpoint has the strategy of this job: it is loaded as it is")
-            self.cluster.gather("plan", {"folder": None})
+            work.end()
             yield None
             self.cluster.barrier("loaded")
             return
         # The others learn of a failure before the folder is removed that they are reading.
-        with self._staging(plan) as staging, self.cluster.step("load"):
-            self._lead(plan, staging)
-            yield staging.folder / _name(plan)
+        with Run(plan, self.output.transformed, work.options(), about=self.about) as run, self.cluster.step("load"):
+            self.announce(plan)
+            work.lead(run, name_of(plan))
+            yield run.folder / name_of(plan)
             self.cluster.barrier("loaded")
-            about = {"source_checkpoint": self.config.load_checkpoint, "target": self.target.describe()}
-            staging.publish(describe_result(plan, staging.folder, staging.fingerprint, (), about))
-            log.info("the re-sliced checkpoint is in %s", self.output.transformed / _name(plan))
+            run.publish()
+            log.info("the re-sliced checkpoint is in %s", self.output.transformed / name_of(plan))
 
-    def _staging(self, plan: Plan) -> Staging:
-        check_apart(plan, self.output.transformed)
-        options = Options(by_rank=self.config.transform_by_rank)
-        return Staging(self.output.transformed, fingerprint_of(plan, options), overwrite=True)
+    @property
+    def about(self) -> dict[str, str]:
+        """What the manifest of the result says of the job."""
+        return {"source_checkpoint": self.config.load_checkpoint, "target": self.target.describe()}
 
-    def _lead(self, plan: Plan, staging: Staging) -> None:
+    def announce(self, plan: Plan) -> None:
+        """Log the warnings of the plan, and what it will do."""
         for warning in plan.warnings:
             log.warning("%s", warning)
-        check_free_space(staging.folder, plan.bytes_written)
-        sink = FileSink(staging.folder, plan.targets)
-        for file in range(len(plan.targets)):
-            sink.prepare(file)
         log.info(
             "re-slicing %s to %s: %d files, %.2f GB",
             self.config.load_checkpoint,
@@ -93,25 +83,6 @@ class Reslicing:
             len(plan.targets),
             plan.bytes_written / 1e9,
         )
-        self.cluster.gather("plan", {"folder": str(staging.folder), "name": _name(plan), "digest": digest_of(plan)})
-        self._copy_share(plan, staging.folder)
-        self.cluster.barrier("transformed")
-
-    def _follow(self) -> Path | None:
-        told = self.cluster.gather("plan")[MAIN_RANK]
-        if told["folder"] is None:
-            return None
-        folder = Path(told["folder"])
-        if self._processes_here():
-            plan = self.plan()
-            if plan is None or digest_of(plan) != told["digest"]:
-                raise PlanError(
-                    f"node {self.cluster.node} sees other source files or strategies than rank {MAIN_RANK}; "
-                    "load_checkpoint and src_strategy_path_or_dir must be the same on all nodes"
-                )
-            self._copy_share(plan, folder)
-        self.cluster.barrier("transformed")
-        return folder / str(told["name"])
 
     @cached_property
     def found_files(self) -> Source:
@@ -172,82 +143,7 @@ class Reslicing:
         request = with_settings(request, dict(self.config.layout_settings))
         return plan_ranks(request, self.target, ranks=ranks, format=format)
 
-    def _leaders(self) -> list[int]:
-        """The first rank of every node, in the order of the nodes' ranks."""
-        nodes = self.cluster.nodes
-        return [nodes.index(node) for node in dict.fromkeys(nodes)]
 
-    def _processes_here(self) -> int:
-        """How many of the job's processes are this rank's."""
-        leaders = self._leaders()
-        if self.cluster.rank not in leaders:
-            return 0
-        return spread(self.config.transform_process_num, len(leaders))[leaders.index(self.cluster.rank)]
-
-    def _copy_share(self, plan: Plan, folder: Path) -> None:
-        """Copy this node's tasks, in this node's processes."""
-        leaders = self._leaders()
-        shares = spread(self.config.transform_process_num, len(leaders))
-        tasks = cut_into_tasks(plan, by_rank=self.config.transform_by_rank)
-        tasks = share_of(tasks, shares, leaders.index(self.cluster.rank))
-        report = _progress(sum(task.bytes_written for task in tasks))
-        done = 0
-        processes = affordable(self._processes_here())
-        copied = copy_tasks(plan, folder, tasks, processes=processes, check=self.cluster.check)
-        with closing(copied):  # whatever goes wrong here, the workers end before the folder is removed
-            for finished in copied:
-                done += finished.bytes_written
-                report(done)
-
-
-def digest_of(plan: Plan) -> str:
-    """A digest of what is read and written where, whatever the times of the files."""
-    content = [(str(file.path), file.size) for file in plan.sources], plan.targets, plan.transfers
-    return hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()
-
-
-def _name(plan: Plan) -> str:
+def name_of(plan: Plan) -> str:
     """The folder of the result's rank folders: the checkpoint's name."""
     return Path(plan.targets[0].path).parts[0]
-
-
-def spread(processes: int, nodes: int) -> list[int]:
-    """Spread `transform_process_num` evenly over the nodes; the first nodes take what is left over."""
-    base, rest = divmod(processes, nodes)
-    return [base + (1 if node < rest else 0) for node in range(nodes)]
-
-
-def share_of(tasks: Sequence[Task], shares: Sequence[int], node: int) -> list[Task]:
-    """The tasks of a node: in turn, as many as it has processes."""
-    owners = [number for number, count in enumerate(shares) for _ in range(count)]
-    return [task for position, task in enumerate(tasks) if owners[position % len(owners)] == node]
-
-
-def affordable(processes: int) -> int:
-    """So many of `processes` as this node has cores and memory for, with a warning when they are fewer."""
-    free, cores = free_memory(), usable_cores()
-    most = max(1, min(cores, free // MEMORY_PER_PROCESS))
-    if processes <= most:
-        return processes
-    log.warning(
-        "transform_process_num: %d processes are used on this node instead of %d (%d cores, %.1f GB of memory free)",
-        most,
-        processes,
-        cores,
-        free / 1e9,
-    )
-    return most
-
-
-def _progress(total: int) -> Callable[[int], None]:
-    started = last = time.monotonic()
-
-    def report(done: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= _SECONDS_BETWEEN_LINES or done == total:
-            last = now
-            rate = done / max(now - started, 1e-9)
-            log.info("re-slicing: %.2f of %.2f GB, %.2f GB/s", done / 1e9, total / 1e9, rate / 1e9)
-
-    return report

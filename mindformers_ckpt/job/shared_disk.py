@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shlex
@@ -10,11 +11,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mindformers_ckpt.errors import PlanError
+from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.cluster.messages import name_ranks
 from mindformers_ckpt.job.config import Config
 
-MAIN_RANK = 0
 # Network file systems keep folders in a cache: what another node made may show some seconds later.
 _PROBE_PATIENCE = 3.0
 _FILE_PATIENCE = 60.0
@@ -57,7 +58,9 @@ def _appears(file: Path, patience: float) -> bool:
     while not file.exists():
         if time.monotonic() >= until:
             return False
-        os.scandir(file.parent).close()  # opening the folder has a network file system ask the server
+        # Opening the folder has a network file system ask the server; it may not be seen itself yet.
+        with contextlib.suppress(OSError):
+            os.scandir(next(folder for folder in file.parents if folder.is_dir())).close()
         time.sleep(_POLL)
     return True
 

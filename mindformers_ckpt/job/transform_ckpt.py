@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mindformers_ckpt.engine.copier import cut_into_tasks
-from mindformers_ckpt.engine.pool import copy_tasks
-from mindformers_ckpt.engine.shard_io import FileSink
 from mindformers_ckpt.errors import CheckpointError, ConfigError, PlanError
+from mindformers_ckpt.execution import Options, Run
+from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster, RankError
-from mindformers_ckpt.job.reslice import affordable, digest_of, share_of, spread
 from mindformers_ckpt.job.shared_disk import wait_for_files
+from mindformers_ckpt.job.work import Work, log_progress
 from mindformers_ckpt.log import log
 from mindformers_ckpt.planning.build import build_plan, missing_names
 from mindformers_ckpt.planning.model import Plan
-from mindformers_ckpt.publish import Staging, check_free_space
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_mindspore
 from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies, read_strategy
 from mindformers_ckpt.strategy.model import Strategy
-from mindformers_ckpt.transform import Options, check_apart, describe_result, fingerprint_of, transform
+from mindformers_ckpt.transform import transform
 
-MAIN_RANK = 0
 _FOLDER_MODE = 0o750  # MindFormers' mode of the folders that it makes for results
 _WHOLE_MODES = ("data_parallel", "stand_alone")
-_SECONDS_BETWEEN_LINES = 5.0
 
 
 @dataclass(frozen=True)
@@ -171,7 +166,10 @@ def _run_alone(request: Request, cluster: Cluster) -> None:
     """All target ranks, or the share of one of several processes that were started by hand."""
     target = _target(request, cluster)
     ranks = _share(request, target)
-    options = Options(by_rank=request.by_rank, overwrite=True, partial=ranks is not None)
+    # A part replaces ranks of its own source only; the whole replaces whatever is there.
+    options = Options(
+        by_rank=request.by_rank, overwrite=True, overwrite_anything=ranks is None, partial=ranks is not None, keep=False
+    )
     done = request.first_ranks if ranks is None else (request.rank,)
     for name, plan in request.plans(target, ranks).items():
         transform(
@@ -179,11 +177,9 @@ def _run_alone(request: Request, cluster: Cluster) -> None:
             request.destination / name,
             options,
             about=request.about(target),
-            progress=_reporter(),
+            progress=log_progress(),
             companions=lambda folder: request.mark(folder, done),
         )
-        if options.partial:
-            request.mark(request.destination / name, done)
         log.info("the transformed checkpoint is in %s", request.destination / name)
 
 
@@ -263,75 +259,28 @@ class _Job:
     def plans(self) -> dict[str, Plan]:
         return self.request.plans(self.target)
 
+    @cached_property
+    def _work(self) -> Work:
+        return Work(self.cluster, len(self.request.first_ranks), self.request.by_rank)
+
     def _lead(self) -> list[str]:
-        request, cluster = self.request, self.cluster
-        options = Options(by_rank=request.by_rank)
+        request = self.request
         for name, plan in self.plans.items():
-            check_apart(plan, request.destination / name)
-            staging = Staging(request.destination / name, fingerprint_of(plan, options), overwrite=True)
+            run = Run(plan, request.destination / name, self._work.options(), about=request.about(self.target))
             # The others learn of a failure before the folder is removed that they write to.
-            with staging, _announced(cluster):
-                check_free_space(staging.folder, plan.bytes_written)
-                sink = FileSink(staging.folder, plan.targets)
-                for file in range(len(plan.targets)):
-                    sink.prepare(file)
-                cluster.gather("plan", {"name": name, "folder": str(staging.folder), "digest": digest_of(plan)})
-                self._copy_share(plan, staging.folder)
-                cluster.barrier("transformed")
-                request.mark(staging.folder, request.first_ranks)
-                about = request.about(self.target)
-                staging.publish(describe_result(plan, staging.folder, staging.fingerprint, (), about))
+            with run, _announced(self.cluster):
+                self._work.lead(run, name)
+                run.publish(lambda folder: request.mark(folder, request.first_ranks))
             log.info("the transformed checkpoint is in %s", request.destination / name)
-        cluster.gather("plan", {"name": None})
+        self._work.end()
         return list(self.plans)
 
     def _follow(self) -> list[str]:
         names = []
-        while (told := self.cluster.gather("plan")[MAIN_RANK])["name"] is not None:
-            names.append(str(told["name"]))
-            if self._processes():
-                plan, folder = self.plans.get(told["name"]), Path(told["folder"])
-                if plan is None or digest_of(plan) != told["digest"]:
-                    raise PlanError(
-                        f"node {self.cluster.node} sees other source files or strategies than rank {MAIN_RANK}; they "
-                        "must be the same on all nodes"
-                    )
-                wait_for_files([folder])
-                self._copy_share(plan, folder)
-            self.cluster.barrier("transformed")
+        while (made := self._work.follow(self.plans_by_name)) is not None:
+            names.append(made[1])
         return names
 
-    def _shares(self) -> dict[int, int]:
-        """The first rank of every node -> how many of the processes are its node's."""
-        nodes = self.cluster.nodes
-        leaders = [nodes.index(node) for node in dict.fromkeys(nodes)]
-        return dict(zip(leaders, spread(len(self.request.first_ranks), len(leaders))))
-
-    def _processes(self) -> int:
-        return self._shares().get(self.cluster.rank, 0)
-
-    def _copy_share(self, plan: Plan, folder: Path) -> None:
-        shares = self._shares()
-        tasks = cut_into_tasks(plan, by_rank=self.request.by_rank)
-        tasks = share_of(tasks, list(shares.values()), list(shares).index(self.cluster.rank))
-        total, written, report = sum(task.bytes_written for task in tasks), 0, _reporter()
-        processes = affordable(self._processes())
-        copied = copy_tasks(plan, folder, tasks, processes=processes, check=self.cluster.check)
-        with closing(copied):  # whatever goes wrong here, the workers end before the folder is removed
-            for finished in copied:
-                written += finished.bytes_written
-                report(written, total)
-
-
-def _reporter() -> Callable[[int, int], None]:
-    """Logs bytes and rate every few seconds, and at the end."""
-    started = last = time.monotonic()
-
-    def report(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= _SECONDS_BETWEEN_LINES or done == total:
-            last, rate = now, done / max(now - started, 1e-9)
-            log.info("re-slicing: %.2f of %.2f GB, %.2f GB/s", done / 1e9, total / 1e9, rate / 1e9)
-
-    return report
+    def plans_by_name(self, name: str) -> Plan | None:
+        """The plan of a checkpoint of the source."""
+        return self.plans.get(name)

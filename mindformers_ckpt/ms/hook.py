@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mindformers_ckpt.engine.shard_io import read_file
 from mindformers_ckpt.errors import CheckpointError, ConfigError, PlanError, StrategyError
 from mindformers_ckpt.geometry.layout import Layout
+from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster, RankError
 from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.job.find import find_checkpoint
@@ -38,9 +39,6 @@ from mindformers_ckpt.strategy.model import Strategy
 
 if TYPE_CHECKING:
     from mindspore.nn import Cell
-
-
-MAIN_RANK = 0  # the rank that clears, merges and publishes
 
 
 class CheckpointHook:

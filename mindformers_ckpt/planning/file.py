@@ -18,21 +18,20 @@ Plans of `transform` only: what conversion adds (views, other names, computed el
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from mindformers_ckpt.disk.files import replace_file
 from mindformers_ckpt.errors import CheckpointError, PlanError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer
-from mindformers_ckpt.text_files import MAX_OWN_BYTES, parse_json, read_regular, readable_json, write_text
+from mindformers_ckpt.text_files import MAX_OWN_BYTES, parse_json, read_regular, readable_json
 
 VERSION = 1
 _MARK = "mindformers_ckpt_plan"
@@ -57,20 +56,34 @@ class Job:
     destination: Path | None
 
 
-def write_plan(job: Job, path: Path) -> None:
+def write_plan(job: Job, path: Path, *, anything: bool = False) -> None:
     """Write a plan file, replacing an old one when it is complete.
 
-    Raises PlanError when it cannot be written, or a source file is gone.
+    Raises PlanError when it cannot be written, when a source file is gone, or when what is there is not a plan file
+    and not empty, unless `anything` may be replaced.
     """
-    half_made = path.with_name(f".{path.name}.part")
+    if not anything:
+        _check_replaceable(path)
     try:
         body = _to_json(job)
-        write_text(half_made, _render({_MARK: VERSION, "digest": _digest(body), "plan": body}))
-        os.replace(half_made, path)
+        text = _render({_MARK: VERSION, "digest": _digest(body), "plan": body})
+        replace_file(path, text.encode(errors="surrogateescape"), tidy=True)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            half_made.unlink()
         raise PlanError(f"cannot write the plan file {path}: {error.strerror}") from error
+
+
+def _check_replaceable(path: Path) -> None:
+    head = b""
+    if path.is_file():
+        with open(path, "rb") as stream:
+            head = stream.read(len(_MARK) + 2)
+    elif not path.exists():
+        return
+    if (head and head != f'{{"{_MARK}"'.encode()) or path.is_dir():
+        raise PlanError(
+            f"{path} is not a plan file and is not replaced; choose another name, or allow whatever is there to be "
+            "replaced (--overwrite-anything)"
+        )
 
 
 def read_plan(path: Path) -> Job:

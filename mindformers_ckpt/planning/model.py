@@ -7,7 +7,7 @@ the source files and where its boxes go in the target files.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -88,6 +88,12 @@ class Transfer(NamedTuple):
     sources: tuple[Place, ...]
     targets: tuple[Place, ...]
 
+    def for_places(self, targets: Sequence[Place]) -> Transfer:
+        """The part of the transfer that some of its targets take."""
+        needed = hull([place.box for place in targets])
+        sources = tuple(place for place in self.sources if meets(place.box, needed))
+        return self._replace(sources=sources, targets=tuple(targets))
+
     @property
     def bytes_written(self) -> int:
         return sum(place.box.volume for place in self.targets) * self.dtype.itemsize
@@ -123,11 +129,9 @@ class Plan:
         wanted = frozenset(files)
         transfers = []
         for transfer in self.transfers:
-            targets = tuple(place for place in transfer.targets if place.file in wanted)
+            targets = [place for place in transfer.targets if place.file in wanted]
             if targets:
-                needed = hull([place.box for place in targets])
-                sources = tuple(place for place in transfer.sources if meets(place.box, needed))
-                transfers.append(transfer._replace(sources=sources, targets=targets))
+                transfers.append(transfer.for_places(targets))
         return replace(self, transfers=tuple(transfers))
 
     def check(self) -> None:

@@ -11,11 +11,11 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mindformers_ckpt.disk.files import replace_file
 from mindformers_ckpt.errors import StrategyError, describe_problems
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.strategy.model import Strategy
@@ -77,21 +77,39 @@ def write_strategy(layouts: Mapping[str, Layout], path: str | os.PathLike[str], 
     _replace_file(path, data)
 
 
-def merge_strategies(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> Strategy:
+def merge_strategies(
+    folder: str | os.PathLike[str], target: str | os.PathLike[str], *, anything: bool = False
+) -> Strategy:
     """Merge the files of all ranks in a folder into one file, and return the strategy.
 
     The same content as `mindspore.parallel.merge_pipeline_strategys` writes, with the stages in order.
-    `target` is replaced only when the new content is complete; it may lie in the folder itself.
+    `target` is replaced only when the new content is complete, and when it is a strategy file or empty, unless
+    `anything` may be replaced; it may be in the folder itself.
     """
     folder, target = Path(folder), Path(target)
+    if not anything:
+        _check_replaceable(target)
     files = _rank_files(folder)
     strategy = _read_folder(folder, use_merged=False)
     by_stage: dict[int, bytes] = {}
     for rank, file in sorted(files.items()):
         by_stage.setdefault(strategy.stage_of(rank), file.read_bytes())
     suffix = next(iter(files.values())).suffix
-    _replace_file(target, _merged_json(by_stage) if suffix == ".json" else _merged_message(by_stage))
+    _replace_file(target, _merged_json(by_stage) if suffix == ".json" else _merged_message(by_stage), tidy=True)
     return strategy
+
+
+def _check_replaceable(target: Path) -> None:
+    """Refuse to replace what is not a strategy file. Raises StrategyError."""
+    if not target.exists() or (target.is_file() and not target.stat().st_size):
+        return
+    try:
+        _parse(target, target.read_bytes())
+    except (OSError, StrategyError):
+        raise StrategyError(
+            f"{target} is not a strategy file and is not replaced; choose another name, or allow whatever is there to "
+            "be replaced (--overwrite-anything)"
+        ) from None
 
 
 def _rank_files(folder: Path) -> dict[int, Path]:
@@ -356,13 +374,10 @@ def _merged_json(by_stage: Mapping[int, bytes]) -> bytes:
     return json.dumps(merged).encode()
 
 
-def _replace_file(path: Path, data: bytes) -> None:
+def _replace_file(path: Path, data: bytes, *, tidy: bool = False) -> None:
     """Put a complete file in place of the old one, or leave the old one untouched."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            file.write(data)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+        replace_file(path, data, tidy=tidy)
     except OSError as error:
         raise StrategyError(f"cannot write the strategy file {path}: {error}") from error

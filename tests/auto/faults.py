@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from mindformers_ckpt.job import reslice
+from mindformers_ckpt import execution
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.job.output_dir import OutputDir
@@ -83,8 +83,8 @@ def arm(fault: str, config: Config) -> None:
     elif fault == "merge":
         before(hook_module, "merge_strategies", kill)
     elif fault == "transform":
-        copy = reslice.copy_tasks  # between two blocks, with the workers of the pool at work
-        reslice.copy_tasks = lambda *arguments, **options: copy(*arguments, **{**options, "check": kill})
+        copy = execution.copy_tasks  # between two blocks, with the workers of the pool at work
+        execution.copy_tasks = lambda *arguments, **options: copy(*arguments, **{**options, "check": kill})
     elif fault in ("wait", "hang"):
         action = kill if fault == "wait" else lambda: time.sleep(120)
         before(Cluster, "barrier", at_step("transformed", action))
@@ -95,13 +95,13 @@ def arm(fault: str, config: Config) -> None:
     elif fault == "keep":
         before(OutputDir, "keep", kill)
     elif fault == "worker":
-        copy = reslice.copy_tasks
-        reslice.copy_tasks = lambda *arguments, **options: copy(*arguments, **{**options, "check": kill_a_worker})
+        copy = execution.copy_tasks
+        execution.copy_tasks = lambda *arguments, **options: copy(*arguments, **{**options, "check": kill_a_worker})
     elif fault == "source vanishes":
         gone = Path(config.load_checkpoint) / "rank_5"
-        before(reslice, "copy_tasks", lambda *arguments, **options: gone.rename(gone.with_name("gone")))
+        before(execution, "copy_tasks", lambda *arguments, **options: gone.rename(gone.with_name("gone")))
     elif fault == "disk fills":
-        before(reslice, "copy_tasks", lambda *arguments, **options: fill_the_disk(output))
+        before(execution, "copy_tasks", lambda *arguments, **options: fill_the_disk(output))
     elif fault == "raise":
         before(CheckpointHook, "load", lambda *arguments: sys.exit("an error of the training script"))
     else:

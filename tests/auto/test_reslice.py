@@ -10,9 +10,9 @@ import pytest
 from mindformers_ckpt.engine import machine
 from mindformers_ckpt.engine.copier import Task
 from mindformers_ckpt.errors import PlanError
-from mindformers_ckpt.job import reslice
-from mindformers_ckpt.job.reslice import affordable, share_of, spread
+from mindformers_ckpt.job import work
 from mindformers_ckpt.job.shared_disk import wait_for_files
+from mindformers_ckpt.job.work import affordable, share_of, spread
 
 GB = 1 << 30
 
@@ -43,8 +43,8 @@ def test_every_task_has_one_node(count: int, shares: list[int]) -> None:
 def test_no_more_processes_than_there_is_room_for(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wanted: int, cores: int, memory: int, used: int
 ) -> None:
-    monkeypatch.setattr(reslice, "usable_cores", lambda: cores)
-    monkeypatch.setattr(reslice, "free_memory", lambda: memory)
+    monkeypatch.setattr(work, "usable_cores", lambda: cores)
+    monkeypatch.setattr(work, "free_memory", lambda: memory)
     assert affordable(wanted) == used
     expected = f"transform_process_num: {used} processes are used on this node instead of {wanted}"
     assert (expected in caplog.text) == (used < wanted)

@@ -1,4 +1,4 @@
-"""Ctrl-C and kill -9: one line, exit code 130, the old result intact, and the rest can be done later."""
+"""Ctrl-C, SIGTERM and kill -9: one line, an exit code of its own, the old result intact, the rest done later."""
 
 from __future__ import annotations
 
@@ -45,11 +45,13 @@ def large(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_interrupt_and_resume(large: Path, processes: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "processes"), [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 2), (signal.SIGHUP, 1)]
+)
+def test_interrupt_and_resume(large: Path, number: signal.Signals, processes: int) -> None:
     # One process has two threads: when both have begun their second task, the first ones are done.
-    code, errors = _stop(large, signal.SIGINT, processes, tasks=4 if processes == 1 else 1)
-    assert code == 130, errors
+    code, errors = _stop(large, number, processes, tasks=4 if processes == 1 else 1)
+    assert code == 128 + number, errors
     assert errors[-1] == "error: interrupted; out is as it was. The same command with --resume goes on from here"
     assert len(errors) == 1
     assert not (large / "out").exists()
@@ -60,6 +62,47 @@ def test_interrupt_and_resume(large: Path, processes: int) -> None:
     assert already > 0 or processes == 2
     assert_same(read_tensors(large / "out/rank_0/checkpoint_0.ckpt"), LARGE)
     assert not [path for path in listing(large) if "staging" in path]
+
+
+def test_a_second_interrupt_ends_at_once(large: Path) -> None:
+    """While the first one waits for the workers' blocks."""
+    process = _start(large, 2)
+    _wait_for_tasks(process, 1)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "error: interrupted" in errors
+
+
+# The command itself, interrupted while it imports a module.
+IMPORTING = """
+import os, signal, sys
+sys.argv = ["mindformers-ckpt", *sys.argv[2:]]
+name = {module!r}
+
+class Interrupting:
+    def find_spec(self, wanted, path=None, target=None):
+        if wanted == name:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+from mindformers_ckpt.cli.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "code", "said"), [("click", -signal.SIGINT, ""), ("numpy", 130, "error: interrupted\n")]
+)
+def test_an_interrupt_while_it_starts_is_no_traceback(large: Path, module: str, code: int, said: str) -> None:
+    """Numpy makes an ImportError of an interrupt that reaches it."""
+    words = [sys.executable, "-c", IMPORTING.format(module=module), "", *ARGUMENTS]
+    done = subprocess.run(words, cwd=large, env=environment(), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (code, said)
+    assert command([*ARGUMENTS, "--resume"], large).code == 0
 
 
 def test_an_old_result_survives_and_the_next_run_clears_up(large: Path) -> None:

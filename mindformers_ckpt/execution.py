@@ -1,0 +1,458 @@
+"""One run of a plan, from its check to its result: prepare, copy, publish. The sequence behind every command and job.
+
+with Run(plan, destination, options) as run:
+    run.prepare()              # room on the disk, the target files, what an earlier run finished
+    run.copy()                 # all tasks, or the share of one node
+    run.publish()              # are the sources what they were? manifest, and the name of the destination
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mindformers_ckpt.disk.files import FileState
+from mindformers_ckpt.engine.copier import Done, Task, cut_into_tasks
+from mindformers_ckpt.engine.pool import copy_tasks
+from mindformers_ckpt.engine.shard_io import BLOCK_BYTES, PIECE_BYTES, TRANSPOSE_BYTES, FileSink
+from mindformers_ckpt.errors import FormatError, PlanError, PublishError, TransferError, describe_problems
+from mindformers_ckpt.formats import read_header
+from mindformers_ckpt.planning.digest import digest_of
+from mindformers_ckpt.planning.model import Plan, SourceFile
+from mindformers_ckpt.publish import MANIFEST_FILE, Staging, check_free_space, read_manifests
+from mindformers_ckpt.publish.journal import Journal
+from mindformers_ckpt.publish.manifest import is_whole, without
+from mindformers_ckpt.publish.staging import Kind, Replace
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run a plan.
+
+    Attributes:
+        processes: processes that copy, this one included (`transform_process_num`).
+        by_rank: one target rank is the unit of work (`transform_by_rank`), instead of equal shares of bytes.
+        hashes: take xxh3-128 of every written tensor into the manifest.
+        fsync: force everything to the disk before the result is put in place.
+        crc: append the CRC-32 trailer that `mindspore.load_checkpoint(crc_check=True)` verifies.
+        overwrite: replace an earlier result at the destination.
+        overwrite_anything: replace whatever is at the destination.
+        resume: go on after the finished tasks of an interrupted run of the same plan; nothing is left to do
+            when the destination holds its whole result.
+        partial: the plan makes some of the ranks only; they are put beside the ones that are there.
+        may_fork: start processes by fork where that is safe. Not for a process with connections to others.
+        keep: keep what is finished when the run fails, for `resume`.
+    """
+
+    processes: int = 1
+    by_rank: bool = False
+    hashes: bool = False
+    fsync: bool = False
+    crc: bool = False
+    overwrite: bool = False
+    overwrite_anything: bool = False
+    resume: bool = False
+    partial: bool = False
+    may_fork: bool = False
+    keep: bool = True
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did."""
+
+    destination: Path
+    files: int
+    bytes_read: int
+    bytes_written: int
+    resumed_bytes: int
+    seconds: float
+
+
+class Run:
+    """One run of a plan, used as a context manager. A failure leaves the destination as it was.
+
+    `about` goes into the manifest. The destination is a folder, or with `file` the plan's only target file.
+    Raises PlanError when the destination holds a source file, PublishError when it may not be replaced or another
+    process is writing it, TransferError when a source cannot be read.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        destination: Path,
+        options: Options = Options(),
+        *,
+        about: Mapping[str, Any] | None = None,
+        file: bool = False,
+        identity: str | None = None,
+    ) -> None:
+        self._started = time.monotonic()
+        self.plan, self.options = plan, options
+        self.destination = Path(os.path.abspath(destination))
+        self._about = dict(about or {})
+        check_apart(plan, self.destination)
+        self.digest = digest_of(plan)
+        self._states = _states(plan.sources)
+        self.fingerprint = identity or _fingerprint(self.digest, self._states, options)
+        self._staging = Staging(
+            self.destination,
+            self.fingerprint,
+            self._replaceable(),
+            options.resume,
+            Kind.FILE if file else Kind.PART if options.partial else Kind.FOLDER,
+            is_made=self._is_made,
+            check=self._check_beside,
+            is_ours=_is_checkpoint,
+        )
+        self._journal = Journal(self._staging, self.fingerprint)
+        self._done: dict[int, Done] = {}
+        self._resumed_bytes = 0
+
+    def __enter__(self) -> Run:
+        self._staging.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self._staging.has_records and changed_files(self._states):
+            self._staging.has_records = False  # what was made of two sources is of no use
+        self._staging.__exit__(kind, error, trace)
+        if isinstance(error, (TransferError, PublishError)) and self.is_kept:
+            raise type(error)(
+                f"{error}\nWhat is finished is kept in {self.folder}: the same command with --resume goes on from there"
+            ) from error
+
+    @property
+    def folder(self) -> Path:
+        """Where the result is written until it is published."""
+        return self._staging.folder
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether finished work is recorded, from which a run with `resume` can go on."""
+        return self._staging.has_records and self.folder.is_dir()
+
+    @property
+    def already_made(self) -> bool:
+        """Whether the destination has the whole result of this plan, so that nothing is to be done."""
+        return self._staging.already_made
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the manifest says of the run."""
+        return self._about
+
+    def tasks(self) -> list[Task]:
+        """The work of the whole plan."""
+        return cut_into_tasks(self.plan, by_rank=self.options.by_rank, whole_tensors=self.options.hashes)
+
+    def prepare(self, files: Sequence[int] | None = None, check: Callable[[], None] = lambda: None) -> None:
+        """Make all target files, or those given, with room for their contents; find what an earlier run finished."""
+        if self.already_made:
+            return
+        sink = FileSink(self.folder, self.plan.targets)
+        if self.options.resume:
+            done = self._journal.proved(self.plan, self.tasks(), check)
+            self._done = {task.task: task for task in done}
+            self._resumed_bytes = sum(task.bytes_written for task in done)
+        check_free_space(self.folder, self._missing_bytes(files))
+        for file in range(len(self.plan.targets)) if files is None else files:
+            (sink.repair if self._done else sink.prepare)(file)
+        self._journal.start(self._done.values())
+
+    def copy(
+        self,
+        tasks: Iterable[Task] | None = None,
+        *,
+        processes: int | None = None,
+        progress: Progress | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copy all tasks, or those given, but for what is done. `check` is called between blocks and may raise.
+
+        `progress` is told the bytes written and the total after every task. Raises TransferError when a source file
+        is not what it was when the run began.
+        """
+        if self.already_made:
+            return
+        pending = [task for task in (self.tasks() if tasks is None else tasks) if task.number not in self._done]
+        copy_into(
+            self.plan,
+            self.folder,
+            pending,
+            self.options if processes is None else replace(self.options, processes=processes),
+            progress=progress,
+            check=check,
+            before=self._resumed_bytes,
+            report=self._finished,
+            proofs=self.options.keep,
+        )
+        check_unchanged(self._states)
+
+    def publish(
+        self,
+        companions: Callable[[Path], None] = lambda folder: None,
+        *,
+        manifest: Mapping[str, Any] | None = None,
+    ) -> Report:
+        """Put the result in place, with a manifest and further files that `companions` puts into its folder."""
+        if not self.already_made:
+            if self.options.crc:
+                _append_crcs(self.plan, self.folder)
+            companions(self.folder)
+            is_file = self._staging.kind is Kind.FILE
+            content = None if is_file else manifest or self._describe()
+            name = partial_manifest_name(self.plan) if self.options.partial else MANIFEST_FILE
+            self._staging.publish(content, name=name, fsync=self.options.fsync)
+        resumed = self.plan.bytes_written if self.already_made else self._resumed_bytes
+        seconds = time.monotonic() - self._started
+        plan = self.plan
+        return Report(self.destination, len(plan.targets), plan.bytes_read, plan.bytes_written, resumed, seconds)
+
+    def _finished(self, task: Done) -> None:
+        if self.options.keep:
+            self._journal.add(task)
+        self._done[task.task] = task
+
+    def _missing_bytes(self, files: Sequence[int] | None) -> int:
+        """What the target files will take on the disk, but for what they have."""
+        plan = self.plan if files is None else self.plan.for_targets(files)
+        held = (
+            sum(path.stat().st_blocks * 512 for path in self.folder.rglob("*") if path.is_file()) if self._done else 0
+        )
+        return max(0, plan.bytes_written - held)
+
+    def _own_manifests(self) -> list[dict[str, Any]]:
+        """The manifests at the destination that are of this very plan."""
+        made = read_manifests(self.destination).values()
+        return [manifest for manifest in made if manifest.get("plan") == self.fingerprint]
+
+    def _is_made(self) -> bool:
+        return self.options.resume and any(is_whole(self.destination, made) for made in self._own_manifests())
+
+    def _replaceable(self) -> Replace:
+        if self.options.overwrite_anything:
+            return Replace.ANYTHING
+        # With `resume` what this plan made is made again where a part of it is gone.
+        is_own = self.options.resume and bool(self._own_manifests())
+        return Replace.RESULTS if self.options.overwrite or is_own else Replace.NOTHING
+
+    def _check_beside(self) -> None:
+        if self.options.partial:
+            may_replace = self._replaceable() is not Replace.NOTHING
+            check_addable(self.plan, self.destination, self._about, may_replace, self._states)
+
+    def _describe(self) -> dict[str, Any]:
+        about = {"plan": self.fingerprint, **self._about}
+        return describe_result(self.plan, self.folder, self._done.values(), about, self._states)
+
+
+def copy_into(
+    plan: Plan,
+    folder: Path,
+    tasks: Sequence[Task],
+    options: Options,
+    *,
+    progress: Progress | None = None,
+    check: Callable[[], None] = lambda: None,
+    before: int = 0,
+    report: Callable[[Done], None] = lambda done: None,
+    proofs: bool = False,
+) -> None:
+    """Copy tasks into target files that are prepared; `report` is told each as it is done."""
+    total, written = before + sum(task.bytes_written for task in tasks), before
+    copied = copy_tasks(
+        plan,
+        folder,
+        tasks,
+        processes=options.processes,
+        hashes=options.hashes,
+        proofs=proofs,
+        may_fork=options.may_fork,
+        check=check,
+    )
+    with contextlib.closing(copied):  # whatever goes wrong here, the workers end before the folder is removed
+        for done in copied:
+            report(done)
+            written += done.bytes_written
+            if progress is not None:
+                progress(written, total)
+
+
+def copy_unchanged(
+    plan: Plan, folder: Path, tasks: Sequence[Task], options: Options, *, progress: Progress, check: Callable[[], None]
+) -> None:
+    """`copy_into`, for a rank that copies a share. Raises TransferError when a source was written meanwhile."""
+    states = _states(plan.sources)
+    copy_into(plan, folder, tasks, options, progress=progress, check=check)
+    check_unchanged(states)
+
+
+def ranks_of(plan: Plan) -> list[int]:
+    """The target ranks that a plan makes, in order."""
+    return sorted({target.rank for target in plan.targets})
+
+
+def affordable_processes(wanted: int) -> int:
+    """So many of the wanted processes as the free memory is enough for, at least one."""
+    if wanted == 1:
+        return 1
+    from mindformers_ckpt.engine.machine import MEMORY_PER_PROCESS, free_memory
+
+    return max(1, min(wanted, free_memory() // MEMORY_PER_PROCESS))
+
+
+def check_apart(plan: Plan, destination: Path) -> None:
+    """Refuse a destination that holds a source file: publishing would replace it."""
+    real = destination.resolve()
+    inside = [file.path for file in plan.sources if file.path.resolve().is_relative_to(real)]
+    if inside:
+        raise PlanError(f"the target folder {destination} holds the source file {inside[0]}; choose another folder")
+
+
+def check_unchanged(states: Mapping[Path, FileState]) -> None:
+    """Compare files with what they were. Raises TransferError that names those which were written meanwhile."""
+    changed = changed_files(states)
+    if changed:
+        headline = "source files were written or replaced while they were read; run the command again"
+        raise TransferError(describe_problems(headline, changed))
+
+
+def changed_files(states: Mapping[Path, FileState]) -> list[str]:
+    """The files that are not what they were."""
+    return [str(path) for path, state in states.items() if _state(path) != state]
+
+
+def check_addable(
+    plan: Plan, destination: Path, about: Mapping[str, Any], overwrite: bool, states: Mapping[Path, FileState]
+) -> None:
+    """Refuse to put ranks beside those of another run, or (without `overwrite`) over ranks that are there.
+
+    Ranks go together when their manifests say the same of source and target, and of every source file that both
+    read. Raises PublishError.
+    """
+    if not destination.is_dir() or not any(destination.iterdir()):
+        return
+    made = read_manifests(destination)
+    if not made:
+        raise PublishError(f"{destination} holds something else than the other ranks; choose another folder")
+    own = {Path(target.path).parent for target in plan.targets}
+    sources = {entry["path"]: entry for entry in _describe_sources(plan, states)}
+    for name, manifest in made.items():
+        others = without(manifest, own)
+        if others is None:
+            continue
+        is_other = any(manifest.get(key) != value for key, value in about.items())
+        theirs = manifest.get("sources", ())
+        if is_other or any(sources.get(entry["path"], entry) != entry for entry in theirs if "modified" in entry):
+            raise PublishError(
+                f"{destination} holds ranks of another source or target ({name}); they cannot be mixed: "
+                "choose another folder"
+            )
+    taken = sorted(str(folder) for folder in own if (destination / folder).exists())
+    if taken and not overwrite:
+        listed = ", ".join(taken[:8])
+        raise PublishError(f"{destination} already holds {listed}; allow to replace them with --overwrite")
+
+
+def describe_result(
+    plan: Plan,
+    folder: Path,
+    done: Collection[Done],
+    about: Mapping[str, Any],
+    states: Mapping[Path, FileState],
+) -> dict[str, Any]:
+    """The manifest of a result: what was made of what, and the files with their sizes and hashes."""
+    from mindformers_ckpt import __version__
+
+    hashes: dict[int, dict[str, str]] = {}
+    for task in done:
+        for tensor in task.hashes:
+            hashes.setdefault(tensor.file, {})[tensor.name] = tensor.digest
+    files = []
+    for number, target in enumerate(plan.targets):
+        size = (folder / target.path).stat().st_size
+        entry = {"path": target.path, "rank": target.rank, "bytes": size, "tensors": len(target.tensors)}
+        if number in hashes:
+            entry["xxh3_128"] = hashes[number]
+        files.append(entry)
+    return {
+        "mindformers_ckpt": __version__,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **about,
+        "sources": _describe_sources(plan, states),
+        "files": files,
+    }
+
+
+def partial_manifest_name(plan: Plan) -> str:
+    """Manifest name of a run that makes some ranks only: several such runs share a destination."""
+    ranks = ranks_of(plan)
+    spans = f"{ranks[0]}-{ranks[-1]}"
+    if len(ranks) <= ranks[-1] - ranks[0]:
+        spans += "_" + hashlib.blake2b(repr(ranks).encode(), digest_size=4).hexdigest()  # some in between are not
+    return f"manifest_rank_{spans}.json"
+
+
+def _describe_sources(plan: Plan, states: Mapping[Path, FileState]) -> list[dict[str, Any]]:
+    return [
+        {"path": str(file.path), "bytes": file.size, "modified": states[file.path].modified} for file in plan.sources
+    ]
+
+
+def _fingerprint(digest: str, states: Mapping[Path, FileState], options: Options) -> str:
+    """A digest of everything that decides which bytes are written where, and of the sources' identity."""
+    from mindformers_ckpt import __version__
+
+    # A journal counts tasks, and their cut changes with these.
+    cut = (__version__, BLOCK_BYTES, TRANSPOSE_BYTES, PIECE_BYTES, options.by_rank, options.hashes, options.crc)
+    whole = hashlib.blake2b(f"{digest} {cut}\n".encode(), digest_size=16)
+    for path, state in states.items():
+        whole.update(os.fsencode(path) + f" {tuple(state)}\n".encode())
+    return whole.hexdigest()
+
+
+def _states(files: Iterable[SourceFile]) -> dict[Path, FileState]:
+    """What the source files are at this moment. Raises TransferError."""
+    states = {}
+    for file in files:
+        try:
+            states[file.path] = FileState.of(file.path)
+        except OSError as error:
+            raise TransferError(f"{file.path}: cannot be read: {error.strerror}") from error
+    return states
+
+
+def _state(path: Path) -> FileState | None:
+    try:
+        return FileState.of(path)
+    except OSError:
+        return None
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a file has the form of what is written: a checkpoint that can be read."""
+    try:
+        return bool(read_header(path).tensors)
+    except FormatError:
+        return False
+
+
+def _append_crcs(plan: Plan, folder: Path) -> None:
+    from mindformers_ckpt.formats import ckpt
+
+    for target in plan.targets:
+        # A run that was interrupted here has appended some.
+        if target.format == "ckpt" and read_header(folder / target.path).crc is None:
+            ckpt.append_crc(folder / target.path)
