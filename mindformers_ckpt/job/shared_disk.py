@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
 import secrets
 import shlex
@@ -55,14 +55,36 @@ def wait_for_files(files: Iterable[Path], patience: float = _FILE_PATIENCE) -> N
 
 def _appears(file: Path, patience: float) -> bool:
     until = time.monotonic() + patience
-    while not file.exists():
+    while not _is_there(file):
         if time.monotonic() >= until:
             return False
-        # Opening the folder has a network file system ask the server; it may not be seen itself yet.
-        with contextlib.suppress(OSError):
-            os.scandir(next(folder for folder in file.parents if folder.is_dir())).close()
+        _look_again(file.parent)
         time.sleep(_POLL)
     return True
+
+
+def _is_there(file: Path) -> bool:
+    try:
+        return file.exists()
+    except OSError as error:
+        if error.errno == errno.ESTALE:  # a folder above it was replaced, which this node has yet to notice
+            return False
+        raise
+
+
+def _look_again(folder: Path) -> None:
+    """Have a network file system ask the server for what is new: it does when a folder is opened.
+
+    Where the folder itself is not seen yet, it is the next one above that has to be opened.
+    """
+    for above in (folder, *folder.parents):
+        try:
+            os.scandir(above).close()
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+                raise
+        else:
+            return
 
 
 def not_shared(config: Config, root: Path, nodes: Sequence[str], owners: Sequence[int]) -> str:

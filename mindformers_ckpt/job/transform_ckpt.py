@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mindformers_ckpt.errors import CheckpointError, ConfigError, PlanError
+from mindformers_ckpt.errors import ConfigError, PlanError
 from mindformers_ckpt.execution import Options, Run
 from mindformers_ckpt.job import MAIN_RANK
-from mindformers_ckpt.job.cluster.cluster import Cluster, RankError
+from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.shared_disk import wait_for_files
 from mindformers_ckpt.job.work import Work, log_progress
 from mindformers_ckpt.log import log
@@ -28,6 +27,7 @@ from mindformers_ckpt.transform import transform
 
 _FOLDER_MODE = 0o750  # MindFormers' mode of the folders that it makes for results
 _WHOLE_MODES = ("data_parallel", "stand_alone")
+_STEP = "transform checkpoint"
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def transform_checkpoint(request: Request, rank: int, size: int, timeout: float)
     Returns when the results are in their places. Raises the errors of reading, planning and writing, on all
     ranks alike; then the results that were there before are intact.
     """
-    with _cluster(request, rank, size, timeout) as cluster, _announced(cluster):
+    with _cluster(request, rank, size, timeout) as cluster, cluster.step(_STEP):
         if size > 1:
             _Job(request, cluster).run()
         else:
@@ -120,22 +120,8 @@ def _cluster(request: Request, rank: int, size: int, timeout: float) -> Cluster:
         raise ConfigError(f"world_size is {request.world_size}, but this job has {size} ranks; leave world_size out")
     # MindSpore's rank counts, however the job was started.
     ours = {"MS_ROLE": "", "MS_WORKER_NUM": str(size), "RANK_ID": str(rank)}
-    return Cluster.from_environment(timeout, {**os.environ, **ours})
-
-
-@contextmanager
-def _announced(cluster: Cluster) -> Iterator[None]:
-    """A failure in here reaches all ranks. Where another rank failed before, that is the cause: it is raised."""
-    with cluster.step("transform checkpoint"):
-        try:
-            yield
-        except CheckpointError:
-            try:
-                cluster.check()
-            except RankError as error:
-                if error.rank != cluster.rank:
-                    raise
-            raise
+    folder = request.destination if request.live_strategies is None else request.live_strategies.parent
+    return Cluster.from_environment(timeout, {**os.environ, **ours}, folder)
 
 
 def _parts(files: Source) -> dict[str, Source]:
@@ -234,6 +220,7 @@ class _Job:
 
     def run(self) -> None:
         """Returns on all ranks when the result is in its place, or raises on all of them."""
+        self.cluster.check_members()
         self._check_strategies()
         names = self._lead() if self.cluster.rank == MAIN_RANK else self._follow()
         if self.request.live_strategies is not None and len(set(self.cluster.nodes)) > 1:
@@ -268,7 +255,7 @@ class _Job:
         for name, plan in self.plans.items():
             run = Run(plan, request.destination / name, self._work.options(), about=request.about(self.target))
             # The others learn of a failure before the folder is removed that they write to.
-            with run, _announced(self.cluster):
+            with run, self.cluster.step(_STEP):
                 self._work.lead(run, name)
                 run.publish(lambda folder: request.mark(folder, request.first_ranks))
             log.info("the transformed checkpoint is in %s", request.destination / name)

@@ -19,7 +19,7 @@ from mindformers_ckpt.engine.shard_io import read_file
 from mindformers_ckpt.errors import CheckpointError, ConfigError, PlanError, StrategyError
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.job import MAIN_RANK
-from mindformers_ckpt.job.cluster.cluster import Cluster, RankError
+from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.job.find import find_checkpoint
 from mindformers_ckpt.job.hyperparameters import from_command_line
@@ -170,7 +170,7 @@ class CheckpointHook:
 
     def _join(self) -> Cluster:
         env = os.environ if self.config.use_parallel else {}
-        return Cluster.from_environment(self.config.transform_timeout, env)
+        return Cluster.from_environment(self.config.transform_timeout, env, self._output.root)
 
     @contextmanager
     def _together(self, step: str) -> Iterator[None]:
@@ -180,11 +180,7 @@ class CheckpointHook:
         """
         try:
             with self.cluster.step(step):
-                try:
-                    yield
-                except CheckpointError:
-                    self._check_others()
-                    raise
+                yield
         except BaseException:
             try:
                 if self._clears:
@@ -195,14 +191,6 @@ class CheckpointHook:
             if self._exchange is not None and self.cluster.rank == MAIN_RANK:
                 self._exchange.drop()
             raise
-
-    def _check_others(self) -> None:
-        """Raise the failure of another rank, if there was one before: that is the cause of what happened here."""
-        try:
-            self.cluster.check()
-        except RankError as error:
-            if error.rank != self.cluster.rank:
-                raise
 
     def _find_owner(self) -> int:
         """The rank that clears the output dir as this rank sees it.
@@ -215,6 +203,7 @@ class CheckpointHook:
         if self.config.remote_save_url:
             self.cluster.nodes = nodes_by_number(self.cluster.size, self.config.npu_num_per_node)
         if len(set(self.cluster.nodes)) == 1 and len(set(hosts)) == 1:
+            self._check_members()
             return MAIN_RANK
         owners = owners_of(self._output.root, self.cluster)
         if self.config.remote_save_url and self._clears and set(owners) != {MAIN_RANK}:
@@ -226,7 +215,14 @@ class CheckpointHook:
         if self._reslices and self.cluster.rank == MAIN_RANK and set(owners) != {MAIN_RANK}:
             raise ConfigError(not_shared(self.config, self._output.root, self.cluster.nodes, owners))
         self._is_shared = all(owner == MAIN_RANK for owner in owners)
+        self.cluster.barrier("shared disk")  # what rank 0 has to say of it comes first
+        self._check_members()
         return owners[self.cluster.rank]
+
+    def _check_members(self) -> None:
+        """Where weights are read from a folder that another rank names, that must be a rank of this job."""
+        if self._reslices and not self.config.remote_save_url:
+            self.cluster.check_members()
 
     def _check_sources(self) -> None:
         """Find out what is wrong with the source before anything is cleared, and the network compiled."""

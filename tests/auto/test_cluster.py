@@ -22,10 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindformers_ckpt.errors import ConfigError, TransferError
-from mindformers_ckpt.job.cluster import coordinator, rendezvous
+from mindformers_ckpt.job.cluster import coordinator, proof, rendezvous
 from mindformers_ckpt.job.cluster.cluster import PORT_OFFSET, Address, Cluster, RankError, node_name
 from mindformers_ckpt.job.cluster.messages import Decoder, ProtocolError, encode, name_ranks
 from mindformers_ckpt.job.cluster.rendezvous import listen
+from mindformers_ckpt.job.cluster.secret import NO_SECRET, Job
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -371,7 +372,7 @@ def test_a_late_rank_learns_of_an_earlier_failure(address: Address) -> None:
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(Cluster.connect, 0, 3, address, 10)
         wait_for_listener(address)
-        rendezvous.meet(address, 2, 3, "", "node7", 10).link.close()
+        rendezvous.meet(Job(address, 3), 2, "node7", NO_SECRET, 10).link.close()
         time.sleep(0.1)
         late = pool.submit(Cluster.connect, 1, 3, address, 10)
         for joining in (first, late):
@@ -429,7 +430,7 @@ def test_another_job_on_the_address_is_refused(address: Address, size: int, job:
     with pytest.raises(RankError) as caught:
         Cluster.connect(0, size, address, 10, job)
     assert str(caught.value).startswith(
-        f"something else listens on {address}: another job, of 2 ranks (this one has {size}); "
+        f"something else listens on {address}: another job (this one has {size} ranks), or one with another secret; "
         "set MINDFORMERS_CKPT_MASTER=host:port"
     )
     with ThreadPoolExecutor(2) as pool:
@@ -440,8 +441,9 @@ def test_another_job_on_the_address_is_refused(address: Address, size: int, job:
 @pytest.mark.parametrize(
     ("banner", "text"),
     [
-        (b"SSH-2.0-OpenSSH_9.6\r\n", "something else listens on .*: a message of"),
-        (b"\0\0\0\2{}", "something else listens on .*: an unexpected answer"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n" + bytes(99), "something else listens on .*: an unexpected greeting"),
+        (proof.GREETING + bytes(99), "something else listens on .*: another job"),
+        (proof.GREETING, "something listens on .* but does not answer"),
         (b"", "something listens on .* but does not answer"),
     ],
 )
@@ -457,23 +459,6 @@ def test_another_service_on_the_address(address: Address, banner: bytes, text: s
 def test_nobody_can_listen_on_the_address() -> None:
     with pytest.raises(RankError, match=r"192\.0\.2\.1:20000.*cannot listen there.*MINDFORMERS_CKPT_MASTER"):
         Cluster.connect(0, 2, Address("192.0.2.1", 20000), 0.3)  # an address kept for documentation
-
-
-def test_strangers_do_not_disturb_the_coordinator(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coordinator, "HELLO_TIMEOUT", 0.2)
-    noise = [b"GET / HTTP/1.1\r\n", b"\0\0\0\4null", b"\0\0\0\2{}", b"\0\0\0\1\xff", b"\0\0\1\xff", b"\0"]
-    with ThreadPoolExecutor(2) as pool:
-        first = start_ranks(pool, address, 2, share_rank, ranks=[0])
-        wait_for_listener(address)
-        for data in noise:
-            with socket.create_connection(address) as stranger:
-                stranger.settimeout(5)
-                stranger.sendall(data)
-                with stranger.makefile("rb") as stream:
-                    answers = Decoder(4096).feed(stream.read())
-            assert [message["kind"] for message in answers] == (["refused"] if data.endswith(b"{}") else [])
-        second = start_ranks(pool, address, 2, share_rank, ranks=[1])
-        assert [future.result() for future in first + second] == [[0, 1], [0, 1]]
 
 
 def test_only_one_of_many_can_listen() -> None:

@@ -6,8 +6,8 @@
         seen = cluster.gather("layouts", summary)   # one value a rank, in rank order
 
 Nothing waits without a limit, nothing is left on a disk, and no collective operator of the training
-framework is used (those hang when a rank is dead). The sockets behind it are in `rendezvous.py`,
-`coordinator.py` and `messages.py`.
+framework is used (those hang when a rank is dead). Behind it: how ranks find each other (`rendezvous.py`), who takes
+care of them (`coordinator.py`), what is said (`messages.py`), and who is let in (`secret.py`, `proof.py`).
 
 The ranks make the same calls in the same order. A failure is final: from then on every call on every rank
 raises the same `RankError`. A cluster belongs to one thread. Processes started while it is open should be
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import socket
 import time
@@ -28,21 +29,37 @@ from types import TracebackType
 from typing import Any
 
 from mindformers_ckpt.errors import CheckpointError, ConfigError
-from mindformers_ckpt.job.cluster.messages import ADVICE, GRACE, JOIN, MAX_VALUES, Address, Message, ProtocolError
-from mindformers_ckpt.job.cluster.rendezvous import Meeting, RankError, meet
+from mindformers_ckpt.job.cluster.messages import (
+    ADVICE,
+    GRACE,
+    JOIN,
+    MAX_VALUES,
+    Address,
+    Message,
+    ProtocolError,
+    name_ranks,
+)
+from mindformers_ckpt.job.cluster.rendezvous import SECRET, Meeting, RankError, meet
+from mindformers_ckpt.job.cluster.secret import NO_SECRET, Job, Trust
 
-__all__ = ["Address", "Cluster", "RankError"]
+__all__ = ["Address", "Cluster", "RankError", "Trust"]
+
+log = logging.getLogger("mindformers_ckpt")
 
 # Jobs on one host are given neighbouring scheduler ports (8118, 8119 ...) or round distances between them:
 # neither should lead to another job's port. With it, usual ports stay below the ephemeral ones (32768 up).
 PORT_OFFSET = 1013
 MAX_TEXT = 4000  # characters of a failure's text that are passed on
+MIN_SECRET = 16  # characters: who listens on the address in our place sees proofs, and could try all short secrets
+# What vanishes under a rank because another one failed and cleared up, it may see before it hears of the failure.
+MOMENT = 1.0  # seconds
 
 
 class Cluster:
     """The ranks of one job; built by `from_environment` or `connect`.
 
-    `nodes[r]` names the node of rank r.
+    `nodes[r]` names the node of rank r. `unproved` are the ranks that did not know the secret of the job, where there
+    is one: with them anybody may have taken part.
     """
 
     def __init__(self, rank: int, size: int, nodes: tuple[str, ...], timeout: float, meeting: Meeting | None) -> None:
@@ -50,6 +67,8 @@ class Cluster:
         self.size = size
         self.nodes = nodes
         self.timeout = timeout
+        self.unproved: tuple[int, ...] = ()
+        self._folder: Path | None = None  # of the secret
         self._meeting = meeting
         self._error: RankError | None = None
 
@@ -74,13 +93,16 @@ class Cluster:
         return self.local_rank == 0
 
     @classmethod
-    def from_environment(cls, timeout: float, env: Mapping[str, str] = os.environ) -> Cluster:
+    def from_environment(
+        cls, timeout: float, env: Mapping[str, str] = os.environ, folder: Path | None = None
+    ) -> Cluster:
         """Join the ranks of the job that `msrun` (or a rank table) describes in the environment.
 
         Returns when all ranks are there. Besides what msrun sets, these count:
 
         - MINDFORMERS_CKPT_MASTER=host:port, the meeting address, alike on all ranks; otherwise it is
           MS_SCHED_HOST and MS_SCHED_PORT + PORT_OFFSET.
+        - MINDFORMERS_CKPT_SECRET, alike on all ranks; otherwise the coordinator leaves a secret in `folder`.
         - MINDFORMERS_CKPT_JOB_ID, alike on all ranks: keeps jobs of the same size and address apart.
         - MINDFORMERS_CKPT_NODE, the name of this node, where host name and kernel do not tell (containers).
 
@@ -90,27 +112,57 @@ class Cluster:
         node = node_name(env)
         if size == 1:
             return cls(rank, size, (node,), timeout, None)
-        job = env.get("MINDFORMERS_CKPT_JOB_ID", "")
-        return cls.connect(rank, size, _meeting_address(env), timeout, job, node)
+        address = _meeting_address(env)
+        # A loopback address means one node; but containers, which have names of their own then, may share it.
+        strict = _is_loopback(address.host) and not env.get("MINDFORMERS_CKPT_NODE")
+        trust = Trust(_secret(env), folder, strict)
+        return cls.connect(rank, size, address, timeout, env.get("MINDFORMERS_CKPT_JOB_ID", ""), node, trust)
 
     @classmethod
     def connect(
-        cls, rank: int, size: int, address: Address, timeout: float, job: str = "", node: str | None = None
+        cls,
+        rank: int,
+        size: int,
+        address: Address,
+        timeout: float,
+        job: str = "",
+        node: str | None = None,
+        trust: Trust = NO_SECRET,
     ) -> Cluster:
         """Join `size` ranks at an address that one of their hosts owns; returns when all are there.
 
         `timeout`: seconds for finding the coordinator, and then for each step from its first arrival.
+        `trust`: where the secret of the job is; by default there is none.
         Raises RankError when a rank does not come, or something else listens on the address.
         """
         node = node_name({}) if node is None else node
-        meeting = meet(address, rank, size, job, node, timeout)
+        meeting = meet(Job(address, size, job), rank, node, trust, timeout)
         cluster = cls(rank, size, (), timeout, meeting)
         try:
-            cluster.nodes = tuple(cluster._receive(meeting, JOIN))
+            members = cluster._receive(meeting, JOIN)
+            cluster.nodes = tuple(str(member[0]) for member in members)
+            trusted = [meeting.is_trusted and member[1] is True for member in members]
         except BaseException:
             cluster.close()
             raise
+        cluster._folder = trust.folder
+        cluster.unproved = tuple(rank for rank, is_trusted in enumerate(trusted) if not is_trusted)
+        if cluster.unproved and rank == min(set(range(size)) - set(cluster.unproved), default=0):
+            log.warning(
+                "%s did not see the secret in %s, so whoever reaches %s could take part in this job; set %s, alike on "
+                "all ranks",
+                *(name_ranks(cluster.unproved), trust.folder, address, SECRET),
+            )
         return cluster
+
+    def check_members(self) -> None:
+        """Raise ConfigError where a rank did not know the secret of the job. Before a folder that it names is read."""
+        if self.unproved:
+            raise ConfigError(
+                f"{name_ranks(self.unproved)} did not see the secret of this job in {self._folder} and may be anybody. "
+                "Nothing was cleared. Is the folder on a disk that all nodes share, and do all ranks run as one user? "
+                f"Else set {SECRET} to the same text of your choice on all ranks (openssl rand -hex 32)"
+            )
 
     def gather(self, step: str, value: object = None) -> list[Any]:
         """Share a small JSON value: the values of all ranks in rank order, once all have arrived at `step`.
@@ -146,6 +198,22 @@ class Cluster:
         if self._error is not None:
             raise self._error
 
+    def first_failure(self, wait: float = MOMENT) -> RankError | None:
+        """What another rank failed of before this one did; waits up to `wait` seconds for the news.
+
+        For who meets an error that may be a consequence: a file that is gone, say. None when there is no such failure,
+        or when this rank was the first.
+        """
+        until = time.monotonic() + wait
+        while True:
+            try:
+                self.check()
+            except RankError as error:
+                return None if error.rank == self.rank else error
+            if self._meeting is None or time.monotonic() >= until:
+                return None
+            time.sleep(0.02)
+
     def fail(self, error: BaseException, step: str | None = None) -> None:
         """Tell all ranks that this one failed. Does nothing after an earlier failure."""
         if self._error is not None:
@@ -155,16 +223,23 @@ class Cluster:
         text = f"rank {self.rank} failed{where}: {text}"[:MAX_TEXT]
         self._error = RankError(text, self.rank, step)
         if self._meeting is not None:
-            self._send(self._meeting, {"kind": "failed", "rank": self.rank, "step": step, "text": text})
+            self._send(self._meeting, {"kind": "failed", "step": step, "text": text})
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Run the body; an exception in it is reported to all ranks and raised here unchanged.
 
-        Does not wait for anybody: the next `gather` or `barrier` does.
+        Where another rank failed before, that is the cause, and is raised in the place of our errors and of those of
+        the system. Does not wait for anybody: the next `gather` or `barrier` does.
         """
         try:
             yield
+        except (CheckpointError, OSError) as error:
+            cause = self.first_failure()
+            if cause is not None and cause is not error:
+                raise cause from error
+            self.fail(error, name)
+            raise
         except BaseException as error:
             self.fail(error, name)
             raise
@@ -209,13 +284,17 @@ class Cluster:
             raise self._error from error
         except (ConnectionError, ProtocolError) as error:
             raise self._lost(error, step) from error
-        if message["kind"] != "gathered":
+        values = message.get("values")
+        if message.get("kind") != "gathered" or not isinstance(values, list) or len(values) != self.size:
             raise self._announced(message)
-        values: list[Any] = message["values"]
         return values
 
     def _announced(self, message: Message) -> RankError:
-        self._error = RankError(message["text"], message["rank"], message["step"])
+        rank, step, text = message.get("rank"), message.get("step"), message.get("text")
+        if message.get("kind") != "failed" or not isinstance(text, str):
+            return self._lost(ProtocolError("it sends what was not asked for"), None)
+        text = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+        self._error = RankError(text, rank, step)
         return self._error
 
     def _lost(self, error: Exception, step: str | None) -> RankError:
@@ -268,6 +347,20 @@ def _integer(env: Mapping[str, str], name: str) -> int | None:
     if text and not text.isdecimal():
         raise ConfigError(f"{name}={text!r} is no whole number")
     return int(text) if text else None
+
+
+def _secret(env: Mapping[str, str]) -> str:
+    secret = env.get(SECRET, "")
+    if secret and len(secret) < MIN_SECRET:
+        raise ConfigError(
+            f"{SECRET} has {len(secret)} characters, at least {MIN_SECRET} were expected; `openssl rand -hex 32` "
+            "makes a good one"
+        )
+    return secret
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or host == "::1" or host.startswith("127.")
 
 
 def _meeting_address(env: Mapping[str, str]) -> Address:

@@ -1,60 +1,92 @@
-"""The coordinator of a job's ranks: a daemon thread with one selector loop, in the process of one of the ranks.
+"""The coordinator of a job's ranks: a daemon thread with one asyncio loop, in the process of one of the ranks.
 
 It learns of a killed rank at once, for a connection ends with its process. It needs the interpreter lock of its
 process: while native code holds it, answers are late.
+
+A stranger is whoever has not proved yet that he knows a key (`proof.py`). Strangers have a limited time, their number
+is limited, a fixed number of bytes is read of each, and what they do changes nothing for the ranks.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
 import math
 import resource
-import selectors
 import socket
 import threading
-import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from mindformers_ckpt.job.cluster import proof
 from mindformers_ckpt.job.cluster.messages import (
     ADVICE,
     CHUNK,
     GRACE,
+    HEAD,
     JOIN,
     MAX_MESSAGE,
-    PROTOCOL,
     Address,
-    Decoder,
     Message,
     ProtocolError,
     encode,
-    hang_up,
+    length_of,
     name_ranks,
+    parse,
     tune,
 )
+from mindformers_ckpt.job.cluster.secret import Door
 
-MAX_HELLO = 4096  # what an unknown peer may make the coordinator keep
-HELLO_TIMEOUT = 10.0  # seconds in which an unknown peer has to introduce itself
+log = logging.getLogger("mindformers_ckpt")
+
+MAX_HELLO = 4096  # what a stranger may make the coordinator keep
+HELLO_TIMEOUT = 10.0  # seconds in which a stranger has to prove and to introduce himself
+SPARE = 64  # strangers that are borne beyond the number of ranks
 LINGER = 2.0  # seconds in which a coordinator that leaves still tells late ranks of a failure
-
-
-def _allow_open_files(count: int) -> None:
-    """Raise this process's soft limit of open files, as far as the hard limit lets us."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < count:
-        allowed = count if hard == resource.RLIM_INFINITY else min(count, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 @dataclass(eq=False)
 class _Peer:
-    sock: socket.socket
-    hello_until: float
-    decoder: Decoder = field(default_factory=lambda: Decoder(MAX_HELLO))
-    outbox: deque[memoryview] = field(default_factory=deque)
+    """One connection. `rank` is None for a stranger."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
     rank: int | None = None
     node: str = ""
+    is_trusted: bool = False
+    outbox: deque[bytes] = field(default_factory=deque)
+    sender: asyncio.Task[None] | None = None
+
+    async def receive(self, limit: int) -> Message:
+        """The next message. Raises EOFError at the end, ProtocolError, OSError."""
+        length = length_of(await self.reader.readexactly(HEAD.size), limit)
+        return parse(await self.reader.readexactly(length))
+
+    def post(self, data: bytes) -> None:
+        """Send without waiting."""
+        if self.sender is not None and not self.sender.done():
+            self.outbox.append(data)
+        elif len(data) <= CHUNK:
+            self.writer.write(data)
+        else:
+            self.outbox.append(data)
+            self.sender = asyncio.get_running_loop().create_task(self._send())
+
+    async def _send(self) -> None:
+        with contextlib.suppress(OSError):  # a loss shows on the reading side, after what the peer has still said
+            while self.outbox:
+                data = memoryview(self.outbox.popleft())
+                for start in range(0, len(data), CHUNK):  # a slow rank has one piece in its buffer, not 64 MiB
+                    self.writer.write(data[start : start + CHUNK])
+                    await self.writer.drain()
+
+    def hang_up(self) -> None:
+        """Close, also where a forked child (of a data loader, say) still holds a copy of the descriptor."""
+        with contextlib.suppress(OSError):  # the other side was first
+            self.writer.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+        self.writer.transport.abort()
 
 
 class Coordinator(threading.Thread):
@@ -64,155 +96,186 @@ class Coordinator(threading.Thread):
     `LINGER` after a failure.
     """
 
-    def __init__(self, listener: socket.socket, rank: int, size: int, key: str, timeout: float) -> None:
+    def __init__(self, listener: socket.socket, rank: int, size: int, door: Door, timeout: float) -> None:
         super().__init__(name="mindformers_ckpt coordinator", daemon=True)
-        self._listener = listener
-        self._rank, self._size, self._key, self._timeout = rank, size, key, timeout
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(listener, selectors.EVENT_READ)
-        self._unknown: set[_Peer] = set()
+        self._listener, self._door = listener, door
+        self._rank, self._size, self._timeout = rank, size, timeout
+        self._loop = asyncio.SelectorEventLoop()
+        self._loop.set_exception_handler(self._on_trouble)
+        self._ended = self._loop.create_future()
+        self._end_at = math.inf
+        self._strangers: dict[_Peer, None] = {}  # the oldest first
         self._peers: dict[int, _Peer] = {}
         self._gone: set[int] = set()
+        self._have_joined = False
         self._step: str | None = None
-        self._step_until = math.inf
+        self._timer: asyncio.TimerHandle | None = None
         self._values: dict[int, Any] = {}
         self._failure: bytes | None = None
-        self._linger_until = math.inf
-        self._stopped = False
-        _allow_open_files(size + 256)
+        self._lacks_files = False
+        _allow_open_files(size + 4 * SPARE)
 
     def stop(self) -> None:
         """End at once (from another thread): this rank has not joined here."""
-        self._stopped = True
-        with contextlib.suppress(OSError):  # it has ended already
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the selector
+        with contextlib.suppress(RuntimeError):  # it has ended already
+            self._loop.call_soon_threadsafe(self._end)
         self.join(GRACE)
 
     def run(self) -> None:
         try:
-            while not self._is_finished():
-                for key, events in self._selector.select(self._patience()):
-                    if key.data is None:
-                        self._accept()
-                        continue
-                    if events & selectors.EVENT_READ:
-                        self._read(key.data)
-                    if events & selectors.EVENT_WRITE:
-                        self._flush(key.data)
-                self._expire(time.monotonic())
+            self._loop.run_until_complete(self._serve())
         finally:
+            self._door.close()
+            self._loop.close()
             self._listener.close()
-            for peer in [*self._unknown, *self._peers.values()]:
-                self._drop(peer)
-            self._selector.close()
 
-    def _is_finished(self) -> bool:
-        if self._stopped or len(self._gone) == self._size:
-            return True
-        return self._rank in self._gone and time.monotonic() >= self._linger_until
+    async def _serve(self) -> None:
+        server = await asyncio.start_server(self._connect, sock=self._listener, limit=MAX_HELLO, backlog=self._size)
+        await self._ended
+        server.close()
+        everybody = [*self._peers.values(), *self._strangers]
+        last_words = [peer.sender for peer in everybody if peer.sender is not None and not peer.sender.done()]
+        if last_words:
+            await asyncio.wait(last_words, timeout=LINGER)
+        for peer in everybody:
+            peer.hang_up()
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _patience(self) -> float | None:
-        """Seconds until something is due."""
-        due = [self._step_until, *(peer.hello_until for peer in self._unknown)]
-        if self._rank in self._gone:
-            due.append(self._linger_until)
-        return None if min(due) == math.inf else max(min(due) - time.monotonic(), 0.0)
+    def _end(self) -> None:
+        if not self._ended.done():
+            self._ended.set_result(None)
 
-    def _expire(self, now: float) -> None:
-        for peer in [peer for peer in self._unknown if peer.hello_until <= now]:
-            self._drop(peer)
-        if self._step_until <= now:
-            missing = set(range(self._size)) - self._values.keys()
-            verb = "has" if len(missing) == 1 else "have"
-            text = f"step {self._step!r}: {name_ranks(missing)} {verb} not arrived within {self._timeout:g} s"
-            nodes = dict.fromkeys(self._peers[rank].node for rank in sorted(missing) if rank in self._peers)
-            if nodes:
-                text += f" (on {', '.join(nodes)})"
-            host, port = self._listener.getsockname()[:2]
-            if self._step == JOIN and (host.startswith("127.") or host == "::1"):
-                text += f" ({Address(host, port)} is reached from one node only; if there are more, {ADVICE})"
-            self._fail(missing.pop() if len(missing) == 1 else None, self._step, text)
-        if self._rank in self._gone and self._linger_until <= now:
-            late = set(range(self._size)) - self._gone
-            waited = f"has waited {self._timeout:g} s for {name_ranks(late)} to leave, and has left"
-            self._fail(self._rank, None, f"rank {self._rank}, which coordinates, {waited}")
+    def _on_trouble(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """What asyncio reports: that no more connections can be taken now, say. It tries again in a second."""
+        log.debug("the coordinator of the ranks: %s", context)
+        if "accept" in context.get("message", ""):
+            self._lacks_files = True
+            for stranger in list(self._strangers):
+                stranger.hang_up()
 
-    def _accept(self) -> None:
+    # One connection, from its first byte to its last.
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer = _Peer(reader, writer)
+        self._strangers[peer] = None
+        if len(self._strangers) > self._size + SPARE:
+            next(iter(self._strangers)).hang_up()
+        enough = self._loop.call_later(HELLO_TIMEOUT, peer.hang_up)
+        with contextlib.suppress(Exception):  # whatever a stranger can cause
+            tune(writer.get_extra_info("socket"), self._timeout)
+            await self._introduce(peer)
+        enough.cancel()
+        self._strangers.pop(peer)
+        if peer.rank is not None:
+            await self._listen(peer, peer.rank)
+        peer.hang_up()
+
+    async def _introduce(self, peer: _Peer) -> None:
+        """Let a stranger prove that he knows a key, and only then read who he is."""
+        challenge = proof.new_challenge(self._door.number)
+        peer.writer.write(challenge)
+        answer = await peer.reader.readexactly(proof.ANSWER)
+        key = next((key for key in self._door.keys if proof.is_answer(key.content, challenge, answer)), None)
+        peer.writer.write(proof.NO if key is None else proof.confirmation(key.content, challenge, answer))
+        if key is not None:
+            peer.is_trusted = key.is_trusted
+            self._welcome(peer, await peer.receive(MAX_HELLO))
+
+    async def _listen(self, peer: _Peer, rank: int) -> None:
+        """Take what a rank says until it leaves or is lost."""
         try:
-            sock, _ = self._listener.accept()
-        except (BlockingIOError, ConnectionError):  # the peer has given up already
-            return
-        except OSError as error:
-            self._selector.unregister(self._listener)  # or it would wake the selector for ever
-            if not self._stopped and len(self._peers) + len(self._gone) < self._size:
-                text = f"rank {self._rank}, which coordinates, can take no more connections: {error}"
-                self._fail(self._rank, self._step, f"{text}; raise the limit of open files (ulimit -n)")
-            return
-        sock.setblocking(False)
-        tune(sock, self._timeout)
-        peer = _Peer(sock, time.monotonic() + HELLO_TIMEOUT)
-        self._unknown.add(peer)
-        self._selector.register(sock, selectors.EVENT_READ, peer)
+            while self._handle(rank, peer, await peer.receive(MAX_MESSAGE)):
+                pass
+        except EOFError:
+            self._lose(rank, peer, "its connection closed before it left")
+        except Exception as error:
+            self._lose(rank, peer, str(error) or repr(error))
 
-    def _read(self, peer: _Peer) -> None:
-        try:
-            data = peer.sock.recv(CHUNK)
-            messages = peer.decoder.feed(data)
-        except BlockingIOError:
-            return
-        except (OSError, ProtocolError) as error:
-            self._lose(peer, str(error))
-            return
-        if not data:
-            self._lose(peer, "its connection closed before it left")
-        for message in messages:
-            if peer.sock.fileno() >= 0:  # not refused, not left
-                self._handle(peer, message)
+    def _handle(self, rank: int, peer: _Peer, message: Message) -> bool:
+        """Whether the rank will say more. Raises ProtocolError for what it cannot say now."""
+        kind, step = message.get("kind"), message.get("step")
+        if not self._have_joined and not peer.is_trusted:
+            raise ProtocolError("a rank without the secret speaks before all have joined")
+        if kind == "leave":
+            self._depart(rank)
+            return False
+        if self._failure is not None:
+            return True  # no step can begin any more; the peer finds the failure in its queue
+        if kind == "gather" and isinstance(step, str) and "value" in message:
+            self._arrive(rank, step, message["value"])
+        elif kind == "failed" and isinstance(step, (str, type(None))) and isinstance(message.get("text"), str):
+            self._fail(rank, step, message["text"])
+        else:
+            raise ProtocolError("a message of an unknown form")
+        return True
 
-    def _handle(self, peer: _Peer, message: Message) -> None:
-        kind = message.get("kind")
-        if peer.rank is None:
-            self._welcome(peer, message)
-        elif kind == "leave":
-            self._drop(peer)
-            self._depart(peer.rank)
-        elif self._failure is not None:
-            return  # no step can begin any more; the peer finds the failure in its queue
-        elif kind == "gather":
-            self._arrive(peer.rank, message["step"], message["value"])
-        elif kind == "failed":
-            self._fail(message["rank"], message["step"], message["text"])
+    # Who is there.
 
     def _welcome(self, peer: _Peer, hello: Message) -> None:
         """Take a peer in as a rank of this job, or refuse it."""
-        rank, size = hello.get("rank"), hello.get("size")
-        retry = False
-        if hello.get("protocol") != PROTOCOL:
-            problem = f"a job that speaks {PROTOCOL!r}"
-        elif hello.get("key") != self._key or not isinstance(rank, int) or not 0 <= rank < self._size:
-            problem = f"another job, of {self._size} ranks (this one has {size})"
-        elif rank in self._peers or rank in self._gone:
+        rank, node = hello.get("rank"), hello.get("node")
+        if type(rank) is not int or not 0 <= rank < self._size or not isinstance(node, str):
+            raise ProtocolError("an unknown form of hello")
+        other = self._peers.get(rank)
+        if other is not None and peer.is_trusted and not other.is_trusted and not self._have_joined:
+            self._forget(rank, other)  # he was a stranger after all
+        if rank in self._peers or rank in self._gone:
             # An earlier job that has not ended yet looks like this: the new one tries again.
-            retry, problem = True, f"a job whose rank {rank} has joined already"
-        else:
-            problem = ""
-        self._unknown.discard(peer)
-        if problem or not isinstance(rank, int):
-            self._post(peer, encode({"kind": "refused", "text": problem, "retry": retry}))
-            self._drop(peer)
+            peer.writer.write(encode({"kind": "refused", "text": f"a job whose rank {rank} has joined already"}))
             return
-        peer.rank, peer.node = rank, str(hello.get("node"))
-        peer.decoder.limit = MAX_MESSAGE
+        peer.rank, peer.node = rank, node
         self._peers[rank] = peer
-        self._post(peer, encode({"kind": "welcome", "rank": self._rank}))
+        peer.post(encode({"kind": "welcome", "rank": self._rank}))
         if self._failure is None:
-            self._arrive(rank, JOIN, peer.node)
+            self._arrive(rank, JOIN, [node, peer.is_trusted])
         else:
-            self._post(peer, self._failure)
+            peer.post(self._failure)
+
+    def _forget(self, rank: int, peer: _Peer) -> None:
+        """As if it had never come."""
+        self._peers.pop(rank)
+        self._values.pop(rank, None)
+        peer.hang_up()
+
+    def _lose(self, rank: int, peer: _Peer, reason: str) -> None:
+        if self._peers.get(rank) is not peer:
+            return  # forgotten
+        if not peer.is_trusted and not self._have_joined:
+            self._forget(rank, peer)  # whoever it was, the job does not end for him
+            return
+        during = "" if self._step is None else f" (step {self._step!r})"
+        self._fail(rank, self._step, f"rank {rank} on {peer.node} died{during}: {reason}")
+        self._depart(rank)
+
+    def _depart(self, rank: int) -> None:
+        self._peers.pop(rank)
+        self._gone.add(rank)
+        if rank == self._rank:
+            self._end_within(self._timeout)
+        self._conclude()
+        if len(self._gone) == self._size:
+            self._end()
+
+    def _end_within(self, seconds: float) -> None:
+        """Once the own rank has left, the others have so long to do the same."""
+        self._end_at = min(self._end_at, self._loop.time() + seconds)
+        if self._rank in self._gone:
+            self._loop.call_at(self._end_at, self._give_up)
+
+    def _give_up(self) -> None:
+        late = set(range(self._size)) - self._gone
+        waited = f"has waited {self._timeout:g} s for {name_ranks(late)} to leave, and has left"
+        self._fail(self._rank, None, f"rank {self._rank}, which coordinates, {waited}")
+        self._end()
+
+    # What they do together.
 
     def _arrive(self, rank: int, step: str, value: Any) -> None:
         if self._step is None:
-            self._step, self._step_until = step, time.monotonic() + self._timeout
+            self._step, self._timer = step, self._loop.call_later(self._timeout, self._expire)
         elif step != self._step:
             waiting = f"{name_ranks(self._values)} waited at step {self._step!r}"
             self._fail(None, step, f"rank {rank} arrived at step {step!r} while {waiting}")
@@ -228,63 +291,50 @@ class Coordinator(threading.Thread):
             rank = min(self._gone)
             self._fail(rank, self._step, f"{name_ranks(self._gone)} left before step {self._step!r}")
         elif len(self._values) == self._size:
+            if self._step == JOIN:
+                self._have_joined = True
+                self._door.close()
             values = [self._values[rank] for rank in range(self._size)]
             self._close_step()
             self._broadcast(encode({"kind": "gathered", "values": values}))
 
+    def _expire(self) -> None:
+        """The time of a step is over."""
+        missing = set(range(self._size)) - self._values.keys()
+        verb = "has" if len(missing) == 1 else "have"
+        text = f"step {self._step!r}: {name_ranks(missing)} {verb} not arrived within {self._timeout:g} s"
+        nodes = dict.fromkeys(self._peers[rank].node for rank in sorted(missing) if rank in self._peers)
+        if nodes:
+            text += f" (on {', '.join(nodes)})"
+        if self._lacks_files:
+            text += f"; rank {self._rank}, which coordinates, could not take all connections: raise ulimit -n there"
+        host, port = self._listener.getsockname()[:2]
+        if self._step == JOIN and (host.startswith("127.") or host == "::1"):
+            text += f" ({Address(host, port)} is reached from one node only; if there are more, {ADVICE})"
+        self._fail(missing.pop() if len(missing) == 1 else None, self._step, text)
+
     def _close_step(self) -> None:
-        self._step, self._step_until = None, math.inf
+        if self._timer is not None:
+            self._timer.cancel()
+        self._step, self._timer = None, None
         self._values = {}
 
     def _fail(self, rank: int | None, step: str | None, text: str) -> None:
         """Tell all ranks of a failure; the first one counts."""
         if self._failure is None:
             self._close_step()
-            self._linger_until = min(self._linger_until, time.monotonic() + LINGER)
+            self._end_within(LINGER)
             self._failure = encode({"kind": "failed", "rank": rank, "step": step, "text": text})
             self._broadcast(self._failure)
 
     def _broadcast(self, data: bytes) -> None:
-        for peer in list(self._peers.values()):
-            self._post(peer, data)
+        for peer in self._peers.values():
+            peer.post(data)
 
-    def _post(self, peer: _Peer, data: bytes) -> None:
-        peer.outbox.append(memoryview(data))
-        self._flush(peer)
 
-    def _flush(self, peer: _Peer) -> None:
-        if peer.sock.fileno() < 0:  # dropped while its event was in the queue
-            return
-        try:
-            while peer.outbox:
-                sent = peer.sock.send(peer.outbox[0])
-                rest = peer.outbox.popleft()[sent:]
-                if rest:
-                    peer.outbox.appendleft(rest)
-        except BlockingIOError:
-            pass
-        except OSError:
-            peer.outbox.clear()  # the loss shows on the reading side, after what the peer has still said
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.outbox else 0)
-        self._selector.modify(peer.sock, events, peer)
-
-    def _lose(self, peer: _Peer, reason: str) -> None:
-        self._drop(peer)
-        if peer.rank is not None:
-            during = "" if self._step is None else f" (step {self._step!r})"
-            self._fail(peer.rank, self._step, f"rank {peer.rank} on {peer.node} died{during}: {reason}")
-            self._depart(peer.rank)
-
-    def _depart(self, rank: int) -> None:
-        self._gone.add(rank)
-        if rank == self._rank:
-            self._linger_until = min(self._linger_until, time.monotonic() + self._timeout)
-        self._conclude()
-
-    def _drop(self, peer: _Peer) -> None:
-        self._unknown.discard(peer)
-        if peer.rank is not None:
-            self._peers.pop(peer.rank, None)
-        if peer.sock.fileno() >= 0:
-            self._selector.unregister(peer.sock)
-            hang_up(peer.sock)
+def _allow_open_files(count: int) -> None:
+    """Raise this process's soft limit of open files, as far as the hard limit lets us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        allowed = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))

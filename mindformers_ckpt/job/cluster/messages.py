@@ -1,13 +1,11 @@
 """What the ranks of a job and their coordinator say to each other over TCP, and how long they have patience.
 
-Wire format: 4 bytes length, big endian, then a JSON object with a "kind":
+A connection begins with the proofs of `proof.py`. Then 4 bytes length, big endian, and a JSON object with a "kind":
 
-    rank -> coordinator   hello {protocol, key, size, rank, node} | gather {step, value}
-                          failed {rank, step, text} | leave
-    coordinator -> rank   welcome {rank} | refused {text, retry} | gathered {values}
-                          failed {rank, step, text}
+    rank -> coordinator   hello {rank, node} | gather {step, value} | failed {step, text} | leave
+    coordinator -> rank   welcome {rank} | refused {text} | gathered {values} | failed {rank, step, text}
 
-A hello counts as the arrival at the step "join", whose values are the names of the nodes.
+A hello counts as the arrival at the step "join", whose values are [name of the node, knows the secret].
 """
 
 from __future__ import annotations
@@ -19,10 +17,10 @@ import struct
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-PROTOCOL = "mindformers_ckpt cluster 1"
 JOIN = "join"
 MAX_VALUES = 64 << 20  # bytes of all values of one step together
 MAX_MESSAGE = MAX_VALUES + (1 << 20)  # the rest: names, commas, an error's text
+HEAD = struct.Struct(">I")  # the length of a message
 GRACE = 5.0  # seconds a rank waits beyond the time-out, so that the coordinator's answer comes first
 NOTICE = 60.0  # seconds after which a silent host counts as dead, or half the time-out if that is less
 CHUNK = 1 << 16
@@ -60,7 +58,26 @@ def name_ranks(ranks: Collection[int]) -> str:
 def encode(message: Message) -> bytes:
     """The bytes of a message on the wire. Raises TypeError for a value that JSON does not have."""
     body = json.dumps(message, separators=(",", ":")).encode()
-    return struct.pack(">I", len(body)) + body
+    return HEAD.pack(len(body)) + body
+
+
+def length_of(head: bytes | bytearray, limit: int) -> int:
+    """The length of the body that follows. Raises ProtocolError when it is over the limit."""
+    (length,) = HEAD.unpack_from(head)
+    if length > limit:
+        raise ProtocolError(f"a message of {length} bytes is announced, {limit} are allowed")
+    return int(length)
+
+
+def parse(body: bytes | bytearray) -> Message:
+    """The message of a body. Raises ProtocolError."""
+    try:
+        message = json.loads(body)
+    except (ValueError, RecursionError) as error:  # the latter for thousands of brackets
+        raise ProtocolError(f"no JSON: {error}") from error
+    if not isinstance(message, dict):
+        raise ProtocolError("a message is no JSON object")
+    return message
 
 
 class Decoder:
@@ -74,20 +91,12 @@ class Decoder:
         """The messages that `data` completes. Raises ProtocolError when this cannot be our protocol."""
         self._buffer += data
         messages: list[Message] = []
-        while len(self._buffer) >= 4:
-            (length,) = struct.unpack_from(">I", self._buffer)
-            if length > self.limit:
-                raise ProtocolError(f"a message of {length} bytes is announced, {self.limit} are allowed")
-            if len(self._buffer) < 4 + length:
+        while len(self._buffer) >= HEAD.size:
+            end = HEAD.size + length_of(self._buffer, self.limit)
+            if len(self._buffer) < end:
                 break
-            try:
-                message = json.loads(self._buffer[4 : 4 + length])
-            except ValueError as error:
-                raise ProtocolError(f"no JSON: {error}") from error
-            if not isinstance(message, dict):
-                raise ProtocolError("a message is no JSON object")
-            messages.append(message)
-            del self._buffer[: 4 + length]
+            messages.append(parse(self._buffer[HEAD.size : end]))
+            del self._buffer[:end]
         return messages
 
 

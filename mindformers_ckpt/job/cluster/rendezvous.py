@@ -6,15 +6,15 @@ and runs the coordinator (`coordinator.py`). Every rank, also that one, is a cli
 Nothing is left behind: a connection ends with its process, so the coordinator learns of a killed rank at
 once, and the ranks of a killed coordinator. TCP keepalive does the same for a node that is powered off.
 
-The job key keeps jobs apart, it is no secret (as with MindSpore's own scheduler, trust the network).
+Both sides prove that they know the key of the job (`proof.py`, `secret.py`) before anything else is said.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import json
+import hmac
+import logging
 import math
 import random
 import select
@@ -24,13 +24,13 @@ from collections import deque
 from typing import Any, NamedTuple
 
 from mindformers_ckpt.errors import ClusterError
+from mindformers_ckpt.job.cluster import proof
 from mindformers_ckpt.job.cluster.coordinator import Coordinator
 from mindformers_ckpt.job.cluster.messages import (
     ADVICE,
     CHUNK,
     JOIN,
     MAX_MESSAGE,
-    PROTOCOL,
     Address,
     Decoder,
     Message,
@@ -39,8 +39,12 @@ from mindformers_ckpt.job.cluster.messages import (
     hang_up,
     tune,
 )
+from mindformers_ckpt.job.cluster.secret import NO_NUMBER, Door, Job, Key, Trust
+
+log = logging.getLogger("mindformers_ckpt")
 
 CONNECT_TIMEOUT = 5.0  # seconds of one attempt, where packets are swallowed
+SECRET = "MINDFORMERS_CKPT_SECRET"
 FIRST_RETRY, LAST_RETRY = 0.02, 1.0  # seconds between attempts
 
 
@@ -104,8 +108,12 @@ class Link:
 
     def send(self, message: Message, deadline: float) -> None:
         """Send a message. Raises OSError when the connection is lost, or at the deadline."""
+        self.write(encode(message), deadline)
+
+    def write(self, data: bytes, deadline: float) -> None:
+        """Send bytes. Raises as `send` does."""
         self._sock.settimeout(max(deadline - time.monotonic(), 0.001))
-        self._sock.sendall(encode(message))
+        self._sock.sendall(data)
 
     def receive(self, deadline: float) -> Message:
         """The next message. Raises TimeoutError at the deadline, ConnectionError when the link is lost."""
@@ -120,55 +128,69 @@ class Link:
                 self._fill(0)
         return self._inbox.popleft() if self._inbox else None
 
+    def read_exactly(self, count: int, deadline: float) -> bytes:
+        """The next bytes, before any message. Raises as `receive` does."""
+        data = bytearray()
+        while len(data) < count:
+            data += self._read(count - len(data), deadline - time.monotonic())
+        return bytes(data)
+
     def _fill(self, timeout: float) -> None:
+        self._inbox += self._decoder.feed(self._read(CHUNK, timeout))
+
+    def _read(self, limit: int, timeout: float) -> bytes:
         if not self._poller.poll(max(0, math.ceil(timeout * 1000))):
             raise TimeoutError("no answer")
         try:
-            data = self._sock.recv(CHUNK)
+            data = self._sock.recv(limit)
         except OSError as error:
             raise ConnectionError(f"connection lost: {error}") from error
         if not data:
             raise ConnectionError("connection closed")
-        self._inbox += self._decoder.feed(data)
+        return data
 
     def close(self) -> None:
         hang_up(self._sock)
 
 
 class Meeting(NamedTuple):
-    """What a rank has after it joined: its connection, who coordinates, and the coordinator if it is here."""
+    """What a rank has after it joined.
+
+    Its connection, who coordinates, whether that one is a rank of this job for sure, and the coordinator if it is here.
+    """
 
     link: Link
     host_rank: int
+    is_trusted: bool
     coordinator: Coordinator | None
 
 
-def meet(address: Address, rank: int, size: int, job: str, node: str, timeout: float) -> Meeting:
+def meet(job: Job, rank: int, node: str, trust: Trust, timeout: float) -> Meeting:
     """Join the ranks at the meeting address, as their coordinator if nobody else is.
 
     Raises RankError when something else listens there, or nothing answers within `timeout` seconds.
     """
-    key = hashlib.sha256(json.dumps([*address, size, job]).encode()).hexdigest()
-    hello = {"kind": "hello", "protocol": PROTOCOL, "key": key, "size": size, "rank": rank, "node": node}
     deadline = time.monotonic() + timeout
     delay = FIRST_RETRY
     coordinator: Coordinator | None = None
-    cannot_listen = ""
+    cannot_listen, is_told = "", False
     try:
         while True:
             if coordinator is None:
                 try:
-                    coordinator = Coordinator(listen(address, size), rank, size, key, timeout)
-                    coordinator.start()
+                    coordinator = _coordinate(job, rank, node, trust, timeout)
                 except OSError as error:
                     cannot_listen = f"; rank {rank} cannot listen there: {error}"
             try:
-                link, host_rank = _introduce(address, hello, deadline)
+                link, host_rank, is_trusted = _introduce(job, rank, node, trust, deadline)
                 break
             except OSError as error:
                 if time.monotonic() + delay >= deadline:
-                    text = f"rank {rank} found no coordinator at {address} within {timeout:g} s: {error}"
+                    text = f"rank {rank} found no coordinator at {job.address} within {timeout:g} s: {error}"
                     raise RankError(f"{text}{cannot_listen}; {ADVICE}", step=JOIN) from error
+                if isinstance(error, PermissionError) and not is_told:
+                    is_told = True
+                    log.warning("rank %d waits up to %g s: %s", rank, timeout, error)
             time.sleep(delay * random.uniform(0.5, 1.0))  # thousands of ranks should not knock together
             delay = min(2 * delay, LAST_RETRY)
     except BaseException:
@@ -179,28 +201,64 @@ def meet(address: Address, rank: int, size: int, job: str, node: str, timeout: f
         # net.ipv4.ip_nonlocal_bind lets every host listen on the address; only one of them is reached.
         coordinator.stop()
         coordinator = None
-    return Meeting(link, host_rank, coordinator)
+    return Meeting(link, host_rank, is_trusted, coordinator)
 
 
-def _introduce(address: Address, hello: Message, deadline: float) -> tuple[Link, int]:
+def _coordinate(job: Job, rank: int, node: str, trust: Trust, timeout: float) -> Coordinator:
+    """Listen on the address and coordinate. Raises OSError where another does, or that is not possible here."""
+    listener = listen(job.address, job.size)
+    door = Door(trust, job, node)
+    if trust.folder is not None and not door.has_secret:
+        log.warning(
+            "no secret can be left in %s, so whoever reaches %s could take part in this job; set %s, alike on all "
+            "ranks",
+            *(trust.folder, job.address, SECRET),
+        )
+    coordinator = Coordinator(listener, rank, job.size, door, timeout)
+    coordinator.start()
+    return coordinator
+
+
+def _introduce(job: Job, rank: int, node: str, trust: Trust, deadline: float) -> tuple[Link, int, bool]:
     """Connect once. Raises OSError where it is worth trying again, RankError where it is not."""
-    link = Link(address, max(deadline - time.monotonic(), 0.001))
+    link = Link(job.address, max(deadline - time.monotonic(), 0.001))
     try:
-        link.send(hello, deadline)
+        key = _prove(link, job, trust, deadline)
+        link.send({"kind": "hello", "rank": rank, "node": node}, deadline)
         reply = link.receive(deadline)
-        if reply.get("kind") == "welcome":
-            return link, reply["rank"]
-        if reply.get("kind") != "refused":
+        if reply.get("kind") == "refused":
+            raise ConnectionRefusedError(errno.ECONNREFUSED, str(reply.get("text")))
+        host_rank = reply.get("rank")
+        if reply.get("kind") != "welcome" or type(host_rank) is not int:
             raise ProtocolError("an unexpected answer")
-        if reply["retry"]:
-            raise ConnectionRefusedError(errno.ECONNREFUSED, reply["text"])
-        raise ProtocolError(reply["text"])
     except ProtocolError as error:
         link.close()
-        raise RankError(f"something else listens on {address}: {error}; {ADVICE}", step=JOIN) from error
+        raise RankError(f"something else listens on {job.address}: {error}; {ADVICE}", step=JOIN) from error
     except TimeoutError as error:
         link.close()
-        raise RankError(f"something listens on {address} but does not answer; {ADVICE}", step=JOIN) from error
+        raise RankError(f"something listens on {job.address} but does not answer; {ADVICE}", step=JOIN) from error
     except BaseException:
         link.close()
         raise
+    return link, host_rank, key.is_trusted
+
+
+def _prove(link: Link, job: Job, trust: Trust, deadline: float) -> Key:
+    """Show that this is a rank of the job, and see that the other side is its coordinator.
+
+    Raises PermissionError where the secret that it names is not to be found: an earlier job may not have ended yet.
+    """
+    challenge = link.read_exactly(proof.CHALLENGE, deadline)
+    number = proof.number_in(challenge)
+    key = trust.key(job, number)
+    if key is None:
+        which = (
+            "no secret" if number == NO_NUMBER else f"its secret in no file of {trust.folder} that this rank can read"
+        )
+        raise PermissionError(errno.EACCES, f"who listens on {job.address} has left {which}: another job or user")
+    answer = proof.new_answer(key.content, challenge)
+    link.write(answer, deadline)
+    reply = link.read_exactly(proof.DIGEST, deadline)
+    if not hmac.compare_digest(reply, proof.confirmation(key.content, challenge, answer)):
+        raise ProtocolError(f"another job (this one has {job.size} ranks), or one with another secret")
+    return key
