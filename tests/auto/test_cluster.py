@@ -48,7 +48,7 @@ def free_address() -> Address:
     while True:
         address = Address("127.0.0.1", random.randrange(20000, 32000))
         try:
-            listen(address, 1).close()
+            listen(address).close()
         except OSError:
             continue
         return address
@@ -468,7 +468,7 @@ def test_only_one_of_many_can_listen() -> None:
         def compete(_: int, address: Address = address, together: threading.Barrier = together) -> Any:
             together.wait()
             try:
-                return listen(address, 8)
+                return listen(address)
             except OSError:
                 return None
 

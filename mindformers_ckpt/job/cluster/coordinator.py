@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import math
 import resource
 import socket
@@ -39,11 +38,11 @@ from mindformers_ckpt.job.cluster.messages import (
 )
 from mindformers_ckpt.job.cluster.secret import Door
 
-log = logging.getLogger("mindformers_ckpt")
-
 MAX_HELLO = 4096  # what a stranger may make the coordinator keep
 HELLO_TIMEOUT = 10.0  # seconds in which a stranger has to prove and to introduce himself
 SPARE = 64  # strangers that are borne beyond the number of ranks
+RETRY = 0.1  # seconds until a connection is taken again after that was not possible
+BACKLOG = 4096  # connections that wait to be taken; the system allows fewer, 4096 at most by default
 LINGER = 2.0  # seconds in which a coordinator that leaves still tells late ranks of a failure
 
 
@@ -101,9 +100,9 @@ class Coordinator(threading.Thread):
         self._listener, self._door = listener, door
         self._rank, self._size, self._timeout = rank, size, timeout
         self._loop = asyncio.SelectorEventLoop()
-        self._loop.set_exception_handler(self._on_trouble)
         self._ended = self._loop.create_future()
         self._end_at = math.inf
+        self._connections: set[asyncio.Task[None]] = set()
         self._strangers: dict[_Peer, None] = {}  # the oldest first
         self._peers: dict[int, _Peer] = {}
         self._gone: set[int] = set()
@@ -130,9 +129,9 @@ class Coordinator(threading.Thread):
             self._listener.close()
 
     async def _serve(self) -> None:
-        server = await asyncio.start_server(self._connect, sock=self._listener, limit=MAX_HELLO, backlog=self._size)
+        taking = self._loop.create_task(self._take_connections())
         await self._ended
-        server.close()
+        taking.cancel()
         everybody = [*self._peers.values(), *self._strangers]
         last_words = [peer.sender for peer in everybody if peer.sender is not None and not peer.sender.done()]
         if last_words:
@@ -148,24 +147,37 @@ class Coordinator(threading.Thread):
         if not self._ended.done():
             self._ended.set_result(None)
 
-    def _on_trouble(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """What asyncio reports: that no more connections can be taken now, say. It tries again in a second."""
-        log.debug("the coordinator of the ranks: %s", context)
-        if "accept" in context.get("message", ""):
-            self._lacks_files = True
-            for stranger in list(self._strangers):
-                stranger.hang_up()
+    async def _take_connections(self) -> None:
+        while True:
+            try:
+                sock, _ = await self._loop.sock_accept(self._listener)
+            except ConnectionError:  # the peer has given up already
+                continue
+            except OSError:  # of open files, most likely; the ranks will try again
+                self._lacks_files = True
+                for stranger in list(self._strangers):
+                    stranger.hang_up()
+                await asyncio.sleep(RETRY)
+                continue
+            task = self._loop.create_task(self._connect(sock))
+            self._connections.add(task)
+            task.add_done_callback(self._connections.discard)
+            await asyncio.sleep(0)
 
     # One connection, from its first byte to its last.
 
-    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        peer = _Peer(reader, writer)
+    async def _connect(self, sock: socket.socket) -> None:
+        try:
+            tune(sock, self._timeout)
+            peer = _Peer(*await asyncio.open_connection(sock=sock, limit=MAX_HELLO))
+        except OSError:
+            sock.close()
+            return
         self._strangers[peer] = None
         if len(self._strangers) > self._size + SPARE:
             next(iter(self._strangers)).hang_up()
         enough = self._loop.call_later(HELLO_TIMEOUT, peer.hang_up)
         with contextlib.suppress(Exception):  # whatever a stranger can cause
-            tune(writer.get_extra_info("socket"), self._timeout)
             await self._introduce(peer)
         enough.cancel()
         self._strangers.pop(peer)

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from mindformers_ckpt.errors import ClusterError
 from mindformers_ckpt.job.cluster import proof
-from mindformers_ckpt.job.cluster.coordinator import Coordinator
+from mindformers_ckpt.job.cluster.coordinator import BACKLOG, Coordinator
 from mindformers_ckpt.job.cluster.messages import (
     ADVICE,
     CHUNK,
@@ -44,6 +44,7 @@ from mindformers_ckpt.job.cluster.secret import NO_NUMBER, Door, Job, Key, Trust
 log = logging.getLogger("mindformers_ckpt")
 
 CONNECT_TIMEOUT = 5.0  # seconds of one attempt, where packets are swallowed
+CHALLENGE_TIMEOUT = 10.0  # seconds until the coordinator has to speak
 SECRET = "MINDFORMERS_CKPT_SECRET"
 FIRST_RETRY, LAST_RETRY = 0.02, 1.0  # seconds between attempts
 
@@ -66,7 +67,7 @@ def _resolve(address: Address) -> tuple[socket.AddressFamily, Any]:
     return family, where
 
 
-def listen(address: Address, size: int) -> socket.socket:
+def listen(address: Address) -> socket.socket:
     """Listen on the address; raises OSError where it is not this host's, or another socket has it.
 
     SO_REUSEADDR lets a new job use the port while connections of the last one are in TIME_WAIT. On Linux it
@@ -77,7 +78,7 @@ def listen(address: Address, size: int) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(where)
-        sock.listen(size)
+        sock.listen(BACKLOG)
         sock.setblocking(False)
     except OSError:
         sock.close()
@@ -206,7 +207,7 @@ def meet(job: Job, rank: int, node: str, trust: Trust, timeout: float) -> Meetin
 
 def _coordinate(job: Job, rank: int, node: str, trust: Trust, timeout: float) -> Coordinator:
     """Listen on the address and coordinate. Raises OSError where another does, or that is not possible here."""
-    listener = listen(job.address, job.size)
+    listener = listen(job.address)
     door = Door(trust, job, node)
     if trust.folder is not None and not door.has_secret:
         log.warning(
@@ -248,7 +249,7 @@ def _prove(link: Link, job: Job, trust: Trust, deadline: float) -> Key:
 
     Raises PermissionError where the secret that it names is not to be found: an earlier job may not have ended yet.
     """
-    challenge = link.read_exactly(proof.CHALLENGE, deadline)
+    challenge = _wait_for_challenge(link, deadline)
     number = proof.number_in(challenge)
     key = trust.key(job, number)
     if key is None:
@@ -262,3 +263,14 @@ def _prove(link: Link, job: Job, trust: Trust, deadline: float) -> Key:
     if not hmac.compare_digest(reply, proof.confirmation(key.content, challenge, answer)):
         raise ProtocolError(f"another job (this one has {job.size} ranks), or one with another secret")
     return key
+
+
+def _wait_for_challenge(link: Link, deadline: float) -> bytes:
+    """Raises ConnectionError when none comes for a while: a crowded system may have lost the connection."""
+    patience = time.monotonic() + CHALLENGE_TIMEOUT
+    try:
+        return link.read_exactly(proof.CHALLENGE, min(patience, deadline))
+    except TimeoutError as error:
+        if patience < deadline:
+            raise ConnectionError(f"no answer within {CHALLENGE_TIMEOUT:g} s") from error
+        raise
