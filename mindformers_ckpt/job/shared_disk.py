@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 import shlex
@@ -27,7 +28,8 @@ def owners_of(folder: Path, cluster: Cluster) -> list[int]:
 
     Makes the folder where it is missing. Leaves nothing else behind.
     """
-    token = cluster.gather("probe", secrets.token_hex(8))[MAIN_RANK]
+    word = cluster.gather("probe", secrets.token_hex(8))[MAIN_RANK]
+    token = hashlib.sha256(str(word).encode()).hexdigest()[:16]  # a rank without the secret might name another file
     leaders = [cluster.nodes.index(node) for node in dict.fromkeys(cluster.nodes)]
     probes = {leader: folder / f".shared-disk-{token}-{leader}" for leader in leaders}
     own = probes.get(cluster.rank)
@@ -99,7 +101,7 @@ def not_shared(config: Config, root: Path, nodes: Sequence[str], owners: Sequenc
     others: dict[str, list[int]] = {}
     for rank, node in enumerate(nodes):
         if node != nodes[MAIN_RANK]:
-            others.setdefault(node.rpartition(":")[0], []).append(rank)
+            others.setdefault(shlex.quote(node.rpartition(":")[0]), []).append(rank)
     collect = "".join(f"\n     scp {node}:{there}/ckpt_strategy_rank_* {there}/" for node in others)
     share = ""
     for node, ranks in others.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import psutil
@@ -82,3 +83,15 @@ def test_files_of_other_nodes_are_waited_for(tmp_path: Path) -> None:
     wait_for_files([tmp_path / "there"])
     with pytest.raises(PlanError, match=r"late was written by another node, but is not seen here after 0\.2 s"):
         wait_for_files([tmp_path / "there", tmp_path / "late"], patience=0.2)
+
+
+def test_folders_of_other_nodes_are_waited_for(tmp_path: Path) -> None:
+    """The folders above a file may come into sight after it was written, too."""
+    (tmp_path / "made" / "rank_3").mkdir(parents=True)
+    (tmp_path / "made" / "rank_3" / "checkpoint_3.ckpt").touch()
+    mover = threading.Timer(0.3, lambda: (tmp_path / "made").rename(tmp_path / "result"))
+    mover.start()
+    wait_for_files([tmp_path / "result" / "rank_3" / "checkpoint_3.ckpt"], patience=20)
+    mover.join()
+    with pytest.raises(PlanError, match=r"is not seen here after 0\.2 s"):
+        wait_for_files([tmp_path / "never" / "rank_3" / "checkpoint_3.ckpt"], patience=0.2)

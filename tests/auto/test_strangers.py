@@ -34,6 +34,7 @@ from mindformers_ckpt.job.cluster.secret import (
     leave_secret,
     read_secret,
 )
+from mindformers_ckpt.job.shared_disk import owners_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -439,6 +440,28 @@ def test_who_listens_in_the_place_of_the_job_learns_nothing_and_names_no_folder(
             joining.result()
     assert heard == b""
     assert key not in heard
+
+
+def test_what_a_rank_says_is_no_path_and_no_escape_code(address: Address, tmp_path: Path) -> None:
+    """A rank without the secret, in the place of rank 0: the others look for a shared disk, and then refuse."""
+    victim = tmp_path / "victim"
+    victim.touch()
+
+    def work(cluster: Cluster) -> Any:
+        return owners_of(tmp_path / "output", cluster), cluster.nodes[1]
+
+    with ThreadPoolExecutor(2) as pool:
+        (first,) = start_ranks(pool, address, 2, work, ranks=[1], node="n\x1b[31m:1")
+        wait_for_listener(address)
+        with Caller(address, 2, 0, Job(address, 2).key(b"")) as rank:
+            for step, value in (("probe", "/../../victim"), ("probe made", None), ("probe seen", 0)):
+                while rank.receive()["kind"] != "gathered":
+                    pass
+                rank.sock.sendall(encode({"kind": "gather", "step": step, "value": value}))
+            assert first.result(20) == ([0, 1], "n?[31m:1")
+            rank.sock.sendall(encode({"kind": "leave"}))
+    assert [path.name for path in tmp_path.iterdir() if path != victim] == ["output"]
+    assert victim.exists()
 
 
 # -------------------------------------------------------------------------------------- the first failure

@@ -140,7 +140,7 @@ class Cluster:
         cluster = cls(rank, size, (), timeout, meeting)
         try:
             members = cluster._receive(meeting, JOIN)
-            cluster.nodes = tuple(str(member[0]) for member in members)
+            cluster.nodes = tuple(_printable(str(member[0])) for member in members)
             trusted = [meeting.is_trusted and member[1] is True for member in members]
         except BaseException:
             cluster.close()
@@ -293,8 +293,7 @@ class Cluster:
         rank, step, text = message.get("rank"), message.get("step"), message.get("text")
         if message.get("kind") != "failed" or not isinstance(text, str):
             return self._lost(ProtocolError("it sends what was not asked for"), None)
-        text = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
-        self._error = RankError(text, rank, step)
+        self._error = RankError(_printable(text), rank, step)
         return self._error
 
     def _lost(self, error: Exception, step: str | None) -> RankError:
@@ -302,6 +301,11 @@ class Cluster:
         text = f"rank {host_rank}, which coordinates, died or is cut off: {error}"
         self._error = RankError(text, host_rank, step)
         return self._error
+
+
+def _printable(text: str) -> str:
+    """Without escape codes, which would reach a terminal."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
 def node_name(env: Mapping[str, str]) -> str:
