@@ -407,7 +407,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Any:
             return [value] * self.size
 
     def join(rank: int) -> None:
-        def from_environment(timeout: float, env: object) -> Cluster:
+        def from_environment(timeout: float, env: object, folder: Path) -> Cluster:
             return Alone(rank, 4, ("node",) * 4, timeout, None)
 
         monkeypatch.setattr(module.Cluster, "from_environment", staticmethod(from_environment))
