@@ -129,9 +129,9 @@ class Coordinator(threading.Thread):
             self._listener.close()
 
     async def _serve(self) -> None:
-        taking = self._loop.create_task(self._take_connections())
+        self._loop.add_reader(self._listener, self._take_connection)
         await self._ended
-        taking.cancel()
+        self._loop.remove_reader(self._listener)
         everybody = [*self._peers.values(), *self._strangers]
         last_words = [peer.sender for peer in everybody if peer.sender is not None and not peer.sender.done()]
         if last_words:
@@ -147,22 +147,23 @@ class Coordinator(threading.Thread):
         if not self._ended.done():
             self._ended.set_result(None)
 
-    async def _take_connections(self) -> None:
-        while True:
-            try:
-                sock, _ = await self._loop.sock_accept(self._listener)
-            except ConnectionError:  # the peer has given up already
-                continue
-            except OSError:  # of open files, most likely; the ranks will try again
-                self._lacks_files = True
-                for stranger in list(self._strangers):
-                    stranger.hang_up()
-                await asyncio.sleep(RETRY)
-                continue
-            task = self._loop.create_task(self._connect(sock))
-            self._connections.add(task)
-            task.add_done_callback(self._connections.discard)
-            await asyncio.sleep(0)
+    def _take_connection(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionError):  # the peer has given up already
+            return
+        except OSError:  # of open files, most likely; the ranks will try again
+            self._lacks_files = True
+            for stranger in list(self._strangers):
+                stranger.hang_up()
+            self._loop.remove_reader(self._listener)
+            self._loop.call_later(RETRY, self._loop.add_reader, self._listener, self._take_connection)
+            return
+        sock.setblocking(False)
+        task = self._loop.create_task(self._connect(sock))
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
+        task.add_done_callback(lambda _: sock.close())  # also of one that the end has come before
 
     # One connection, from its first byte to its last.
 
@@ -171,7 +172,6 @@ class Coordinator(threading.Thread):
             tune(sock, self._timeout)
             peer = _Peer(*await asyncio.open_connection(sock=sock, limit=MAX_HELLO))
         except OSError:
-            sock.close()
             return
         self._strangers[peer] = None
         if len(self._strangers) > self._size + SPARE:
