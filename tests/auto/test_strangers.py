@@ -458,7 +458,7 @@ def test_what_a_rank_says_is_no_path_and_no_escape_code(address: Address, tmp_pa
                 while rank.receive()["kind"] != "gathered":
                     pass
                 rank.sock.sendall(encode({"kind": "gather", "step": step, "value": value}))
-            assert first.result(20) == ([0, 1], "n?[31m:1")
+            assert first.result(20) == ([0, 1], r"n\x1b[31m:1")
             rank.sock.sendall(encode({"kind": "leave"}))
     assert [path.name for path in tmp_path.iterdir() if path != victim] == ["output"]
     assert victim.exists()

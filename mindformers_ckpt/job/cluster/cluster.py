@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import socket
 import time
@@ -41,10 +40,10 @@ from mindformers_ckpt.job.cluster.messages import (
 )
 from mindformers_ckpt.job.cluster.rendezvous import SECRET, Meeting, RankError, meet
 from mindformers_ckpt.job.cluster.secret import NO_SECRET, Job, Trust
+from mindformers_ckpt.log import log
+from mindformers_ckpt.printable import printable
 
 __all__ = ["Address", "Cluster", "RankError", "Trust"]
-
-log = logging.getLogger("mindformers_ckpt")
 
 # Jobs on one host are given neighbouring scheduler ports (8118, 8119 ...) or round distances between them:
 # neither should lead to another job's port. With it, usual ports stay below the ephemeral ones (32768 up).
@@ -140,7 +139,7 @@ class Cluster:
         cluster = cls(rank, size, (), timeout, meeting)
         try:
             members = cluster._receive(meeting, JOIN)
-            cluster.nodes = tuple(_printable(str(member[0])) for member in members)
+            cluster.nodes = tuple(printable(str(member[0])) for member in members)
             trusted = [meeting.is_trusted and member[1] is True for member in members]
         except BaseException:
             cluster.close()
@@ -293,7 +292,7 @@ class Cluster:
         rank, step, text = message.get("rank"), message.get("step"), message.get("text")
         if message.get("kind") != "failed" or not isinstance(text, str):
             return self._lost(ProtocolError("it sends what was not asked for"), None)
-        self._error = RankError(_printable(text), rank, step)
+        self._error = RankError(text, rank, step)
         return self._error
 
     def _lost(self, error: Exception, step: str | None) -> RankError:
@@ -301,11 +300,6 @@ class Cluster:
         text = f"rank {host_rank}, which coordinates, died or is cut off: {error}"
         self._error = RankError(text, host_rank, step)
         return self._error
-
-
-def _printable(text: str) -> str:
-    """Without escape codes, which would reach a terminal."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
 def node_name(env: Mapping[str, str]) -> str:

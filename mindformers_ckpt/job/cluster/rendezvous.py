@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hmac
-import logging
 import math
 import random
 import select
@@ -40,8 +39,7 @@ from mindformers_ckpt.job.cluster.messages import (
     tune,
 )
 from mindformers_ckpt.job.cluster.secret import NO_NUMBER, Door, Job, Key, Trust
-
-log = logging.getLogger("mindformers_ckpt")
+from mindformers_ckpt.log import log
 
 CONNECT_TIMEOUT = 5.0  # seconds of one attempt, where packets are swallowed
 CHALLENGE_TIMEOUT = 10.0  # seconds until the coordinator has to speak
