@@ -108,9 +108,9 @@ def not_shared(config: Config, root: Path, nodes: Sequence[str], owners: Sequenc
         folders = " ".join(f"{target}/rank_{rank}" for rank in ranks)
         share += f"\n     ssh {node} mkdir -p {target} && scp -r {folders} {node}:{target}/"
     return f"""the output dir {root} is not shared by all nodes:
-{name_ranks(blind)} do not see what rank {MAIN_RANK} writes.
-Nothing was cleared. Put output_dir on a disk that all nodes share, or set remote_save_url to a folder in an object
-storage (obs://bucket/folder or s3://bucket/folder), or convert offline:
+  {name_ranks(blind)} do not see what rank {MAIN_RANK} writes.
+  Nothing was cleared. Put output_dir on a disk that all nodes share, or set remote_save_url to a folder in an object
+  storage (obs://bucket/folder or s3://bucket/folder), or convert offline:
   1. Run this job once with only_save_strategy: True. Every node then has its strategy files in {strategy}
   2. Collect them on the node of rank {MAIN_RANK}, there:{collect}
   3. Convert there:

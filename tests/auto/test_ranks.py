@@ -446,7 +446,7 @@ def test_two_nodes_without_a_shared_disk(run: Any, source: Source, tmp_path: Pat
     job = run({**source.keys, "output_dir": "output"}, nodes=TWO_NODES, folders=folders)
     outcomes = job.outcomes()
     for outcome in outcomes:
-        assert "is not shared by all nodes:\nranks 2-3 do not see what rank 0 writes" in outcome.error
+        assert "is not shared by all nodes:\n  ranks 2-3 do not see what rank 0 writes" in outcome.error
         assert "Nothing was cleared" in outcome.error
     for name, folder in folders.items():
         assert results(folder / "output") == before[name]
