@@ -22,6 +22,7 @@ COMMANDS = (
     *("convert, file", "convert, folder", "merge-lora", "merge-strategy", "plan", "job"),
 )
 WAYS = ("exchange", "three renames")
+ALWAYS = ("overwrite", "ranks, replaced", "convert, file", "job")
 
 
 def build(folder: Path) -> Path:
@@ -59,7 +60,9 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [*ALWAYS, *(pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS if name not in ALWAYS)]
+)
 def test_killed_before_every_operation(shim: Path, tmp_path: Path, command: str, way: str) -> None:
     found = drive(shim, tmp_path, command, way)
     assert found["operations"] > 3

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from recorded import Tensor, random_model, recorded, slices_of, write_ranks, write_tensors
 
 from mindformers_ckpt.errors import PlanError
+from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.planning.build import build_plan
-from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer
+from mindformers_ckpt.planning.digest import digest_of
+from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer, View
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.model import Strategy
@@ -240,3 +243,37 @@ def test_many_overlapping_shards_are_noticed() -> None:
         plan_of((300,), [*boxes, Box((7,), (8,))], [Box((0,), (300,))]).check()
     with pytest.raises(PlanError, match="w: "):
         plan_of((300,), [*boxes[:-1], Box((7,), (8,))], [Box((0,), (300,))]).check()
+
+
+def test_a_digest_tells_plans_apart() -> None:
+    """Alike for equal plans, whoever built them; another one for any change of what is read or written."""
+    box, half = Box((0, 0), (4, 4)), Box((0, 0), (2, 4))
+    transfer = Transfer("w", by_name("float32"), (4, 4), (Place(0, box),), (Place(0, half), Place(1, box)))
+    target = TargetFile("rank_0/a.ckpt", 0, "ckpt", (TensorSpec("w", by_name("float32"), (2, 4)),))
+    plan = Plan((SourceFile(Path("/a/b.ckpt"), 9),), (target,), (transfer,))
+    again = Plan((SourceFile(Path("/a/b.ckpt"), 9),), (target,), (transfer._replace(shape=(4, 4)),))
+    assert digest_of(plan) == digest_of(again)
+    view = View((16,), Box((0,), (16,)), (0,))
+    changes = [
+        replace(plan, sources=(SourceFile(Path("/a/b.ckpt"), 8),)),
+        replace(plan, sources=(SourceFile(Path("/a/c.ckpt"), 9),)),
+        replace(plan, targets=(target._replace(path="rank_1/a.ckpt"),)),
+        replace(plan, targets=(target._replace(metadata=(("a", "b"),)),)),
+        *(
+            replace(plan, transfers=(changed,))
+            for changed in (
+                transfer._replace(name="v"),
+                transfer._replace(dtype=by_name("int32")),
+                transfer._replace(sources=(Place(1, box),)),
+                transfer._replace(sources=(Place(0, box, "x"),)),
+                transfer._replace(sources=(Place(0, box, "", view),)),
+                transfer._replace(targets=(Place(0, half), Place(1, half))),
+                transfer._replace(targets=(Place(1, box), Place(0, half))),
+            )
+        ),
+    ]
+    digests = {digest_of(changed) for changed in changes}
+    assert len(digests) == len(changes)
+    assert digest_of(plan) not in digests
+    moved = replace(plan, sources=(SourceFile(Path("/z/b.ckpt"), 9),))
+    assert digest_of(plan, Path("/a")) == digest_of(moved, Path("/z"))

@@ -657,6 +657,20 @@ def test_manifests_name_each_rank_once(source: Checkpoint, destination: Path) ->
     assert {path.name for path in destination.glob("rank_*")} == {f"rank_{rank}" for rank in named}
 
 
+def test_marks_beside_the_ranks_are_replaced_too(source: Checkpoint, destination: Path) -> None:
+    options = Options(partial=True, overwrite=True)
+    for mark in ("first", "second"):
+        transform(
+            build_plan(source, strategy(8), ranks=[0, 1]),
+            destination,
+            options,
+            companions=lambda folder, mark=mark: (folder / "mark.txt").write_text(mark),  # type: ignore[misc]
+        )
+    transform(build_plan(source, strategy(8), ranks=[2]), destination, options)
+    assert (destination / "mark.txt").read_text() == "second"
+    assert siblings(destination) == {"result"}
+
+
 def test_a_dead_part_can_be_resumed_after_others(source: Checkpoint, destination: Path, many_tasks: None) -> None:
     dead, other = (build_plan(source, strategy(8), ranks=ranks) for ranks in ([0, 1], [2, 3]))
     with pytest.raises(KeyboardInterrupt):

@@ -180,10 +180,11 @@ class Staging:
         joined = self.folder.with_name(f"{self.folder.name}-joined")
         if os.path.lexists(joined):
             files.remove(joined)
-        own = {file.parent.relative_to(self.folder) for file in self.folder.rglob("*") if file.is_file()} - {Path()}
+        files_here = {file.relative_to(self.folder) for file in self.folder.rglob("*") if file.is_file()}
+        own = {file.parent for file in files_here} - {Path()}
         manifests = read_manifests(self.destination)
         try:
-            files.link_tree(self.destination, joined, frozenset({*own, *map(Path, manifests)}))
+            files.link_tree(self.destination, joined, frozenset({*own, *files_here, *map(Path, manifests)}))
             for name, manifest in manifests.items():
                 kept = without(manifest, own)
                 if kept is not None:
