@@ -87,7 +87,7 @@ def read_regular(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> bytes:
         content = b""
         if status.st_size <= limit:
             with open(descriptor, "rb", closefd=False) as stream:
-                content = stream.read(limit + 1)
+                content = stream.read(status.st_size + 1)  # not the limit: what is asked for is reserved
     finally:
         os.close(descriptor)
     if max(status.st_size, len(content)) > limit:
@@ -116,7 +116,7 @@ def parse_json(data: bytes, *, infinite: bool = False) -> Any:
     text = _decoded(data)
     if not text.strip():
         raise ValueError("it is empty")
-    if _is_too_deep(data):
+    if is_too_deep(data):
         raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
     hooks: dict[str, Any] = {} if infinite else {"parse_float": _finite, "parse_constant": _refused}
     if _LONG_NUMBER.search(data):
@@ -166,7 +166,7 @@ def _decoded(data: bytes) -> str:
         raise ValueError(f"it is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
 
 
-def _is_too_deep(data: bytes) -> bool:
+def is_too_deep(data: bytes) -> bool:
     """Whether brackets are nested too deep: to be known before a parser that recurses.
 
     What is no bracket is taken out, then the innermost pairs, once a level.

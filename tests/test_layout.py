@@ -334,3 +334,22 @@ def test_text_of_a_layout() -> None:
     layout = Layout((2, 2, 2), ((2, 0), (), (1,)), 4)
     assert layout.describe() == "device matrix [2, 2, 2], tensor map [[2, 0], -1, 1], optimizer shard 4"
     assert Layout((2,), ((0,),)).describe() == "device matrix [2], tensor map [0]"
+
+
+def test_many_flattened_dimensions_take_no_time() -> None:
+    written = Layout((1,), ((),) * 64, flat_shape=(1,) * 64)
+    assert written.for_whole((1,) * 32) == written.for_shard((1,) * 32) == Layout((1,), ((),) * 32)
+    axes = Layout((1,) * 64, tuple((axis,) for axis in range(64)), flat_shape=(1,) * 64)
+    with pytest.raises(StrategyError, match="in more than one way"):
+        axes.for_whole((1,) * 32)
+
+
+def test_a_recorded_shape_of_another_tensor_map() -> None:
+    with pytest.raises(StrategyError, match=r"is not that of the recorded shape \[4\]"):
+        Layout((2,), ((0,), ()), flat_shape=(4,))
+    with pytest.raises(StrategyError, match="negative dimension"):
+        Layout((2,), ((0,),), flat_shape=(-4,))
+    with pytest.raises(StrategyError, match="65 axes and a tensor map of 1"):
+        Layout((1,) * 65, ((),))
+    with pytest.raises(StrategyError, match="an optimizer shard of 3 pieces on 2 ranks means nothing"):
+        Layout((2,), ((),), 3)

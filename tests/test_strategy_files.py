@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -260,14 +261,82 @@ def message_bytes(layouts: Mapping[str, Layout], change: Callable[[Any], None], 
     return data
 
 
-def test_an_uneven_split_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "offsets"),
+    [
+        ([64, 32, 96, 64], [0, 64, 96, 192]),  # as MindSpore writes it
+        ([64, 32], [0, 64]),  # as many as the tensor has dimensions
+        ([64, 32, 96, 64], []),
+        ([], [0, 64]),
+    ],
+)
+def test_an_uneven_split_is_refused_by_name(sizes: list[int], offsets: list[int], tmp_path: Path) -> None:
     def split(message: Any) -> None:
-        message.parallel_layout_item[0].parallel_layouts.param_split_shape[0].dim.extend([64, 32])
+        fields = message.parallel_layout_item[0].parallel_layouts
+        fields.param_split_shape[0].dim.extend(sizes)
+        fields.indices_offset[0].dim.extend(offsets)
 
     path = tmp_path / "strategy.ckpt"
     path.write_bytes(message_bytes(LAYOUTS, split, tmp_path))
-    with pytest.raises(StrategyError, match="w: split manually into uneven pieces"):
+    with pytest.raises(StrategyError, match=r"- w: split manually into uneven pieces \(sizes .*, offsets .*save the"):
         read_strategy(path)
+    items = {"w": {"dev_matrix": [2, 2], "tensor_map": [0, -1], "param_split_shape": sizes, "indices_offset": offsets}}
+    (tmp_path / "strategy.json").write_text(json.dumps({"parallel_layout_item": items}))
+    with pytest.raises(StrategyError, match="- w: split manually into uneven pieces"):
+        read_strategy(tmp_path / "strategy.json")
+
+
+def test_the_shape_of_a_slice_is_no_uneven_split(tmp_path: Path) -> None:
+    """MindFormers' save_strategy_file writes it; see also tests/data for what MindSpore writes."""
+
+    def record_shapes(message: Any) -> None:
+        for item, shape in zip(message.parallel_layout_item, ([16, 32], [64])):
+            item.parallel_layouts.param_split_shape[0].dim.extend(shape)
+
+    path = tmp_path / "strategy.ckpt"
+    path.write_bytes(message_bytes(LAYOUTS, record_shapes, tmp_path))
+    assert read_strategy(path).stages == (LAYOUTS,)
+
+
+def test_a_parameter_that_stands_twice(tmp_path: Path) -> None:
+    def repeat(message: Any) -> None:
+        message.parallel_layout_item.append(message.parallel_layout_item[0])
+
+    def contradict(message: Any) -> None:
+        message.parallel_layout_item[1].param_name = "w"
+
+    path = tmp_path / "strategy.ckpt"
+    path.write_bytes(message_bytes(LAYOUTS, repeat, tmp_path))
+    assert read_strategy(path).stages == (LAYOUTS,)
+    path.write_bytes(message_bytes(LAYOUTS, contradict, tmp_path))
+    with pytest.raises(StrategyError, match="- w: it stands twice in the file, with different layouts"):
+        read_strategy(path)
+
+
+def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
+    pipe = tmp_path / rank_file_name(0)
+    os.mkfifo(pipe)
+    for path in (pipe, Path("/dev/zero"), tmp_path):
+        with pytest.raises(StrategyError, match="cannot be read: it is not a regular file"):
+            read_strategy(path)
+
+
+def test_many_missing_stages_are_not_all_listed(tmp_path: Path) -> None:
+    for rank, stage in ((0, 0), (1, 65535)):
+        write_strategy({"w": Layout((1,), ((),))}, tmp_path / rank_file_name(rank), stage)
+    with pytest.raises(StrategyError, match=r"stages \[1, 2, .*, 20, …\] \(65534\) are missing \(stages \[0, 65535\]"):
+        read_strategy(tmp_path)
+
+
+def test_more_ranks_than_any_job_has(tmp_path: Path) -> None:
+    layout = Layout((1 << 19,), ((),))
+    assert Layout((1 << 20,), ((),)).rank_count == 1 << 20
+    for extents in ((1 << 20, 2), (2**31 - 1, 2**31 - 1), (2,) * 21, (1 << 4000,)):
+        with pytest.raises(StrategyError, match="no job has more than 1048576"):
+            Layout(extents, ((),))
+    assert Strategy.of_stages(({"w": layout},) * 2, "here").rank_count == 1 << 20
+    with pytest.raises(StrategyError, match="here: 3 pipeline stages of 524288 ranks"):
+        Strategy.of_stages(({"w": layout},) * 3, "here")
 
 
 def test_all_unusable_layouts_are_listed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,10 @@ LAYOUT_SETTINGS = {
     "use_contiguous_weight_layout_attention": False,
     "use_interleaved_weight_layout_mlp": True,
 }
+_LARGEST = (1 << 31) - 1
+# What there is a name for each of in a checkpoint.
+_COUNTED = re.compile("layer|expert")
+_MOST_COUNTED = 65_536
 # The options of the guide, and the keys of config.json that say the same.
 _OPTION_KEYS = {
     "n_head": ("num_attention_heads", "n_head"),
@@ -38,11 +43,17 @@ class ModelConfig:
     path: Path | None = None
 
     def integer(self, *keys: str) -> int | None:
-        """The first of the keys that is there, None when none is. Raises ConfigError when it is no integer."""
+        """The first of the keys that is there, None when none is.
+
+        Raises ConfigError when it is no integer, negative, or larger than any model has it.
+        """
         for key in keys:
             value = self.values.get(key)
             if isinstance(value, bool) or not isinstance(value, (int, type(None))):
-                raise ConfigError(f"{self.path}: {key} is {value!r}, an integer is expected")
+                raise ConfigError(f"{self.path}: {key} is {value!r:.80}, an integer is expected")
+            most = _MOST_COUNTED if _COUNTED.search(key) else _LARGEST
+            if value is not None and not 0 <= value <= most:
+                raise ConfigError(f"{self.path}: {key} is {value!r:.80}, a number from 0 to {most} is expected")
             if value is not None:
                 return value
         return None

@@ -31,6 +31,7 @@ from mindformers_ckpt.formats.tensor_file import (
     TensorRecord,
     TensorSpec,
     check_names,
+    check_shape,
     describe_foreign_file,
     open_to_read,
 )
@@ -271,6 +272,10 @@ class _Scanner:
             shape = (head.content.length,)
         elif shape == (0,) and head.content.length:
             shape = ()
+        try:
+            check_shape(head.name, shape, dtype.itemsize)
+        except Malformed as error:
+            raise self._error(*error.args) from None
         return TensorSpec(head.name, dtype, shape)
 
     def _error(self, what: str, advice: str = _RESTORE) -> FormatError:

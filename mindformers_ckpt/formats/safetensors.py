@@ -23,9 +23,11 @@ from mindformers_ckpt.formats.tensor_file import (
     TensorRecord,
     TensorSpec,
     check_names,
+    check_shape,
     describe_foreign_file,
     open_to_read,
 )
+from mindformers_ckpt.text_files import MAX_DEPTH, is_too_deep
 
 if TYPE_CHECKING:
     from typing import TypeGuard  # since Python 3.10
@@ -121,11 +123,13 @@ def _read_header_text(descriptor: int, size: int) -> bytes:
 
 def _parse_json(text: bytes) -> dict[str, Any]:
     try:
+        if is_too_deep(text):  # before a parser that recurses looks at it; MindSpore raises Python's own bound
+            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
         fields = json.loads(text.decode(), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
         if b"\\u" in text:
             json.dumps(fields, ensure_ascii=False).encode()  # an escape may be half of a surrogate pair
     except (ValueError, RecursionError) as error:
-        raise Malformed(f"the header is no valid JSON: {error}") from None
+        raise Malformed(f"the header is no valid JSON: {str(error)[:200]}") from None
     if not isinstance(fields, dict):
         raise Malformed("the header is no JSON object")
     return fields
@@ -141,7 +145,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _check_metadata(metadata: object) -> dict[str, str]:
@@ -180,12 +184,7 @@ def _check_entry(name: str, entry: Any, metadata: dict[str, str]) -> tuple[int, 
     if not isinstance(code, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise Malformed(f"the entry of tensor {name!r} is not of the form dtype, shape, data_offsets")
     spec = TensorSpec(name, _dtype(name, code, metadata), tuple(shape))
-    size = spec.dtype.itemsize
-    for dimension in shape:
-        # A later 0 must not hide the overflow: other readers multiply in 64 bits.
-        size *= dimension
-        if size > _LARGEST:
-            raise Malformed(f"tensor {name!r}: the shape {spec.shape} overflows")
+    check_shape(name, spec.shape, spec.dtype.itemsize)
     return offsets[0], offsets[1], spec
 
 

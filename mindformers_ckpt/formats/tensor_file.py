@@ -30,6 +30,11 @@ _FOREIGN_FILES = (
 )
 
 
+# More dimensions than any framework has, and what 64 bits hold.
+_MOST_DIMENSIONS = 64
+_LARGEST = (1 << 63) - 1
+
+
 class Malformed(Exception):
     """Some bytes break the rules of their format; a scan turns it into a FormatError that names the file."""
 
@@ -157,20 +162,35 @@ def open_to_read(path: Path, scattered: bool = False) -> Iterator[tuple[int, int
     Raises FormatError when it is missing, no regular file, empty, or cannot be read.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise FormatError(f"{path}: a checkpoint file is expected here, this is no regular file")
-        descriptor = os.open(path, os.O_RDONLY)
+        # Without O_NONBLOCK the opening of a pipe waits for a writer, for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            size = os.fstat(descriptor).st_size
-            if size == 0:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise FormatError(f"{path}: a checkpoint file is expected here, this is no regular file")
+            if status.st_size == 0:
                 raise FormatError(f"{path}: the file is empty; save or copy it again")
             if scattered and sys.platform == "linux":
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-            yield descriptor, size
+            yield descriptor, status.st_size
         finally:
             os.close(descriptor)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def check_shape(name: str, shape: Sequence[int], itemsize: int) -> None:
+    """Refuse a shape that no tensor has: other readers would multiply it in 64 bits (Malformed).
+
+    A dimension of 0 does not hide that the others overflow.
+    """
+    if len(shape) > _MOST_DIMENSIONS:
+        raise Malformed(f"tensor {name!r} has {len(shape)} dimensions")
+    size = itemsize
+    for extent in shape:
+        size *= extent or 1
+        if not 0 <= size <= _LARGEST:
+            raise Malformed(f"tensor {name!r}: the shape {tuple(shape)} overflows")
 
 
 def describe_foreign_file(start: bytes) -> str:

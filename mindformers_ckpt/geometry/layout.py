@@ -15,14 +15,17 @@ All cuts are even, so a layout cuts a tensor into a regular grid, and a rank hol
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from mindformers_ckpt.errors import StrategyError
 from mindformers_ckpt.geometry.box import Box
+
+# A file of a hundred bytes can name any number of ranks; what is made for each of them needs a bound.
+MOST_RANKS = 1 << 20
+_MOST_DIMENSIONS = 64
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,8 @@ class Layout:
     flat_shape: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        self._check_bounds()
         used = [axis for axes in self.tensor_map for axis in axes]
-        if any(extent < 1 for extent in self.device_matrix):
-            raise StrategyError(f"the device matrix {list(self.device_matrix)} has an axis of no ranks")
         if any(not 0 <= axis < len(self.device_matrix) for axis in used):
             raise StrategyError(
                 f"the tensor map {self.describe_map()} names an axis that the device matrix "
@@ -56,8 +58,31 @@ class Layout:
             )
         if len(set(used)) != len(used):
             raise StrategyError(f"the tensor map {self.describe_map()} cuts along the same axis twice")
-        if self.optimizer_shards < -1:
-            raise StrategyError(f"an optimizer shard of {self.optimizer_shards} pieces means nothing")
+        if self.flat_shape and len(self.flat_shape) != len(self.tensor_map):
+            raise StrategyError(
+                f"the tensor map {self.describe_map()} is not that of the recorded shape {list(self.flat_shape)}"
+            )
+        if any(extent < 0 for extent in self.flat_shape):
+            raise StrategyError(f"the recorded shape {list(self.flat_shape)} has a negative dimension")
+
+    def _check_bounds(self) -> None:
+        """Refuse numbers that no job has, before anything is made for every rank of it."""
+        if len(self.device_matrix) > _MOST_DIMENSIONS or len(self.tensor_map) > _MOST_DIMENSIONS:
+            raise StrategyError(
+                f"a device matrix of {len(self.device_matrix)} axes and a tensor map of {len(self.tensor_map)} "
+                f"dimensions; at most {_MOST_DIMENSIONS} of each make sense"
+            )
+        if any(extent < 1 for extent in self.device_matrix):
+            raise StrategyError(f"the device matrix {list(self.device_matrix)} has an axis of no ranks")
+        if self.rank_count > MOST_RANKS:
+            raise StrategyError(
+                f"the device matrix {list(self.device_matrix)} is for {self.rank_count} ranks; "
+                f"no job has more than {MOST_RANKS}"
+            )
+        if not -1 <= self.optimizer_shards <= self.rank_count:
+            raise StrategyError(
+                f"an optimizer shard of {self.optimizer_shards} pieces on {self.rank_count} ranks means nothing"
+            )
 
     @classmethod
     def on(cls, mesh: Mapping[str, int], *dimensions: str | Sequence[str] | None, optimizer_shards: int = 0) -> Layout:
@@ -135,52 +160,60 @@ class Layout:
         one-dimensional tensor like the axes of several dimensions. Raises StrategyError when the layout
         cannot be that of such a tensor.
         """
-        return self._fitted(tuple(shape), lambda layout: _divided(layout._whole_shape(), layout.cuts))
+        return self._fitted(tuple(shape), of_shard=True)
 
     def for_whole(self, shape: Sequence[int]) -> Layout:
         """The layout with one tensor-map entry a dimension, for a whole tensor of `shape`; see `for_shard`."""
-        return self._fitted(tuple(shape), Layout._whole_shape)
+        return self._fitted(tuple(shape), of_shard=False)
 
-    def _fitted(self, shape: tuple[int, ...], shape_of: Callable[[Layout], tuple[int, ...]]) -> Layout:
+    def _fitted(self, shape: tuple[int, ...], of_shard: bool) -> Layout:
         if not self.flat_shape:
             one_axis_each = all(len(axes) == 1 for axes in self.tensor_map)
             if len(shape) == 1 < len(self.tensor_map) and one_axis_each:
                 return replace(self, tensor_map=(tuple(axes[0] for axes in self.tensor_map),))
             self._check_dimensions(shape)
             return self
-        fitting = {layout for layout in self._foldings(len(shape)) if shape_of(layout) == shape}
+        fitting = self._foldings(shape, of_shard)
         if not fitting:
             raise StrategyError(
                 f"the strategy records the shape {list(self.flat_shape)} ({self.describe()}), which does not go "
                 f"with {list(shape)}"
             )
-        unflattened = {replace(layout, flat_shape=()) for layout in fitting}
-        if len(unflattened) > 1:
+        if len(fitting) > 1:
             raise StrategyError(
                 f"the JSON layout ({self.describe()}, flattened shape {list(self.flat_shape)}) fits {list(shape)} "
                 "in more than one way; save the strategy in the .ckpt flavour instead"
             )
-        return unflattened.pop()
+        return replace(self, tensor_map=fitting[0], flat_shape=())
 
-    def _foldings(self, dimensions: int) -> set[Layout]:
-        """Every way to join flattened dimensions to so many dimensions.
+    def _foldings(self, shape: tuple[int, ...], of_shard: bool) -> list[tuple[tuple[int, ...], ...]]:
+        """The tensor maps of joining flattened dimensions to those of a tensor or shard of `shape`; at most two.
 
-        Of the dimensions that become one, all but the last are cut into pieces of one index.
+        Of the dimensions that become one, all but the last are cut into pieces of one index. There are
+        exponentially many ways to join them, so those of the last dimensions are found first and kept.
         """
         pieces = [math.prod(map(self._extent, axes)) for axes in self.tensor_map]
-        found: set[Layout] = set()
-        if not dimensions:
-            return found
-        for inner in itertools.combinations(range(1, len(pieces)), dimensions - 1):
-            groups = list(zip((0, *inner), (*inner, len(pieces))))
-            if all(self.flat_shape[first : last - 1] == tuple(pieces[first : last - 1]) for first, last in groups):
-                joined = tuple(sum(self.tensor_map[first:last], ()) for first, last in groups)
-                shape = tuple(math.prod(self.flat_shape[first:last]) for first, last in groups)
-                found.add(replace(self, tensor_map=joined, flat_shape=shape))
-        return found
 
-    def _whole_shape(self) -> tuple[int, ...]:
-        return self.flat_shape
+        def extent_of(first: int, last: int, dimension: int) -> int:
+            extent = math.prod(self.flat_shape[first:last])
+            if not of_shard:
+                return extent
+            return extent // (math.prod(pieces[first:last]) * (self.optimizer_pieces if dimension == 0 else 1))
+
+        @cache
+        def joined(first: int, dimension: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+            if dimension == len(shape):
+                return ((),) if first == len(pieces) else ()
+            found: dict[tuple[tuple[int, ...], ...], None] = {}
+            for last in range(first + 1, len(pieces) + 1):
+                if last - first > 1 and self.flat_shape[last - 2] != pieces[last - 2]:
+                    break
+                if extent_of(first, last, dimension) == shape[dimension]:
+                    axes = sum(self.tensor_map[first:last], ())
+                    found.update(dict.fromkeys((axes, *rest) for rest in joined(last, dimension + 1)))
+            return tuple(found)[:2]
+
+        return list(joined(0, 0)) if shape else []
 
     def _extent(self, axis: int) -> int:
         return self.device_matrix[len(self.device_matrix) - 1 - axis]

@@ -22,15 +22,15 @@ import hashlib
 import json
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 from mindformers_ckpt.disk.files import replace_file
-from mindformers_ckpt.errors import CheckpointError, PlanError, describe_problems
+from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
-from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box
-from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer
+from mindformers_ckpt.planning.decode import DecodeError, decode_plan
+from mindformers_ckpt.planning.model import Place, Plan, SourceFile
 from mindformers_ckpt.text_files import MAX_OWN_BYTES, parse_json, read_regular, readable_json
 
 VERSION = 1
@@ -101,15 +101,16 @@ def read_plan(path: Path) -> Job:
         raise PlanError(f"{path} is no plan file; `mindformers-ckpt plan --out` makes one")
     if content[_MARK] != VERSION:
         raise PlanError(
-            f"{path} is a plan file of version {content[_MARK]}, this program reads version {VERSION}; make it again"
+            f"{path} is a plan file of version {content[_MARK]!r:.40}, this program reads version {VERSION}; "
+            "make it again"
         )
     body: Any = content.get("plan")
     if content.get("digest") != _digest(body):
         raise PlanError(f"{path} is damaged: its content does not go with its digest; make it again")
     try:
         job = _from_json(body)
-    except (CheckpointError, KeyError, IndexError, TypeError, ValueError) as error:
-        raise PlanError(f"{path} holds no plan that can be run ({error!r}); make it again") from error
+    except DecodeError as error:
+        raise PlanError(f"{path} holds no plan that can be run ({error}); make it again") from None
     _check_sources(path, job.plan.sources, [entry[2] for entry in body["sources"]])
     job.plan.check()
     return job
@@ -161,25 +162,19 @@ def _place_to_json(place: Place, boxes: dict[Box, int]) -> list[int]:
 
 
 def _from_json(body: Any) -> Job:
-    boxes = [Box(tuple(start), tuple(stop)) for start, stop in body["boxes"]]
-    places = [tuple(Place(file, boxes[box]) for file, box in entries) for entries in body["places"]]
-    transfers = tuple(
-        Transfer(name, by_name(dtype), tuple(shape), places[sources], places[targets])
-        for name, dtype, shape, sources, targets in body["transfers"]
-    )
-    for path, *_ in body["targets"]:
-        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-            raise ValueError(f"the target file {path} leads out of the target folder")
-    specs = [TensorSpec(name, by_name(dtype), tuple(shape)) for name, dtype, shape in body["tensors"]]
-    lists = [tuple(specs[number] for number in entry) for entry in body["lists"]]
-    plan = Plan(
-        tuple(SourceFile(Path(path), size) for path, size, _ in body["sources"]),
-        tuple(TargetFile(target, rank, format, lists[number]) for target, rank, format, number in body["targets"]),
-        transfers,
-        tuple(body["warnings"]),
-    )
-    destination = body["destination"]
-    return Job(plan, body["about"], body["partial"], None if destination is None else Path(destination))
+    if not isinstance(body, dict):
+        raise DecodeError("it is not a JSON object")
+    plan = decode_plan(body)
+    about, partial, destination = body.get("about"), body.get("partial"), body.get("destination")
+    if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
+        raise DecodeError("what it says about source and target is not text")
+    if not isinstance(partial, bool):
+        raise DecodeError("it does not say whether it is a part")
+    if destination is None:
+        return Job(plan, about, partial, None)
+    if not isinstance(destination, str) or "\0" in destination or not Path(destination).is_absolute():
+        raise DecodeError("its destination is not an absolute path")
+    return Job(plan, about, partial, Path(destination))
 
 
 def _check_sources(path: Path, sources: Sequence[SourceFile], times: Sequence[int]) -> None:

@@ -11,28 +11,20 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mindformers_ckpt.disk.files import replace_file
 from mindformers_ckpt.errors import StrategyError, describe_problems
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.strategy.parse import MERGED_MARK, SINGLE_MARK, StageFile, parse, read_data
 from mindformers_ckpt.strategy.schema import strategy_map_class
 from mindformers_ckpt.text_files import parse_json
 
 MERGED_FILE = "merged_ckpt_strategy.ckpt"
-_RANK_FILE = re.compile(r"rank_(\d+)\.(ckpt|json)$")
-_STAGE_PREFIX = re.compile(r"(\d+)-(.*)", re.DOTALL)
-_SINGLE_MARK, _MERGED_MARK = 2, 1  # `current_stage`, which is not the stage: single files 2, merged files 1
-
-
-class _StageFile(NamedTuple):
-    """The content of one strategy file: layouts by stage (one stage unless the file is merged)."""
-
-    stages: dict[int, dict[str, Layout]]
-    merged: bool
+_RANK_FILE = re.compile(r"rank_([0-9]+)\.(ckpt|json)$")
 
 
 def rank_file_name(rank: int, suffix: str = "ckpt") -> str:
@@ -49,10 +41,8 @@ def read_strategy(path: str | os.PathLike[str]) -> Strategy:
     path = Path(path)
     if path.is_dir():
         return _read_folder(path)
-    if not path.exists():
-        raise StrategyError(f"no strategy file or folder at {path}")
-    data = path.read_bytes()
-    content = _parse(path, data)
+    data = read_data(path)
+    content = parse(path, data)
     if not content.merged:
         _check_alone(path, data, content)
     return _joined(content.stages, str(path))
@@ -93,7 +83,7 @@ def merge_strategies(
     strategy = _read_folder(folder, use_merged=False)
     by_stage: dict[int, bytes] = {}
     for rank, file in sorted(files.items()):
-        by_stage.setdefault(strategy.stage_of(rank), file.read_bytes())
+        by_stage.setdefault(strategy.stage_of(rank), read_data(file))
     suffix = next(iter(files.values())).suffix
     _replace_file(target, _merged_json(by_stage) if suffix == ".json" else _merged_message(by_stage), tidy=True)
     return strategy
@@ -104,7 +94,7 @@ def _check_replaceable(target: Path) -> None:
     if not target.exists() or (target.is_file() and not target.stat().st_size):
         return
     try:
-        _parse(target, target.read_bytes())
+        parse(target, read_data(target))
     except (OSError, StrategyError):
         raise StrategyError(
             f"{target} is not a strategy file and is not replaced; choose another name, or allow whatever is there to "
@@ -116,22 +106,30 @@ def _rank_files(folder: Path) -> dict[int, Path]:
     """The strategy files of single ranks in a folder, by rank."""
     found: dict[int, Path] = {}
     suffixes = set()
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            match = _RANK_FILE.search(entry.name)
-            if match is None or not entry.is_file():
-                continue
-            rank = int(match[1])
-            suffixes.add(match[2])
-            if rank in found and len(suffixes) == 1:
-                raise StrategyError(
-                    f"{folder}: {found[rank].name} and {entry.name} are both strategy files of rank {rank}; "
-                    "keep those of one run only"
-                )
-            found[rank] = Path(entry.path)
+    for name in _names(folder):
+        match = _RANK_FILE.search(name)
+        if match is None:
+            continue
+        rank = int(match[1])
+        suffixes.add(match[2])
+        if rank in found and len(suffixes) == 1:
+            raise StrategyError(
+                f"{folder}: {found[rank].name} and {name} are both strategy files of rank {rank}; "
+                "keep those of one run only"
+            )
+        found[rank] = folder / name
     if len(suffixes) > 1:
         raise StrategyError(f"{folder}: .ckpt and .json strategy files are mixed; keep one flavour only")
     return found
+
+
+def _names(folder: Path) -> list[str]:
+    """The names in a folder, without those of folders in it."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in entries if not entry.is_dir()]
+    except OSError as error:
+        raise StrategyError(f"the strategy folder {folder} cannot be read: {error.strerror}") from error
 
 
 def _read_folder(folder: Path, use_merged: bool = True) -> Strategy:
@@ -140,15 +138,15 @@ def _read_folder(folder: Path, use_merged: bool = True) -> Strategy:
         if use_merged and (folder / MERGED_FILE).is_file():
             return read_strategy(folder / MERGED_FILE)
         raise StrategyError(f"{folder}: no strategy file (ckpt_strategy_rank_<n>.ckpt) in this folder")
-    contents: dict[bytes, tuple[Path, _StageFile]] = {}
+    contents: dict[bytes, tuple[Path, StageFile]] = {}
     stages: dict[int, tuple[bytes, Path]] = {}
     stage_of_rank: dict[int, int] = {}
     problems = []
     for rank, file in sorted(files.items()):
-        data = file.read_bytes()
+        data = read_data(file)
         digest = hashlib.blake2b(data, digest_size=16).digest()
         if digest not in contents:
-            contents[digest] = (file, _parse(file, data))
+            contents[digest] = (file, parse(file, data))
         content = contents[digest][1]
         if content.merged:
             raise StrategyError(f"{file} is a merged strategy under the name of a rank's file")
@@ -181,15 +179,15 @@ def _check_ranks(folder: Path, strategy: Strategy, stage_of_rank: Mapping[int, i
         raise StrategyError(describe_problems(headline, misplaced))
 
 
-def _check_alone(path: Path, data: bytes, content: _StageFile) -> None:
+def _check_alone(path: Path, data: bytes, content: StageFile) -> None:
     """Refuse one rank's file of a pipeline: it tells of its own stage only."""
     (stage,) = content.stages
     neighbours = {} if _RANK_FILE.search(path.name) is None else _rank_files(path.parent)
     other = stage
     if neighbours:
         last = neighbours[max(neighbours)]
-        others = last.read_bytes()
-        (other,) = content.stages if others == data else _parse(last, others).stages
+        others = read_data(last)
+        (other,) = content.stages if others == data else parse(last, others).stages
     if stage != 0 or other != stage:
         raise StrategyError(
             f"{path} is the strategy of pipeline stage {stage} alone; give the merged file or the folder "
@@ -201,116 +199,18 @@ def _joined(stages: Mapping[int, dict[str, Layout]], origin: str) -> Strategy:
     missing = sorted(set(range(max(stages) + 1)) - set(stages))
     if missing:
         raise StrategyError(
-            f"{origin}: pipeline stages {missing} are missing (stages {sorted(stages)} are there); "
+            f"{origin}: pipeline stages {_listed(missing)} are missing (stages {_listed(sorted(stages))} are there); "
             "collect the files of all ranks"
         )
     return Strategy.of_stages(tuple(stages[number] for number in range(len(stages))), origin)
 
 
-def _parse(path: Path, data: bytes) -> _StageFile:
-    """The content of a strategy file, of either flavour."""
-    if not data:
-        raise StrategyError(f"{path} is empty; a strategy file was expected")
-    rows = _json_rows(path, data) if data.lstrip()[:1] == b"{" else _message_rows(path, data)
-    if not rows.layouts:
-        raise StrategyError(f"{path}: no parameter has a layout; is this a strategy file?")
-    layouts: dict[str, Layout] = {}
-    problems = []
-    for name, row in rows.layouts:
-        try:
-            layouts[name] = _layout(row)
-        except StrategyError as error:
-            problems.append(f"{name}: {error}")
-    if problems:
-        raise StrategyError(describe_problems(f"{path}: layouts that cannot be used", problems))
-    prefixed = {name: _STAGE_PREFIX.fullmatch(name) for name in layouts}
-    if rows.mark != _MERGED_MARK or not all(prefixed.values()):
-        return _StageFile({rows.stage: layouts}, merged=False)
-    stages: dict[int, dict[str, Layout]] = {}
-    for name, match in prefixed.items():
-        assert match is not None
-        stages.setdefault(int(match[1]), {})[match[2]] = layouts[name]
-    return _StageFile(stages, merged=True)
-
-
-class _Row(NamedTuple):
-    """A layout as a file writes it."""
-
-    device_matrix: Sequence[int]
-    tensor_map: Sequence[Sequence[int]]  # one list for the whole tensor, or one list a dimension
-    optimizer_step: int
-    optimizer_shards: int
-    flat_shape: Sequence[int]
-    manual_split: bool
-
-
-class _Rows(NamedTuple):
-    mark: int
-    stage: int
-    layouts: list[tuple[str, _Row]]
-
-
-def _layout(row: _Row) -> Layout:
-    if row.manual_split:
-        raise StrategyError("split manually into uneven pieces, which is not supported")
-    per_dimension = row.tensor_map
-    if len(per_dimension) == 1:
-        per_dimension = [[value] for value in per_dimension[0]]
-    tensor_map = tuple(tuple(value for value in values if value != -1) for values in per_dimension)
-    return Layout(tuple(row.device_matrix), tensor_map, row.optimizer_shards, row.optimizer_step, tuple(row.flat_shape))
-
-
-def _message_rows(path: Path, data: bytes) -> _Rows:
-    from google.protobuf.message import DecodeError, EncodeError
-
-    message = strategy_map_class()()
-    try:
-        message.ParseFromString(data)
-    except (DecodeError, EncodeError) as error:
-        raise StrategyError(f"{path} is not a strategy file (protobuf: {error})") from None
-    layouts = []
-    for item in message.parallel_layout_item:
-        fields = item.parallel_layouts
-        row = _Row(
-            [extent for part in fields.dev_matrix for extent in part.dim],
-            [list(part.dim) for part in fields.tensor_map] or [[]],
-            fields.opt_weight_shard_step,
-            fields.opt_weight_shard_size,
-            (),
-            any(part.dim for part in (*fields.param_split_shape, *fields.indices_offset)),
-        )
-        layouts.append((item.param_name, row))
-    items = message.parallel_strategy_item
-    return _Rows(message.current_stage, items[0].parallel_strategys.stage if items else 0, layouts)
-
-
-def _json_rows(path: Path, data: bytes) -> _Rows:
-    try:
-        content = parse_json(data)
-        layouts = []
-        for name, item in content["parallel_layout_item"].items():
-            row = _Row(
-                _numbers(item["dev_matrix"]),
-                [_numbers(part if isinstance(part, list) else [part]) for part in item["tensor_map"]],
-                int(item.get("opt_weight_shard_step", 0)),
-                int(item.get("opt_weight_shard_size", 0)),
-                _numbers(item.get("tensor_shape", ())),
-                bool(item.get("param_split_shape") or item.get("indices_offset")),
-            )
-            layouts.append((name, row))
-        strategies = list(content.get("parallel_strategy_item", {}).values())
-        stage = int(strategies[0]["stage"]) if strategies else 0
-        return _Rows(int(content.get("current_stage", _SINGLE_MARK)), stage, layouts)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StrategyError(f"{path} is not a strategy file (JSON: {error!r})") from None
-
-
-def _numbers(values: Iterable[Any]) -> list[int]:
-    return [int(value) for value in values]
+def _listed(numbers: Sequence[int], limit: int = 20) -> str:
+    return str(list(numbers)) if len(numbers) <= limit else f"{str(list(numbers[:limit]))[:-1]}, …] ({len(numbers)})"
 
 
 def _to_message(layouts: Mapping[str, Layout], stage: int) -> Any:
-    message = strategy_map_class()(current_stage=_SINGLE_MARK)
+    message = strategy_map_class()(current_stage=SINGLE_MARK)
     # MindSpore finds the stage in the first operator, and refuses a file that has none.
     message.parallel_strategy_item.add(node_name="Declared").parallel_strategys.stage = stage
     for name, layout in layouts.items():
@@ -344,11 +244,11 @@ def _to_json(layouts: Mapping[str, Layout], stage: int) -> dict[str, Any]:
             "tensor_map": [axes[0] if axes else -1 for axes in layout.tensor_map],
         }
     operators = {"Declared": {"parallel_strategy": [], "stage": stage}}
-    return {"current_stage": _SINGLE_MARK, "parallel_layout_item": items, "parallel_strategy_item": operators}
+    return {"current_stage": SINGLE_MARK, "parallel_layout_item": items, "parallel_strategy_item": operators}
 
 
 def _merged_message(by_stage: Mapping[int, bytes]) -> bytes:
-    merged = strategy_map_class()(current_stage=_MERGED_MARK)
+    merged = strategy_map_class()(current_stage=MERGED_MARK)
     for stage in sorted(by_stage):
         message = strategy_map_class()()
         message.ParseFromString(by_stage[stage])
@@ -362,7 +262,7 @@ def _merged_message(by_stage: Mapping[int, bytes]) -> bytes:
 
 def _merged_json(by_stage: Mapping[int, bytes]) -> bytes:
     merged: dict[str, Any] = {
-        "current_stage": _MERGED_MARK,
+        "current_stage": MERGED_MARK,
         "parallel_strategy_item": {},
         "parallel_layout_item": {},
     }

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from mindformers_ckpt.errors import StrategyError
-from mindformers_ckpt.geometry.layout import Layout
+from mindformers_ckpt.geometry.layout import MOST_RANKS, Layout
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,15 @@ class Strategy:
                 for name, layout in stage.items()
             }
             raise StrategyError(
-                f"{origin}: the layouts are for different numbers of ranks: {', '.join(examples.values())}. "
+                f"{origin}: the layouts are for different numbers of ranks: {', '.join(list(examples.values())[:20])}. "
                 "Files of different runs may be mixed here; keep those of one run only"
             )
-        return cls(stages, counts.pop(), origin)
+        size = counts.pop()
+        if size * len(stages) > MOST_RANKS:
+            raise StrategyError(
+                f"{origin}: {len(stages)} pipeline stages of {size} ranks; no job has more than {MOST_RANKS} ranks"
+            )
+        return cls(stages, size, origin)
 
     @property
     def rank_count(self) -> int:

@@ -160,7 +160,7 @@ def test_the_reference_library_reads_our_files(file: Path, write_file: Any) -> N
         (encode(b"{}{}"), "no valid JSON"),
         (encode(b'{"\xff": 1}'), "no valid JSON"),
         (encode(b"{" + b'"a":{' * 100_000), "no valid JSON"),
-        (encode(b'{"w": NaN}'), "NaN is no JSON"),
+        (encode(b'{"w": NaN}'), "NaN is not JSON"),
         (encode(b'{"\\ud800":' + json.dumps(W).encode() + b"}", bytes(8)), "no valid JSON"),
         (encode(b'{"w":1,"w":2}'), "the key 'w' appears twice"),
         (encode(b'{"w":{"dtype":"F32","dtype":"F32"}}'), "the key 'dtype' appears twice"),
@@ -185,6 +185,9 @@ def test_the_reference_library_reads_our_files(file: Path, write_file: Any) -> N
         (encode({"w": entry("F32", [2**62, 4], 0, 0)}), "overflows"),
         (encode({"w": entry("F32", [2**63, 2**63, 0], 0, 0)}), "overflows"),
         (encode({"w": entry("F32", [2**64, 0], 0, 0)}), "not of the form"),
+        (encode({"w": entry("F32", [0, 2**62, 2**62], 0, 0)}), "overflows"),
+        (encode({"w": entry("F32", [1] * 65, 0, 4)}, bytes(4)), "'w' has 65 dimensions"),
+        (encode(b'{"w":1e999}'), "'w' is no JSON object"),
     ],
 )
 def test_broken_files(data: bytes, message: str, file: Path) -> None:
@@ -192,6 +195,12 @@ def test_broken_files(data: bytes, message: str, file: Path) -> None:
     with pytest.raises(FormatError, match=message) as caught:
         read_header(file)
     assert str(file) in str(caught.value)
+
+
+def test_metadata_of_null_is_none(file: Path) -> None:
+    file.write_bytes(encode({"__metadata__": None, "w": W}, bytes(8)))
+    assert list(load_file(file)) == list(read_header(file).tensors) == ["w"]
+    assert read_header(file).metadata == {}
 
 
 def test_a_cut_at_any_byte_is_noticed(file: Path) -> None:
