@@ -27,6 +27,7 @@ MAX_OWN_BYTES = 1 << 32  # of plans and manifests, which name every tensor of ev
 MAX_YAML_BYTES = 1 << 22  # yaml is parsed slowly; the yaml files of MindFormers have up to 17 kB
 MAX_YAML_NODES = 100_000  # with aliases counted wherever they stand
 MAX_DIGITS = 100
+_READ_BYTES = 1 << 20
 
 _LONG_NUMBER = re.compile(rb"\d{%d}" % (MAX_DIGITS + 1))
 _HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -84,15 +85,16 @@ def read_regular(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> bytes:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is not a regular file")
-        content = b""
-        if status.st_size <= limit:
-            with open(descriptor, "rb", closefd=False) as stream:
-                content = stream.read(status.st_size + 1)  # not the limit: what is asked for is reserved
+        # The size may be an old one (network file systems), and what a read asks for at once is reserved.
+        content = bytearray()
+        while status.st_size <= limit and len(content) <= limit:
+            block = os.read(descriptor, min(_READ_BYTES, limit + 1 - len(content)))
+            if not block:
+                return bytes(content)
+            content += block
     finally:
         os.close(descriptor)
-    if max(status.st_size, len(content)) > limit:
-        raise ValueError(f"it has more than {limit:,} bytes")
-    return content
+    raise ValueError(f"it has more than {limit:,} bytes")
 
 
 def write_text(path: Path, text: str) -> None:
