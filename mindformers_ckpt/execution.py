@@ -239,7 +239,7 @@ class Run:
         return [manifest for manifest in made if manifest.get("plan") == self.fingerprint]
 
     def _is_made(self) -> bool:
-        return self.options.resume and any(is_whole(self.destination, made) for made in self._own_manifests())
+        return any(is_whole(self.destination, made) for made in self._own_manifests())
 
     def _replaceable(self) -> Replace:
         if self.options.overwrite_anything:
