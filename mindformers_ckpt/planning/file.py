@@ -76,7 +76,7 @@ def _check_replaceable(path: Path) -> None:
     head = b""
     if path.is_file():
         with open(path, "rb") as stream:
-            head = stream.read(len(_MARK) + 2)
+            head = stream.read(len(_MARK) + 3)
     elif not path.exists():
         return
     if (head and head != f'{{"{_MARK}"'.encode()) or path.is_dir():
