@@ -163,6 +163,7 @@ class Run:
             return
         sink = FileSink(self.folder, self.plan.targets)
         if self.options.resume:
+            self._staging.keep_only({target.path for target in self.plan.targets})
             done = self._journal.proved(self.plan, self.tasks(), check)
             self._done = {task.task: task for task in done}
             self._resumed_bytes = sum(task.bytes_written for task in done)

@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from glob import escape
@@ -129,6 +129,13 @@ class Staging:
         except OSError as error:
             raise PublishError(f"{self._journal}: cannot be written: {error.strerror}") from error
         self.has_records = self.has_records or bool(text)
+
+    def keep_only(self, paths: Collection[str]) -> None:
+        """Remove what a run that died left beside the target files: companions, a manifest, temporary files."""
+        kept = {*(self.folder / path for path in paths), self._journal, self._lock.path}
+        for path in self.folder.rglob("*"):
+            if path not in kept and not files.is_real_folder(path):
+                path.unlink()
 
     def start_records(self, lines: Iterable[str]) -> None:
         """Begin the records anew, with those lines of an earlier run that proved true."""
