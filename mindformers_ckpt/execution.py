@@ -163,6 +163,7 @@ class Run:
             return
         sink = FileSink(self.folder, self.plan.targets)
         if self.options.resume:
+            self._staging.keep_only({target.path for target in self.plan.targets})
             done = self._journal.proved(self.plan, self.tasks(), check)
             self._done = {task.task: task for task in done}
             self._resumed_bytes = sum(task.bytes_written for task in done)
@@ -239,7 +240,7 @@ class Run:
         return [manifest for manifest in made if manifest.get("plan") == self.fingerprint]
 
     def _is_made(self) -> bool:
-        return self.options.resume and any(is_whole(self.destination, made) for made in self._own_manifests())
+        return any(is_whole(self.destination, made) for made in self._own_manifests())
 
     def _replaceable(self) -> Replace:
         if self.options.overwrite_anything:

@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from glob import escape
@@ -58,8 +58,9 @@ class Staging:
 
     Use it as a context manager. `resume` keeps what an earlier run of the same `fingerprint` recorded; otherwise
     leftovers are removed. `is_made` is asked, before anything is made, whether the destination has the result
-    already: then there is no staging folder, and `already_made` says so. `check` is called at the beginning and
-    again before the result is put in place, each time when nobody else can publish; it may raise to refuse.
+    already: then there is no staging folder with `resume`, and `already_made` says so. `check` is called at the
+    beginning and again before the result is put in place, each time when nobody else can publish; it may raise to
+    refuse.
     `is_ours` says of a file at the destination whether it has the form of a result.
 
     Raises PublishError when the destination may not be replaced, another process is writing it, or the folder
@@ -93,8 +94,9 @@ class Staging:
             self.destination.parent.mkdir(parents=True, exist_ok=True)
             with self._gate():
                 recover_held(self.destination)
-                self._remove_waste()
-                self.already_made = self.is_made()
+                is_made = self.is_made()
+                self._remove_waste(is_made)
+                self.already_made = self.resume and is_made
                 if not self.already_made:
                     self._check_content()
                     self.check()
@@ -127,6 +129,13 @@ class Staging:
         except OSError as error:
             raise PublishError(f"{self._journal}: cannot be written: {error.strerror}") from error
         self.has_records = self.has_records or bool(text)
+
+    def keep_only(self, paths: Collection[str]) -> None:
+        """Remove what a run that died left beside the target files: companions, a manifest, temporary files."""
+        kept = {*(self.folder / path for path in paths), self._journal, self._lock.path}
+        for path in self.folder.rglob("*"):
+            if path not in kept and not files.is_real_folder(path):
+                path.unlink()
 
     def start_records(self, lines: Iterable[str]) -> None:
         """Begin the records anew, with those lines of an earlier run that proved true."""
@@ -279,8 +288,10 @@ class Staging:
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
 
-    def _remove_waste(self) -> None:
-        """Remove what is of no use to anybody: results that were replaced, journals of results that are in place."""
+    def _remove_waste(self, is_made: bool) -> None:
+        """Remove what is of no use to anybody: results that were replaced, and what is left of one that is in place."""
+        if is_made and files.is_real_folder(self.folder) and not self._is_alive(self.folder):
+            discard(self.folder, self.destination)
         for path in self.folder.parent.glob(f"{escape(self._prefix)}*"):
             of_nothing = path.name.endswith(".journal") and not path.with_name(path.name[: -len(".journal")]).exists()
             if of_nothing or path.name.startswith(f"{self._prefix}removed-"):

@@ -120,10 +120,12 @@ def test_an_old_result_survives_and_the_next_run_clears_up(large: Path) -> None:
 def test_a_second_run_for_the_same_folder_is_refused(large: Path) -> None:
     process = _start(large, 1)
     _wait_for_tasks(process, 1)
+    process.send_signal(signal.SIGSTOP)  # however slow the machine is
     for options in ([], ["--prefix", "other_"]):
         second = command([*ARGUMENTS, *options], large)
         assert second.code == 1, second
         assert "another process is" in second.err
+    process.send_signal(signal.SIGCONT)
     assert process.wait(timeout=60) == 0
     process.communicate()
     assert_same(read_tensors(large / "out/rank_0/checkpoint_0.ckpt"), LARGE)

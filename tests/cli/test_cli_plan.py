@@ -231,3 +231,20 @@ def _run(toy: Path, name: str, *options: str) -> Result:
     return command(
         [name, "--src-checkpoint", "sharded", "--src-strategy", "dp2mp2", "--dst-strategy", "mp2pp2", *options], toy
     )
+
+
+def test_a_plan_replaces_plans_only(toy: Path) -> None:
+    (toy / "plan.json").touch()
+    for _ in range(2):
+        assert _plan(toy, "--dst-checkpoint-dir", "out", "--out", "plan.json").code == 0
+    before = (toy / "full.ckpt").read_bytes()
+    refused = _plan(toy, "--dst-checkpoint-dir", "out", "--out", "full.ckpt")
+    assert refused.code == 1
+    assert "full.ckpt is not a plan file and is not replaced" in refused.err
+    assert "--overwrite-anything" in refused.err
+    assert (toy / "full.ckpt").read_bytes() == before
+    merged = command(["merge-strategy", "mp2pp2", "full.ckpt"], toy)
+    assert merged.code == 1
+    assert "full.ckpt is not a strategy file and is not replaced" in merged.err
+    assert (toy / "full.ckpt").read_bytes() == before
+    assert _plan(toy, "--dst-checkpoint-dir", "out", "--out", "full.ckpt", "--overwrite-anything").code == 0
