@@ -1,20 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from recorded import Tensor, random_model, recorded, slices_of, write_ranks, write_tensors
 
 from mindformers_ckpt.errors import PlanError
-from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.planning.build import Slices, build_plan, compare_slices
-from mindformers_ckpt.planning.digest import digest_of
-from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer, View
+from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.model import Strategy
@@ -264,8 +261,6 @@ def test_many_overlapping_shards_are_noticed() -> None:
         plan_of((300,), [*boxes, Box((7,), (8,))], [Box((0,), (300,))]).check()
     with pytest.raises(PlanError, match="w: "):
         plan_of((300,), [*boxes[:-1], Box((7,), (8,))], [Box((0,), (300,))]).check()
-
-
 
 
 # ------------------------------------------------------------------------------------------------ the same slices

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from mindformers_ckpt.ms.live import LiveFile
     from mindformers_ckpt.ms.loading import Loading
 
+
 class CheckpointHook:
     """Loads the weights of one rank of a training job, as the yaml keys say.
 

@@ -51,11 +51,11 @@ def read_strategy(path: str | os.PathLike[str]) -> Strategy:
 def read_rank_file(path: str | os.PathLike[str]) -> dict[str, Layout]:
     """The layouts in the file of one rank, which are those of its pipeline stage. Raises StrategyError."""
     path = Path(path)
-    content = _parse(path, path.read_bytes())
+    content = parse(path, read_data(path))
     if content.merged:
         raise StrategyError(f"{path} is a merged strategy; the file of one rank was expected")
     (layouts,) = content.stages.values()
-    return layouts
+    return dict(layouts)
 
 
 def is_strategy_folder(path: Path) -> bool:
