@@ -1,20 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from recorded import Tensor, random_model, recorded, slices_of, write_ranks, write_tensors
 
 from mindformers_ckpt.errors import PlanError
-from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.geometry.layout import Layout
-from mindformers_ckpt.planning.build import build_plan
-from mindformers_ckpt.planning.digest import digest_of
-from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer, View
+from mindformers_ckpt.planning.build import Slices, build_plan, compare_slices
+from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.model import Strategy
@@ -137,7 +134,6 @@ def test_states_that_are_not_in_the_source(tmp_path: Path) -> None:
     strategy = Strategy.of_stages((dict.fromkeys(names, layout),), "mine")
     plan = build_plan(source_of(tmp_path, random_model({"w": (4,), "v": (4,)})), strategy)
     assert [warning.partition(":")[0] for warning in plan.warnings] == [
-        "the source holds no accu_grads.* (2 parameters of the target strategy)",
         "the source holds no adam_m.* (2 parameters of the target strategy)",
         "the source holds no adam_v.* (2 parameters of the target strategy)",
     ]
@@ -147,6 +143,28 @@ def test_states_that_are_not_in_the_source(tmp_path: Path) -> None:
     )
     with pytest.raises(PlanError, match=r"- adam_m.v$"):
         build_plan(source, strategy)
+
+
+def test_states_of_weights_that_were_frozen(tmp_path: Path) -> None:
+    """A job that trains more than the one that saved: all states of a weight are missing, and the weight is there."""
+    names = ("w", "v", "adam_m.w", "adam_m.v", "adam_v.w", "adam_v.v")
+    strategy = Strategy.of_stages((dict.fromkeys(names, Layout((2,), ((0,),))),), "mine")
+    source = source_of(tmp_path, random_model(dict.fromkeys(("w", "v", "adam_m.w", "adam_v.w"), (4,))))
+    assert build_plan(source, strategy).warnings == (
+        "states of weights that were frozen start from their initial values: adam_m.v, adam_v.v",
+    )
+    source = source_of(tmp_path, random_model(dict.fromkeys(("w", "adam_m.w", "adam_v.w"), (4,))))
+    with pytest.raises(PlanError, match=r"(?s)- adam_m.v.*- adam_v.v.*- v"):
+        build_plan(source, strategy)
+
+
+@pytest.mark.parametrize(("allow", "refused"), [(["v", "head.*"], "u"), (["[uv]"], "head.bias"), ([], "head.bias")])
+def test_names_that_may_be_missing(tmp_path: Path, allow: list[str], refused: str) -> None:
+    strategy = Strategy.of_stages(({name: Layout((2,), ((0,),)) for name in ("w", "v", "u", "head.bias")},), "mine")
+    source = source_of(tmp_path, random_model({"w": (4,)}))
+    with pytest.raises(PlanError, match=f"- {refused}"):
+        build_plan(source, strategy, allow_missing=allow)
+    assert list(held(build_plan(source, strategy, allow_missing=[*allow, "[uv]", "head.*"]))) == ["w"]
 
 
 def test_adapters_that_are_not_in_the_source(tmp_path: Path) -> None:
@@ -245,35 +263,40 @@ def test_many_overlapping_shards_are_noticed() -> None:
         plan_of((300,), [*boxes[:-1], Box((7,), (8,))], [Box((0,), (300,))]).check()
 
 
-def test_a_digest_tells_plans_apart() -> None:
-    """Alike for equal plans, whoever built them; another one for any change of what is read or written."""
-    box, half = Box((0, 0), (4, 4)), Box((0, 0), (2, 4))
-    transfer = Transfer("w", by_name("float32"), (4, 4), (Place(0, box),), (Place(0, half), Place(1, box)))
-    target = TargetFile("rank_0/a.ckpt", 0, "ckpt", (TensorSpec("w", by_name("float32"), (2, 4)),))
-    plan = Plan((SourceFile(Path("/a/b.ckpt"), 9),), (target,), (transfer,))
-    again = Plan((SourceFile(Path("/a/b.ckpt"), 9),), (target,), (transfer._replace(shape=(4, 4)),))
-    assert digest_of(plan) == digest_of(again)
-    view = View((16,), Box((0,), (16,)), (0,))
-    changes = [
-        replace(plan, sources=(SourceFile(Path("/a/b.ckpt"), 8),)),
-        replace(plan, sources=(SourceFile(Path("/a/c.ckpt"), 9),)),
-        replace(plan, targets=(target._replace(path="rank_1/a.ckpt"),)),
-        replace(plan, targets=(target._replace(metadata=(("a", "b"),)),)),
-        *(
-            replace(plan, transfers=(changed,))
-            for changed in (
-                transfer._replace(name="v"),
-                transfer._replace(dtype=by_name("int32")),
-                transfer._replace(sources=(Place(1, box),)),
-                transfer._replace(sources=(Place(0, box, "x"),)),
-                transfer._replace(sources=(Place(0, box, "", view),)),
-                transfer._replace(targets=(Place(0, half), Place(1, half))),
-                transfer._replace(targets=(Place(1, box), Place(0, half))),
-            )
-        ),
-    ]
-    digests = {digest_of(changed) for changed in changes}
-    assert len(digests) == len(changes)
-    assert digest_of(plan) not in digests
-    moved = replace(plan, sources=(SourceFile(Path("/z/b.ckpt"), 9),))
-    assert digest_of(plan, Path("/a")) == digest_of(moved, Path("/z"))
+# ------------------------------------------------------------------------------------------------ the same slices
+
+DP2 = Layout((2,), ((), ()))
+MP2 = Layout((2,), ((0,), ()))
+
+
+@pytest.mark.parametrize(
+    ("held_by", "found"),
+    [
+        ({0: ("w", "v", "step"), 1: ("w", "v", "step")}, Slices.SAME),
+        ({0: ("w", "step"), 1: ("v", "step")}, Slices.SHARES),  # redundancy removed at saving
+        ({0: ("w", "v", "step"), 1: ("v", "step")}, Slices.SHARES),
+        ({0: ("w", "v", "step"), 1: ("w", "v")}, Slices.SHARES),  # and a counter
+        ({0: ("w", "v", "step")}, Slices.SHARES),  # the files of a rank are lost
+    ],
+)
+def test_the_same_slices_are_those_that_the_files_hold(
+    tmp_path: Path, held_by: dict[int, tuple[str, ...]], found: Slices
+) -> None:
+    strategy = Strategy.of_stages(({"w": DP2, "v": DP2},), "dp2")
+    model = random_model({"w": (4, 2), "v": (2, 2), "step": (1,)})
+    ranks = {rank: {name: model[name] for name in names} for rank, names in held_by.items()}
+    source = Checkpoint(find_source(write_ranks(tmp_path / "source", ranks)), strategy)
+    assert compare_slices(source, strategy) is found
+    plan = build_plan(source, strategy)
+    assert [{spec.name for spec in target.tensors} for target in plan.targets] == [set(model)] * 2
+
+
+def test_the_same_slices_however_the_strategy_is_written(tmp_path: Path) -> None:
+    source = sharded(tmp_path, Strategy.of_stages(({"w": MP2},), "mp2"), {"w": MODEL["w"]})
+    for layout, found in (
+        (Layout((1, 2), ((0,), ())), Slices.SAME),
+        (Layout((2,), ((), (0,))), Slices.OTHER),
+        (Layout((2,), ((), ())), Slices.OTHER),
+    ):
+        assert compare_slices(source, Strategy.of_stages(({"w": layout},), "target")) is found
+    assert compare_slices(source, COMPLETE) is Slices.OTHER

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -226,6 +226,7 @@ def plan_ranks(
     ranks: Iterable[int] | None = None,
     prefix: str = DEFAULT_PREFIX,
     format: str = "ckpt",
+    allow_missing: bool | Sequence[str] = False,
 ) -> Plan:
     """The plan that makes the files of a strategy's ranks out of Hugging Face weights, in one pass.
 
@@ -233,7 +234,15 @@ def plan_ranks(
     """
     prepared = prepare(request, target.names())
     origin = str(request.input_path)
-    plan = rank_files(prepared.conversion, target, ranks=ranks, prefix=prefix, format=format, origin=origin)
+    plan = rank_files(
+        prepared.conversion,
+        target,
+        ranks=ranks,
+        prefix=prefix,
+        format=format,
+        origin=origin,
+        allow_missing=allow_missing,
+    )
     plan.check()
     return plan
 

@@ -6,14 +6,8 @@ import re
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-# What the checkpoint callbacks of MindSpore and MindFormers, and their optimizers, save beside the weights.
-COUNTERS = frozenset(
-    {
-        *("epoch_num", "step_num", "global_step", "global_batch_size", "learning_rate", "loss_scale", "scale_sense"),
-        *("current_iterator_step", "last_overflow_iterator_step", "beta1_power", "beta2_power", "momentum"),
-        *("scale_window", "scale_window_up_count", "scale_window_down_count", "consumed_samples"),
-    }
-)
+from mindformers_ckpt.planning.missing import COUNTERS
+
 _GROUP_COUNTER = re.compile(r"(?:learning_rate|weight_decay)(?:_group)?_\d+")
 # "<word>.<weight>": the states that the optimizers of MindSpore, mint and MindFormers (Muon, CAME) keep of a weight,
 # gradients that are summed up over steps, and copies of the weights in single precision.

@@ -12,7 +12,8 @@ from mindformers_ckpt.convert.states import find_states
 from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.geometry.box import Box, hull
-from mindformers_ckpt.planning.build import missing_names, rank_targets, target_boxes
+from mindformers_ckpt.planning.build import rank_targets, target_boxes
+from mindformers_ckpt.planning.missing import missing_names, patterns_of
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, TargetFile, Transfer, View
 from mindformers_ckpt.sources.checkpoint import LogicalTensor
 from mindformers_ckpt.strategy.model import Strategy
@@ -56,6 +57,7 @@ def rank_files(
     prefix: str = DEFAULT_PREFIX,
     format: str = "ckpt",
     origin: str = "the source",
+    allow_missing: bool | Sequence[str] = False,
 ) -> Plan:
     """The files that re-slicing the complete weights would make: `rank_<r>/<prefix><r>.<format>`.
 
@@ -63,7 +65,7 @@ def rank_files(
     """
     chosen = sorted(set(range(target.rank_count) if ranks is None else ranks))
     logical = {item.spec.name: LogicalTensor(item.spec, (), (), None, (0,)) for item in conversion.tensors}
-    absent = missing_names(target, logical)
+    absent = missing_names(target.names(), logical, patterns_of(allow_missing))
     states = find_states(absent.required, target.names())
     required = [name for name in absent.required if name not in states.names()]
     if required:

@@ -46,6 +46,8 @@ class Config:
         run_mode: train, finetune, predict or eval.
         resume_training: whether the state of the optimizer is loaded too; or the name of the file to resume
             from ("<prefix>-<epoch>_<step>.ckpt"). Left out: it is loaded into an optimizer that is there.
+        allow_missing: parameters that the checkpoint may lack: True for all, or names and patterns such as
+            "head.*" (our key). Others that a checkpoint of the model should have are an error.
         only_save_strategy: write the strategy and stop.
         load_ckpt_format: format of the transformed checkpoint, "ckpt" or "safetensors".
         check_contents: what contents that contradict the source strategy are, "error" or "warn"; "off" does not look
@@ -69,6 +71,7 @@ class Config:
     use_parallel: bool = True
     run_mode: str = "train"
     resume_training: bool | str | None = None
+    allow_missing: tuple[str, ...] = ()
     only_save_strategy: bool = False
     load_ckpt_format: str = "ckpt"
     check_contents: str = "error"
@@ -267,6 +270,20 @@ def _parse_resume(value: Any) -> bool | str:
     raise ValueError(f"True, False or a file name like llama-3_150.ckpt was expected, not {_shown(value)}")
 
 
+def _parse_names(value: Any) -> tuple[str, ...]:
+    """Patterns of names, with commas between them in text; True stands for all, False for none."""
+    names = value.split(",") if isinstance(value, str) else value
+    if isinstance(names, (list, tuple)) and all(isinstance(name, str) and name.strip() for name in names):
+        patterns = tuple(name.strip() for name in names)
+        if len(patterns) != 1 or patterns[0].lower() not in (*_TRUE, *_FALSE):
+            return patterns
+        value = patterns[0]
+    try:
+        return ("*",) if parse_bool(value) else ()
+    except ValueError:
+        raise ValueError(f"True, False or a list of parameter names was expected, not {value!r}") from None
+
+
 def _choice(*choices: str) -> Callable[[Any], str]:
     def parse(value: Any) -> str:
         if value not in choices:
@@ -292,6 +309,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "use_parallel": parse_bool,
     "run_mode": _choice(*RUN_MODES),
     "resume_training": _parse_resume,
+    "allow_missing": _parse_names,
     "only_save_strategy": parse_bool,
     "load_ckpt_format": _choice("ckpt", "safetensors"),
     "check_contents": _parse_contents,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +16,7 @@ from mindformers_ckpt.job.find import find_checkpoint
 from mindformers_ckpt.job.output_dir import OutputDir
 from mindformers_ckpt.job.work import Work
 from mindformers_ckpt.log import log
-from mindformers_ckpt.planning.build import build_plan, holds_same_slices
+from mindformers_ckpt.planning.build import Slices, build_plan, compare_slices
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.source import Kind, Source
@@ -29,7 +29,7 @@ class Reslicing:
     """One re-slicing of a job. All ranks enter `resliced`; it succeeds on all of them or raises on all.
 
     `names`: the tensors that the job wants, alike on all ranks; None for all. `found`: the source, where it has been
-    looked at before.
+    looked at before. `check` looks at a plan before anything is written, and raises where it cannot be right.
     """
 
     config: Config
@@ -38,6 +38,7 @@ class Reslicing:
     target: Strategy
     names: Container[str] | None = None
     found: Checkpoint | None = None
+    check: Callable[[Plan], None] = lambda plan: None
 
     @contextmanager
     def resliced(self) -> Iterator[Path | None]:
@@ -114,6 +115,7 @@ class Reslicing:
         plan = self._plan_for(None)
         if plan is None:
             return None
+        self.check(plan)
         name = self.found_files.name
         targets = tuple(target._replace(path=f"{name}/{target.path}") for target in plan.targets)
         return replace(plan, targets=targets)
@@ -121,18 +123,27 @@ class Reslicing:
     def own_plan(self) -> Plan | None:
         """What this rank alone takes from the source, None when its slices are those of the source already."""
         rank = min(self.cluster.rank, self.target.rank_count - 1)  # whole weights are alike on all ranks
-        return self._plan_for([rank])
+        plan = self._plan_for([rank])
+        if plan is not None:
+            self.check(plan)
+        return plan
 
     def _plan_for(self, ranks: Sequence[int] | None) -> Plan | None:
         format = self.config.load_ckpt_format
         if self.found_files.kind is Kind.HUGGING_FACE:
             return self._plan_conversion(ranks, format)
         source = self.source()
-        if holds_same_slices(source, self.target):
+        if compare_slices(source, self.target) is Slices.SAME:
             return None
         looks = ranks is None or self.cluster.is_first_on_node
-        contents = self.config.check_contents if looks else "off"
-        return build_plan(source, self.target, ranks=ranks, format=format, contents=contents)
+        return build_plan(
+            source,
+            self.target,
+            ranks=ranks,
+            format=format,
+            contents=self.config.check_contents if looks else "off",
+            allow_missing=self.config.allow_missing,
+        )
 
     def _plan_conversion(self, ranks: Sequence[int] | None, format: str) -> Plan:
         """Convert and re-slice Hugging Face weights in one pass, to the names that the job's strategy has."""
@@ -141,7 +152,8 @@ class Reslicing:
         is_mcore = any(name.startswith(("decoder.", "embedding.")) for name in self.target.names())
         request = Request(None, Path(self.config.load_checkpoint), naming="mcore" if is_mcore else None)
         request = with_settings(request, dict(self.config.layout_settings))
-        return plan_ranks(request, self.target, ranks=ranks, format=format)
+        allowed = self.config.allow_missing
+        return plan_ranks(request, self.target, ranks=ranks, format=format, allow_missing=allowed)
 
 
 def name_of(plan: Plan) -> str:

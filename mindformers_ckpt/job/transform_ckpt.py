@@ -16,7 +16,8 @@ from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.shared_disk import wait_for_files
 from mindformers_ckpt.job.work import Work, log_progress
 from mindformers_ckpt.log import log
-from mindformers_ckpt.planning.build import build_plan, missing_names
+from mindformers_ckpt.planning.build import build_plan
+from mindformers_ckpt.planning.missing import missing_names
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_mindspore
@@ -75,7 +76,7 @@ class Request:
                 f"{files.root} and {self.source_strategy} have no parameter in common ({min(held, default='-')}, … and "
                 f"{min(strategy.names())}, …); it is the strategy of another model"
             )
-        self._warn(plans, missing_names(target, held).required, unused=strategy.is_complete)
+        self._warn(plans, missing_names(target.names(), held).required, unused=strategy.is_complete)
         return plans
 
     def _warn(self, plans: Mapping[str, Plan], lacking: Sequence[str], unused: bool) -> None:

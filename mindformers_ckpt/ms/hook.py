@@ -12,33 +12,31 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindformers_ckpt.engine.shard_io import read_file
 from mindformers_ckpt.errors import CheckpointError, ConfigError, PlanError, StrategyError
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import Config
-from mindformers_ckpt.job.find import find_checkpoint
 from mindformers_ckpt.job.hyperparameters import from_command_line
 from mindformers_ckpt.job.modelarts import Exchange, check_nodes, fetch_sources, nodes_by_number
 from mindformers_ckpt.job.output_dir import OutputDir
-from mindformers_ckpt.job.remote_reslice import RemoteReslicing
+from mindformers_ckpt.job.own_files import OwnFiles, find_own_files, holds_nothing
 from mindformers_ckpt.job.reslice import Reslicing
 from mindformers_ckpt.job.shared_disk import not_shared, owners_of, wait_for_files
 from mindformers_ckpt.log import log
-from mindformers_ckpt.planning.build import holds_same_slices
-from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.sources.checkpoint import Checkpoint
-from mindformers_ckpt.sources.find import find_source
-from mindformers_ckpt.sources.source import Kind
 from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies, rank_file_name, read_strategy
 from mindformers_ckpt.strategy.model import Strategy
 
 if TYPE_CHECKING:
     from mindspore.nn import Cell
+
+    from mindformers_ckpt.ms.live import LiveFile
+    from mindformers_ckpt.ms.loading import Loading
 
 
 class CheckpointHook:
@@ -58,8 +56,10 @@ class CheckpointHook:
         self._is_shared = True  # the output dir, by all nodes
         self._exchange: Exchange | None = None  # in its place, where an object storage is set
         self._settled = True  # no rank is compiling, which would write its strategy
+        self._live: LiveFile
         self._source: Checkpoint | None = None  # what `prepare` has looked at
-        self._old_file: tuple[int, int] | None = None  # of the own strategy file before the network is compiled
+        self._own_files: OwnFiles | None = None  # and has found
+        self._dry_run = False  # one process plays a rank, to compile
         _show_log()
 
     @classmethod
@@ -88,58 +88,60 @@ class CheckpointHook:
         """Get ready before the network is compiled: check, clear, have MindSpore save the live strategy.
 
         `network` is needed only when it is an `AutoParallel` cell. Call it after
-        `mindspore.communication.init()`.
+        `mindspore.communication.init()`; in MindSpore's scheduler process it does nothing, and `init` does not return.
         """
+        from mindformers_ckpt.ms import live
+
+        if os.environ.get("MS_ROLE") == "MS_SCHED" and self.config.use_parallel:
+            log.info("this process is MindSpore's scheduler: the ranks load the weights")
+            return
+        self._dry_run = self.config.use_parallel and live.dry_run_rank() is not None
         self._cluster = self._join()
         if self.cluster.rank == MAIN_RANK and (nothing := self.config.nothing_to_load):
             log.warning("%s", nothing)
-        self._settled, self._source = True, None
+        self._settled, self._source, self._own_files = True, None, None
         with self._together("prepare"):
             self._owner = self._find_owner()
             self.config = fetch_sources(self.config, self.cluster, self._output.root, self._owner)
+            self._skip_first_start()
             self._check_sources()
             self.cluster.barrier("checked")
-            if self.cluster.rank == self._owner:
+            if self.cluster.rank == self._owner and not self._dry_run:
                 if self._clears:
                     self._output.clear()
                 else:
                     self._output.restore()  # what a job that died has left
             self.cluster.barrier("cleared")
             self._settled = not self._is_parallel
-            self._old_file = _state_of(self._own_strategy_file)
-            if self._is_parallel:
-                from mindformers_ckpt.ms import live
-
-                live.save_at_compile(self.strategy_dir, self.cluster.rank, network)
+            self._live = live.LiveFile(self.strategy_dir, live.dry_run_rank() or self.cluster.rank)
+            if self._is_parallel or self._dry_run:
+                self._live.save_at_compile(network)
 
     def declare(self, layouts: Mapping[str, Layout], stage: int = 0) -> None:
         """Write the live strategy from declared layouts, for a network whose parallelism is written by hand."""
-        from mindformers_ckpt.ms import live
-
         with self._together("declare"):
             self.cluster.check()
-            live.declare(layouts, self.strategy_dir, self.cluster.rank, stage)
+            self._live.declare(layouts, stage)
 
     def load(self, network: Cell, optimizer: Cell | None = None) -> dict[str, Any]:
         """Load this rank's weights into the network (and the optimizer), and return them by name.
 
-        The optimizer's state is loaded in training, unless `resume_training` is set to False.
-        With `only_save_strategy` the strategy is completed and the process exits with 0.
+        The optimizer's state is loaded in training, unless `resume_training` is set to False. A parameter of the
+        network that a checkpoint of this model should have, and that is not in it, is an error unless `allow_missing`
+        names it. With `only_save_strategy` the strategy is completed and the process exits with 0.
         """
+        self.cluster.check()
+        if self._dry_run:
+            return self._end_dry_run()
         with self._together("load"):
-            target = self._live_strategy()
+            cells = self._cells(network, optimizer)
+            target = self._live_strategy(cells)
             loaded: dict[str, Any] = {}
             transformed = False
             if self.config.load_checkpoint and not self.config.only_save_strategy:
-                cells = self._cells(network, optimizer)
-                plan = self._direct_plan(target, cells)
-                if plan is not None:
-                    loaded = self._read_direct(plan, cells)
-                    self.cluster.barrier("loaded")
-                else:
-                    with self._weights_for(target, cells) as folder:
-                        transformed = folder is not None
-                        loaded = self._read(folder, cells)
+                loading = self._loading(target, cells)
+                loaded = loading.load()
+                transformed = loading.transformed
             if self._clears and self.cluster.rank == self._owner:
                 self._output.keep(clear_transformed=self._reslices and not transformed)
             self.cluster.barrier("done")
@@ -149,6 +151,33 @@ class CheckpointHook:
             log.info("only_save_strategy: the strategy is in %s; stopping here", self.strategy_dir)
             raise SystemExit(0)
         return loaded
+
+    def _loading(self, target: Strategy, cells: Sequence[Cell]) -> Loading:
+        from mindformers_ckpt.ms.loading import Loading
+
+        return Loading(
+            self.config,
+            self.cluster,
+            self._output,
+            self._exchange,
+            target,
+            self._whole_strategy,
+            cells,
+            self._source,
+            self._own_files,
+        )
+
+    def _end_dry_run(self) -> dict[str, Any]:
+        """A dry run compiles for one rank, and has no weights. Raises StrategyError when it saved no strategy."""
+        if not self._live.is_written:
+            raise StrategyError(
+                f"the dry run (MS_SIMULATION_LEVEL) wrote no strategy to {self._live.path}: compile the network "
+                "between hook.prepare() and hook.load()"
+            )
+        log.info("dry run: the strategy of rank %d is in %s; nothing is loaded", self._live.rank, self._live.path)
+        if self.config.only_save_strategy:
+            raise SystemExit(0)
+        return {}
 
     @property
     def _is_parallel(self) -> bool:
@@ -163,10 +192,6 @@ class CheckpointHook:
     @property
     def _clears(self) -> bool:
         return self.config.only_save_strategy or self._reslices
-
-    @property
-    def _own_strategy_file(self) -> Path:
-        return self.strategy_dir / rank_file_name(self.cluster.rank)
 
     def _join(self) -> Cluster:
         env = os.environ if self.config.use_parallel else {}
@@ -240,7 +265,7 @@ class CheckpointHook:
         elif config.only_save_strategy:
             self._output.check_apart(config.load_checkpoint, config.src_strategy_path_or_dir, strategy_only=True)
         elif config.load_checkpoint:
-            self._own_files(None)
+            self._own_files = find_own_files(config, self.cluster)
 
     def _look_at_source(self) -> Checkpoint:
         """Read the headers of the source and its strategy, and keep them for `load`. Raises what `Checkpoint` does."""
@@ -249,16 +274,31 @@ class CheckpointHook:
         self._source = source
         return source
 
-    def _live_strategy(self) -> Strategy:
+    def _skip_first_start(self) -> None:
+        """Start from the network's values where there is nothing to resume from yet (MindFormers' recovery)."""
+        path = self.config.load_checkpoint
+        if self.config.resume_training is not True or not path or not holds_nothing(path, self.cluster):
+            return
+        if self.cluster.rank == MAIN_RANK:
+            log.info(
+                "resume_training: True, but %s holds no checkpoint yet: this is a first start, nothing is loaded", path
+            )
+        self.config = replace(self.config, load_checkpoint="")
+
+    def _live_strategy(self, cells: Sequence[Cell]) -> Strategy:
         """The strategy of this job; with a pipeline the files of all ranks are merged into one (guide)."""
+        from mindformers_ckpt.ms import live, weights
+
         if not self._is_parallel:
             return Strategy.complete()
-        is_written = _state_of(self._own_strategy_file) != self._old_file
-        written = self.cluster.gather("strategy written", is_written)
+        self._live.complete(cells, weights.own_shapes(cells))
+        told = self.cluster.gather("strategy written", [self._live.is_written, weights.are_cut(cells)])
         self._settled = True
-        if not any(written):
+        lacking = [rank for rank, (written, _) in enumerate(told) if not written]
+        if len(lacking) == len(told):
+            if any(cut for _, cut in told):
+                raise live.why_not_written(self._live.path, cells[0])
             return Strategy.complete()  # data parallel only: MindSpore saves no strategy, every rank is whole
-        lacking = [rank for rank, there in enumerate(written) if not there]
         if lacking:
             raise PlanError(f"ranks {lacking[:16]} wrote no strategy to {self.strategy_dir}, the others did")
         if self._exchange is not None:
@@ -273,7 +313,15 @@ class CheckpointHook:
         if strategy is not None:
             return strategy
         merged = self.strategy_dir / MERGED_FILE
-        return read_strategy(merged if merged.is_file() else self._own_strategy_file)
+        return read_strategy(merged if merged.is_file() else self._live.path)
+
+    def _whole_strategy(self) -> Strategy | None:
+        """The strategy of the whole job as this rank can tell it, also where it did not have to be merged."""
+        from mindformers_ckpt.ms import live
+
+        if not self._is_parallel or not self._live.is_written:
+            return Strategy(({},), self.cluster.size, "whole on every rank")
+        return live.whole_strategy(self._live, self.cluster.size)
 
     def _merge(self) -> Strategy:
         """Read the files of all ranks and merge those of a pipeline. Raises StrategyError if they are not all."""
@@ -297,37 +345,6 @@ class CheckpointHook:
                 log.info("the strategy files of this job are not merged: %s", error)
         return strategy
 
-    def _direct_plan(self, target: Strategy, cells: Sequence[Cell]) -> Plan | None:
-        """With `auto_trans_save: False` what this rank reads from the source, None when it is loaded as it is."""
-        if self.config.auto_trans_save or not self.config.auto_trans_ckpt:
-            return None
-        return self._reslicing(target, cells).own_plan()
-
-    def _reslicing(self, target: Strategy, cells: Sequence[Cell]) -> Reslicing:
-        from mindformers_ckpt.ms import weights
-
-        names = None if self._for_training else target.names() | weights.wanted_names(cells)
-        return Reslicing(self.config, self.cluster, self._output, target, names, self._source)
-
-    @contextmanager
-    def _weights_for(self, target: Strategy, cells: Sequence[Cell]) -> Iterator[Path | None]:
-        """The folder of the re-sliced checkpoint, None when the source is loaded as it is."""
-        reslicing = self._reslicing(target, cells)
-        if self.config.auto_trans_ckpt:
-            remote = self._exchange and RemoteReslicing(reslicing, self._exchange)
-            with (remote or reslicing).resliced() as folder:
-                yield folder
-            return
-        if self.cluster.rank == MAIN_RANK and self.config.src_strategy_path_or_dir and not target.is_complete:
-            source = reslicing.source()
-            if source.files.sharded and not holds_same_slices(source, target):
-                raise PlanError(
-                    f"{source.files.root} was saved under another strategy ({source.strategy.describe()}) than this "
-                    f"job's ({target.describe()}); set auto_trans_ckpt: True"
-                )
-        yield None
-        self.cluster.barrier("loaded")
-
     @property
     def _for_training(self) -> bool:
         return self.config.run_mode in ("train", "finetune")
@@ -340,62 +357,6 @@ class CheckpointHook:
             log.info("resume_training: False: the optimizer starts anew")
             return [network]
         return [network, optimizer]
-
-    def _read(self, folder: Path | None, cells: Sequence[Cell]) -> dict[str, Any]:
-        from mindformers_ckpt.ms import weights
-
-        files = self._own_files(folder)
-        names = None if self._for_training else weights.wanted_names(cells)
-        loaded: dict[str, Any] = {}
-        for file in files:
-            found = weights.tensors_of(read_file(file, names))
-            twice = sorted(found.keys() & loaded.keys())
-            if twice:
-                raise PlanError(f"{files[0].parent} holds several checkpoints, {twice[0]} is in two; name the file")
-            loaded.update(found)
-        return self._put(loaded, cells, files[0])
-
-    def _read_direct(self, plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
-        from mindformers_ckpt.job.direct import read_direct
-        from mindformers_ckpt.ms import weights
-
-        for warning in plan.warnings if self.cluster.rank == MAIN_RANK else ():
-            log.warning("%s", warning)
-        loaded = weights.tensors_of(read_direct(plan, self.cluster.check))
-        return self._put(loaded, cells, self.config.load_checkpoint)
-
-    def _put(self, loaded: Mapping[str, Any], cells: Sequence[Cell], origin: object) -> dict[str, Any]:
-        """Set the parameters of the network, and of the optimizer; all that was loaded, by name."""
-        from mindformers_ckpt.ms import weights
-
-        weights.check_fit(cells, loaded, self._advice())
-        parameters = weights.load_into(cells, loaded)
-        log.info("rank %d: %d parameters loaded from %s", self.cluster.rank, len(parameters), origin)
-        return parameters
-
-    def _own_files(self, folder: Path | None) -> tuple[Path, ...]:
-        rank = self.cluster.rank
-        source = find_source(folder) if folder is not None else find_checkpoint(self.config)
-        if source.kind is Kind.HUGGING_FACE:
-            raise PlanError(
-                f"{self.config.load_checkpoint} is a Hugging Face model: set auto_trans_ckpt: True to have it "
-                "converted at load, or convert it with mindformers-ckpt convert"
-            )
-        for warning in source.warnings if rank == MAIN_RANK else ():
-            log.warning("%s", warning)
-        source.raise_absent()
-        files = source.by_rank.get(0 if set(source.by_rank) == {0} else rank)
-        if files is None:
-            raise PlanError(f"{source.root} has no folder rank_{rank} for this rank; {self._advice()}")
-        return files
-
-    def _advice(self) -> str:
-        if self.config.auto_trans_ckpt:
-            return "is it the checkpoint of this model, and its strategy the right one?"
-        return (
-            "where it was saved under another parallel strategy set auto_trans_ckpt: True, and "
-            "src_strategy_path_or_dir to the strategy of a sharded checkpoint"
-        )
 
 
 def load_checkpoint(
@@ -410,15 +371,6 @@ def load_checkpoint(
     if compile is not None:
         compile()
     return hook.load(network, optimizer)
-
-
-def _state_of(file: Path) -> tuple[int, int] | None:
-    """What changes when a file is written anew; None when there is no file."""
-    try:
-        status = file.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_mtime_ns, status.st_ino
 
 
 def _show_log() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mindformers_ckpt.convert.states import COUNTERS
-from mindformers_ckpt.errors import ConfigError, describe_problems
+from mindformers_ckpt.errors import ConfigError, PlanError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.log import log
+from mindformers_ckpt.planning.missing import COUNTERS, is_never_saved, shortened
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,33 +73,83 @@ def wanted_names(cells: Sequence[Cell]) -> set[str]:
     return set(_parameters(cells))
 
 
-def check_fit(cells: Sequence[Cell], loaded: Mapping[str, Any], advice: str) -> None:
+def own_shapes(cells: Sequence[Cell]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters that this rank must have the values of, by name.
+
+    A compiled pipeline has the parameters of all stages on every rank, and MindSpore marks a rank's own as `sliced`;
+    those that stages share are sent by one of them. What is never saved does not count.
+    """
+    parameters = _parameters(cells)
+    compiled = are_cut(cells)
+    return {
+        name: tuple(parameter.shape)
+        for name, parameter in parameters.items()
+        if (parameter.sliced or not compiled)
+        and not parameter.param_info.is_pipeline_shared_param
+        and not is_never_saved(name)
+    }
+
+
+def are_cut(cells: Sequence[Cell]) -> bool:
+    """Whether MindSpore has compiled the network in parallel: then it has marked this rank's parameters."""
+    return any(parameter.sliced for parameter in _parameters(cells).values())
+
+
+def shares_stages(cells: Sequence[Cell]) -> bool:
+    """Whether stages of a pipeline share parameters, of which one stage has the values (a tied embedding)."""
+    return any(parameter.param_info.is_pipeline_shared_param for parameter in _parameters(cells).values())
+
+
+def shape_faults(found: Mapping[str, Sequence[int]], own: Mapping[str, Sequence[int]]) -> list[str]:
+    """A line for every parameter whose shape in the checkpoint is not the network's."""
+    return [
+        f"{name}: {list(found[name])} in the checkpoint, {list(shape)} in the network"
+        for name, shape in own.items()
+        if name in found and list(found[name]) != list(shape)
+    ]
+
+
+def check_fit(cells: Sequence[Cell], loaded: Mapping[str, Any], advice: str, lacking: Sequence[str] = ()) -> None:
     """Raise ConfigError that lists all parameters whose shape or values the network cannot take.
 
     Where only the element types differ MindSpore converts them, but not every type, and out of range it
-    makes int64 another int32, and float32 the infinity of float16, without a word.
+    makes int64 another int32, and float32 the infinity of float16, without a word. `lacking` are parameters that the
+    checkpoint should have, but has not.
     """
-    shapes, types = [], []
+    types = []
     narrowed: dict[str, list[str]] = {}
-    for name, own in _parameters(cells).items():
-        found = loaded.get(name)
-        if found is None or isinstance(found, str):
-            continue
-        if tuple(found.shape) != tuple(own.shape):
-            shapes.append(f"{name}: {list(found.shape)} in the checkpoint, {list(own.shape)} in the network")
-        elif found.dtype != own.dtype:
+    parameters = {name: own for name, own in _parameters(cells).items() if hasattr(loaded.get(name), "dtype")}
+    shapes = shape_faults(
+        {name: loaded[name].shape for name in parameters}, {name: own.shape for name, own in parameters.items()}
+    )
+    for name, own in parameters.items():
+        found = loaded[name]
+        if tuple(found.shape) == tuple(own.shape) and found.dtype != own.dtype:
             fault = _conversion_fault(found, own)
             if fault is not None:
                 types.append(f"{name}: {found.dtype} in the checkpoint, {own.dtype} in the network: {fault}")
             elif _bits(found.dtype) > _bits(own.dtype):
                 narrowed.setdefault(f"{found.dtype} to {own.dtype}", []).append(name)
-    if shapes:
-        raise ConfigError(describe_problems(f"the checkpoint does not fit the network; {advice}", [*shapes, *types]))
-    if types:
-        headline = "the checkpoint has element types that the network cannot take; convert it to the network's types"
-        raise ConfigError(describe_problems(headline, types))
+    raise_unfit(shapes, types, lacking, advice)
     for change, names in narrowed.items():
-        report_names(f"rounded from {change}, the type in the network", names)
+        log.warning("rounded from %s, the type in the network: %s", change, shortened(names))
+
+
+def raise_unfit(shapes: Sequence[str], types: Sequence[str], lacking: Sequence[str], advice: str) -> None:
+    """Raise ConfigError with all faults, under a headline for the gravest; nothing where there are none."""
+    absent = [f"{name}: not in the checkpoint" for name in lacking]
+    if shapes:
+        headline = f"the checkpoint does not fit the network; {advice}"
+    elif types:
+        headline = "the checkpoint has element types that the network cannot take; convert it to the network's types"
+    elif absent:
+        headline = (
+            f"{len(absent)} parameters of the network are not in the checkpoint, and would keep their initial values; "
+            f"{advice} Where that is meant, name them in allow_missing"
+        )
+    else:
+        return
+    raise ConfigError(describe_problems(headline, [*shapes, *types, *absent]))
 
 
 def _parameters(cells: Sequence[Cell]) -> dict[str, Any]:
@@ -140,7 +189,7 @@ def _conversion_fault(found: Parameter, own: Parameter) -> str | None:
 
 
 def load_into(cells: Sequence[Cell], loaded: Mapping[str, Any]) -> dict[str, Any]:
-    """Set the parameters of the network and the optimizer, and report the names that only one side has.
+    """Set the parameters of the network and the optimizer, and report names that only the checkpoint has.
 
     Returns all that was loaded, by name: the parameters of the network, and new ones where it has none.
     `load_param_into_net` would do, but for a parameter that is missing it takes another one whose name ends alike
@@ -149,20 +198,29 @@ def load_into(cells: Sequence[Cell], loaded: Mapping[str, Any]) -> dict[str, Any
     known = wanted_names(cells)
     # First, for a failure leaves the network as it is.
     result = {name: _as_parameter(name, value) for name, value in loaded.items() if name not in known}
-    lacking: set[str] = set()
     for cell in cells:
         for name, own in _parameters([cell]).items():
             value = loaded.get(name)
             if value is not None and not isinstance(value, str):
                 _set(own, value)
                 result.setdefault(name, own)
-            elif not name.startswith("accu_grads"):  # MindSpore makes these anew as it needs them
-                lacking.add(name)
-    report_names("not loaded, not in the checkpoint", lacking)
     surplus = {name for name, value in loaded.items() if name not in known and not isinstance(value, str)}
-    report_names("in the checkpoint, not found in the network", surplus - COUNTERS)
-    report_names("counters in the checkpoint, not found in the network", surplus & COUNTERS, logging.INFO)
+    if surplus - COUNTERS:
+        log.warning("in the checkpoint, not found in the network: %s", shortened(sorted(surplus - COUNTERS), 8))
+    if surplus & COUNTERS:
+        log.info("counters in the checkpoint, not found in the network: %s", ", ".join(sorted(surplus & COUNTERS)))
     return {name: result.get(name, value) for name, value in loaded.items()}
+
+
+def check_loaded(cells: Sequence[Cell], loaded: Mapping[str, Any]) -> None:
+    """See that every parameter of this rank has the shape of what was loaded into it.
+
+    It costs nothing, and holds whatever way the weights took. Raises PlanError.
+    """
+    shapes = {name: value.shape for name, value in loaded.items() if hasattr(value, "shape")}
+    faults = shape_faults(shapes, own_shapes(cells))
+    if faults:
+        raise PlanError(describe_problems("the network does not hold what was loaded; do not train with it", faults))
 
 
 def _set(own: Parameter, found: Tensor) -> None:
@@ -190,11 +248,3 @@ def _as_parameter(name: str, value: Any) -> Any:
         raise _unknown_type(name, str(value.dtype)) from error
     parameter.set_data(value, slice_shape=True)
     return parameter
-
-
-def report_names(what: str, names: Collection[str], level: int = logging.WARNING) -> None:
-    """Log which names were left over, shortened."""
-    if names:
-        listed = sorted(set(names))
-        shown = ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
-        log.log(level, "%s: %s", what, shown)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from enum import Enum
 
 from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.geometry.box import Box, hull, meets
-from mindformers_ckpt.lora_names import is_adapter_name
+from mindformers_ckpt.planning.missing import missing_names, patterns_of, shortened
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, SourceFile, TargetFile, Transfer
 from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
 from mindformers_ckpt.sources.plausibility import check_contents, check_names
@@ -23,7 +23,7 @@ def build_plan(
     ranks: Iterable[int] | None = None,
     prefix: str = DEFAULT_PREFIX,
     format: str = "ckpt",
-    allow_missing: bool = False,
+    allow_missing: bool | Sequence[str] = False,
     contents: str = "error",
 ) -> Plan:
     """Plan the re-slicing of `source` for the ranks of `target` (all of them, or `ranks`).
@@ -31,7 +31,8 @@ def build_plan(
     The target files are `rank_<r>/<prefix><r>.<format>`. Tensors keep the source's order, those that both
     strategies name first, as MindSpore's own tool writes them. `contents` says what samples of the contents that
     contradict the source strategy are: an "error", a reason to "warn", or not looked at ("off": of many processes
-    that plan the same, one is enough).
+    that plan the same, one is enough). `allow_missing` are names or patterns of parameters that the source may lack,
+    True for all.
 
     Raises PlanError (or the errors of reading the source) with everything that does not fit: contents that
     contradict the source strategy, tensors that the target needs and nobody holds, shards of missing ranks,
@@ -45,9 +46,10 @@ def build_plan(
     check_names(source, tensors)
     warnings = [*source.warnings, *check_contents(source, tensors, contents)]
     warnings += _one_sided(source.strategy, target, tensors)
-    _check_lost(source, target, tensors, allow_missing)
-    missing = missing_names(target, tensors)
-    if missing.required and not allow_missing:
+    allowed = patterns_of(allow_missing)
+    _check_lost(source, target, tensors, allowed)
+    missing = missing_names(target.names(), tensors, allowed)
+    if missing.required:
         headline = (
             f"{source.files.root} lacks parameters that the target strategy ({target.origin}) has; "
             "is it the checkpoint of this model?"
@@ -61,20 +63,20 @@ def build_plan(
 
 
 def _check_lost(
-    source: Checkpoint, target: Strategy, tensors: Mapping[str, LogicalTensor], allow_missing: bool
+    source: Checkpoint, target: Strategy, tensors: Mapping[str, LogicalTensor], allowed: Sequence[str]
 ) -> None:
     """Refuse a source whose lost ranks alone held some parameters, where the target's own names cannot tell.
 
     Names that the target strategy has are `missing_names`' business.
     """
     lost_ranks = set(source.lost_ranks)
-    if not lost_ranks or allow_missing:
+    if not lost_ranks:
         return
     size = source.strategy.stage_size
     wanted = target.names()
     lost = [
         name
-        for name in missing_names(source.strategy, tensors).required
+        for name in missing_names(source.strategy.names(), tensors, allowed).required
         if name not in wanted
         and any(
             name in layouts and lost_ranks.intersection(range(stage * size, (stage + 1) * size))
@@ -170,30 +172,49 @@ def target_boxes(tensor: LogicalTensor, target: Strategy, ranks: Sequence[int]) 
     return found
 
 
-def holds_same_slices(source: Checkpoint, target: Strategy) -> bool:
-    """Whether every rank of the target holds just the boxes that the same rank of the source holds.
+class Slices(Enum):
+    """What the ranks of a source hold, beside what the same ranks of a target need."""
 
-    However the device matrices are written: then nothing needs to be re-sliced.
+    SAME = "the same"
+    SHARES = "the same or nothing"  # redundancy was removed at saving, or the files of ranks are lost
+    OTHER = "other boxes"
+
+
+def compare_slices(source: Checkpoint, target: Strategy) -> Slices:
+    """Compare the boxes that the files of every rank hold with those that the same rank of the target needs.
+
+    However the device matrices are written, and whatever the strategy says that files should hold.
     """
     strategy = source.strategy
     if (strategy.rank_count, strategy.stage_size) != (target.rank_count, target.stage_size):
-        return False
+        return Slices.OTHER
     ranks = range(strategy.rank_count)
+    found = Slices.SAME
     for name, tensor in source.tensors().items():
-        shape = tensor.spec.shape
-        held: dict[int, Box] = {}
-        for stage in tensor.stages:
-            first = stage * strategy.stage_size
-            layout = strategy.layout(name, stage)
-            boxes = layout.for_whole(shape).boxes(shape) if layout is not None else ()
-            for position in range(strategy.stage_size):
-                held[first + position] = boxes[position] if boxes else Box.whole(shape)
         try:
-            if held != dict(target_boxes(tensor, target, ranks)):
-                return False
+            needed = dict(target_boxes(tensor, target, ranks))
         except StrategyError:
-            return False  # building the plan tells what does not fit
-    return True
+            return Slices.OTHER  # building the plan tells what does not fit
+        held = held_boxes(source, name, tensor)
+        if any(needed.get(rank) != box for rank, box in held.items()):
+            return Slices.OTHER
+        if len(held) < len(needed):
+            found = Slices.SHARES
+    return found
+
+
+def held_boxes(source: Checkpoint, name: str, tensor: LogicalTensor) -> dict[int, Box]:
+    """The ranks whose files hold a tensor, each with the box it holds."""
+    strategy, shape = source.strategy, tensor.spec.shape
+    held: dict[int, Box] = {}
+    for stage in tensor.stages:
+        first = stage * strategy.stage_size
+        layout = strategy.layout(name, stage)
+        boxes = layout.for_whole(shape).boxes(shape) if layout is not None else ()
+        for position in range(strategy.stage_size):
+            if source.holds(first + position, name):
+                held[first + position] = boxes[position] if boxes else Box.whole(shape)
+    return held
 
 
 def _target_order(source: Strategy, target: Strategy, tensors: Iterable[str]) -> list[str]:
@@ -214,54 +235,7 @@ def _one_sided(source: Strategy, target: Strategy, tensors: Iterable[str]) -> li
     gained = [name for name in tensors if name in in_target and name not in in_source]
     warnings = []
     if lost:
-        warnings.append(f"not in the target strategy, every target rank gets them whole: {_shortened(lost)}")
+        warnings.append(f"not in the target strategy, every target rank gets them whole: {shortened(lost)}")
     if gained:
-        warnings.append(f"not in the source strategy, taken as whole in every source file: {_shortened(gained)}")
+        warnings.append(f"not in the source strategy, taken as whole in every source file: {shortened(gained)}")
     return warnings
-
-
-class _Missing(NamedTuple):
-    """Names of the target strategy that no source file holds: `required` ones, and remarks on the others."""
-
-    required: list[str]
-    notes: list[str]
-
-
-def missing_names(target: Strategy, tensors: Mapping[str, LogicalTensor]) -> _Missing:
-    """The names of the target strategy that are not among the tensors.
-
-    Some need not be in the source of a training: optimizer states and gradients of weights that are there, and the
-    adapters that a LoRA run adds, start from their initial values.
-    """
-    wanted = target.names()
-    absent = sorted(wanted - set(tensors))
-    states: dict[str, list[str]] = {}
-    required, adapters = [], []
-    present_kinds = {name.partition(".")[0] for name in tensors if _weight_of(name, wanted) is not None}
-    for name in absent:
-        kind = name.partition(".")[0]
-        if is_adapter_name(name):
-            adapters.append(name)
-        elif _weight_of(name, wanted) is not None and kind not in present_kinds:
-            states.setdefault(kind, []).append(name)
-        else:
-            required.append(name)
-    notes = [
-        f"the source holds no {kind}.* ({len(names)} parameters of the target strategy): optimizer states that "
-        "are not in the checkpoint start from their initial values"
-        for kind, names in states.items()
-    ]
-    if adapters:
-        notes.append(f"adapter parameters that are not in the source keep their initial values: {_shortened(adapters)}")
-    return _Missing(required, notes)
-
-
-def _weight_of(name: str, names: Collection[str]) -> str | None:
-    """The weight that a parameter is a state of ("adam_m.<weight>"), None when it is none."""
-    weight = name.partition(".")[2]
-    return weight if weight in names else None
-
-
-def _shortened(names: Sequence[str], limit: int = 5) -> str:
-    listed = ", ".join(names[:limit])
-    return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"

@@ -37,7 +37,7 @@ def read_to_resume(listing: Listing) -> Source:
     taken; where such a file is cut off, or ranks are at different steps, an earlier step is, with a warning.
     """
     held = files_by_rank(listing)
-    recorded = {rank: _recorded_file(listing.rank_folders[rank], files) for rank, files in held.items()}
+    recorded = {rank: recorded_file(listing.rank_folders[rank], files) for rank, files in held.items()}
     last = _chosen(listing.folder, {rank: files for rank, files in held.items() if recorded[rank] is None}, None)
     chosen = {**last, **{rank: file for rank, file in recorded.items() if file is not None}}
     fault = _fault(chosen)
@@ -71,6 +71,25 @@ def _chosen(root: Path, held: Mapping[int, Sequence[Path]], wanted: str | None) 
     return chosen
 
 
+def choose(root: Path, held: Mapping[int, Sequence[Path]], wanted: str | None) -> Source:
+    """The source that files of rank folders are, by their names alone; `read` for who has looked into all folders."""
+    chosen = _chosen(root, held, wanted)
+    older, advice = _older(root, held, chosen) if chosen else ({}, "")
+    lacking = f"no file for {wanted!r}" if wanted else "no checkpoint file"
+    absent = {rank: f"{lacking} in {root / f'rank_{rank}'}" for rank in held if rank not in chosen}
+    source = Source(
+        root,
+        {rank: (file,) for rank, file in chosen.items() if rank not in older},
+        Kind.RANK_FOLDERS,
+        absent={**absent, **older},
+        advice=advice,
+        warnings=tuple([] if wanted else _unnatural(held, chosen)),
+    )
+    if not chosen:
+        source.raise_absent()
+    return source
+
+
 def _source(
     listing: Listing, held: Mapping[int, Sequence[Path]], chosen: Mapping[int, Path], warnings: list[str], lacking: str
 ) -> Source:
@@ -91,7 +110,7 @@ def _source(
     return source
 
 
-def _recorded_file(folder: Path, files: Sequence[Path]) -> Path | None:
+def recorded_file(folder: Path, files: Sequence[Path]) -> Path | None:
     """The file that MindFormers' meta.json names as the last one saved, None where there is none (1.3 to 2.1)."""
     meta = Listing(folder).json("meta.json")
     name = meta.get("last_ckpt_file") if isinstance(meta, dict) else None

@@ -48,6 +48,16 @@ def read_strategy(path: str | os.PathLike[str]) -> Strategy:
     return _joined(content.stages, str(path))
 
 
+def read_rank_file(path: str | os.PathLike[str]) -> dict[str, Layout]:
+    """The layouts in the file of one rank, which are those of its pipeline stage. Raises StrategyError."""
+    path = Path(path)
+    content = parse(path, read_data(path))
+    if content.merged:
+        raise StrategyError(f"{path} is a merged strategy; the file of one rank was expected")
+    (layouts,) = content.stages.values()
+    return dict(layouts)
+
+
 def is_strategy_folder(path: Path) -> bool:
     """Whether a folder holds strategy files by their names."""
     return path.is_dir() and (bool(_rank_files(path)) or (path / MERGED_FILE).is_file())

@@ -22,7 +22,7 @@ from faults import arm
 
 from mindformers_ckpt.errors import CheckpointError
 from mindformers_ckpt.job.config import Config
-from mindformers_ckpt.ms import weights
+from mindformers_ckpt.ms import live, weights
 from mindformers_ckpt.ms.hook import CheckpointHook
 from mindformers_ckpt.strategy.files import rank_file_name
 
@@ -36,12 +36,19 @@ def digests(tensors: Iterator[Any]) -> dict[str, str]:
 def main(job: dict[str, Any]) -> int:
     stand_in = types.ModuleType("mindspore")
     stand_in.set_auto_parallel_context = lambda **keys: None  # type: ignore[attr-defined]
+    stand_in.get_auto_parallel_context = lambda key: None  # type: ignore[attr-defined]
     sys.modules["mindspore"] = stand_in
     config = Config.from_mapping(job["config"])
     weights.tensors_of = digests
-    weights.wanted_names = lambda cells: set(job.get("names", ()))
-    weights.check_fit = lambda *arguments: None
+    names = job.get("names", ())
+    weights.wanted_names = lambda cells: set(names)
+    weights.own_shapes = lambda cells: dict.fromkeys(names, ())
+    weights.are_cut = weights.shares_stages = lambda cells: False
+    weights.shape_faults = lambda found, own: []
+    weights.check_fit = lambda cells, loaded, advice, lacking: weights.raise_unfit((), (), lacking, advice)
+    weights.check_loaded = lambda cells, loaded: None
     weights.load_into = lambda cells, loaded: loaded
+    live.compiled_layouts = lambda cells, shapes: {}
     if job.get("fault"):
         arm(job["fault"], config)
     hook = CheckpointHook(config)

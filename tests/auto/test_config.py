@@ -378,3 +378,22 @@ def test_truth_as_text() -> None:
     assert [parse_bool(text) for text in ("False", "no", "off", "0", "")] == [False] * 5
     with pytest.raises(ValueError, match="True or False was expected"):
         parse_bool("t")
+
+
+@pytest.mark.parametrize(
+    ("value", "patterns"),
+    [
+        *((value, ("*",)) for value in (True, "True", "yes", ["true"])),
+        *((value, ()) for value in (False, "False", "", None, [])),
+        (["head.*", "norm"], ("head.*", "norm")),
+        ("head.*, norm", ("head.*", "norm")),
+    ],
+)
+def test_names_that_may_be_missing(value: object, patterns: tuple[str, ...]) -> None:
+    assert Config.from_mapping({"allow_missing": value}).allow_missing == patterns
+
+
+@pytest.mark.parametrize("value", [3, ["a", 3], [""], "a,,b", {"a": 1}])
+def test_what_names_that_may_be_missing_cannot_be(value: object) -> None:
+    with pytest.raises(ConfigError, match="allow_missing: True, False or a list of parameter names was expected"):
+        Config.from_mapping({"allow_missing": value})

@@ -14,11 +14,13 @@ pytest.importorskip("mindspore")
 
 import mindspore
 import numpy as np
-from networks import Net, assert_holds, network_for
+from networks import Net, assert_holds, content_of, network_for
 from recorded import Recorded, Tensor, random_model, read_tensors, recorded, slices_of, write_ranks, write_tensors
 
 from mindformers_ckpt import CheckpointHook, Layout, load_checkpoint
 from mindformers_ckpt.errors import CheckpointError, ConfigError, PlanError, StrategyError
+from mindformers_ckpt.formats.dtypes import by_name
+from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.ms.hook import CheckpointHook as HookClass
 from mindformers_ckpt.publish import read_manifest
@@ -312,6 +314,57 @@ def test_a_source_that_does_not_match_says_what_to_switch_on(tmp_path: Path, con
     headline, *lines = str(caught.value).splitlines()
     assert "set auto_trans_ckpt: True, and src_strategy_path_or_dir to the strategy of a sharded" in headline
     assert [line.split(":")[0] for line in lines] == ["  - model.layers.0.attention.wq.weight", "  - lm_head.weight"]
+
+
+@pytest.mark.parametrize("save", [True, False])
+def test_rows_and_columns_exchanged_are_found_before_anything_is_written(
+    tmp_path: Path, config: Callable[..., Config], save: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files cannot tell, where nothing is replicated; the network's own shapes can."""
+    tensors = random_model({"w": (8, 6)})
+    parts = {rank: {"w": tensors["w"].part(Box((4 * rank, 0), (4 * rank + 4, 6)))} for rank in range(2)}
+    folder = write_ranks(tmp_path / "model", parts)
+    write_strategy({"w": Layout.on({"mp": 2}, None, "mp")}, tmp_path / "columns.ckpt")
+    monkeypatch.setattr("mindformers_ckpt.job.reslice.Work", None)
+    keys = {"load_checkpoint": folder, "src_strategy_path_or_dir": tmp_path / "columns.ckpt", "auto_trans_save": save}
+    with pytest.raises(ConfigError, match=r"its strategy the right one\?\n  - w: \[4, 12\] in the .*, \[8, 6\] in the"):
+        load(config(**keys), network_for(tensors))
+
+
+@pytest.mark.parametrize("mode", ["train", "predict"])
+@pytest.mark.parametrize("auto", [True, False])
+def test_a_weight_that_is_missing_is_an_error(
+    tmp_path: Path, config: Callable[..., Config], auto: bool, mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = random_model({"w": (2, 2), "head.weight": (2, 3)})
+    file = write_tensors(tmp_path / "whole.ckpt", {"w": tensors["w"]})
+    keys = {"load_checkpoint": file, "auto_trans_ckpt": auto, "run_mode": mode}
+    network = network_for(tensors)
+    with pytest.raises(ConfigError, match=r"allow_missing\n  - head.weight: not in the checkpoint$"):
+        load(config(**keys), network)
+    assert network.w.asnumpy().tolist() == np.ones((2, 2)).tolist()  # nothing was loaded
+    for allow in (True, ["head.*"]):
+        network = network_for(tensors)
+        assert load(config(**keys, allow_missing=allow), network).keys() == {"w"}
+        assert_holds_only(network, tensors, "w")
+    assert "keep their initial values (allow_missing): head.weight" in caplog.text
+
+
+def assert_holds_only(network: Net, tensors: Tensors, name: str) -> None:
+    (held,) = [parameter for parameter in network.get_parameters() if parameter.name == name]
+    assert content_of(held) == tensors[name].bits.tobytes()
+
+
+MATRIX = Tensor(by_name("float32"), np.arange(4, dtype=np.uint32).reshape(2, 2))
+
+
+def test_what_need_not_be_in_a_checkpoint(tmp_path: Path, config: Callable[..., Config]) -> None:
+    """Adapters, states of another optimizer, gradients, caches and counters."""
+    tensors = {"w": MATRIX, "moment1.w": MATRIX}
+    file = write_tensors(tmp_path / "whole.ckpt", tensors)
+    added = ("w.lora_A", "adam_m.w", "adam_v.w", "accu_grads.w", "attention.key_cache", "global_step", "scale_sense")
+    network = Net(dict.fromkeys((*tensors, *added), ("float32", (2, 2))))
+    assert load(config(load_checkpoint=file), network).keys() == tensors.keys()
 
 
 def test_a_failed_load_leaves_the_old_results(tmp_path: Path, config: Callable[..., Config]) -> None:

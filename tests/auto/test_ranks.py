@@ -245,6 +245,79 @@ def test_the_same_strategy_is_loaded_as_it_is(run: Any, tmp_path: Path, auto: bo
     assert (output / "transformed_checkpoint").exists() != auto
 
 
+def without_redundancy(parts: Mapping[int, Tensors], spared: Sequence[str] = ()) -> dict[int, dict[str, Tensor]]:
+    """Every distinct shard on one of the ranks that hold it, in turn, as MindSpore saves with remove_redundancy."""
+    holders: dict[tuple[str, bytes], list[int]] = {}
+    for rank, tensors in parts.items():
+        for name, tensor in tensors.items():
+            holders.setdefault((name, tensor.bits.tobytes()), []).append(rank)
+    keepers = {key: ranks[number % len(ranks)] for number, (key, ranks) in enumerate(holders.items())}
+    return {
+        rank: {
+            name: tensor
+            for name, tensor in tensors.items()
+            if name in spared or keepers[name, tensor.bits.tobytes()] == rank
+        }
+        for rank, tensors in parts.items()
+    }
+
+
+@pytest.mark.parametrize("how", ["saved", "direct", "as it is", "as it is, no strategy", "a rank is lost"])
+def test_the_same_strategy_with_redundancy_removed(run: Any, tmp_path: Path, how: str) -> None:
+    """Each rank's file has a share only; the rest comes from the files of others, whatever the keys say."""
+    config = recorded("dp2mp2_tied")
+    tensors = model_of(config)
+    parts = slices_of(config, tensors, replicated=("global_step",))
+    held: Mapping[int, Tensors] = without_redundancy(parts)
+    if how == "a rank is lost":
+        held = {rank: of_rank for rank, of_rank in parts.items() if rank != 3}
+    folder = write_ranks(tmp_path / "llama", held)
+    strategy = tmp_path / "strategy.ckpt"
+    shutil.copy(config.file, strategy)
+    keys = {
+        "load_checkpoint": folder,
+        "src_strategy_path_or_dir": strategy,
+        "auto_trans_ckpt": how in ("saved", "direct"),
+    }
+    if how == "direct":
+        keys["auto_trans_save"] = False
+    if how == "as it is, no strategy":
+        del keys["src_strategy_path_or_dir"]
+    names = [name for name in parts[0] if name != "global_step"]
+    outcomes = run({**keys, "output_dir": tmp_path / "output"}, live="dp2mp2_tied", names=names).outcomes()
+    assert_loaded(outcomes, [digests(parts[rank]) for rank in range(4)])
+    assert (tmp_path / "output" / "transformed_checkpoint").exists() == (how == "saved")
+
+
+@pytest.mark.parametrize("auto", [True, False])
+def test_a_weight_that_nobody_holds_is_an_error(run: Any, tmp_path: Path, auto: bool) -> None:
+    config = recorded("mp4_infer")
+    tensors = random_model({name: item.full_shape for name, item in config.parameters.items()})
+    lost = "model.norm_out.weight"
+    parts = slices_of(config, {name: tensor for name, tensor in tensors.items() if name != lost})
+    folder = write_ranks(tmp_path / "llama", parts)
+    strategy = tmp_path / "strategy.ckpt"
+    shutil.copy(config.file, strategy)
+    keys = {"load_checkpoint": folder, "src_strategy_path_or_dir": strategy, "auto_trans_ckpt": auto}
+    about = {"live": "mp4_infer", "names": list(tensors)}
+    outcomes = run({**keys, "output_dir": tmp_path / "output"}, **about).outcomes()
+    assert all(f"- {lost}: not in the checkpoint" in outcome.error for outcome in outcomes)
+    assert all("allow_missing" in outcome.error for outcome in outcomes)
+    allowed = run({**keys, "output_dir": tmp_path / "output", "allow_missing": ["*.norm_out.*"]}, **about).outcomes()
+    assert_loaded(allowed, [digests(parts[rank]) for rank in range(4)])
+    assert "1 parameters keep their initial values (allow_missing): model.norm_out.weight" in allowed[0].log
+
+
+def test_the_first_start_of_a_job_that_resumes(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint" / "rank_0").mkdir(parents=True)
+    keys = {"load_checkpoint": tmp_path / "checkpoint", "output_dir": tmp_path / "output", "auto_trans_ckpt": True}
+    outcomes = run({**keys, "resume_training": True}, ranks=2, live=None).outcomes()
+    assert [(outcome.code, outcome.loaded) for outcome in outcomes] == [(0, {})] * 2
+    assert ["a first start, nothing is loaded" in outcome.log for outcome in outcomes] == [True, False]
+    outcomes = run({**keys, "resume_training": False}, ranks=2, live=None).outcomes()
+    assert [outcome.code for outcome in outcomes] == [1, 1]
+
+
 @pytest.mark.parametrize("kind", ["complete", "sharded"])
 def test_data_parallel_only(run: Any, source: Source, tmp_path: Path, kind: str) -> None:
     """MindSpore saves no strategy then: every rank takes the complete weights."""

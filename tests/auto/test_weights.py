@@ -16,10 +16,20 @@ from networks import Net, content_of
 from recorded import random_bits, write_tensors
 
 from mindformers_ckpt.engine.shard_io import read_file
-from mindformers_ckpt.errors import ConfigError
+from mindformers_ckpt.errors import ConfigError, PlanError
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
-from mindformers_ckpt.ms.weights import check_fit, load_into, tensor_of, tensors_of, wanted_names
+from mindformers_ckpt.ms.weights import (
+    are_cut,
+    check_fit,
+    check_loaded,
+    load_into,
+    own_shapes,
+    shares_stages,
+    tensor_of,
+    tensors_of,
+    wanted_names,
+)
 
 TYPES = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -102,14 +112,13 @@ def loaded_from(**tensors: tuple[str, Any]) -> dict[str, Any]:
     return found
 
 
-def test_names_that_only_one_side_has_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+def test_names_that_only_the_checkpoint_has_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     net = Net({"both": ("float32", (2,)), "mine": ("float32", (2,)), "accu_grads.both": ("float32", (2,))})
     optimizer = Net({"both": ("float32", (2,)), "moment1.both": ("float32", (2,))})
     loaded = loaded_from(both=("float32", [3.0, 4.0]), theirs=("float32", [5.0]))
     check_fit([net, optimizer], loaded, ADVICE)
     load_into([net, optimizer], loaded)
     assert [record.getMessage() for record in caplog.records if record.name == "mindformers_ckpt"] == [
-        "not loaded, not in the checkpoint: mine, moment1.both",
         "in the checkpoint, not found in the network: theirs",
     ]
     assert net.both.asnumpy().tolist() == optimizer.both.asnumpy().tolist() == [3.0, 4.0]
@@ -122,7 +131,6 @@ def test_counters_of_the_training_are_no_cause_for_a_warning(caplog: pytest.LogC
     loaded = loaded_from(**{name: ("int32", [1]) for name in ("epoch_num", "step_num", "loss_scale", "w_old")})
     load_into([net], {**loaded, **loaded_from(w=("float32", [2.0])), "note": "text"})
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("WARNING", "not loaded, not in the checkpoint: global_step"),
         ("WARNING", "in the checkpoint, not found in the network: w_old"),
         ("INFO", "counters in the checkpoint, not found in the network: epoch_num, loss_scale, step_num"),
     ]
@@ -199,3 +207,47 @@ def test_the_names_that_are_wanted() -> None:
     net, optimizer = Net({"a": ("float32", (2,))}), Net({"b": ("float32", (2,))})
     assert wanted_names([net]) == {"a"}
     assert wanted_names([net, optimizer]) == {"a", "b"}
+
+
+def test_what_is_lacking_is_told_with_what_does_not_fit() -> None:
+    net = Net({"a": ("float32", (2,)), "b": ("float32", (1,))})
+    with pytest.raises(ConfigError) as caught:
+        check_fit([net], loaded_from(a=("float32", [1.0])), ADVICE, ["b"])
+    assert str(caught.value).splitlines() == [
+        "the checkpoint does not fit the network; the advice",
+        "  - a: [1] in the checkpoint, [2] in the network",
+        "  - b: not in the checkpoint",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        check_fit([net], loaded_from(a=("float32", [1.0, 2.0])), ADVICE, ["b"])
+    headline, *lines = str(caught.value).splitlines()
+    assert headline == (
+        "1 parameters of the network are not in the checkpoint, and would keep their initial values; the advice "
+        "Where that is meant, name them in allow_missing"
+    )
+    assert lines == ["  - b: not in the checkpoint"]
+
+
+def test_the_own_parameters_of_a_rank() -> None:
+    """On a compiled pipeline every rank has the parameters of all stages; MindSpore marks those of its own."""
+    shapes = {"w": (2,), "v": (3,), "tied": (4,), "accu_grads.w": (2,), "layer.attention.key_cache": (5,)}
+    net = Net({name: ("float32", shape) for name, shape in shapes.items()})
+    assert not are_cut([net])
+    assert own_shapes([net]) == {"w": (2,), "v": (3,), "tied": (4,)}
+    net.w.sliced = net.tied.sliced = net.accu_grads_w.sliced = True
+    assert are_cut([net])
+    assert own_shapes([net]) == {"w": (2,), "tied": (4,)}
+    assert not shares_stages([net])
+    net.tied.param_info.is_pipeline_shared_param = True
+    assert shares_stages([net])
+    assert own_shapes([net]) == {"w": (2,)}
+
+
+def test_a_parameter_that_does_not_hold_what_was_loaded_is_found() -> None:
+    net = Net({"w": ("float32", (2,)), "v": ("float32", (1,))})
+    loaded = loaded_from(w=("float32", [1.0, 2.0]))
+    load_into([net], loaded)
+    check_loaded([net], loaded)
+    net.w.set_data(loaded_from(w=("float32", [1.0]))["w"], slice_shape=True)
+    with pytest.raises(PlanError, match=r"do not train with it\n  - w: \[2\] in the checkpoint, \[1\] in the network"):
+        check_loaded([net], loaded)

@@ -1,0 +1,114 @@
+"""Parameters that a job has and a checkpoint has not: which must be there, and which start anew.
+
+A weight that a checkpoint of the model should have, and has not, is an error: the job would train or answer with
+initial values. These need not be in a checkpoint:
+
+- adapters, which a LoRA run adds;
+- states of a kind that the checkpoint has none of: another optimizer, or weights alone;
+- all states of a weight that is there, but has none: it was frozen before;
+- counters of the training, and what is never saved (gradients that are summed up, caches of keys and values).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from mindformers_ckpt.lora_names import is_adapter_name
+
+_NEVER_SAVED = ("accu_grads.",)
+_CACHES = frozenset({"key_cache", "value_cache"})
+# What the checkpoint callbacks of MindSpore and MindFormers, and their optimizers, save beside the weights.
+COUNTERS = frozenset(
+    {
+        *("epoch_num", "step_num", "global_step", "global_batch_size", "learning_rate", "loss_scale", "scale_sense"),
+        *("current_iterator_step", "last_overflow_iterator_step", "beta1_power", "beta2_power", "momentum"),
+        *("scale_window", "scale_window_up_count", "scale_window_down_count", "consumed_samples"),
+    }
+)
+
+
+class Missing(NamedTuple):
+    """Names that a job has and a checkpoint has not.
+
+    Attributes:
+        required: those that should be there.
+        allowed: those that should be there, but that the user allows to be missing.
+        notes: remarks on the others.
+    """
+
+    required: list[str]
+    allowed: list[str]
+    notes: list[str]
+
+
+def missing_names(wanted: Collection[str], held: Collection[str], allowed: Sequence[str] = ()) -> Missing:
+    """The names of `wanted` that are not in `held`; `allowed` are patterns of those that may be missing.
+
+    A pattern is a name, or has `*`, `?` and `[...]` as file names have.
+    """
+    wanted, held = set(wanted), set(held)
+    absent = sorted(name for name in wanted - held if not is_never_saved(name))
+    states: dict[str, list[str]] = {}
+    required, adapters, counters, frozen, permitted = [], [], [], [], []
+    present_kinds = {_kind(name) for name in held if _is_state(name, held | wanted)}
+    trained = {_weight(name) for name in held if _is_state(name, held | wanted)}
+    for name in absent:
+        if is_adapter_name(name):
+            adapters.append(name)
+        elif name in COUNTERS:
+            counters += [name] if present_kinds else []
+        elif _is_state(name, wanted) and _kind(name) not in present_kinds:
+            states.setdefault(_kind(name), []).append(name)
+        elif _is_state(name, wanted) and _weight(name) in held and _weight(name) not in trained:
+            frozen.append(name)
+        elif any(fnmatchcase(name, pattern) for pattern in allowed):
+            permitted.append(name)
+        else:
+            required.append(name)
+    notes = [
+        f"the source holds no {kind}.* ({len(names)} parameters of the target strategy): optimizer states that "
+        "are not in the checkpoint start from their initial values"
+        for kind, names in states.items()
+    ]
+    for names, what in (
+        (frozen, "states of weights that were frozen start from their initial values"),
+        (adapters, "adapter parameters that are not in the source keep their initial values"),
+        (counters, "counters of the training that are not in the source start from their initial values"),
+    ):
+        if names:
+            notes.append(f"{what}: {shortened(names)}")
+    return Missing(required, permitted, notes)
+
+
+def patterns_of(allow_missing: bool | Sequence[str]) -> tuple[str, ...]:
+    """The patterns of names that may be missing: all for True, none for False."""
+    if isinstance(allow_missing, bool):
+        return ("*",) if allow_missing else ()
+    return tuple(allow_missing)
+
+
+def is_never_saved(name: str) -> bool:
+    """Whether a parameter is in no checkpoint: MindSpore makes it anew as it needs it."""
+    return name.startswith(_NEVER_SAVED) or name.rpartition(".")[2] in _CACHES
+
+
+def shortened(names: Iterable[str], limit: int = 5) -> str:
+    """Names in one line, the first of them and how many more."""
+    names = list(names)
+    listed = ", ".join(names[:limit])
+    return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"
+
+
+def _is_state(name: str, names: Collection[str]) -> bool:
+    """Whether a parameter is the state of another one ("adam_m.<weight>")."""
+    return _weight(name) in names
+
+
+def _kind(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _weight(name: str) -> str:
+    return name.partition(".")[2]
