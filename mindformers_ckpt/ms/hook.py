@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mindformers_ckpt.engine.shard_io import read_file
 from mindformers_ckpt.errors import CheckpointError, ConfigError, PlanError, StrategyError
+from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
@@ -33,7 +34,7 @@ from mindformers_ckpt.planning.build import holds_same_slices
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
-from mindformers_ckpt.sources.source import Kind
+from mindformers_ckpt.sources.source import Kind, Source
 from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies, rank_file_name, read_strategy
 from mindformers_ckpt.strategy.model import Strategy
 
@@ -344,11 +345,12 @@ class CheckpointHook:
     def _read(self, folder: Path | None, cells: Sequence[Cell]) -> dict[str, Any]:
         from mindformers_ckpt.ms import weights
 
-        files = self._own_files(folder)
+        source, files = self._own_files(folder)
         names = None if self._for_training else weights.wanted_names(cells)
         loaded: dict[str, Any] = {}
         for file in files:
-            found = weights.tensors_of(read_file(file, names))
+            held = (name for name in read_header(file).tensors if names is None or name in names)
+            found = weights.tensors_of(read_file(file, {name for name in held if source.assigns(name, file)}))
             twice = sorted(found.keys() & loaded.keys())
             if twice:
                 raise PlanError(f"{files[0].parent} holds several checkpoints, {twice[0]} is in two; name the file")
@@ -373,7 +375,7 @@ class CheckpointHook:
         log.info("rank %d: %d parameters loaded from %s", self.cluster.rank, len(parameters), origin)
         return parameters
 
-    def _own_files(self, folder: Path | None) -> tuple[Path, ...]:
+    def _own_files(self, folder: Path | None) -> tuple[Source, tuple[Path, ...]]:
         rank = self.cluster.rank
         source = find_source(folder) if folder is not None else find_checkpoint(self.config)
         if source.kind is Kind.HUGGING_FACE:
@@ -387,7 +389,7 @@ class CheckpointHook:
         files = source.by_rank.get(0 if set(source.by_rank) == {0} else rank)
         if files is None:
             raise PlanError(f"{source.root} has no folder rank_{rank} for this rank; {self._advice()}")
-        return files
+        return source, files
 
     def _advice(self) -> str:
         if self.config.auto_trans_ckpt:

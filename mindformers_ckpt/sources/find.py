@@ -18,6 +18,7 @@ from mindformers_ckpt.sources.source import SUFFIXES, TORCH_SUFFIXES, Kind, Sour
 
 __all__ = ["SUFFIXES", "find_huggingface", "find_mindspore", "find_source", "separate_checkpoints"]
 
+_LOOKED_INTO = 20  # folders of a folder, for advice
 _URL_SCHEMES = ("obs://", "s3://", "http://", "https://", "hf://")
 
 
@@ -67,6 +68,7 @@ def find_huggingface(path: str | os.PathLike[str]) -> Source:
     if not checked.is_dir():
         if not checked.is_file():
             raise PlanError(f"there is nothing at {checked}")
+        _refuse_shard(checked, checked.parent)
         return huggingface.read_file(checked)
     listing = Listing(checked)
     if len(listing.rank_folders) > 1:
@@ -76,6 +78,10 @@ def find_huggingface(path: str | os.PathLike[str]) -> Source:
         )
     if listing.rank_folders:  # what merge-lora makes of a model, in one piece
         return rank_folders.read(listing)
+    known = foreign.describe(listing)
+    if known is not None:
+        raise PlanError(known)
+    _refuse_shard(checked, checked)
     return huggingface.read(listing)
 
 
@@ -110,7 +116,7 @@ def _file(path: Path) -> Source:
     in_model = path.suffix == ".safetensors" and huggingface.is_model(Listing(path.parent))
     if path.suffix in (*TORCH_SUFFIXES, ".json") or in_model:
         return huggingface.read_file(path)
-    return Source(path, {0: (path,)})
+    return complete.read_file(path)
 
 
 def _refuse_shard(path: Path, folder: Path) -> None:
@@ -149,5 +155,19 @@ def _nothing(listing: Listing) -> str:
     strategies = "strategy files, which --src-strategy takes; " if listing.strategy_files else ""
     return (
         f"{listing.folder} holds neither rank_<n> folders nor a .ckpt or .safetensors file, but {strategies}"
-        f"{listing.describe()}; give the folder that holds the rank folders, or a file"
+        f"{listing.describe()}; give {_inside(listing) or 'the folder that holds the rank folders, or a file'}"
     )
+
+
+def _inside(listing: Listing) -> str:
+    """The folders of a folder that hold what was looked for, in words; "" when none does."""
+    folders = [name for name in listing.names if name not in listing.file_names][:_LOOKED_INTO]
+    return " or ".join(str(listing.folder / name) for name in folders if _holds_weights(listing.folder / name))
+
+
+def _holds_weights(folder: Path) -> bool:
+    try:
+        listing = Listing(folder)
+        return bool(listing.rank_folders or listing.weight_files((*SUFFIXES, *TORCH_SUFFIXES)))
+    except PlanError:
+        return False
