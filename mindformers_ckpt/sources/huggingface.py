@@ -39,10 +39,11 @@ def is_model(listing: Listing) -> bool:
 
 def _holds_foreign_weights(listing: Listing) -> bool:
     """Whether there are weights that transformers would read, and MindSpore did not write them."""
-    if any(name in listing.file_names for name in _STANDARD):
-        return not _is_of_mindspore(listing.folder / "model.safetensors")
+    first = next((name for name in _STANDARD if name in listing.file_names), None)
+    if first is not None and not first.endswith(".safetensors.index.json"):
+        return not _is_of_mindspore(listing.folder / first)
     files = listing.weight_files(_WEIGHTS)
-    return bool(files) and not any(map(_is_of_mindspore, files))
+    return (first is not None or bool(files)) and not any(map(_is_of_mindspore, files))
 
 
 def _is_of_mindspore(file: Path) -> bool:
