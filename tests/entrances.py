@@ -58,7 +58,7 @@ def transform(given: Given, scratch: Path) -> Outcome:
 def convert(given: Given, scratch: Path) -> Outcome:
     """From Hugging Face, or with `--reversed` to it; MindSpore weights have no config.json, one is given."""
     if given.hugging_face:
-        done = _run("convert", "--input-path", given.path, "--output-path", scratch / "out.ckpt")
+        done = _run("convert", "--input-path", given.path, "--output-path", scratch / "out.ckpt", *_step(given))
         return _outcome(done, scratch / "out.ckpt")
     described = ("--model", "llama", "--hf-config", write_config(scratch / "described"))
     paths = ("--input-path", given.path, "--output-path", scratch / "out")

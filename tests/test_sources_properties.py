@@ -187,8 +187,8 @@ class Ranks:
             return REFUSED
         if {rank % 2 for rank in newest} != {0, 1}:
             return REFUSED
-        (tag,) = {file.tag for file in newest.values()}
-        return tag
+        tags = {file.tag for file in newest.values()}
+        return tags.pop() if len(tags) == 1 else REFUSED
 
     def _chosen(self, held: Mapping[int, list[Saved]]) -> dict[int, Any]:
         """The file of every rank that has one; REFUSED where several could be meant."""
@@ -228,7 +228,7 @@ class Ranks:
         if len(prefixes) > 1:
             return REFUSED
         if len(moments) == 1:
-            return dict(chosen) if len({file._replace(state="") for file in chosen.values()}) == 1 else REFUSED
+            return dict(chosen)
         newest = max(moment for moment in moments if moment is not None)
         older = [rank for rank, file in chosen.items() if file.moment != newest]
         if newest[3] or any(file.moment == newest for rank in older for file in held[rank]):

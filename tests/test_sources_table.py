@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +159,10 @@ def then(build: Callable[[Path], Given], change: Callable[[Path], object]) -> Ca
         return given
 
     return both
+
+
+def at(build: Callable[[Path], Given], step: str) -> Callable[[Path], Given]:
+    return lambda root: replace(build(root), step=step)
 
 
 def given(path: str) -> Callable[[Path], Given]:
@@ -325,6 +329,24 @@ CASES = [
         parts("a.safetensors", "b.safetensors", index=True, given="b.safetensors"),
         takes=1,
         says="b.safetensors is one of the files of model.safetensors.index.json, all of which are read",
+    ),
+    *(
+        Case("complete weights, with `--step` or `resume_training: NAME`", at(build, step), 1)
+        for build, step in (
+            (complete("l-1_1.ckpt", "l-1_2.ckpt", given=".", tags=(1, 2)), "1_1"),
+            (complete("x.ckpt", "y.ckpt", given=".", tags=(1, 2)), "x.ckpt"),
+            (complete("l-1_1.ckpt"), "1_1"),
+        )
+    ),
+    *(
+        refused_by_all("complete weights, with `--step` or `resume_training: NAME`", at(build, step), words)
+        for build, step, words in (
+            (complete("l-1_1.ckpt", "m-1_1.ckpt", given="."), "1_1", "could be l-1_1.ckpt, m-1_1.ckpt"),
+            (complete("l-1_1.ckpt", given="."), "1_2", "is none of l-1_1.ckpt"),
+            (complete("l-1_1.ckpt"), "1_2", "is none of l-1_1.ckpt"),
+            (parts("a.safetensors", "b.safetensors", index=True), "a.safetensors", "which has no steps"),
+            (hugging_face({"model.safetensors": 1}), "1_1", "which has no steps"),
+        )
     ),
     Case(
         "numbered files (`x-00001-of-00003.ckpt`), or one of them",
@@ -653,6 +675,11 @@ CASES = [
         one_rank({"a.ckpt": 1, "a.safetensors": 2}),
         r"rank_0: .ckpt and .safetensors files are there \(a.ckpt, a.safetensors\)",
     ),
+    refused_by_all(
+        "`.ckpt` beside `.safetensors`",
+        then(ranks({"a.ckpt": 1}), lambda r: _other_format(r / "model/rank_1", 2)),
+        r"of different formats \(.ckpt: ranks \[0\]; .safetensors: ranks \[1\]\)",
+    ),
     Case("`.ckpt` beside `.safetensors`", one_rank({"a-1_1.ckpt": 1, "a-1_2.safetensors": 2}, step="1_2"), takes=2),
     refused_by_all(
         "numbered files of one model (`x-00001-of-00002`)",
@@ -832,6 +859,11 @@ CASES = [
 ]
 
 
+def _other_format(folder: Path, tag: int) -> None:
+    (folder / "a.ckpt").unlink()
+    write_mindspore(folder / "a.safetensors", shards(tag)[1])
+
+
 def _rename(root: Path, old: str, new: str) -> None:
     (root / "model" / old).rename(root / "model" / new)
 
@@ -892,3 +924,16 @@ def test_every_row_is_tested() -> None:
     assert len(set(documented)) == len(documented)
     tested = {case.row for case in CASES} | {"a PEFT folder or a file, for `merge-lora --adapter`"}
     assert set(documented) == tested
+
+
+def test_the_chinese_page_has_the_same_rows() -> None:
+    """The same headings and tables, and in each row the same file names and options."""
+    english, chinese = DOCS / "sources.md", DOCS / "sources_CN.md"
+    headings = [
+        [line.split(" ")[0] for line in page.read_text("utf-8").splitlines() if line.startswith("#")]
+        for page in (english, chinese)
+    ]
+    assert headings[0] == headings[1]
+    assert len(rows(english)) == len(rows(chinese))
+    for row, translated in zip(rows(english), rows(chinese)):
+        assert sorted(re.findall("`.*?`", " ".join(row))) == sorted(re.findall("`.*?`", " ".join(translated)))

@@ -16,7 +16,8 @@ from mindformers_ckpt.sources.huggingface import other_weights
 from mindformers_ckpt.sources.index import check_index, listed, read_index
 from mindformers_ckpt.sources.listing import Listing, is_strategy_file
 from mindformers_ckpt.sources.parts import is_part, sets_of, whole_set
-from mindformers_ckpt.sources.source import Source
+from mindformers_ckpt.sources.source import Kind, Source
+from mindformers_ckpt.sources.steps import matching
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -66,6 +67,21 @@ def read_file(file: Path) -> Source:
         warnings = (f"{file.name} is one of {len(files)} files of one checkpoint, all of which are read",)
         return Source(file.parent, {0: files}, warnings=warnings)
     return Source(file, {0: (file,)})
+
+
+def at_step(source: Source, wanted: str) -> Source:
+    """The one file of complete weights that has the name, or is of the epoch and step, that `wanted` says.
+
+    Raises PlanError when none is or several are, and for a Hugging Face model or an index, which have no steps.
+    """
+    if source.kind is Kind.HUGGING_FACE or source.owners is not None:
+        raise PlanError(f"{source.root} is one model, which has no steps or runs; leave {wanted!r} out")
+    found = matching(source.files, wanted, 0)
+    if len(found) != 1:
+        held = listed([file.name for file in found or source.files])
+        fault = "could be" if found else "is none of"
+        raise PlanError(f"{source.root}: {wanted!r} {fault} {held}; give the name of the file to read")
+    return Source(found[0], {0: (found[0],)}, warnings=source.warnings)
 
 
 def _is_all(single: Path, index: Path) -> bool:

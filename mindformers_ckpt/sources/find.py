@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.sources import complete, foreign, huggingface, rank_folders
-from mindformers_ckpt.sources.complete import separate_checkpoints
+from mindformers_ckpt.sources.complete import at_step, separate_checkpoints
 from mindformers_ckpt.sources.listing import Listing, rank_of
 from mindformers_ckpt.sources.source import SUFFIXES, TORCH_SUFFIXES, Kind, Source
 
@@ -25,17 +25,22 @@ _URL_SCHEMES = ("obs://", "s3://", "http://", "https://", "hf://")
 def find_source(path: str | os.PathLike[str], step: str | None = None, *, resume: bool = False) -> Source:
     """Find the weights at `path`.
 
-    `step` chooses among the files of rank folders: a file's name, or an epoch and step like "3_150"; without it the
-    last by default sort of the names is taken (guide), or with `resume` the last that all ranks have saved whole.
+    `step` chooses among the files of rank folders, or of a folder of complete weights: a file's name, or an epoch and
+    step like "3_150". Of rank folders without it the last by default sort of the names is taken (guide), or with
+    `resume` the last that all ranks have saved whole.
 
     Raises PlanError when there are none, they cannot be told apart, or one shard was given in place of the whole.
     """
     path = _checked(path)
-    if not path.is_dir():
-        return _file(path)
-    listing = Listing(path)
-    if listing.rank_folders:
+    if path.is_dir() and (listing := Listing(path)).rank_folders:
         return rank_folders.read_to_resume(listing) if resume and not step else rank_folders.read(listing, step)
+    source = _folder(listing) if path.is_dir() else _file(path)
+    return at_step(source, step) if step else source
+
+
+def _folder(listing: Listing) -> Source:
+    """The source that a folder without rank folders is."""
+    path = listing.folder
     known = foreign.describe(listing)
     if known is not None:
         raise PlanError(known)
@@ -62,8 +67,13 @@ def find_mindspore(path: str | os.PathLike[str], step: str | None = None) -> Sou
     return source
 
 
-def find_huggingface(path: str | os.PathLike[str]) -> Source:
+def find_huggingface(path: str | os.PathLike[str], step: str | None = None) -> Source:
     """`find_source` where weights of a Hugging Face model are expected, whatever describes them."""
+    source = _huggingface(path, step)
+    return at_step(source, step) if step and not source.sharded else source
+
+
+def _huggingface(path: str | os.PathLike[str], step: str | None) -> Source:
     checked = _checked(path)
     if not checked.is_dir():
         if not checked.is_file():
@@ -77,7 +87,7 @@ def find_huggingface(path: str | os.PathLike[str]) -> Source:
             "from MindSpore to Hugging Face"
         )
     if listing.rank_folders:  # what merge-lora makes of a model, in one piece
-        return rank_folders.read(listing)
+        return rank_folders.read(listing, step)
     known = foreign.describe(listing)
     if known is not None:
         raise PlanError(known)

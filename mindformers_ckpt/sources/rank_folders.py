@@ -83,9 +83,11 @@ def _source(
     absent = {rank: f"{lacking} in {folders[rank]}" for rank in held if rank not in chosen}
     absent.update((rank, what) for rank, what in listing.lost_ranks.items() if rank not in folders)
     older, advice = _older(listing.folder, held, chosen) if chosen else ({}, "")
+    taken = {rank: (file,) for rank, file in chosen.items() if rank not in older}
+    _check_formats(listing.folder, taken)
     source = Source(
         listing.folder,
-        {rank: (file,) for rank, file in chosen.items() if rank not in older},
+        taken,
         Kind.RANK_FOLDERS,
         absent={**absent, **older},
         advice=advice,
@@ -94,6 +96,18 @@ def _source(
     if not chosen:
         source.raise_absent()
     return source
+
+
+def _check_formats(root: Path, taken: Mapping[int, tuple[Path, ...]]) -> None:
+    """Refuse ranks whose files are of different formats: no job saves them so."""
+    by_suffix: dict[str, list[int]] = {}
+    for rank, (file,) in taken.items():
+        by_suffix.setdefault(file.suffix, []).append(rank)
+    if len(by_suffix) > 1:
+        listed_ranks = "; ".join(f"{suffix}: ranks {ranks[:_LISTED]}" for suffix, ranks in sorted(by_suffix.items()))
+        raise PlanError(
+            f"{root}: the files of the ranks are of different formats ({listed_ranks}); keep those that belong together"
+        )
 
 
 def _recorded_file(folder: Path, files: Sequence[Path]) -> Path | None:
