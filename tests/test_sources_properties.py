@@ -97,8 +97,8 @@ class Saved(NamedTuple):
 
     @property
     def tag(self) -> int:
-        """Different for files that do not belong together."""
-        return 1 + sorted(KINDS).index(self._replace(state="good"))
+        """Different for files that do not belong together; the format of a file may be any."""
+        return 1 + sorted(KINDS).index(self._replace(state="good", suffix=".ckpt"))
 
 
 KINDS = [

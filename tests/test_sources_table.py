@@ -675,9 +675,11 @@ CASES = [
         one_rank({"a.ckpt": 1, "a.safetensors": 2}),
         r"rank_0: .ckpt and .safetensors files are there \(a.ckpt, a.safetensors\)",
     ),
-    refused_by_all(
+    Case(
         "`.ckpt` beside `.safetensors`",
-        then(ranks({"a.ckpt": 1}), lambda r: _other_format(r / "model/rank_1", 2)),
+        then(ranks({"a.ckpt": 1}), lambda r: _other_format(r / "model/rank_1")),
+        1,
+        SHARDS,
         r"of different formats \(.ckpt: ranks \[0\]; .safetensors: ranks \[1\]\)",
     ),
     Case("`.ckpt` beside `.safetensors`", one_rank({"a-1_1.ckpt": 1, "a-1_2.safetensors": 2}, step="1_2"), takes=2),
@@ -859,9 +861,9 @@ CASES = [
 ]
 
 
-def _other_format(folder: Path, tag: int) -> None:
+def _other_format(folder: Path) -> None:
     (folder / "a.ckpt").unlink()
-    write_mindspore(folder / "a.safetensors", shards(tag)[1])
+    write_mindspore(folder / "a.safetensors", shards(1)[1])
 
 
 def _rename(root: Path, old: str, new: str) -> None:

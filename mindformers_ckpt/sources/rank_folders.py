@@ -84,30 +84,28 @@ def _source(
     absent.update((rank, what) for rank, what in listing.lost_ranks.items() if rank not in folders)
     older, advice = _older(listing.folder, held, chosen) if chosen else ({}, "")
     taken = {rank: (file,) for rank, file in chosen.items() if rank not in older}
-    _check_formats(listing.folder, taken)
     source = Source(
         listing.folder,
         taken,
         Kind.RANK_FOLDERS,
         absent={**absent, **older},
         advice=advice,
-        warnings=(*_beside(listing, chosen), *_almost(folders), *_other_ranks(chosen), *warnings),
+        warnings=(*_beside(listing, chosen), *_almost(folders), *_formats(taken), *_other_ranks(chosen), *warnings),
     )
     if not chosen:
         source.raise_absent()
     return source
 
 
-def _check_formats(root: Path, taken: Mapping[int, tuple[Path, ...]]) -> None:
-    """Refuse ranks whose files are of different formats: no job saves them so."""
+def _formats(taken: Mapping[int, tuple[Path, ...]]) -> list[str]:
+    """Warn of ranks whose files are of different formats: each can be read, but no job saves them so."""
     by_suffix: dict[str, list[int]] = {}
     for rank, (file,) in taken.items():
         by_suffix.setdefault(file.suffix, []).append(rank)
-    if len(by_suffix) > 1:
-        listed_ranks = "; ".join(f"{suffix}: ranks {ranks[:_LISTED]}" for suffix, ranks in sorted(by_suffix.items()))
-        raise PlanError(
-            f"{root}: the files of the ranks are of different formats ({listed_ranks}); keep those that belong together"
-        )
+    if len(by_suffix) < 2:
+        return []
+    shown = "; ".join(f"{suffix}: ranks {ranks[:_LISTED]}" for suffix, ranks in sorted(by_suffix.items()))
+    return [f"the files of the ranks are of different formats ({shown}); they are read as one checkpoint"]
 
 
 def _recorded_file(folder: Path, files: Sequence[Path]) -> Path | None:
