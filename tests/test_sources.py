@@ -112,6 +112,28 @@ def test_numbers_are_those_of_ascii_and_of_bounded_length(tmp_path: Path) -> Non
         find_source(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("files", "read"),
+    [
+        (["rank_0/checkpoint_0", "rank_1/checkpoint_1"], True),
+        (["rank_0/00000", "rank_1/00001"], True),
+        (["rank_0/m", "rank_1/m"], True),
+        (["rank_0/a1", "rank_1/a1", "rank_1/a0"], True),  # the name is the same, although 1 is the rank as well
+        (["rank_8/device_0", "rank_9/device_1"], True),  # no rank had a choice
+        (["rank_8/device_0", "rank_9/device_1", "rank_9/device_0"], False),
+        (["rank_0/v1", "rank_1/v1", "rank_1/v2"], False),
+        (["rank_0/llama", "rank_1/qwen"], False),
+    ],
+)
+def test_names_that_tell_no_step(files: list[str], read: bool, tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{file}.ckpt" for file in files))
+    if read:
+        assert not find_source(tmp_path).absent
+        return
+    with pytest.raises(PlanError, match="have different names"):
+        find_source(tmp_path)
+
+
 def test_leading_zeros_are_the_same_step(tmp_path: Path) -> None:
     touch(tmp_path, "rank_0/a_rank_0-01_02.ckpt", "rank_1/a_rank_1-1_2.ckpt")
     assert not find_source(tmp_path).absent

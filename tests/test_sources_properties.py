@@ -224,7 +224,7 @@ class Ranks:
     def _of_one_moment(self, held: Mapping[int, list[Saved]], chosen: Mapping[int, Saved]) -> dict[int, Saved] | None:
         """The chosen files without those of earlier moments; REFUSED where they do not belong together."""
         moments = {file.moment for file in chosen.values()}
-        prefixes = {file.prefix if file.moment else None for file in chosen.values()}
+        prefixes = {(file.prefix, file.moment is None) for file in chosen.values()}
         if len(prefixes) > 1:
             return REFUSED
         if len(moments) == 1:

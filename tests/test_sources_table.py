@@ -702,6 +702,11 @@ CASES = [
             ("m_rank_1-1_1.ckpt", r"l 1_1: ranks \[0\]; m 1_1: ranks \[1\]"),
         )
     ),
+    refused_by_all(
+        "ranks at different epochs, steps, runs (`_rank_0_1-5_2`), marks (`_breakpoint`) or of other prefixes",
+        then(ranks({"v1.ckpt": 1}), only_on_rank(1, "v2.ckpt", 2)),
+        r"have different names \(rank_0/v1.ckpt, rank_1/v2.ckpt\)",
+    ),
     Case(
         "folders that are empty or at an earlier step, while the others hold a replica of everything",
         replicas,

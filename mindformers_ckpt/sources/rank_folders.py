@@ -16,7 +16,7 @@ from mindformers_ckpt.sources.index import listed
 from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.parts import is_part
 from mindformers_ckpt.sources.source import Kind, Source
-from mindformers_ckpt.sources.steps import Moment, SavedName, matching, moments, natural, parse
+from mindformers_ckpt.sources.steps import Moment, SavedName, alike, matching, moments, natural, parse
 
 _LISTED = 8
 
@@ -182,6 +182,8 @@ def _older(root: Path, held: Mapping[int, Sequence[Path]], chosen: Mapping[int, 
     rank failed.
     """
     parsed = moments(chosen)
+    if not any(parsed.values()):
+        _check_alike(root, held, chosen)
     if len({_moment(name) for name in parsed.values()}) < 2 and len({_prefix(name) for name in parsed.values()}) < 2:
         return {}, ""
     dated = {rank: name.moment for rank, name in parsed.items() if name is not None}
@@ -196,6 +198,17 @@ def _older(root: Path, held: Mapping[int, Sequence[Path]], chosen: Mapping[int, 
         rank: f"its last file, {chosen[rank].name}, is of an earlier step than those of the others ({newest})"
         for rank in older
     }, mixed_moments(held, parsed)
+
+
+def _check_alike(root: Path, held: Mapping[int, Sequence[Path]], chosen: Mapping[int, Path]) -> None:
+    """Refuse files whose names tell no step and say that they do not belong together."""
+    choice = any(len(held[rank]) > 1 for rank in chosen)
+    if not alike({rank: file.stem for rank, file in chosen.items()}, choice=choice):
+        names = [f"rank_{rank}/{file.name}" for rank, file in chosen.items()]
+        raise PlanError(
+            f"{root}: the last files of the ranks have different names ({listed(names)}); name the file to load, or "
+            "remove the files that do not belong together"
+        )
 
 
 def mixed_moments(held: Mapping[int, Sequence[Path]], parsed: Mapping[int, SavedName | None]) -> str:

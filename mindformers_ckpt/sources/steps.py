@@ -74,6 +74,21 @@ def moments(files: Mapping[int, Path]) -> dict[int, SavedName | None]:
     return parsed
 
 
+def alike(stems: Mapping[int, str], *, choice: bool) -> bool:
+    """Whether names that tell no step, one a rank, could be of one checkpoint.
+
+    They are the same, or differ in the rank's own number only. Where no rank had a `choice` between files other
+    numbers may differ, too (those of devices of a node).
+    """
+    own = {
+        _DIGITS.sub(lambda match, rank=rank: "#" if int(match[0]) == rank else match[0], stem)  # type: ignore[misc]
+        for rank, stem in stems.items()
+    }
+    if len(set(stems.values())) < 2 or len(own) < 2:
+        return True
+    return not choice and len({_DIGITS.sub("#", stem) for stem in stems.values()}) < 2
+
+
 def matching(files: Iterable[Path], wanted: str, rank: int) -> list[Path]:
     """The files of a rank's folder that `wanted` names.
 
