@@ -9,4 +9,6 @@ settings.register_profile(
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
+# Many examples, for a night: pytest --hypothesis-profile=thorough tests/test_sources_properties.py
+settings.register_profile("thorough", settings.get_profile("mindformers_ckpt"), max_examples=5000)
 settings.load_profile("mindformers_ckpt")

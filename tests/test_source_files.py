@@ -34,14 +34,14 @@ def test_a_file_of_complete_weights(name: str, tmp_path: Path) -> None:
 
 
 def test_rank_folders(tmp_path: Path) -> None:
-    touch(tmp_path / "run-1.5", "rank_0/a.ckpt", "rank_1/a.safetensors", "rank_10/b.ckpt", "rank_x/c.ckpt", "log.txt")
+    touch(tmp_path / "run-1.5", "rank_0/a.ckpt", "rank_1/a.ckpt", "rank_10/a.ckpt", "rank_x/c.ckpt", "log.txt")
     files = find_source(tmp_path / "run-1.5")
     assert files.sharded
     assert files.name == "run-1.5"
     assert {rank: paths[0].name for rank, paths in files.by_rank.items()} == {
         0: "a.ckpt",
-        1: "a.safetensors",
-        10: "b.ckpt",
+        1: "a.ckpt",
+        10: "a.ckpt",
     }
     assert files.warnings == ()
 

@@ -100,6 +100,57 @@ def test_what_a_failing_job_saved_is_not_joined_with_what_others_saved(tmp_path:
         find_source(tmp_path)
 
 
+def test_numbers_are_those_of_ascii_and_of_bounded_length(tmp_path: Path) -> None:
+    touch(tmp_path, "rank_0/a-1_1.ckpt", "rank_0/a-\u0662_\u0663.ckpt")
+    source = find_source(tmp_path)
+    assert names(source) == {0: ["a-\u0662_\u0663.ckpt"]}  # the last by name; that is no step, and so it is said
+    assert "and not a-1_1.ckpt" in source.warnings[0]
+    with pytest.raises(PlanError, match="no file for"):
+        find_source(tmp_path, "1_" + 5000 * "9")
+    touch(tmp_path, "rank_\u0661/a-1_1.ckpt")
+    with pytest.raises(PlanError, match="is almost the name of a rank's folder"):
+        find_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "read"),
+    [
+        (["rank_0/checkpoint_0", "rank_1/checkpoint_1"], True),
+        (["rank_0/00000", "rank_1/00001"], True),
+        (["rank_0/m", "rank_1/m"], True),
+        (["rank_0/a1", "rank_1/a1", "rank_1/a0"], True),  # the name is the same, although 1 is the rank as well
+        (["rank_8/device_0", "rank_9/device_1"], True),  # no rank had a choice
+        (["rank_8/device_0", "rank_9/device_1", "rank_9/device_0"], False),
+        (["rank_0/v1", "rank_1/v1", "rank_1/v2"], False),
+        (["rank_0/llama", "rank_1/qwen"], False),
+    ],
+)
+def test_names_that_tell_no_step(files: list[str], read: bool, tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{file}.ckpt" for file in files))
+    if read:
+        assert not find_source(tmp_path).absent
+        return
+    with pytest.raises(PlanError, match="have different names"):
+        find_source(tmp_path)
+
+
+def test_leading_zeros_are_the_same_step(tmp_path: Path) -> None:
+    touch(tmp_path, "rank_0/a_rank_0-01_02.ckpt", "rank_1/a_rank_1-1_2.ckpt")
+    assert not find_source(tmp_path).absent
+    assert names(find_source(tmp_path, "1_2")) == {0: ["a_rank_0-01_02.ckpt"], 1: ["a_rank_1-1_2.ckpt"]}
+    touch(tmp_path, "rank_0/a_rank_0-1_2.ckpt")
+    with pytest.raises(PlanError, match=r"'1_2' could be a_rank_0-01_02\.ckpt, a_rank_0-1_2\.ckpt"):
+        find_source(tmp_path, "1_2")
+
+
+def test_names_in_any_bytes(tmp_path: Path) -> None:
+    strange = os.fsdecode(b"\xc4\xe3 \n")
+    for rank in range(2):
+        saved(tmp_path, f"rank_{rank}/{strange}_rank_{rank}-1_1.ckpt", f"rank_{rank}/{strange}_rank_{rank}-1_2.ckpt")
+    assert names(find_source(tmp_path)) == {rank: [f"{strange}_rank_{rank}-1_2.ckpt"] for rank in range(2)}
+    assert names(find_source(tmp_path, f"{strange}_rank_0-1_1.ckpt"))[1] == [f"{strange}_rank_1-1_1.ckpt"]
+
+
 def test_numbers_that_are_the_ranks_are_no_runs(tmp_path: Path) -> None:
     touch(tmp_path, *(f"rank_{rank}/gpt_{rank}-5_2.ckpt" for rank in range(3)))
     assert not find_source(tmp_path).absent
@@ -192,6 +243,63 @@ def test_a_checkpoint_2_of_one_card_is_complete(tmp_path: Path) -> None:
 def test_an_empty_path(path: str) -> None:
     with pytest.raises(PlanError, match="is a variable not set"):
         find_source(path)
+
+
+def test_a_link_that_leads_to_itself(tmp_path: Path) -> None:
+    touch(tmp_path, "a/rank_0/x.ckpt")
+    for link in ("itself", "a/rank_1", "a/rank_0/y.ckpt"):
+        os.symlink(Path(link).name, tmp_path / link)
+    with pytest.raises(PlanError, match="there is no checkpoint at"):
+        find_source(tmp_path / "itself")
+    source = find_source(tmp_path / "a")
+    assert names(source) == {0: ["y.ckpt"]}
+    assert source.absent[1].endswith("rank_1 is a link that leads nowhere")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "meta.json"])
+def test_a_pipe_in_place_of_json_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    hugging_face(tmp_path / "m", {"a.safetensors": W})
+    saved(tmp_path, "ranks/rank_0/a-1_1.ckpt")
+    folder = {"meta.json": tmp_path / "ranks/rank_0"}.get(name, tmp_path / "m")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    if name == "meta.json":
+        assert names(find_source(tmp_path / "ranks", resume=True)) == {0: ["a-1_1.ckpt"]}
+        return
+    with pytest.raises(PlanError, match=r"cannot be read as JSON|index.json cannot be read: it is not a regular file"):
+        find_source(tmp_path / "m")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read(tmp_path: Path) -> None:
+    touch(tmp_path, "rank_0/a.ckpt", "rank_1/a.ckpt")
+    (tmp_path / "rank_1").chmod(0)
+    try:
+        with pytest.raises(PlanError, match=r"rank_1: cannot be read: Permission denied"):
+            find_source(tmp_path)
+    finally:
+        (tmp_path / "rank_1").chmod(0o700)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_folder_with_the_name_of_a_standard_file(name: str, tmp_path: Path) -> None:
+    folder = hugging_face(tmp_path / "m", {"a.safetensors": W})
+    (folder / name).mkdir()
+    source = find_source(folder)
+    assert names(source) == {0: ["a.safetensors"]}
+    assert source.warnings == ((f"{folder}: left aside: {name} (a folder)",) if name == "model.safetensors" else ())
+
+
+def test_an_index_of_files_that_mindspore_wrote(tmp_path: Path) -> None:
+    folder = hugging_face(tmp_path / "m", {}, {"w": "a.safetensors", "v": "a.safetensors"})
+    write_tensors(folder / "a.safetensors", W)
+    assert find_source(folder).kind is Kind.COMPLETE
+
+
+def test_a_folder_that_holds_weights_one_level_deeper(tmp_path: Path) -> None:
+    touch(tmp_path, "checkpoint/rank_0/a.ckpt", "checkpoint_network/rank_0/a.ckpt", "log/rank_0.txt")
+    with pytest.raises(PlanError, match=r"; give \S+/checkpoint or \S+/checkpoint_network$"):
+        find_source(tmp_path)
 
 
 @pytest.mark.parametrize("path", ["obs://bucket/folder", "s3:/bucket/folder", Path("obs://bucket/folder")])

@@ -133,7 +133,7 @@ _REQUEST_OPTIONS = (
 
 STEP = click.option(
     "--step",
-    help="Of rank folders with several files: the epoch and step to read, like 3_150, or a file's name.  [default: the "
+    help="Of several files: the epoch and step to read, like 3_150, or a file's name.  [default: in rank folders the "
     "last by default sort of the names]",
 )
 DESTINATION = click.option(

@@ -128,9 +128,8 @@ def prepare(request: Request, wanted: Collection[str] = ()) -> Prepared:
     """
     path = Path(os.path.abspath(request.input_path))
     check_path(path, request.reverse)
-    found = (
-        mindspore_source(request.input_path, request.step) if request.reverse else find_huggingface(request.input_path)
-    )
+    find = mindspore_source if request.reverse else find_huggingface
+    found = find(request.input_path, request.step)
     recorded = recorded_naming(path, found.files) if request.reverse else None
     if recorded is not None:
         request = _as_recorded(request, recorded)

@@ -48,8 +48,8 @@ def read_weights(source: Source, canonical: Callable[[str], str] = lambda name: 
             damaged.append(str(error))
             continue
         for record in header.tensors.values():
-            if source.owners is not None and source.owners.get(record.spec.name) != path:
-                continue  # the index does not assign it to this file
+            if not source.assigns(record.spec.name, path):
+                continue
             name = canonical(record.spec.name)
             if name in tensors:
                 problems.append(f"{name}: in {tensors[name].path.name} and in {path.name}")

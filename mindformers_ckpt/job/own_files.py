@@ -32,15 +32,25 @@ class OwnFiles(NamedTuple):
 
     Attributes:
         files: empty where the rank has no file of the step that the others are at.
-        sharded: whether they are of a rank folder, and so this rank's alone.
+        source: the complete weights that they are of; None for those of a rank folder, which are this rank's alone.
     """
 
     files: tuple[Path, ...]
-    sharded: bool
+    source: Source | None = None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether they are of a rank folder."""
+        return self.source is None
 
     def names(self) -> set[str]:
-        """The names of the tensors in them. Raises FormatError for damaged files."""
-        return {name for file in self.files for name in read_header(file).tensors}
+        """The names of the tensors that are read from them. Raises FormatError for damaged files."""
+        return {name for file in self.files for name in self.names_in(file)}
+
+    def names_in(self, file: Path) -> list[str]:
+        """The names of the tensors that are read from one of them."""
+        held = read_header(file).tensors
+        return [name for name in held if self.source is None or self.source.assigns(name, file)]
 
 
 def find_own_files(config: Config, cluster: Cluster) -> OwnFiles:
@@ -60,7 +70,8 @@ def find_own_files(config: Config, cluster: Cluster) -> OwnFiles:
         recorded = None if found is None else found.name
     told = cluster.gather("own files", {"names": names, "recorded": recorded})
     if all(about["names"] is None for about in told):
-        return OwnFiles(_complete(config), sharded=False)
+        source = _complete(config)
+        return OwnFiles(source.by_rank[0], source)
     held = {rank: [root / f"rank_{rank}" / name for name in about["names"] or ()] for rank, about in enumerate(told)}
     if config.resume_training is True:
         held = _to_resume(held, {rank: about["recorded"] for rank, about in enumerate(told)}, cluster)
@@ -68,7 +79,7 @@ def find_own_files(config: Config, cluster: Cluster) -> OwnFiles:
     if cluster.rank == MAIN_RANK:
         _report(source, cluster)
     chosen = source.by_rank.get(cluster.rank, ())
-    return OwnFiles(tuple(own / file.name for file in chosen) if own is not None else (), sharded=True)
+    return OwnFiles(tuple(own / file.name for file in chosen) if own is not None else ())
 
 
 def holds_nothing(path: str, cluster: Cluster) -> bool:
@@ -96,14 +107,14 @@ def _own_folder(root: Path, rank: int) -> tuple[Path | None, bool]:
     return folders.get(rank), bool(folders)
 
 
-def _complete(config: Config) -> tuple[Path, ...]:
+def _complete(config: Config) -> Source:
     source = find_checkpoint(config)
     if source.kind is Kind.HUGGING_FACE:
         raise PlanError(
             f"{config.load_checkpoint} is a Hugging Face model: set auto_trans_ckpt: True to have it converted at "
             "load, or convert it with mindformers-ckpt convert"
         )
-    return source.by_rank[0]
+    return source
 
 
 def _to_resume(

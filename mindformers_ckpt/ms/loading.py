@@ -157,13 +157,15 @@ class Loading:
     def _read(self, folder: Path | None) -> dict[str, Any]:
         """Load from this rank's file of a result, or its files of the source."""
         if folder is None:
-            files = self._found_files().files
+            own = self._found_files()
         else:
             found = find_source(folder).by_rank
-            files = found[0 if set(found) == {0} else self.cluster.rank]
-        names = None if self.for_training else weights.wanted_names(self.cells)
+            own = OwnFiles(found[0 if set(found) == {0} else self.cluster.rank])
+        files = own.files
+        wanted = None if self.for_training else weights.wanted_names(self.cells)
         loaded: dict[str, Any] = {}
         for file in files:
+            names = {name for name in own.names_in(file) if wanted is None or name in wanted}
             tensors = weights.tensors_of(read_file(file, names))
             twice = sorted(tensors.keys() & loaded.keys())
             if twice:

@@ -137,11 +137,10 @@ class Checkpoint:
 
     def _read_headers(self, rank: int) -> dict[str, tuple[Path, TensorRecord]]:
         tensors: dict[str, tuple[Path, TensorRecord]] = {}
-        owners = self.files.owners
         for path in self.files.by_rank[rank]:
             for name, record in self._header(path).tensors.items():
-                if owners is not None and owners.get(name) != path:
-                    continue  # the index does not assign it to this file
+                if not self.files.assigns(name, path):
+                    continue
                 if name in tensors:
                     raise PlanError(
                         f"{path} and {tensors[name][0]} both hold {name}: these are several checkpoints, not one; "

@@ -12,9 +12,12 @@ from pathlib import Path
 
 from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.formats import read_header
+from mindformers_ckpt.sources.huggingface import other_weights
 from mindformers_ckpt.sources.index import check_index, listed, read_index
-from mindformers_ckpt.sources.listing import Listing
-from mindformers_ckpt.sources.source import Source
+from mindformers_ckpt.sources.listing import Listing, is_strategy_file
+from mindformers_ckpt.sources.parts import is_part, sets_of, whole_set
+from mindformers_ckpt.sources.source import Kind, Source
+from mindformers_ckpt.sources.steps import matching
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -27,19 +30,58 @@ def read(listing: Listing) -> Source | None:
     """
     root = listing.folder
     files = listing.weight_files()
+    others = other_weights(listing)
+    remarks = (f"{root}: left aside: {listed(others)}",) if others else ()
     if INDEX_FILE not in listing.file_names:
-        return Source(root, {0: tuple(files)}) if files else None
+        sets_of(files)
+        return Source(root, {0: tuple(files)}, warnings=remarks) if files else None
     single = root / SINGLE_FILE
     if single in files and not _is_all(single, root / INDEX_FILE):
         left = f"{SINGLE_FILE} and {INDEX_FILE} are both in {root}; {SINGLE_FILE} is read, as transformers does"
-        return Source(root, {0: (single,)}, warnings=(left,))
+        return Source(root, {0: (single,)}, warnings=(left, *remarks))
     owners = read_index(root / INDEX_FILE)
     warnings = check_index(root / INDEX_FILE, owners)
     chosen = tuple(sorted(set(owners.values())))
-    others = [file for file in files if file not in chosen]
-    if others:
-        warnings = (*warnings, f"left aside, since {INDEX_FILE} does not name them: {listed(others)}")
-    return Source(root, {0: chosen}, owners=owners, warnings=warnings)
+    surplus = [file.name for file in files if file not in chosen]
+    if surplus:
+        warnings = (*warnings, f"left aside, since {INDEX_FILE} does not name them: {listed(surplus)}")
+    return Source(root, {0: chosen}, owners=owners, warnings=(*warnings, *remarks))
+
+
+def read_file(file: Path) -> Source:
+    """The source that a file is, or is one part of: by an index beside it, or by its number.
+
+    Raises PlanError for a strategy file, and when other parts are missing.
+    """
+    if is_strategy_file(file.name):
+        raise PlanError(f"{file} is by its name a strategy file, which holds no weights; --src-strategy takes it")
+    listing = Listing(file.parent)
+    if file.suffix == ".safetensors" and INDEX_FILE in listing.file_names:
+        owners = read_index(file.parent / INDEX_FILE)
+        if file in owners.values() and set(owners.values()) != {file}:
+            warnings = check_index(file.parent / INDEX_FILE, owners)
+            warnings = (*warnings, f"{file.name} is one of the files of {INDEX_FILE}, all of which are read")
+            return Source(file.parent, {0: tuple(sorted(set(owners.values())))}, owners=owners, warnings=warnings)
+    if is_part(file.name):
+        files = whole_set(file, listing.weight_files((file.suffix,)))
+        warnings = (f"{file.name} is one of {len(files)} files of one checkpoint, all of which are read",)
+        return Source(file.parent, {0: files}, warnings=warnings)
+    return Source(file, {0: (file,)})
+
+
+def at_step(source: Source, wanted: str) -> Source:
+    """The one file of complete weights that has the name, or is of the epoch and step, that `wanted` says.
+
+    Raises PlanError when none is or several are, and for a Hugging Face model or an index, which have no steps.
+    """
+    if source.kind is Kind.HUGGING_FACE or source.owners is not None:
+        raise PlanError(f"{source.root} is one model, which has no steps or runs; leave {wanted!r} out")
+    found = matching(source.files, wanted, 0)
+    if len(found) != 1:
+        held = listed([file.name for file in found or source.files])
+        fault = "could be" if found else "is none of"
+        raise PlanError(f"{source.root}: {wanted!r} {fault} {held}; give the name of the file to read")
+    return Source(found[0], {0: (found[0],)}, warnings=source.warnings)
 
 
 def _is_all(single: Path, index: Path) -> bool:

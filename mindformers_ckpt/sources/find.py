@@ -12,29 +12,35 @@ from pathlib import Path
 
 from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.sources import complete, foreign, huggingface, rank_folders
-from mindformers_ckpt.sources.complete import separate_checkpoints
+from mindformers_ckpt.sources.complete import at_step, separate_checkpoints
 from mindformers_ckpt.sources.listing import Listing, rank_of
 from mindformers_ckpt.sources.source import SUFFIXES, TORCH_SUFFIXES, Kind, Source
 
 __all__ = ["SUFFIXES", "find_huggingface", "find_mindspore", "find_source", "separate_checkpoints"]
 
+_LOOKED_INTO = 20  # folders of a folder, for advice
 _URL_SCHEMES = ("obs://", "s3://", "http://", "https://", "hf://")
 
 
 def find_source(path: str | os.PathLike[str], step: str | None = None, *, resume: bool = False) -> Source:
     """Find the weights at `path`.
 
-    `step` chooses among the files of rank folders: a file's name, or an epoch and step like "3_150"; without it the
-    last by default sort of the names is taken (guide), or with `resume` the last that all ranks have saved whole.
+    `step` chooses among the files of rank folders, or of a folder of complete weights: a file's name, or an epoch and
+    step like "3_150". Of rank folders without it the last by default sort of the names is taken (guide), or with
+    `resume` the last that all ranks have saved whole.
 
     Raises PlanError when there are none, they cannot be told apart, or one shard was given in place of the whole.
     """
     path = _checked(path)
-    if not path.is_dir():
-        return _file(path)
-    listing = Listing(path)
-    if listing.rank_folders:
+    if path.is_dir() and (listing := Listing(path)).rank_folders:
         return rank_folders.read_to_resume(listing) if resume and not step else rank_folders.read(listing, step)
+    source = _folder(listing) if path.is_dir() else _file(path)
+    return at_step(source, step) if step else source
+
+
+def _folder(listing: Listing) -> Source:
+    """The source that a folder without rank folders is."""
+    path = listing.folder
     known = foreign.describe(listing)
     if known is not None:
         raise PlanError(known)
@@ -61,12 +67,18 @@ def find_mindspore(path: str | os.PathLike[str], step: str | None = None) -> Sou
     return source
 
 
-def find_huggingface(path: str | os.PathLike[str]) -> Source:
+def find_huggingface(path: str | os.PathLike[str], step: str | None = None) -> Source:
     """`find_source` where weights of a Hugging Face model are expected, whatever describes them."""
+    source = _huggingface(path, step)
+    return at_step(source, step) if step and not source.sharded else source
+
+
+def _huggingface(path: str | os.PathLike[str], step: str | None) -> Source:
     checked = _checked(path)
     if not checked.is_dir():
         if not checked.is_file():
             raise PlanError(f"there is nothing at {checked}")
+        _refuse_shard(checked, checked.parent)
         return huggingface.read_file(checked)
     listing = Listing(checked)
     if len(listing.rank_folders) > 1:
@@ -75,7 +87,11 @@ def find_huggingface(path: str | os.PathLike[str]) -> Source:
             "from MindSpore to Hugging Face"
         )
     if listing.rank_folders:  # what merge-lora makes of a model, in one piece
-        return rank_folders.read(listing)
+        return rank_folders.read(listing, step)
+    known = foreign.describe(listing)
+    if known is not None:
+        raise PlanError(known)
+    _refuse_shard(checked, checked)
     return huggingface.read(listing)
 
 
@@ -110,7 +126,7 @@ def _file(path: Path) -> Source:
     in_model = path.suffix == ".safetensors" and huggingface.is_model(Listing(path.parent))
     if path.suffix in (*TORCH_SUFFIXES, ".json") or in_model:
         return huggingface.read_file(path)
-    return Source(path, {0: (path,)})
+    return complete.read_file(path)
 
 
 def _refuse_shard(path: Path, folder: Path) -> None:
@@ -149,5 +165,19 @@ def _nothing(listing: Listing) -> str:
     strategies = "strategy files, which --src-strategy takes; " if listing.strategy_files else ""
     return (
         f"{listing.folder} holds neither rank_<n> folders nor a .ckpt or .safetensors file, but {strategies}"
-        f"{listing.describe()}; give the folder that holds the rank folders, or a file"
+        f"{listing.describe()}; give {_inside(listing) or 'the folder that holds the rank folders, or a file'}"
     )
+
+
+def _inside(listing: Listing) -> str:
+    """The folders of a folder that hold what was looked for, in words; "" when none does."""
+    folders = [name for name in listing.names if name not in listing.file_names][:_LOOKED_INTO]
+    return " or ".join(str(listing.folder / name) for name in folders if _holds_weights(listing.folder / name))
+
+
+def _holds_weights(folder: Path) -> bool:
+    try:
+        listing = Listing(folder)
+        return bool(listing.rank_folders or listing.weight_files((*SUFFIXES, *TORCH_SUFFIXES)))
+    except PlanError:
+        return False

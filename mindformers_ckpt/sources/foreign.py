@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from mindformers_ckpt.sources.listing import Listing
+from mindformers_ckpt.sources.source import SUFFIXES, TORCH_SUFFIXES
 
 # MindFormers 1.7 and later (`mindformers/checkpoint`): "{prefix-}model-{rank:07d}-{world:07d}.safetensors".
 _CHECKPOINT2_FILE = re.compile(r"(?:.*-)?(?:model|opt)-(\d{7})-(\d{7})\.safetensors")
@@ -33,13 +34,21 @@ def _is_checkpoint2(listing: Listing) -> bool:
 
 def _is_adapter(listing: Listing) -> bool:
     """An adapter alone; the adapter_config.json of a folder that holds weights, too, is no business of ours here."""
-    return "adapter_config.json" in listing.file_names and not [
-        file for file in listing.weight_files() if not file.name.startswith("adapter_model")
-    ]
+    return "adapter_config.json" in listing.file_names and not _has_weights(listing)
+
+
+def _has_weights(listing: Listing) -> bool:
+    files = listing.weight_files((*SUFFIXES, *TORCH_SUFFIXES))
+    return any(not file.name.startswith("adapter_model") for file in files)
 
 
 def _has(*endings: str) -> Callable[[Listing], bool]:
     return lambda listing: any(name.endswith(endings) for name in listing.file_names)
+
+
+def _has_only(pattern: str) -> Callable[[Listing], bool]:
+    """Entries of such names, and no weight files beside them, which would be what is meant."""
+    return lambda listing: any(re.fullmatch(pattern, name) for name in listing.names) and not _has_weights(listing)
 
 
 _KINDS = (
@@ -69,12 +78,12 @@ _KINDS = (
         "give the weights, and the adapter to merge-lora --adapter",
     ),
     _Foreign(
-        _has(".gguf"),
+        _has_only(r".*\.gguf"),
         "a GGUF file, whose weights are quantised",
         "give the Hugging Face repository that it was made from",
     ),
     _Foreign(
-        lambda listing: any(re.fullmatch(r"mp_rank_\d+.*|global_step\d+|iter_\d{7}", name) for name in listing.names),
+        _has_only(r"mp_rank_\d+.*|global_step\d+|iter_\d{7}"),
         "a checkpoint of Megatron-LM or DeepSpeed",
         "it cannot be read: export it to Hugging Face format first",
     ),

@@ -59,6 +59,6 @@ def check_index(path: Path, owners: dict[str, Path]) -> tuple[str, ...]:
     return (f"left aside, since {path.name} does not assign them there: {some}",)
 
 
-def listed(paths: list[Path]) -> str:
+def listed(names: list[str]) -> str:
     """File names for a message."""
-    return ", ".join(path.name for path in paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -14,7 +14,9 @@ from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
 from mindformers_ckpt.sources.source import SUFFIXES
 from mindformers_ckpt.text_files import read_json
 
-_RANK_FOLDER = re.compile(r"rank_(\d+)")
+_RANK_FOLDER = re.compile(r"rank_([0-9]+)")
+# Names that people give to the folder of a rank by mistake: "Rank_0", "rank_0 ", "rank0", digits of other scripts.
+_ALMOST_RANK_FOLDER = re.compile(r"\s*rank[\s_-]*\d+\s*", re.IGNORECASE)
 # Strategy files have the suffix of checkpoints (MindSpore's and MindFormers' names).
 _STRATEGY_FILE = re.compile(r".*ckpt_strategy.*\.ckpt|.*strategy_rank_\d+.*\.ckpt")
 
@@ -22,6 +24,7 @@ _STRATEGY_FILE = re.compile(r".*ckpt_strategy.*\.ckpt|.*strategy_rank_\d+.*\.ckp
 @dataclass(frozen=True)
 class Listing:
     """The entries of a folder, in the default sort of their names. Hidden ones (also macOS' `._` files) do not count.
+    What is neither a folder nor a regular file counts as a file: whoever reads it says what is wrong.
 
     Raises PlanError when the folder cannot be read.
     """
@@ -33,7 +36,7 @@ class Listing:
         """Name -> whether it is a folder; links count as what they lead to."""
         try:
             with os.scandir(self.folder) as entries:
-                found = {entry.name: entry.is_dir() for entry in entries if not entry.name.startswith(".")}
+                found = {entry.name: _is_folder(entry) for entry in entries if not entry.name.startswith(".")}
         except OSError as error:
             raise PlanError(f"{self.folder}: cannot be read: {error.strerror}") from error
         return dict(sorted(found.items()))
@@ -49,33 +52,65 @@ class Listing:
         return [name for name, is_folder in self._entries.items() if not is_folder]
 
     def weight_files(self, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
-        """The regular files with the suffix of a checkpoint, without strategy files."""
-        chosen = [name for name in self.file_names if os.path.splitext(name)[1] in suffixes]
-        paths = (self.folder / name for name in chosen if _STRATEGY_FILE.fullmatch(name) is None)
-        return [path for path in paths if path.is_file()]
+        """The files with the suffix of a checkpoint, without strategy files."""
+        chosen = (name for name in self.file_names if os.path.splitext(name)[1] in suffixes)
+        return [self.folder / name for name in chosen if not is_strategy_file(name)]
+
+    @cached_property
+    def almost_weights(self) -> list[str]:
+        """What does not count, but has almost the name of a weight file: "x.CKPT", a folder "x.ckpt"."""
+        found = []
+        for name, is_folder in self._entries.items():
+            suffix = os.path.splitext(name)[1]
+            if is_folder and suffix in SUFFIXES:
+                found.append(f"{name} (a folder)")
+            elif not is_folder and suffix not in SUFFIXES and suffix.lower() in SUFFIXES:
+                found.append(f"{name} (suffixes are written in lower case)")
+        return found
 
     @cached_property
     def strategy_files(self) -> list[Path]:
         """The files with the name of a strategy file."""
-        return [self.folder / name for name in self.file_names if _STRATEGY_FILE.fullmatch(name) is not None]
+        return [self.folder / name for name in self.file_names if is_strategy_file(name)]
 
     @cached_property
     def rank_folders(self) -> dict[int, Path]:
-        """Rank -> its folder. Raises PlanError where two folders are of the same rank (`rank_0` and `rank_00`)."""
+        """Rank -> its folder.
+
+        Raises PlanError where two folders are of the same rank (`rank_0` and `rank_00`), or a folder with weights has
+        almost the name of a rank's.
+        """
         found: dict[int, Path] = {}
         problems = []
         for name, is_folder in self._entries.items():
-            match = _RANK_FOLDER.fullmatch(name) if is_folder else None
+            if not is_folder:
+                continue
+            match = _RANK_FOLDER.fullmatch(name)
             if match is None:
+                if _ALMOST_RANK_FOLDER.fullmatch(name) and Listing(self.folder / name).weight_files():
+                    problems.append(f"{name!r} is almost the name of a rank's folder, which is rank_<n>")
                 continue
             rank = int(match[1])
             if rank in found:
                 problems.append(f"{found[rank].name} and {name} are both rank {rank}")
             found[rank] = self.folder / name
         if problems:
-            headline = f"{self.folder} holds several folders of one rank; remove those that do not belong to it"
+            headline = (
+                f"{self.folder} holds folders whose rank is not clear; rename them, or remove those that do not belong"
+            )
             raise PlanError(describe_problems(headline, problems))
         return dict(sorted(found.items()))
+
+    @cached_property
+    def lost_ranks(self) -> dict[int, str]:
+        """Ranks in the place of whose folder there is something else: rank -> what."""
+        found = {}
+        for name in self.file_names:
+            match = _RANK_FOLDER.fullmatch(name)
+            if match is not None:
+                path = self.folder / name
+                found[int(match[1])] = f"{path} is {'a link that leads nowhere' if path.is_symlink() else 'no folder'}"
+        return found
 
     def json(self, name: str) -> Any:
         """The content of a JSON file; None when there is none, or it is no JSON."""
@@ -90,6 +125,18 @@ class Listing:
         if not names:
             return "nothing"
         return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def is_strategy_file(name: str) -> bool:
+    """Whether a file is a strategy by its name."""
+    return _STRATEGY_FILE.fullmatch(name) is not None
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def rank_of(folder: Path) -> int | None:

@@ -12,9 +12,11 @@ from pathlib import Path
 
 from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
 from mindformers_ckpt.formats import read_header
+from mindformers_ckpt.sources.index import listed
 from mindformers_ckpt.sources.listing import Listing
+from mindformers_ckpt.sources.parts import is_part
 from mindformers_ckpt.sources.source import Kind, Source
-from mindformers_ckpt.sources.steps import Moment, SavedName, matching, moments, natural, parse
+from mindformers_ckpt.sources.steps import Moment, SavedName, alike, matching, moments, natural, parse
 
 _LISTED = 8
 
@@ -26,7 +28,7 @@ def read(listing: Listing, wanted: str | None = None) -> Source:
     """
     held = files_by_rank(listing)
     chosen = _chosen(listing.folder, held, wanted)
-    warnings = [] if wanted else _unnatural(held, chosen)
+    warnings = [] if wanted else [*_unnatural(held, chosen), *_several_models(held, chosen)]
     return _source(listing, held, chosen, warnings, f"no file for {wanted!r}" if wanted else "no checkpoint file")
 
 
@@ -51,7 +53,7 @@ def read_to_resume(listing: Listing) -> Source:
             chosen, moment = earlier
             warnings.append(f"{listing.folder}: {fault}; {moment}, the last whole step that all ranks have, is resumed")
     elif not any(recorded.values()):
-        warnings += _unnatural(held, chosen)
+        warnings += [*_unnatural(held, chosen), *_several_models(held, chosen)]
     return _source(listing, held, chosen, warnings, "no checkpoint file")
 
 
@@ -64,7 +66,9 @@ def _chosen(root: Path, held: Mapping[int, Sequence[Path]], wanted: str | None) 
         except PlanError as error:
             problems.append(f"rank_{rank}: {error}")
             continue
-        if file is not None:
+        if file is not None and is_part(file.name):
+            problems.append(f"rank_{rank}: {file.name} is one of several files of a model; one file a rank is read")
+        elif file is not None:
             chosen[rank] = file
     if problems:
         raise PlanError(describe_problems(f"{root}: several files could be meant", problems))
@@ -96,18 +100,31 @@ def _source(
     """The source of the chosen files, without those of an earlier moment."""
     folders = listing.rank_folders
     absent = {rank: f"{lacking} in {folders[rank]}" for rank in held if rank not in chosen}
+    absent.update((rank, what) for rank, what in listing.lost_ranks.items() if rank not in folders)
     older, advice = _older(listing.folder, held, chosen) if chosen else ({}, "")
+    taken = {rank: (file,) for rank, file in chosen.items() if rank not in older}
     source = Source(
         listing.folder,
-        {rank: (file,) for rank, file in chosen.items() if rank not in older},
+        taken,
         Kind.RANK_FOLDERS,
         absent={**absent, **older},
         advice=advice,
-        warnings=(*_beside(listing, chosen), *_other_ranks(chosen), *warnings),
+        warnings=(*_beside(listing, chosen), *_almost(folders), *_formats(taken), *_other_ranks(chosen), *warnings),
     )
     if not chosen:
         source.raise_absent()
     return source
+
+
+def _formats(taken: Mapping[int, tuple[Path, ...]]) -> list[str]:
+    """Warn of ranks whose files are of different formats: each can be read, but no job saves them so."""
+    by_suffix: dict[str, list[int]] = {}
+    for rank, (file,) in taken.items():
+        by_suffix.setdefault(file.suffix, []).append(rank)
+    if len(by_suffix) < 2:
+        return []
+    shown = "; ".join(f"{suffix}: ranks {ranks[:_LISTED]}" for suffix, ranks in sorted(by_suffix.items()))
+    return [f"the files of the ranks are of different formats ({shown}); they are read as one checkpoint"]
 
 
 def recorded_file(folder: Path, files: Sequence[Path]) -> Path | None:
@@ -184,6 +201,8 @@ def _older(root: Path, held: Mapping[int, Sequence[Path]], chosen: Mapping[int, 
     rank failed.
     """
     parsed = moments(chosen)
+    if not any(parsed.values()):
+        _check_alike(root, held, chosen)
     if len({_moment(name) for name in parsed.values()}) < 2 and len({_prefix(name) for name in parsed.values()}) < 2:
         return {}, ""
     dated = {rank: name.moment for rank, name in parsed.items() if name is not None}
@@ -198,6 +217,17 @@ def _older(root: Path, held: Mapping[int, Sequence[Path]], chosen: Mapping[int, 
         rank: f"its last file, {chosen[rank].name}, is of an earlier step than those of the others ({newest})"
         for rank in older
     }, mixed_moments(held, parsed)
+
+
+def _check_alike(root: Path, held: Mapping[int, Sequence[Path]], chosen: Mapping[int, Path]) -> None:
+    """Refuse files whose names tell no step and say that they do not belong together."""
+    choice = any(len(held[rank]) > 1 for rank in chosen)
+    if not alike({rank: file.stem for rank, file in chosen.items()}, choice=choice):
+        names = [f"rank_{rank}/{file.name}" for rank, file in chosen.items()]
+        raise PlanError(
+            f"{root}: the last files of the ranks have different names ({listed(names)}); name the file to load, or "
+            "remove the files that do not belong together"
+        )
 
 
 def mixed_moments(held: Mapping[int, Sequence[Path]], parsed: Mapping[int, SavedName | None]) -> str:
@@ -232,11 +262,24 @@ def _moments_of(files: Sequence[Path]) -> set[Moment]:
 
 def _beside(listing: Listing, chosen: Mapping[int, Path]) -> list[str]:
     """Warn of files beside the rank folders. A second name of a chosen file (merge-lora makes one) is no other file."""
-    beside = [file for file in listing.weight_files() if not any(map(file.samefile, chosen.values()))]
+    beside = [file for file in listing.weight_files() if not any(_is_same(file, own) for own in chosen.values())]
     if not beside:
         return []
     names = ", ".join(file.name for file in beside[:_LISTED])
     return [f"{listing.folder} holds rank folders, which are read; left aside are the files beside them: {names}"]
+
+
+def _is_same(file: Path, other: Path) -> bool:
+    try:
+        return file.samefile(other)
+    except OSError:  # a link that leads nowhere
+        return False
+
+
+def _almost(folders: Mapping[int, Path]) -> list[str]:
+    """Warn of what has almost the name of a weight file: it could be the last one."""
+    found = [f"{folder.name}/{name}" for folder in folders.values() for name in Listing(folder).almost_weights]
+    return [f"left aside, since they are no weight files by their names: {listed(found)}"] if found else []
 
 
 def _other_ranks(chosen: Mapping[int, Path]) -> list[str]:
@@ -249,6 +292,17 @@ def _other_ranks(chosen: Mapping[int, Path]) -> list[str]:
     if not strange:
         return []
     return [f"files name another rank than their folder does, which is taken: {', '.join(strange[:_LISTED])}"]
+
+
+def _several_models(held: Mapping[int, Sequence[Path]], chosen: Mapping[int, Path]) -> list[str]:
+    """One warning where folders hold files of several prefixes: the last by name is one of another model, maybe."""
+    for rank, taken in chosen.items():
+        others = [file for file in held[rank] if _prefix(parse(file.name)) != _prefix(parse(taken.name))]
+        if others:
+            left = listed([file.name for file in others])
+            used = f"{taken.name} is used, the last by default sort of the names, and not {left}"
+            return [f"rank_{rank} holds files of several names; {used}; name the file to take another"]
+    return []
 
 
 def _unnatural(held: Mapping[int, Sequence[Path]], chosen: Mapping[int, Path]) -> list[str]:

@@ -54,6 +54,10 @@ class Source:
         known = self.root.suffix in (*SUFFIXES, *TORCH_SUFFIXES)
         return (self.root.stem if known else self.root.name) or "checkpoint"
 
+    def assigns(self, name: str, file: Path) -> bool:
+        """Whether a tensor that a file holds is read from that file: where an index says so, or there is none."""
+        return self.owners is None or self.owners.get(name) == file
+
     @property
     def files(self) -> list[Path]:
         """All files, by rank."""

@@ -13,10 +13,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-_SAVED = re.compile(r"(?P<head>.*)-(?P<epoch>\d+)_(?P<step>\d+)(?P<mark>\D.*)?", re.DOTALL)
-_HEAD = re.compile(r"(?P<prefix>.*?)(?P<rank>_rank_\d+)?(?:_(?P<run>\d+))?", re.DOTALL)
-_STEP = re.compile(r"(?P<epoch>\d+)_(?P<step>\d+)")
-_DIGITS = re.compile(r"(\d+)")
+# A longer number is no step, and could be longer than Python reads.
+_NUMBER = "[0-9]{1,18}"
+_SAVED = re.compile(rf"(?P<head>.*)-(?P<epoch>{_NUMBER})_(?P<step>{_NUMBER})(?P<mark>[^0-9].*)?", re.DOTALL)
+_HEAD = re.compile(rf"(?P<prefix>.*?)(?P<rank>_rank_{_NUMBER})?(?:_(?P<run>{_NUMBER}))?", re.DOTALL)
+_STEP = re.compile(rf"(?P<epoch>{_NUMBER})_(?P<step>{_NUMBER})")
+_DIGITS = re.compile(r"([0-9]+)")
 _SUFFIX = re.compile(r"\.(ckpt|safetensors)$")
 
 
@@ -55,7 +57,7 @@ def parse(name: str) -> SavedName | None:
 
 def natural(name: str) -> list[str | int]:
     """A sort key by which `-9_1` comes before `-10_1`."""
-    return [int(part) if part.isdecimal() and part.isascii() else part for part in _DIGITS.split(name)]
+    return [int(part) if number % 2 else part for number, part in enumerate(_DIGITS.split(name))]
 
 
 def moments(files: Mapping[int, Path]) -> dict[int, SavedName | None]:
@@ -70,6 +72,21 @@ def moments(files: Mapping[int, Path]) -> dict[int, SavedName | None]:
         for rank, name in known.items():
             parsed[rank] = name._replace(rank=rank, moment=name.moment._replace(run=0))
     return parsed
+
+
+def alike(stems: Mapping[int, str], *, choice: bool) -> bool:
+    """Whether names that tell no step, one a rank, could be of one checkpoint.
+
+    They are the same, or differ in the rank's own number only. Where no rank had a `choice` between files other
+    numbers may differ, too (those of devices of a node).
+    """
+    own = {
+        _DIGITS.sub(lambda match, rank=rank: "#" if int(match[0]) == rank else match[0], stem)  # type: ignore[misc]
+        for rank, stem in stems.items()
+    }
+    if len(set(stems.values())) < 2 or len(own) < 2:
+        return True
+    return not choice and len({_DIGITS.sub("#", stem) for stem in stems.values()}) < 2
 
 
 def matching(files: Iterable[Path], wanted: str, rank: int) -> list[Path]:
