@@ -19,9 +19,10 @@ from types import TracebackType
 from typing import Any
 
 from mindformers_ckpt.disk.files import FileState
+from mindformers_ckpt.engine.buffers import BLOCK_BYTES, PIECE_BYTES, TRANSPOSE_BYTES
 from mindformers_ckpt.engine.copier import Done, Task, cut_into_tasks
 from mindformers_ckpt.engine.pool import copy_tasks
-from mindformers_ckpt.engine.shard_io import BLOCK_BYTES, PIECE_BYTES, TRANSPOSE_BYTES, FileSink
+from mindformers_ckpt.engine.sinks import FileSink
 from mindformers_ckpt.errors import FormatError, PlanError, PublishError, TransferError, describe_problems
 from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.planning.digest import digest_of
