@@ -100,11 +100,13 @@ class Descriptors:
             try:
                 return os.open(path, self._flags)
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE) and self._open:
-                    _room.shrink(len(self._open))
-                    self._close_down_to(len(self._open) // 2)
-                    continue
-                raise TransferError(f"{path}: cannot be opened: {error.strerror}") from error
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    raise TransferError(f"{path}: cannot be opened: {error.strerror}") from error
+                if not self._open:
+                    advice = "allow the process more of them (ulimit -n)"
+                    raise TransferError(f"{path}: cannot be opened: {error.strerror}; {advice}") from error
+                _room.shrink(len(self._open))
+                self._close_down_to(len(self._open) // 2)
 
     def _close_down_to(self, count: int) -> None:
         while len(self._open) > count:
