@@ -11,7 +11,7 @@ from mindformers_ckpt.formats.tensor_file import Header, read_header
 
 _AT_ONCE = 8
 # Seconds that a file is waited for. On a quick disk threads would only wait for each other.
-_WAIT = 0.02
+_WAIT = 0.05
 
 
 def read_headers(paths: Sequence[Path]) -> Generator[tuple[Path, Header | FormatError], None, None]:
