@@ -22,11 +22,13 @@ from hypothesis import strategies as st
 from recorded import Tensor, assert_ranks, random_bits, random_model, read_ranks, write_ranks, write_tensors
 
 from mindformers_ckpt import execution
+from mindformers_ckpt.convert.output import NAME_MAP_FILE, write_name_map
 from mindformers_ckpt.engine import copier, descriptors, reader, sinks
 from mindformers_ckpt.engine.copier import Copier, Done, Task, cut_into_tasks
 from mindformers_ckpt.engine.pool import copy_tasks
 from mindformers_ckpt.engine.sinks import FileSink
 from mindformers_ckpt.errors import CheckpointError, TransferError
+from mindformers_ckpt.execution import Run
 from mindformers_ckpt.formats import TensorSpec, layout_file
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box
@@ -516,6 +518,23 @@ def test_a_disk_that_fills_up(
     assert contents(small_disk / "result") == old
     assert names_in(small_disk) == ["result"]
     assert worker_processes() == []
+
+
+def test_a_disk_that_fills_up_while_a_name_map_is_written(tmp_path: Path) -> None:
+    """Behind the weights; what is finished is kept, and nothing half-made is seen."""
+    plan = sparse_plan(tmp_path / "source", 8)
+
+    def companions(folder: Path) -> None:
+        (folder / NAME_MAP_FILE).symlink_to("/dev/full")
+        write_name_map(plan, folder)
+
+    with pytest.raises(TransferError, match=rf"{NAME_MAP_FILE}: cannot be written: No space left on device") as raised:  # noqa: SIM117
+        with Run(plan, tmp_path / "result", Options()) as run:
+            run.prepare()
+            run.copy()
+            run.publish(companions)
+    assert "--resume goes on" in str(raised.value)
+    assert not (tmp_path / "result").exists()
 
 
 def test_many_target_files_need_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
