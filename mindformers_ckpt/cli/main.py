@@ -94,15 +94,27 @@ class _LazyGroup(click.Group):
 
 def _said_of(error: Exception) -> str | None:
     """The message for an error of the system, None for one that shows a fault of the program."""
-    if isinstance(error, MemoryError) or any(words in str(error) for words in _WORDS_OF_SHORT_MEMORY):
+    short = next(filter(_is_of_short_memory, _causes(error)), None)
+    if short is not None:
         return (
-            f"the memory is not enough ({' '.join(str(error).split()) or 'out of memory'}); close other programs, "
-            "or raise the limit of the process (ulimit -v), and start fewer processes"
+            f"the memory is not enough ({' '.join(str(short).split()) or 'out of memory'}); close other programs, "
+            "raise the limit of the process (ulimit -v), or start fewer processes"
         )
     if not isinstance(error, OSError) or error.errno == errno.EPIPE:  # a closed pipe is click's business
         return None
     file = error.filename2 or error.filename
     return f"{file}: {error.strerror}" if file is not None else f"the system reports: {error.strerror or error}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those behind it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_of_short_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _WORDS_OF_SHORT_MEMORY)
 
 
 @contextlib.contextmanager
