@@ -34,8 +34,10 @@ _NAMES = {
     "auto.weights": "ms.weights",
     "box": "geometry.box",
     "checkpoint": "sources.checkpoint",
+    "engine.shard_io": "engine.reader",
     "layout": "geometry.layout",
     "plan_file": "planning.file",
+    "shard_io": "engine.reader",
     "source_files": "sources.find",
 }
 

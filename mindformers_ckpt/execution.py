@@ -19,10 +19,18 @@ from types import TracebackType
 from typing import Any
 
 from mindformers_ckpt.disk.files import FileState
+from mindformers_ckpt.engine.buffers import BLOCK_BYTES, PIECE_BYTES, TRANSPOSE_BYTES
 from mindformers_ckpt.engine.copier import Done, Task, cut_into_tasks
 from mindformers_ckpt.engine.pool import copy_tasks
-from mindformers_ckpt.engine.shard_io import BLOCK_BYTES, PIECE_BYTES, TRANSPOSE_BYTES, FileSink
-from mindformers_ckpt.errors import FormatError, PlanError, PublishError, TransferError, describe_problems
+from mindformers_ckpt.engine.sinks import FileSink
+from mindformers_ckpt.errors import (
+    CheckpointError,
+    FormatError,
+    PlanError,
+    PublishError,
+    TransferError,
+    describe_problems,
+)
 from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.planning.digest import digest_of
 from mindformers_ckpt.planning.model import Plan, SourceFile
@@ -211,7 +219,7 @@ class Run:
         if not self.already_made:
             if self.options.crc:
                 _append_crcs(self.plan, self.folder)
-            companions(self.folder)
+            self._add_companions(companions)
             is_file = self._staging.kind is Kind.FILE
             content = None if is_file else manifest or self._describe()
             name = partial_manifest_name(self.plan) if self.options.partial else MANIFEST_FILE
@@ -220,6 +228,15 @@ class Run:
         seconds = time.monotonic() - self._started
         plan = self.plan
         return Report(self.destination, len(plan.targets), plan.bytes_read, plan.bytes_written, resumed, seconds)
+
+    def _add_companions(self, companions: Callable[[Path], None]) -> None:
+        try:
+            companions(self.folder)
+        except CheckpointError:
+            raise
+        except OSError as error:
+            file = error.filename2 or error.filename or self.folder
+            raise TransferError(f"{file}: cannot be written: {error.strerror}") from error
 
     def _finished(self, task: Done) -> None:
         if self.options.keep:

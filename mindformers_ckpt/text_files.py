@@ -98,8 +98,11 @@ def read_regular(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> bytes:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8, whatever the locale. Raises OSError."""
-    path.write_bytes(text.encode())
+    """Write UTF-8, whatever the locale. Raises OSError with the name of the file."""
+    try:
+        path.write_bytes(text.encode())
+    except OSError as error:  # the system names no file when a disk fills up
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:

@@ -22,11 +22,13 @@ from hypothesis import strategies as st
 from recorded import Tensor, assert_ranks, random_bits, random_model, read_ranks, write_ranks, write_tensors
 
 from mindformers_ckpt import execution
-from mindformers_ckpt.engine import copier, shard_io
+from mindformers_ckpt.convert.output import NAME_MAP_FILE, write_name_map
+from mindformers_ckpt.engine import copier, descriptors, reader, sinks
 from mindformers_ckpt.engine.copier import Copier, Done, Task, cut_into_tasks
 from mindformers_ckpt.engine.pool import copy_tasks
-from mindformers_ckpt.engine.shard_io import FileSink
+from mindformers_ckpt.engine.sinks import FileSink
 from mindformers_ckpt.errors import CheckpointError, TransferError
+from mindformers_ckpt.execution import Run
 from mindformers_ckpt.formats import TensorSpec, layout_file
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box
@@ -149,9 +151,9 @@ def test_any_layout_to_any_layout(
     model = {name: random_bits(by_name(dtype), shape, generator) for name, (dtype, shape) in tensors.items()}
     # hypothesis runs many examples in one test: the fixtures monkeypatch and tmp_path would be shared.
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        for module in (copier, shard_io):
+        for module in (copier, reader):
             patch.setattr(module, "BLOCK_BYTES", block)
-        patch.setattr(shard_io, "_RUN_BYTES", run)
+        patch.setattr(reader, "_RUN_BYTES", run)
         patch.setattr(copier, "_SMALLEST_TASK", 1)
         folder = Path(name)
         root = write_ranks(folder / "source", parts(source, model), formats[0])
@@ -428,7 +430,7 @@ def test_a_source_that_changes_after_planning(
 
 
 def test_a_source_that_is_shortened_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (copier, shard_io):
+    for module in (copier, reader):
         monkeypatch.setattr(module, "BLOCK_BYTES", 1 << 20)
     monkeypatch.setattr(copier, "_SMALLEST_TASK", 1 << 30)  # a single task, and so a single thread
     plan = sparse_plan(tmp_path / "source", 32)
@@ -508,7 +510,7 @@ def test_a_disk_that_fills_up(
     processes: int, tmp_path: Path, small_disk: Path, small_tasks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(execution, "check_free_space", lambda folder, wanted: None)
-    monkeypatch.setattr(shard_io, "_reserve", os.ftruncate)  # a file system that cannot reserve
+    monkeypatch.setattr(sinks, "_reserve", os.ftruncate)  # a file system that cannot reserve
     plan = sparse_plan(tmp_path / "source", 8)
     old = old_result(small_disk / "result")
     with pytest.raises(TransferError, match=r"checkpoint_\d\.ckpt: writing failed: No space left on device"):
@@ -518,8 +520,25 @@ def test_a_disk_that_fills_up(
     assert worker_processes() == []
 
 
+def test_a_disk_that_fills_up_while_a_name_map_is_written(tmp_path: Path) -> None:
+    """Behind the weights; what is finished is kept, and nothing half-made is seen."""
+    plan = sparse_plan(tmp_path / "source", 8)
+
+    def companions(folder: Path) -> None:
+        (folder / NAME_MAP_FILE).symlink_to("/dev/full")
+        write_name_map(plan, folder)
+
+    with pytest.raises(TransferError, match=rf"{NAME_MAP_FILE}: cannot be written: No space left on device") as raised:  # noqa: SIM117
+        with Run(plan, tmp_path / "result", Options()) as run:
+            run.prepare()
+            run.copy()
+            run.publish(companions)
+    assert "--resume goes on" in str(raised.value)
+    assert not (tmp_path / "result").exists()
+
+
 def test_many_target_files_need_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_io, "_OPEN_FILES", 2)
+    monkeypatch.setattr(descriptors, "_MOST_FILES", 2)
     model = random_model({"w": (16, 16), "v": (16, 16)})
     strategy = Strategy.of_stages(({"w": Layout((16,), ((0,), ())), "v": Layout((16,), ((), (0,)))},), "mp16")
     transform(plan_from(write_ranks(tmp_path / "source", parts(MP4, model)), MP4, strategy), tmp_path / "result")

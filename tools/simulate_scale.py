@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import click
 
-from mindformers_ckpt.engine.shard_io import FileSink
+from mindformers_ckpt.engine.sinks import FileSink
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.layout import Layout

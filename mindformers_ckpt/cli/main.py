@@ -21,7 +21,7 @@ from typing import IO, Any
 import click
 
 from mindformers_ckpt import __version__
-from mindformers_ckpt.cli.notices import complain, escape_what_the_locale_lacks
+from mindformers_ckpt.cli.notices import complain, escape_what_the_locale_lacks, open_closed_streams
 from mindformers_ckpt.errors import CheckpointError
 from mindformers_ckpt.printable import printable
 
@@ -34,6 +34,9 @@ _COMMANDS = {
     "merge-strategy": ("merge_strategy", "Merge the strategy files of all ranks into one."),
 }
 
+
+# Of threads that cannot be started, of libraries that cannot be loaded, of processes.
+_WORDS_OF_SHORT_MEMORY = ("can't start new thread", "failed to map segment", "annot allocate memory")
 
 # numpy's algebra library starts a thread a core when it is loaded; copying needs none. Workers inherit it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -82,11 +85,36 @@ class _LazyGroup(click.Group):
             raise _Failure(str(error)) from error
         except KeyboardInterrupt as error:
             raise _Interrupted(" ".join(error.args) or "interrupted") from error
-        except OSError as error:
-            # A folder that may not be read, and the like; a closed pipe is click's business.
-            if error.filename is None or error.errno == errno.EPIPE:
+        except (MemoryError, OSError, RuntimeError, ImportError) as error:
+            message = _said_of(error)
+            if message is None:
                 raise
-            raise _Failure(f"{error.filename}: {error.strerror}") from error
+            raise _Failure(message) from error
+
+
+def _said_of(error: Exception) -> str | None:
+    """The message for an error of the system, None for one that shows a fault of the program."""
+    short = next(filter(_is_of_short_memory, _causes(error)), None)
+    if short is not None:
+        return (
+            f"the memory is not enough ({' '.join(str(short).split()) or 'out of memory'}); close other programs, "
+            "raise the limit of the process (ulimit -v), or start fewer processes"
+        )
+    if not isinstance(error, OSError) or error.errno == errno.EPIPE:  # a closed pipe is click's business
+        return None
+    file = error.filename2 or error.filename
+    return f"{file}: {error.strerror}" if file is not None else f"the system reports: {error.strerror or error}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those behind it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_of_short_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _WORDS_OF_SHORT_MEMORY)
 
 
 @contextlib.contextmanager
@@ -119,6 +147,7 @@ def cli() -> None:
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line and exit with its code; a known error is one message on stderr."""
     signals.handle()
+    open_closed_streams()
     # Plans are millions of tuples without cycles, and looking for cycles in them took a third of the planning.
     gc.disable()
     escape_what_the_locale_lacks()

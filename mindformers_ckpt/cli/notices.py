@@ -1,39 +1,80 @@
 """What the command line prints. All of it passes through here, since names from outside are in it.
 
-Results go to stdout, errors and notices to stderr.
+Results go to stdout, errors and notices to stderr. What cannot be printed stops no work: a notice is lost then, and
+a result on stdout is an error once all is done.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any
 
 import click
 
+from mindformers_ckpt.errors import CheckpointError
 from mindformers_ckpt.printable import ascii_json, printable
 
 
+class OutputError(CheckpointError, OSError):
+    """Stdout cannot be written: a full disk, a closed pipe."""
+
+
 def say(text: str) -> None:
-    """Print a line of a result."""
-    click.echo(printable(text))
+    """Print a line of a result. Raises OutputError."""
+    _to_stdout(printable(text))
 
 
 def say_json(value: Any) -> None:
-    """Print a result for programs: one line of ASCII, whatever the locale."""
-    click.echo(ascii_json(value))
+    """Print a result for programs: one line of ASCII, whatever the locale. Raises OutputError."""
+    _to_stdout(ascii_json(value))
 
 
 def warn(warnings: Iterable[str]) -> None:
     for warning in warnings:
-        click.secho("warning: ", fg="yellow", err=True, nl=False)
-        click.echo(printable(warning), err=True)
+        notice("warning: ", printable(warning), fg="yellow")
 
 
 def complain(message: str) -> None:
     """Print an error."""
-    click.secho("error: ", fg="red", bold=True, err=True, nl=False)
-    click.echo(printable(message), err=True)
+    notice("error: ", printable(message), fg="red", bold=True)
+
+
+def notice(label: str, text: str, **style: Any) -> None:
+    """Print a line on stderr, where that is possible."""
+    with contextlib.suppress(OSError):
+        click.secho(label, err=True, nl=False, **style)
+        click.echo(text, err=True)
+
+
+def open_closed_streams() -> None:
+    """Give stdin, stdout and stderr a place where they are closed, as some daemons have them.
+
+    The first file that is opened would otherwise get the number of stderr, and with it what is printed there.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        os.set_inheritable(descriptor, True)  # workers print, too
+        stream = open(descriptor, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115
+        setattr(sys, name, stream)
+
+
+def _to_stdout(text: str) -> None:
+    try:
+        click.echo(text)
+    except OSError as error:
+        # What is still in the buffer would be an error of its own when the program ends.
+        with contextlib.suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+        raise OutputError(
+            f"stdout cannot be written: {error.strerror}. The report is lost; what the command did is done"
+        ) from error
 
 
 def escape_what_the_locale_lacks() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import IO, Any, cast
 
+from mindformers_ckpt.cli.notices import notice
 from mindformers_ckpt.progress import lines_of
 
 
@@ -18,7 +20,7 @@ def show_progress(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, 
         with _bar(what) as update:
             yield update
     else:
-        yield lines_of(what, lambda line: print(line, file=sys.stderr, flush=True))
+        yield lines_of(what, lambda line: notice("", line))
 
 
 @contextlib.contextmanager
@@ -34,6 +36,23 @@ def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
     )
 
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    console = Console(file=cast("IO[str]", _Screen()))
+    with Progress(*columns, console=console) as progress:
         bar = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(bar, completed=done, total=total)
+
+
+class _Screen:
+    """Stderr, for a bar that stops no work when the terminal is gone."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            return sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)

@@ -30,7 +30,7 @@ def check_copies(copies: Sequence[tuple[Found, Found]]) -> None:
 def _are_equal(first: Found, second: Found) -> bool:
     import numpy as np
 
-    from mindformers_ckpt.engine.shard_io import ShardReader
+    from mindformers_ckpt.engine.reader import ShardReader
     from mindformers_ckpt.geometry.box import blocks
 
     if (first.spec.dtype, first.spec.shape) != (second.spec.dtype, second.spec.shape):

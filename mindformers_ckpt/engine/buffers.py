@@ -1,4 +1,4 @@
-"""Memory that the system copies into and out of at full speed."""
+"""Memory that the system copies into and out of at full speed, and how much of it is used at once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ if TYPE_CHECKING:
 
 # Bytes; of the beginnings of memory that files are read into.
 ALIGNMENT = 64
+# Large enough to make the parts of eight targets long runs, small enough to stay in the processor's cache.
+BLOCK_BYTES = 8 << 20
+# What is read at once where a run is passed on as it is: it stays in the cache of one core until it is written. And
+# what is written at once, to multiples of it where the data allow: the system takes one piece of memory for that.
+PIECE_BYTES = 512 << 10
+TRANSPOSE_BYTES = 32 << 20
 
 
 def empty_bytes(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -12,16 +12,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mindformers_ckpt.engine.buffers import ALIGNMENT, empty_bytes
-from mindformers_ckpt.engine.shard_io import (
-    BLOCK_BYTES,
-    PIECE_BYTES,
-    TRANSPOSE_BYTES,
-    Reader,
-    ShardReader,
-    Sink,
-    target_runs,
-)
+from mindformers_ckpt.engine.buffers import ALIGNMENT, BLOCK_BYTES, PIECE_BYTES, TRANSPOSE_BYTES, empty_bytes
+from mindformers_ckpt.engine.reader import Reader, ShardReader
+from mindformers_ckpt.engine.sinks import Sink
+from mindformers_ckpt.engine.views import target_runs
 from mindformers_ckpt.formats import DType
 from mindformers_ckpt.geometry.box import Box, are_disjoint, block_count, blocks, hull, offset_in
 from mindformers_ckpt.planning.model import Place, Plan, SourceFile, Transfer, View

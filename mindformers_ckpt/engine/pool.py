@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mindformers_ckpt.engine.copier import Copier, Done, Task
 from mindformers_ckpt.engine.proof import ProvingSink
-from mindformers_ckpt.engine.shard_io import FileSink
+from mindformers_ckpt.engine.sinks import FileSink
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.planning.model import Plan, SourceFile, TargetFile
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +56,9 @@ _RESTORE = "the file is damaged or no MindSpore checkpoint, restore it from a go
 _WINDOW = 512
 _HEAD_LIMIT = 256 * 1024
 _CRC_BLOCK = 4 * 1024 * 1024
+# Heads with less between them are read with it: on a network disk a request costs more than these bytes.
+_GAP = 16 * 1024
+_SPAN_LIMIT = 1024 * 1024
 
 
 def scan(path: Path, like: Header | None = None) -> Header:
@@ -164,8 +168,10 @@ class _Scanner:
         """Whether the records begin as those of another file of the same size; then they count as read."""
         if (other.format, other.size) != ("ckpt", self._size):
             return False
-        if any(os.pread(self._descriptor, len(head), offset) != head for offset, head in other.frames):
-            return False
+        for start, length, heads in _spans(other.frames):
+            data = os.pread(self._descriptor, length, start)
+            if any(data[at : at + len(head)] != head for at, head in heads):
+                return False
         end = self._size - (0 if other.crc is None else _TRAILER_SIZE)
         if other.crc is not None and not self._is_trailer(end):
             return False
@@ -281,6 +287,22 @@ class _Scanner:
     def _error(self, what: str, advice: str = _RESTORE) -> FormatError:
         after = "before any tensor" if self._last_good is None else f"last good tensor {self._last_good!r}"
         return FormatError(f"{self._path}: {what} (at byte {self._position} of {self._size}, {after}); {advice}")
+
+
+@lru_cache(maxsize=64)
+def _spans(frames: tuple[tuple[int, bytes], ...]) -> list[tuple[int, int, list[tuple[int, bytes]]]]:
+    """What to read of a file to compare its heads: (offset, length, heads), and the heads by their place in it."""
+    spans: list[tuple[int, int, list[tuple[int, bytes]]]] = []
+    for offset, head in frames:
+        end = offset + len(head)
+        if spans:
+            start, length, heads = spans[-1]
+            if offset - start - length <= _GAP and end - start <= _SPAN_LIMIT:
+                heads.append((offset - start, head))
+                spans[-1] = start, end - start, heads
+                continue
+        spans.append((offset, len(head), [(0, head)]))
+    return spans
 
 
 def _parse_head(window: bytes, at: int, base: int, size: int) -> _Head:

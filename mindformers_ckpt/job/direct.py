@@ -10,9 +10,10 @@ from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mindformers_ckpt.engine.buffers import empty_bytes
+from mindformers_ckpt.engine.buffers import BLOCK_BYTES, empty_bytes
 from mindformers_ckpt.engine.copier import Copier, cut_into_tasks
-from mindformers_ckpt.engine.shard_io import BLOCK_BYTES, ArraySink, ShardReader
+from mindformers_ckpt.engine.reader import ShardReader
+from mindformers_ckpt.engine.sinks import ArraySink
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.geometry.box import blocks
 from mindformers_ckpt.planning.model import Plan, Transfer

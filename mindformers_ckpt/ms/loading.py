@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindformers_ckpt.engine.shard_io import read_file
+from mindformers_ckpt.engine.reader import read_file
 from mindformers_ckpt.errors import CheckpointError, PlanError
 from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.job.cluster.cluster import Cluster

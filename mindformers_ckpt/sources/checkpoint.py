@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from mindformers_ckpt.errors import FormatError, PlanError, StrategyError, describe_problems
 from mindformers_ckpt.formats import Header, TensorRecord, TensorSpec, read_header
+from mindformers_ckpt.formats.headers import read_headers
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.sources.source import Source
@@ -165,11 +166,11 @@ class Checkpoint:
     def _raise_damaged(self) -> None:
         """Read the headers of all files, and report all damaged ones together."""
         problems = []
-        for path in self.files.files:
-            try:
-                self._header(path)
-            except FormatError as error:
-                problems.append(str(error))
+        for path, header in read_headers([path for path in self.files.files if path not in self._headers]):
+            if isinstance(header, FormatError):
+                problems.append(str(header))
+            else:
+                self._headers[path] = header
         if len(problems) == 1:
             raise FormatError(problems[0])
         if problems:

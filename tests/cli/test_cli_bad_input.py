@@ -240,7 +240,7 @@ _needs_mounts = pytest.mark.skipif(
     reason="makes small and read-only disks in a mount namespace of its own, which only root may",
 )
 _DISK_IS_FULL_LATE = "import shutil; shutil.disk_usage = lambda path: shutil._ntuple_diskusage(0, 0, 1 << 60); "
-_NO_ROOM_RESERVED = "import os; from mindformers_ckpt.engine import shard_io; shard_io._reserve = os.ftruncate; "
+_NO_ROOM_RESERVED = "import os; from mindformers_ckpt.engine import sinks; sinks._reserve = os.ftruncate; "
 
 
 @_needs_mounts

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindformers_ckpt.engine.compute import DOWN_TILE, UP_TILE, factor_values, merge
-from mindformers_ckpt.engine.shard_io import FileSink
+from mindformers_ckpt.engine.sinks import FileSink
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box

@@ -1,0 +1,158 @@
+"""Open files within the limit of the process, and their bytes.
+
+Each reader and each sink keeps files open for itself, since a thread must not close what another one reads from. The
+room for all of them follows from the limit of the process (`ulimit -n`), and is shared evenly.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mindformers_ckpt.errors import TransferError
+from mindformers_ckpt.formats import Segment
+
+_MOST_FILES = 4096  # more make nothing faster
+_RESERVE = 64  # for what else a process opens meanwhile: journals, locks, pipes of workers, modules
+_FOLDERS_OF_DESCRIPTORS = ("/proc/self/fd", "/dev/fd")
+
+
+class _Room:
+    """How many files the readers and sinks of this process may have open between them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._files = 0
+        self.share = 1
+
+    def enter(self) -> None:
+        """A user comes: all that are there get an even share from now on."""
+        with self._lock:
+            if self._users == 0:
+                self._files = _files_at_once()
+            self._users += 1
+            self.share = max(1, self._files // self._users)
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            self.share = max(1, self._files // max(1, self._users))
+
+    def shrink(self, share: int) -> None:
+        """The limit was met with so many files open a user: the process has others that were not foreseen."""
+        with self._lock:
+            self._files = max(1, min(self._files, share * self._users))
+            self.share = max(1, self._files // self._users)
+
+
+_room = _Room()
+
+
+def _start_anew() -> None:
+    """In a forked process: files of the parent that are open here count among those that others have."""
+    global _room
+    _room = _Room()
+
+
+os.register_at_fork(after_in_child=_start_anew)
+
+
+class Descriptors:
+    """Open file descriptors of one reader or sink, the least recently used ones closed beyond its share of the room.
+
+    For one thread at a time. Raises TransferError when a file cannot be opened.
+    """
+
+    def __init__(self, flags: int) -> None:
+        self._flags = flags | os.O_CLOEXEC
+        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._has_entered = False
+
+    def get(self, path: Path) -> int:
+        """The descriptor of a file, until the next one is asked for."""
+        descriptor = self._open.get(path)
+        if descriptor is not None:
+            self._open.move_to_end(path)
+        else:
+            if not self._has_entered:
+                _room.enter()
+                self._has_entered = True
+            self._close_down_to(_room.share - 1)
+            descriptor = self._open[path] = self._opened(path)
+        if len(self._open) > _room.share:  # others have come since
+            self._close_down_to(_room.share)
+        return descriptor
+
+    def close(self) -> None:
+        self._close_down_to(0)
+        if self._has_entered:
+            _room.leave()
+            self._has_entered = False
+
+    def _opened(self, path: Path) -> int:
+        while True:
+            try:
+                return os.open(path, self._flags)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    raise TransferError(f"{path}: cannot be opened: {error.strerror}") from error
+                if not self._open:
+                    advice = "allow the process more of them (ulimit -n)"
+                    raise TransferError(f"{path}: cannot be opened: {error.strerror}; {advice}") from error
+                _room.shrink(len(self._open))
+                self._close_down_to(len(self._open) // 2)
+
+    def _close_down_to(self, count: int) -> None:
+        while len(self._open) > count:
+            os.close(self._open.popitem(last=False)[1])
+
+
+def _files_at_once() -> int:
+    """The files that this process can open beside those that it has, less what is kept for others."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit == resource.RLIM_INFINITY:
+        return _MOST_FILES
+    free = max(0, limit - _open_files())
+    return max(1, min(_MOST_FILES, free - min(_RESERVE, free // 2)))
+
+
+def _open_files() -> int:
+    """How many files the process has open, at least the three standard ones."""
+    for folder in _FOLDERS_OF_DESCRIPTORS:
+        try:
+            return len(os.listdir(folder))
+        except OSError:  # no such folder here, or no room to list it
+            continue
+    return 3
+
+
+def fill(descriptor: int, path: Path, offset: int, view: memoryview) -> None:
+    """Fill `view` from a file. Raises TransferError when reading fails or the file ends before."""
+    while view:
+        try:
+            count = os.preadv(descriptor, [view], offset)
+        except OSError as error:
+            raise TransferError(f"{path}: reading at byte {offset} failed: {error.strerror}") from error
+        if count == 0:
+            raise TransferError(f"{path} ends at byte {offset}: it was shortened while it was read")
+        offset += count
+        view = view[count:]
+
+
+def file_ranges(segments: Sequence[Segment], start: int, length: int) -> Iterator[tuple[int, int]]:
+    """The byte ranges (offset, length) of a file that hold `length` bytes from `start` of a tensor's content."""
+    for segment in segments:
+        if not length:
+            return
+        if start >= segment.length:
+            start -= segment.length
+            continue
+        count = min(length, segment.length - start)
+        yield segment.offset + start, count
+        start, length = 0, length - count

@@ -1,0 +1,46 @@
+"""The headers of many files; several are read at once where the disk lets a reader wait, as one over a network does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from pathlib import Path
+
+from mindformers_ckpt.errors import FormatError
+from mindformers_ckpt.formats.tensor_file import Header, read_header
+
+_AT_ONCE = 8
+# Seconds that a file is waited for. On a quick disk threads would only wait for each other.
+_WAIT = 0.05
+
+
+def read_headers(paths: Sequence[Path]) -> Generator[tuple[Path, Header | FormatError], None, None]:
+    """Read the headers of files as `read_header` does, and yield each with its path, or what is wrong with the file.
+
+    They come in the order of `paths`. At most 8 files are open, with a request each. A file is compared with the
+    one that was read last, which is cheap where neighbours in `paths` have equal tensors.
+    """
+    last: Header | None = None
+
+    def read(path: Path) -> Header | FormatError:
+        nonlocal last
+        try:
+            last = header = read_header(path, last)
+        except FormatError as error:
+            return error
+        return header
+
+    left = list(reversed(paths))
+    waited = 0.0
+    while left and waited < _WAIT:
+        started = time.monotonic() - time.thread_time()
+        path = left.pop()
+        header = read(path)
+        waited = time.monotonic() - time.thread_time() - started
+        yield path, header
+    if left:
+        from concurrent.futures import ThreadPoolExecutor
+
+        left.reverse()
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            yield from zip(left, pool.map(read, left))

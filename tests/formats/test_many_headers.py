@@ -1,0 +1,128 @@
+"""Headers of many files: how many requests they take, how many are under way at once, and what is reported."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from recorded import Tensor, write_tensors
+
+from mindformers_ckpt.errors import FormatError
+from mindformers_ckpt.formats import Header, ckpt, read_header
+from mindformers_ckpt.formats import headers as headers_module
+from mindformers_ckpt.formats.dtypes import by_name
+from mindformers_ckpt.formats.headers import read_headers
+
+FILES = 40
+
+
+class Requests:
+    """Counts what is read, and how many requests are under way at once; each takes a moment."""
+
+    def __init__(self) -> None:
+        self.count = self.under_way = self.most = 0
+        self._lock = threading.Lock()
+        self._read = os.pread
+
+    def pread(self, descriptor: int, length: int, offset: int) -> bytes:
+        with self._lock:
+            self.count += 1
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+        time.sleep(0.002)
+        try:
+            return self._read(descriptor, length, offset)
+        finally:
+            with self._lock:
+                self.under_way -= 1
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> Requests:
+    counted = Requests()
+    monkeypatch.setattr(headers_module, "_WAIT", 0.001)
+    monkeypatch.setattr(os, "pread", counted.pread)
+    return counted
+
+
+def write_files(folder: Path, suffix: str, elements: int, tensors: int = 20) -> list[Path]:
+    """Files with the same tensors of other contents."""
+    paths = []
+    for number in range(FILES):
+        bits = np.full((elements,), number, np.uint32)
+        path = folder / f"file_{number:02}.{suffix}"
+        write_tensors(path, {f"w{name}": Tensor(by_name("float32"), bits) for name in range(tensors)})
+        paths.append(path)
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("suffix", "elements", "most"),
+    [("ckpt", 64, 1), ("ckpt", 1024, 1), ("ckpt", 8192, 20), ("safetensors", 64, 2), ("safetensors", 8192, 2)],
+)
+def test_few_requests_and_several_at_once(
+    suffix: str, elements: int, most: int, tmp_path: Path, requests: Requests
+) -> None:
+    """Heads with little between them take one request together. The first file, and one a thread, may be parsed."""
+    paths = write_files(tmp_path, suffix, elements)
+    headers = dict(read_headers(paths))
+    assert list(headers) == paths
+    assert requests.count <= FILES * most + 9 * 30
+    assert 2 <= requests.most <= 8
+    requests.count = 0
+    first = headers[paths[0]]
+    assert isinstance(first, Header)
+    ckpt._spans.cache_clear()
+    for path in paths:
+        os.utime(path, ns=(1, 1))  # else it would not be read again
+        read_header(path, first)
+    assert FILES <= requests.count <= FILES * most
+
+
+@pytest.mark.parametrize("wait", [0.0, 60.0])
+def test_headers_are_those_of_files_read_alone(wait: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that differ by a byte of a head, anywhere in it, have headers of their own."""
+    monkeypatch.setattr(headers_module, "_WAIT", wait)
+    paths = write_files(tmp_path, "ckpt", 64)
+    original = paths[0].read_bytes()
+    for number in range(1, FILES):
+        at = original.index(f"w{number % 20}".encode())
+        changed = bytearray(original)
+        changed[at : at + 1] = b"x"
+        paths[number].write_bytes(changed)
+    for path, header in read_headers(paths):
+        alone = ckpt.scan(path)
+        assert isinstance(header, Header)
+        assert (header.tensors, header.frames, header.size) == (alone.tensors, alone.frames, alone.size)
+
+
+@pytest.mark.parametrize("wait", [0.0, 60.0])
+def test_all_damaged_files_are_reported_in_order(wait: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(headers_module, "_WAIT", wait)
+    paths = write_files(tmp_path, "ckpt", 64)
+    damaged = {paths[0], paths[7], paths[39]}
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:-1])
+    found = list(read_headers(paths))
+    assert [path for path, _ in found] == paths
+    assert {path for path, header in found if isinstance(header, FormatError)} == damaged
+
+
+def test_no_thread_is_left_when_nobody_wants_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = threading.active_count()
+    monkeypatch.setattr(headers_module, "_WAIT", 0.0)
+    headers = read_headers(write_files(tmp_path, "ckpt", 64))
+    next(headers)
+    next(headers)
+    headers.close()
+    assert threading.active_count() == before
+
+
+def test_a_quick_disk_needs_no_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(headers_module, "_WAIT", 60.0)
+    monkeypatch.setattr(threading.Thread, "start", lambda self: pytest.fail("a thread was started"))
+    assert len(list(read_headers(write_files(tmp_path, "ckpt", 64)))) == FILES
