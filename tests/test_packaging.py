@@ -6,6 +6,7 @@ import configparser
 import re
 from pathlib import Path
 
+import yaml
 from packaging.requirements import Requirement
 
 from mindformers_ckpt import __version__
@@ -74,6 +75,19 @@ def test_the_workflow_runs_every_script_of_the_local_run() -> None:
     )
     assert public == local
     assert all((ROOT / script).is_file() for script in local)
+
+
+def test_the_floor_of_coverage_is_the_one_that_is_documented() -> None:
+    (floor,) = re.findall(r"^fail_under = (\d+)$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert f"(`fail_under`, {floor} %)" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_forms_of_issues_ask_something() -> None:
+    forms = [path for path in (ROOT / ".github/ISSUE_TEMPLATE").iterdir() if path.name != "config.yml"]
+    assert len(forms) == 2
+    for form in map(yaml.safe_load, (path.read_text(encoding="utf-8") for path in forms)):
+        assert {"name", "description", "body"} <= set(form)
+        assert any(field.get("validations", {}).get("required") for field in form["body"])
 
 
 def test_the_changelog_begins_with_this_version() -> None:
