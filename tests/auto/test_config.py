@@ -383,8 +383,8 @@ def test_truth_as_text() -> None:
 @pytest.mark.parametrize(
     ("value", "patterns"),
     [
-        *((value, ("*",)) for value in (True, "True", "yes", ["true"])),
-        *((value, ()) for value in (False, "False", "", None, [])),
+        *zip((True, "True", "yes", ["true"]), [("*",)] * 4),
+        *zip((False, "False", "", None, []), [()] * 5),
         (["head.*", "norm"], ("head.*", "norm")),
         ("head.*, norm", ("head.*", "norm")),
     ],
