@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from recorded import read_tensors
-from tiny_llama import ADAPTED, HUGGING_FACE_NAMES, weights, write_config, write_mindspore, write_pytorch
+from small_llama import ADAPTED, HUGGING_FACE_NAMES, weights, write_config, write_mindspore, write_pytorch
 
 from mindformers_ckpt.cli.main import cli
 from mindformers_ckpt.errors import CheckpointError

@@ -121,7 +121,7 @@ def random_bits(dtype: DType, shape: Iterable[int], generator: np.random.Generat
     elif dtype.itemsize == 16:
         bits = np.frombuffer(generator.bytes(16 * int(np.prod(shape))), dtype.carrier).reshape(shape)
     else:
-        bits = generator.integers(0, 1 << (8 * dtype.itemsize), shape, f"u{dtype.itemsize}")
+        bits = generator.integers(0, 1 << (8 * dtype.itemsize), shape, np.dtype(f"u{dtype.itemsize}").type)
     return Tensor(dtype, np.asarray(bits, dtype.carrier))
 
 

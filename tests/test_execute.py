@@ -28,7 +28,7 @@ from mindformers_ckpt.engine.copier import Copier, Done, Task, cut_into_tasks
 from mindformers_ckpt.engine.pool import copy_tasks
 from mindformers_ckpt.engine.sinks import FileSink
 from mindformers_ckpt.errors import CheckpointError, TransferError
-from mindformers_ckpt.execution import Run
+from mindformers_ckpt.execution import Options, Run
 from mindformers_ckpt.formats import TensorSpec, layout_file
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box
@@ -38,7 +38,7 @@ from mindformers_ckpt.planning.model import Place, Plan, Transfer
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.model import Strategy
-from mindformers_ckpt.transform import Options, transform
+from mindformers_ckpt.transform import transform
 
 TYPES = ("bool", "int16", "float16", "bfloat16", "float32", "int64", "float64", "float8_e4m3fn", "complex64")
 COMPLETE = Strategy.complete()
@@ -554,7 +554,8 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_execute import MP2, MP4, plan_from
 from mindformers_ckpt.engine import copier
-from mindformers_ckpt.transform import Options, transform
+from mindformers_ckpt.execution import Options
+from mindformers_ckpt.transform import transform
 copier._SMALLEST_TASK = 1
 if __name__ == "__main__":
     plan = plan_from(Path({source!r}), MP4, MP2)

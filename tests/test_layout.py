@@ -292,7 +292,8 @@ def test_several_axes_of_a_vector() -> None:
 
 def flattened(layout: Layout, shape: tuple[int, ...]) -> Layout:
     """A layout as a JSON strategy writes it: all axes of a dimension but the last become dimensions."""
-    mapping, flat = [], []
+    mapping: list[tuple[int, ...]] = []
+    flat: list[int] = []
     for axes, extent in zip(layout.tensor_map, shape):
         for axis in axes[:-1]:
             pieces = layout.device_matrix[len(layout.device_matrix) - 1 - axis]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,22 +22,23 @@ from mindformers_ckpt.sources.sampling import choose
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import transform
 
-Values = Mapping[str, np.ndarray]
+Array = np.ndarray[Any, Any]
+Values = Mapping[str, Array]
 RANKS = 4
 MESH = {"dp": 2, "mp": 2}
 WHOLE = Strategy.complete()
 
 
-def values(*shape: int, seed: int = 0) -> np.ndarray:
+def values(*shape: int, seed: int = 0) -> Array:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def noise(rank: int, *shape: int) -> np.ndarray:
+def noise(rank: int, *shape: int) -> Array:
     """Values that are a rank's own."""
     return values(*shape, seed=100 + rank)
 
 
-def tensor(array: np.ndarray) -> Tensor:
+def tensor(array: Array) -> Tensor:
     dtype = by_name(array.dtype.name)
     return Tensor(dtype, np.ascontiguousarray(array).view(dtype.carrier))
 
@@ -64,7 +66,7 @@ def embedding(rank: int) -> Values:
 
 
 NORM = np.random.default_rng(1).uniform(0.8, 1.2, 64).astype(np.float32)
-HEALTHY = {
+HEALTHY: dict[str, tuple[dict[str, Any], Callable[[int], Values], str]] = {
     "norms 1 % apart": (
         {"norm": VECTOR},
         lambda rank: {"norm": NORM * np.float32(1 + 0.01 * (rank == 1))},
@@ -130,7 +132,7 @@ def test_replicas_that_differ_by_nature(tmp_path: Path, case: str) -> None:
 EXPERT = values(16, 32)
 EP4 = {"ep": 4}
 EP2MP2 = {"ep": 2, "mp": 2}
-UPCYCLED = {
+UPCYCLED: dict[str, tuple[Layout, Callable[[int], Array]]] = {
     "several on every rank": (Layout.on(EP4, "ep", None, None), lambda rank: np.repeat(EXPERT[None], 2, 0)),
     "three on every rank": (Layout.on(EP4, "ep", None, None), lambda rank: np.repeat(EXPERT[None], 3, 0)),
     "one on every rank": (Layout.on(EP4, "ep", None, None), lambda rank: EXPERT[None]),
@@ -158,7 +160,7 @@ def alike(what: str) -> str:
     return f"{what} hold the same values of all"
 
 
-WRONG = {
+WRONG: dict[str, tuple[dict[str, Any], Callable[[int], Values], list[str]]] = {
     "one matrix of many is cut": (
         {"router": REPLICATED},
         lambda rank: {**embedding(rank), "router": values(16, 16)[8 * (rank % 2) :][:8]},

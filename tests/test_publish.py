@@ -16,6 +16,7 @@ from mindformers_ckpt.disk import files
 from mindformers_ckpt.engine import copier
 from mindformers_ckpt.engine.copier import Copier
 from mindformers_ckpt.errors import PlanError, PublishError, TransferError
+from mindformers_ckpt.execution import Options
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.planning.model import Plan
@@ -23,7 +24,7 @@ from mindformers_ckpt.publish import MANIFEST_FILE, Staging, read_manifest, read
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.model import Strategy
-from mindformers_ckpt.transform import Options, transform
+from mindformers_ckpt.transform import transform
 
 COMPLETE = Strategy.complete()
 MODEL = random_model({"w": (16, 8), "v": (16, 8), "u": (16, 8)})

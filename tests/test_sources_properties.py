@@ -20,7 +20,7 @@ import numpy as np
 from hypothesis import event, given
 from hypothesis import strategies as st
 from recorded import Tensor, read_tensors, write_tensors
-from tiny_llama import write_index, write_pytorch
+from small_llama import write_index, write_pytorch
 
 from mindformers_ckpt.convert.weights import read_weights
 from mindformers_ckpt.errors import CheckpointError
@@ -420,8 +420,8 @@ class Folder:
 def folders(draw: st.DrawFn) -> Folder:
     files = {}
     for name in draw(st.lists(st.sampled_from(FILES), max_size=4, unique=True)):
-        held = draw(st.sets(st.sampled_from(NAMES), min_size=1))
-        files[name] = Held(tuple(sorted(held)), draw(st.booleans()) or name.endswith(".ckpt"), draw(STATES))
+        drawn = draw(st.sets(st.sampled_from(NAMES), min_size=1))
+        files[name] = Held(tuple(sorted(drawn)), draw(st.booleans()) or name.endswith(".ckpt"), draw(STATES))
     if draw(st.booleans()):  # of which each tensor is in one file only, as in folders that are whole
         left = list(NAMES)
         for name, held in files.items():

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from entrances import ENTRANCES, Given, expected
-from tiny_llama import (
+from small_llama import (
     halves,
     hugging_face_weights,
     shards,

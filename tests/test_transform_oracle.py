@@ -36,7 +36,7 @@ from mindformers_ckpt.transform import transform
 
 # Source and target configuration. "dp1" is complete weights. Every configuration of which all ranks were
 # recorded occurs on both sides.
-PAIRS = """
+_PAIRS = """
 dp1 dp1mp4pp2
 dp1 dp2mp2pp2_json
 dp1 dp2mp4_kvrep_opt
@@ -87,7 +87,7 @@ dp2mp2pp2_json dp2mp4_infer
 dp2mp4_infer mp4_infer
 mp4_infer dp2mp4_infer
 """
-PAIRS = [tuple(line.split()) for line in PAIRS.split("\n") if line]
+PAIRS = [tuple(line.split()) for line in _PAIRS.split("\n") if line]
 
 # In no strategy: every rank holds them whole.
 REPLICATED = {"global_step": (), "loss_scale": (), "epoch_num": (1,), "overflow_flags": (3,)}

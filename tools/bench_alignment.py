@@ -1,4 +1,4 @@
-"""Measure how fast the system copies into and out of buffers that lie differently to their place in the file.
+"""Measure how fast the system copies into and out of buffers aligned differently from their place in the file.
 
     python tools/bench_alignment.py
 

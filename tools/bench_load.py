@@ -31,7 +31,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from bench_transform import ours, shapes, specs, strategy_argument, take_memory, write_complete, write_strategies
 
 RANKS = 4
-WAYS = {"MindSpore": {}, "hook, saved": {"auto_trans_save": True}, "hook, direct": {"auto_trans_save": False}}
+WAYS: dict[str, dict[str, Any]] = {
+    "MindSpore": {},
+    "hook, saved": {"auto_trans_save": True},
+    "hook, direct": {"auto_trans_save": False},
+}
 _PORT = 28640
 
 

@@ -150,9 +150,9 @@ def strategy_argument(folder: Path, strategy: str) -> str:
 
 
 def take_memory(wanted: int) -> None:
-    """Have free memory touched, just before something is measured that will need so many bytes.
+    """Have free memory touched, just before something is measured that will need this many bytes.
 
-    Many virtual machines hand free memory back to their host, and get it anew page by page when it is touched:
+    Many virtual machines hand free memory back to their host, and get it again page by page when it is touched:
     then the same copy takes three times as long, after a pause of a few seconds.
     """
     free = int(min(wanted, 0.9 * psutil.virtual_memory().free))
@@ -235,7 +235,7 @@ else:
 
 
 def incumbent(source: Path, src: str, target: Path, dst: str, way: object, format: str) -> list[str]:
-    """MindSpore's own tool: "all" ranks at once, or by rank for so many ranks."""
+    """MindSpore's own tool: "all" ranks at once, or by rank for the given number of ranks."""
     values = [str(source), None if src == "None" else src, str(target), None if dst == "None" else dst, way, format]
     return [sys.executable, "-c", _MINDSPORE, json.dumps(values)]
 

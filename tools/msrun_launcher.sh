@@ -74,7 +74,7 @@ ORDER=()
 while IFS= read -r -d '' word; do
     ORDER+=("$word")
 done < <(xargs --no-run-if-empty printf '%s\0' <<<"$1")
-wait $! || fail "the first argument is no command line: $1"
+wait $! || fail "the first argument is not a valid command line: $1"
 ((${#ORDER[@]})) || fail "the first argument is the script to run with its arguments, not '$1'"
 # "run_mindformer.py ...", as in MindFormers' own folder, means the script beside this one.
 TOOLS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -82,7 +82,7 @@ class Finding(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether the difference is allowed; a loss that is no number never is."""
+        """Whether the difference is allowed; a loss that is not a number never is."""
         return self.difference <= self.allowed
 
 
@@ -249,7 +249,7 @@ def failing_log(folder: Path) -> str:
 
 
 def relative_difference(value: float | None, expected: float) -> float:
-    """Return |value - expected| / |expected|; infinite when there is no value."""
+    """Return |value - expected| / |expected|; infinite when the value is missing."""
     if value is None or value != value:
         return float("inf")
     return abs(value - expected) / abs(expected)

@@ -35,7 +35,7 @@ TEXT
 if [[ -x $VENV/bin/python ]]; then
     check_python "$VENV/bin/python"
 else
-    command -v "$PYTHON" >/dev/null || fail "there is no $PYTHON here; set PYTHON to a Python 3.10, 3.11 or 3.12"
+    command -v "$PYTHON" >/dev/null || fail "$PYTHON was not found; set PYTHON to a Python 3.10, 3.11 or 3.12"
     check_python "$PYTHON"
     echo "Making the virtual environment $VENV"
     if "$PYTHON" -c 'import ensurepip' 2>/dev/null; then

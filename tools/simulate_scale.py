@@ -2,7 +2,7 @@
 
     python tools/simulate_scale.py                       # 2048 ranks (pipeline 16) -> 1024 ranks (pipeline 8)
     python tools/simulate_scale.py --table               # 64 … 4096 source ranks, half as many targets
-    python tools/simulate_scale.py --merge 4096          # merging so many strategy files
+    python tools/simulate_scale.py --merge 4096          # merging this many strategy files
 
 The files are sparse: their headers are real, their contents are holes. Nothing is copied; what is measured
 is opening the source, the plan of one target rank, the whole plan, and memory.
@@ -125,7 +125,7 @@ def write_source(folder: Path, strategy: Strategy) -> None:
 
 
 def mesh_of(ranks: int, stages: int) -> Mesh:
-    """A mesh of so many ranks, model parallel 8 at the most."""
+    """A mesh of this many ranks, model parallel at most 8."""
     mp = min(8, ranks // stages)
     return Mesh(ranks // stages // mp, mp, stages)
 
@@ -180,7 +180,7 @@ def merge(folder: Path, count: int) -> str:
 @click.command()
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("output/scale"), show_default=True)
 @click.option("--table", is_flag=True, help="A row for 64, 128, … 4096 source ranks.")
-@click.option("--merge", "merged", type=int, help="Merge so many strategy files instead.")
+@click.option("--merge", "merged", type=int, help="Merge this many strategy files instead.")
 @click.option("--row", nargs=4, type=int, help="Source ranks and stages, target ranks and stages.")
 def main(folder: Path, table: bool, merged: int | None, row: tuple[int, int, int, int] | None) -> None:
     """Simulate, and print a table."""

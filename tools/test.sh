@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Install what the tests need into a virtual environment and run them all: lint, types, tests.
+# Install what the tests need into a virtual environment and run them all: lint, types, tests; then the core on the
+# other versions of Python, with the lowest versions of what we need (tools/test_versions.sh).
 #   bash tools/test.sh [pytest arguments]
-# VENV names the environment (.venv-test; made when it is missing), PYTHON the interpreter to make it with (python3).
+# With arguments, only pytest runs. VENV names the environment (.venv-test; made when it is missing), PYTHON the
+# interpreter to make it with (python3).
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=${VENV:-.venv-test}
-PYTHON=${PYTHON:-python3}
-export PYTHONDONTWRITEBYTECODE=1
-
-[[ -x $VENV/bin/python ]] || "$PYTHON" -m venv "$VENV"
+source tools/environment.sh
+make_environment
 echo "Installing the project, MindSpore and the test tools into $VENV"
-"$VENV/bin/python" -m pip install --disable-pip-version-check --quiet --editable '.[mindspore,test]'
+pip --editable '.[mindspore,test]'
 
 PATH=$PWD/$VENV/bin:$PATH
 ruff check .
@@ -19,6 +19,9 @@ ruff format --check --quiet .
 mypy
 # Warnings are errors (pyproject.toml). The default suite leaves out what is marked slow.
 if (($#)); then
-    exec python -m pytest "$@"
+    run_pytest "$@"
+    exit
 fi
-exec python -m pytest -m "not slow"
+run_pytest -m "not slow"
+# SKIP_VERSIONS=1: where they have a run of their own. Coverage is counted where the frameworks are.
+[[ -n ${SKIP_VERSIONS:-}${COVERAGE:-} ]] || bash tools/test_versions.sh

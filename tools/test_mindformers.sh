@@ -6,14 +6,11 @@ set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=${VENV:-.venv-mindformers}
-PYTHON=${PYTHON:-python3}
-export PYTHONDONTWRITEBYTECODE=1
-
-[[ -x $VENV/bin/python ]] || "$PYTHON" -m venv "$VENV"
+source tools/environment.sh
+make_environment
 echo "Installing MindFormers, the project and pytest into $VENV"
 # The bounds of datasets, opencv and pandas follow from those of MindFormers; pip would find them by downloading.
-"$VENV/bin/python" -m pip install --disable-pip-version-check --quiet --editable . \
-    mindformers==1.7.0 'datasets<4.1' 'opencv-python-headless<4.12' 'pandas<3' \
+pip --editable . mindformers==1.7.0 'datasets<4.1' 'opencv-python-headless<4.12' 'pandas<3' \
     'hypothesis>=6.90' 'pytest>=8' 'pytest-timeout>=2.3'
 
-exec "$VENV/bin/python" -m pytest tests/mindformers "$@"
+run_pytest tests/mindformers "$@"

@@ -77,9 +77,9 @@ def hull(boxes: Sequence[Box]) -> Box:
 
 
 def are_disjoint(boxes: Sequence[Box]) -> bool:
-    """Whether no element lies in two of the boxes.
+    """Whether the boxes are disjoint: no element is in two of them.
 
-    Sweeps along the dimension with the most distinct starts, where few boxes lie side by side.
+    Sweeps along the dimension with the most distinct starts, where few boxes are side by side.
     """
     if not boxes or not boxes[0].start:
         return len(boxes) < 2
@@ -94,7 +94,7 @@ def are_disjoint(boxes: Sequence[Box]) -> bool:
 
 
 def covered_volume(box: Box, disjoint: Sequence[Box]) -> int:
-    """How many elements of `box` lie in the given boxes, which must be disjoint."""
+    """How many elements of `box` are in the given boxes, which must be disjoint."""
     parts = (box.intersect(other) for other in disjoint)
     return sum(part.volume for part in parts if part is not None)
 

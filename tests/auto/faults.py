@@ -83,8 +83,8 @@ def arm(fault: str, config: Config) -> None:
     elif fault == "merge":
         before(hook_module, "merge_strategies", kill)
     elif fault == "transform":
-        copy = execution.copy_tasks  # between two blocks, with the workers of the pool at work
-        execution.copy_tasks = lambda *arguments, **options: copy(*arguments, **{**options, "check": kill})
+        copy = execution.copy_tasks  # type: ignore[attr-defined]  # between two blocks, with the workers of the pool at work
+        execution.copy_tasks = lambda *a, **k: copy(*a, **{**k, "check": kill})  # type: ignore[attr-defined]
     elif fault in ("wait", "hang"):
         action = kill if fault == "wait" else lambda: time.sleep(120)
         before(Cluster, "barrier", at_step("transformed", action))
@@ -95,8 +95,8 @@ def arm(fault: str, config: Config) -> None:
     elif fault == "keep":
         before(OutputDir, "keep", kill)
     elif fault == "worker":
-        copy = execution.copy_tasks
-        execution.copy_tasks = lambda *arguments, **options: copy(*arguments, **{**options, "check": kill_a_worker})
+        copy = execution.copy_tasks  # type: ignore[attr-defined]
+        execution.copy_tasks = lambda *a, **k: copy(*a, **{**k, "check": kill_a_worker})  # type: ignore[attr-defined]
     elif fault == "source vanishes":
         gone = Path(config.load_checkpoint) / "rank_5"
         before(execution, "copy_tasks", lambda *arguments, **options: gone.rename(gone.with_name("gone")))

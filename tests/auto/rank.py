@@ -14,7 +14,7 @@ import json
 import shutil
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +33,25 @@ def digests(tensors: Iterator[Any]) -> dict[str, str]:
     return {spec.name: hashlib.blake2b(content.tobytes(), digest_size=8).hexdigest() for spec, content in tensors}
 
 
+def check_fit(cells: object, loaded: object, advice: str, lacking: Sequence[str] = ()) -> None:
+    weights.raise_unfit((), (), lacking, advice)
+
+
 def main(job: dict[str, Any]) -> int:
     stand_in = types.ModuleType("mindspore")
     stand_in.set_auto_parallel_context = lambda **keys: None  # type: ignore[attr-defined]
     stand_in.get_auto_parallel_context = lambda key: None  # type: ignore[attr-defined]
     sys.modules["mindspore"] = stand_in
     config = Config.from_mapping(job["config"])
-    weights.tensors_of = digests
+    weights.tensors_of = digests  # type: ignore[assignment]
     names = job.get("names", ())
     weights.wanted_names = lambda cells: set(names)
     weights.own_shapes = lambda cells: dict.fromkeys(names, ())
     weights.are_cut = weights.shares_stages = lambda cells: False
     weights.shape_faults = lambda found, own: []
-    weights.check_fit = lambda cells, loaded, advice, lacking: weights.raise_unfit((), (), lacking, advice)
+    weights.check_fit = check_fit
     weights.check_loaded = lambda cells, loaded: None
-    weights.load_into = lambda cells, loaded: loaded
+    weights.load_into = lambda cells, loaded: dict(loaded)
     live.compiled_layouts = lambda cells, shapes: {}
     if job.get("fault"):
         arm(job["fault"], config)

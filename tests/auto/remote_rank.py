@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 import time
 
@@ -10,7 +11,7 @@ import rank
 from faults import arm as arm_others
 from faults import at_step, before, kill
 
-from mindformers_ckpt.job import shared_disk, transfers
+from mindformers_ckpt.job import shared_disk
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.job.modelarts import Exchange
@@ -28,7 +29,7 @@ def arm(fault: str, config: Config) -> None:
 
 
 if __name__ == "__main__":
-    transfers.random.uniform = lambda low, high: 0.02  # a fiftieth of the pauses between attempts
+    random.uniform = lambda a, b: 0.02  # a fiftieth of the pauses between attempts
     shared_disk._PROBE_PATIENCE = 0.2  # these nodes' disks have no cache that shows a file late
-    rank.arm = arm
+    rank.arm = arm  # type: ignore[attr-defined]
     sys.exit(rank.main(json.loads(sys.argv[1])))

@@ -116,7 +116,7 @@ def test_redundancy_was_removed_when_it_was_saved(tmp_path: Path, auto: bool) ->
     first = run(tmp_path, "plain", load_checkpoint=write(tmp_path / "w.ckpt", WEIGHTS), auto_trans_ckpt=True)
     assert first[0] == [0, 0]
     (tmp_path / "output" / "strategy").rename(tmp_path / "strategy")
-    keys = {"load_checkpoint": tmp_path / "ck", "src_strategy_path_or_dir": tmp_path / "strategy"}
+    keys: dict[str, Any] = {"load_checkpoint": tmp_path / "ck", "src_strategy_path_or_dir": tmp_path / "strategy"}
     codes, said, log = run(tmp_path, "plain", auto_trans_ckpt=auto, **keys)
     assert codes == [0, 0], said
     assert_holds(said, {**WEIGHTS, **STATES}, log)
@@ -124,7 +124,7 @@ def test_redundancy_was_removed_when_it_was_saved(tmp_path: Path, auto: bool) ->
 
 
 def test_a_dry_run_gives_the_strategy_of_its_rank(tmp_path: Path) -> None:
-    keys = {"only_save_strategy": True, "load_checkpoint": "/nowhere"}
+    keys: dict[str, Any] = {"only_save_strategy": True, "load_checkpoint": "/nowhere"}
     codes, _, log = run(tmp_path, "dry run", **keys)
     assert codes == [0], log
     file = tmp_path / "output" / "strategy" / "ckpt_strategy_rank_1.ckpt"

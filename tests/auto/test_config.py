@@ -291,7 +291,7 @@ def test_a_large_value_is_told_in_a_line() -> None:
 
 
 def test_other_keys_of_a_training_yaml_are_left_alone() -> None:
-    others = {
+    others: dict[Any, Any] = {
         "seed": 0,
         "runner_config": {"epochs": 2},
         "trainer": {"type": "CausalLanguageModelingTrainer"},
@@ -383,8 +383,8 @@ def test_truth_as_text() -> None:
 @pytest.mark.parametrize(
     ("value", "patterns"),
     [
-        *((value, ("*",)) for value in (True, "True", "yes", ["true"])),
-        *((value, ()) for value in (False, "False", "", None, [])),
+        *zip((True, "True", "yes", ["true"]), [("*",)] * 4),
+        *zip((False, "False", "", None, []), [()] * 5),
         (["head.*", "norm"], ("head.*", "norm")),
         ("head.*, norm", ("head.*", "norm")),
     ],

@@ -453,7 +453,6 @@ def test_only_save_strategy_stops_with_success(
 def alone(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A parallel job of 4 ranks as one of them sees it; the others are taken to do the same."""
     from mindformers_ckpt.job.cluster.cluster import Cluster
-    from mindformers_ckpt.ms import hook as module
 
     class Alone(Cluster):
         def gather(self, step: str, value: object = None) -> list[Any]:
@@ -463,7 +462,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Any:
         def from_environment(timeout: float, env: object, folder: Path) -> Cluster:
             return Alone(rank, 4, ("node",) * 4, timeout, None)
 
-        monkeypatch.setattr(module.Cluster, "from_environment", staticmethod(from_environment))
+        monkeypatch.setattr(Cluster, "from_environment", staticmethod(from_environment))
 
     yield join
     mindspore.reset_auto_parallel_context()

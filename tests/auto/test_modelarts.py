@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import test_ranks
-from recorded import read_ranks, recorded
+from recorded import read_ranks, recorded, slices_of, write_ranks, write_tensors
 from s3_server import BUCKET, Fault, FlakyProxy, environment, s3_server
 from test_ranks import Source, assert_loaded, expected, old_results, results, run, source  # noqa: F401
 
@@ -164,7 +164,7 @@ def test_no_pipeline_and_complete_weights(
     config = recorded("mp4_infer")
     tensors = test_ranks.model_of(config)
     for disk in folders.values():
-        test_ranks.write_tensors(disk / "whole.safetensors", tensors)
+        write_tensors(disk / "whole.safetensors", tensors)
     wanted = {"load_checkpoint": "whole.safetensors", "src_strategy_path_or_dir": "", "run_mode": "predict"}
     about = {"live": "mp4_infer", "names": list(tensors)}
     outcomes = run(keys(source, url, **wanted), nodes=TWO_NODES, folders=folders, **about).outcomes()
@@ -180,9 +180,9 @@ def test_equal_strategies_leave_nothing_in_the_storage(
 ) -> None:
     config = recorded(TARGET)
     tensors = test_ranks.model_of(config)
-    parts = test_ranks.slices_of(config, tensors, replicated=("global_step",))
+    parts = slices_of(config, tensors, replicated=("global_step",))
     for disk in folders.values():
-        test_ranks.write_ranks(disk / "same", parts)
+        write_ranks(disk / "same", parts)
     wanted = {"load_checkpoint": "same", "src_strategy_path_or_dir": config.folder}
     outcomes = run(keys(source, url, **wanted), nodes=TWO_NODES, folders=folders).outcomes()
     assert_loaded(outcomes, expected(TARGET, tensors))
@@ -286,7 +286,7 @@ def test_other_source_on_a_node(run: Any, source: Source, url: str, folders: dic
     other = test_ranks.model_of(recorded("dp2mp2pp2"))
     del other["global_step"]
     shutil.rmtree(folders["beta"] / "llama")
-    test_ranks.write_ranks(folders["beta"] / "llama", test_ranks.slices_of(recorded("dp2mp2pp2"), other))
+    write_ranks(folders["beta"] / "llama", slices_of(recorded("dp2mp2pp2"), other))
     outcomes = run(keys(source, url), nodes=TWO_NODES, folders=folders).outcomes()
     assert_failed(outcomes, "node_1: other source files or strategies than on node_0")
     assert_untouched(folders)

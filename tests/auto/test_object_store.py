@@ -92,7 +92,8 @@ def moxing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(params=["s3", "moxing"])
 def store(request: pytest.FixtureRequest) -> ObjectStore:
     if request.param == "s3":
-        return request.getfixturevalue("s3")
+        found: ObjectStore = request.getfixturevalue("s3")
+        return found
     request.getfixturevalue("moxing")
     return MoxingStore("obs://bucket/folder")
 

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from mindformers_ckpt.errors import ConfigError, PublishError
-from mindformers_ckpt.job import output_dir as module
 from mindformers_ckpt.job.output_dir import OutputDir
 
 ROOT = Path(__file__).parents[2]
@@ -343,11 +342,11 @@ def test_killed_at_any_file_operation(root: Path, monkeypatch: pytest.MonkeyPatc
     operations = FileOperations(allowed)
     output = OutputDir(root)
     with monkeypatch.context() as patch, contextlib.suppress(KilledError):
-        patch.setattr(module.os, "rename", operations.patched(RENAME))
+        patch.setattr(os, "rename", operations.patched(RENAME))
         for name in ("rmdir", "mkdir"):
             patch.setattr(Path, name, operations.patched(getattr(Path, name)))
-        patch.setattr(module.shutil, "rmtree", operations.rmtree)
-        patch.setattr(module.shutil, "copytree", operations.patched(shutil.copytree))
+        patch.setattr(shutil, "rmtree", operations.rmtree)
+        patch.setattr(shutil, "copytree", operations.patched(shutil.copytree))
         output.clear()
         write_strategy(output)
         if ends == "keep":
@@ -382,7 +381,7 @@ def test_a_disk_without_locks_is_used_with_a_warning(
         raise NotImplementedError
 
     before = tree(root)
-    monkeypatch.setattr(module.FileLock, "acquire", refuse)
+    monkeypatch.setattr("mindformers_ckpt.job.output_dir.FileLock.acquire", refuse)
     output = OutputDir(root)
     output.clear()
     assert "disk without file locks" in caplog.text

@@ -67,7 +67,12 @@ def test_each_rank_lists_its_own_folder_alone(tmp_path: Path, monkeypatch: pytes
     root = saved(tmp_path / "ck", STEPS)
     listed: list[str] = []
     scandir = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: (listed.append(str(path)), scandir(path))[1])
+
+    def counted(path: Any) -> Any:
+        listed.append(str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", counted)
     chosen(root, 3)
     in_root = [path for path in listed if path.startswith(str(root))]
     assert sorted(in_root) == [str(root / f"rank_{rank}") for rank in range(3)]

@@ -64,7 +64,7 @@ class Job:
                 "MINDFORMERS_CKPT_NODE": nodes[rank],
                 "JOB_MARK": self.mark,
             }
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
             command = [sys.executable, str(PROGRAM), json.dumps(job, default=str)]
             folder = folders.get(nodes[rank], ROOT)
             self.processes.append(subprocess.Popen(command, env=environment, cwd=folder, text=True, **pipes))
@@ -321,7 +321,7 @@ def test_the_first_start_of_a_job_that_resumes(run: Any, tmp_path: Path) -> None
 @pytest.mark.parametrize("kind", ["complete", "sharded"])
 def test_data_parallel_only(run: Any, source: Source, tmp_path: Path, kind: str) -> None:
     """MindSpore saves no strategy then: every rank takes the complete weights."""
-    keys = source.keys if kind == "sharded" else {"auto_trans_ckpt": True}
+    keys: dict[str, Any] = source.keys if kind == "sharded" else {"auto_trans_ckpt": True}
     if kind == "complete":
         keys["load_checkpoint"] = write_tensors(tmp_path / "llama.ckpt", source.tensors)
     outcomes = run({**keys, "output_dir": tmp_path / "output"}, ranks=2, live=None).outcomes()

@@ -364,7 +364,7 @@ with ThreadPoolExecutor(2) as pool:
 
 
 def test_strangers_that_use_up_the_open_files(tmp_path: Path) -> None:
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, "-c", LIMITED], text=True, cwd=ROOT, **pipes)
     assert process.stdout is not None
     port = int(process.stdout.readline())

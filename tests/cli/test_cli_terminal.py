@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 from toy import command, environment
 
-from mindformers_ckpt import progress as lines
 from mindformers_ckpt.cli import progress
 
 HEAVY = {"numpy", "mindspore", "rich", "psutil", "yaml", "ml_dtypes", "xxhash", "safetensors"}
@@ -69,7 +68,7 @@ def test_colours_on_a_terminal_only(toy: Path) -> None:
 def test_lines_in_a_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A line every five seconds: what is done, the rate, the time left."""
     clock = iter([0.0, 1.0, 6.0, 7.0, 12.0])
-    monkeypatch.setattr(lines.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr("mindformers_ckpt.progress.time.monotonic", lambda: next(clock))
     with progress.show_progress("transform") as update:
         assert update is not None
         for done in (1, 6, 7, 12):

@@ -12,7 +12,7 @@ import pytest
 
 from mindformers_ckpt.convert.run import Request, convert
 from mindformers_ckpt.errors import CheckpointError, ConfigError, FormatError, PlanError, PublishError
-from mindformers_ckpt.transform import Options
+from mindformers_ckpt.execution import Options
 
 
 def llama(tmp_path: Path, **changes: Any) -> Path:

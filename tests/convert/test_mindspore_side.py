@@ -31,9 +31,9 @@ def test_query_key_value_stand_group_by_group(tmp_path: Path) -> None:
     """2 groups of 2 heads of 4: rows q0 q1 k0 v0, then q2 q3 k1 v1; the bias in the same order."""
     tensors = hf.random_tensors(hf.llama_shapes(bias=True))
     layer = "model.layers.1.self_attn."
-    for name, rows, first in (("q", 16, 0), ("k", 8, 100), ("v", 8, 200)):
-        tensors[f"{layer}{name}_proj.weight"] = numbered((rows,), first)[:, None] + np.zeros((1, 8), np.float32)
-        tensors[f"{layer}{name}_proj.bias"] = numbered((rows,), first)
+    for name, count, first in (("q", 16, 0), ("k", 8, 100), ("v", 8, 200)):
+        tensors[f"{layer}{name}_proj.weight"] = numbered((count,), first)[:, None] + np.zeros((1, 8), np.float32)
+        tensors[f"{layer}{name}_proj.bias"] = numbered((count,), first)
     rows = [*range(8), 100, 101, 102, 103, 200, 201, 202, 203]
     rows += [*range(8, 16), 104, 105, 106, 107, 204, 205, 206, 207]
     for words, name in (
@@ -160,7 +160,7 @@ def glm_tensors(layout: str) -> dict[str, Any]:
 def test_glm_settings_of_query_key_value(layout: str, concat: bool, rearranged: bool, tmp_path: Path) -> None:
     tensors = glm_tensors(layout)
     config = hf.CHATGLM_CONFIG if layout == "chatglm" else hf.decoder_config(model_type="glm", attention_bias=True)
-    words = {"qkv_concat": concat, "use_rearrange_rope": rearranged}
+    words: dict[str, Any] = {"qkv_concat": concat, "use_rearrange_rope": rearranged}
     found = converted(tmp_path, "glm-n", tensors, config, **words)
     query: list[int] = list(range(16))
     key, value = list(range(100, 108)), list(range(200, 208))

@@ -14,8 +14,8 @@ from mindformers_ckpt.errors import CheckpointError, ConfigError
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.strategy.model import Strategy
 
-CONTIGUOUS = {"use_contiguous_weight_layout_attention": True}
-HALVES = {"use_interleaved_weight_layout_mlp": False}
+CONTIGUOUS: dict[str, Any] = {"use_contiguous_weight_layout_attention": True}
+HALVES: dict[str, Any] = {"use_interleaved_weight_layout_mlp": False}
 LLAMA = hf.random_tensors(hf.llama_shapes())
 MIXTRAL = hf.random_tensors(hf.mixtral_shapes(12))
 MIXTRAL_CONFIG = hf.decoder_config(model_type="mixtral", num_hidden_layers=1, num_local_experts=12)
@@ -53,7 +53,7 @@ def test_contiguous_rows_and_halves(
     hf.assert_equal(hf.read_folder(tmp_path / "back"), tensors)
     assert back.naming.endswith("+use_contiguous_weight_layout_attention+no_use_interleaved_weight_layout_mlp")
     with pytest.raises(ConfigError, match="the options say"):
-        other = {"use_contiguous_weight_layout_attention": False}
+        other: dict[str, Any] = {"use_contiguous_weight_layout_attention": False}
         convert(Request(None, weights, True, hf_config=source, **other), tmp_path / "other")
 
 
@@ -63,7 +63,8 @@ def test_reversing_asks_where_two_layouts_have_one_name(tmp_path: Path) -> None:
     for words in ({**CONTIGUOUS, **HALVES}, {key: not value for key, value in {**CONTIGUOUS, **HALVES}.items()}):
         weights = tmp_path / f"{words['use_contiguous_weight_layout_attention']}.ckpt"
         convert(Request("llama", source, qkv_concat=True, **words), weights)
-        for asked in ({}, {"qkv_concat": True}, {"qkv_concat": True, **CONTIGUOUS}):
+        wrong: list[dict[str, Any]] = [{}, {"qkv_concat": True}, {"qkv_concat": True, **CONTIGUOUS}]
+        for asked in wrong:
             with pytest.raises(ConfigError, match=r"MindFormers 1\.4 and later .* 1\.3 and before"):
                 convert(Request("llama", weights, True, hf_config=source, **asked), tmp_path / "asked")
         convert(Request("llama", weights, True, hf_config=source, **words), tmp_path / weights.stem)

@@ -60,7 +60,7 @@ class Pickler(pickle.Pickler):
 
     def reducer_override(self, value: object) -> Any:
         if isinstance(value, Fake):
-            rebuild = sys.modules["torch._utils"]._rebuild_tensor_v2  # type: ignore[attr-defined]
+            rebuild = sys.modules["torch._utils"]._rebuild_tensor_v2
             hooks: Any = collections.OrderedDict()
             return rebuild, (Reference(value), value.first, value.array.shape, value.stride, False, hooks)
         return NotImplemented

@@ -161,7 +161,7 @@ def test_there_and_back(name: str, naming: str, tmp_path: Path) -> None:
     original, back = tmp_path / "original", tmp_path / "back"
     class_name = save_model(name, original)
     model = MODELS[name][0]
-    words = {"naming": naming.partition("+")[0], "qkv_concat": "+" in naming or None}
+    words: dict[str, Any] = {"naming": naming.partition("+")[0], "qkv_concat": "+" in naming or None}
     convert(Request(model, original, **words), tmp_path / "weights.ckpt")
     convert(
         Request(model, tmp_path / "weights.ckpt", reverse=True, hf_config=original, **words),

@@ -34,7 +34,7 @@ def save(path: Path, tensors: dict[str, Any], **options: Any) -> Path:
 
 
 @pytest.fixture
-def rewrite(write_file: Any, read_content: Any) -> Callable[[Path], Path]:
+def rewrite(write_file: Callable[..., Path], read_content: Any) -> Callable[[Path], Path]:
     """Write what a file holds with our own layout, in a new file."""
 
     def write(path: Path) -> Path:

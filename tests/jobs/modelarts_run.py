@@ -20,6 +20,6 @@ if __name__ == "__main__":
     disk.mkdir(parents=True, exist_ok=True)
     os.chdir(disk)
     given = sys.argv[1:]
-    CheckpointHook.from_yaml = lambda config, overrides: CheckpointHook.from_args(given, config)  # type: ignore[method-assign]
+    CheckpointHook.from_yaml = lambda config, overrides: CheckpointHook.from_args(given, config)  # type: ignore[assignment, method-assign, misc]
     sys.argv = [sys.argv[0], *(word for word in given if "=" not in word)]
     sys.exit(main())

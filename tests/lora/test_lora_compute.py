@@ -38,8 +38,8 @@ def test_an_element_does_not_depend_on_the_part(part: Box, rank: int, name: str)
     halves: list[Any] = [random.standard_normal(shape).astype(np.float32) for shape in ((ROWS, rank), (rank, COLUMNS))]
     factors = [Factor(single, half.shape, half.shape, ()) for half in halves]
     tiles = (UP_TILE, DOWN_TILE)
-    padded = [factor_values(half.view(np.uint32), *rest) for half, *rest in zip(halves, factors, tiles)]
-    task = Merge(dtype, *factors, 1 / 3)
+    padded = [factor_values(half.view(np.uint32), *one) for half, one in zip(halves, zip(factors, tiles))]
+    task = Merge(dtype, factors[0], factors[1], 1 / 3)
     bits = (random.standard_normal((ROWS, COLUMNS)).astype(np.float32).view(np.uint32)).astype(dtype.carrier)
     if name == "bfloat16":
         bits = (random.standard_normal((ROWS, COLUMNS)).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)

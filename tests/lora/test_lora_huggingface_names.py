@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def merged_then_converted(base: Path, adapter: Path, folder: Path, request: Requ
 @pytest.mark.parametrize("naming", ["legacy", "mcore", "legacy+qkv_concat"])
 def test_over_converted_weights(naming: str, modules: list[str], base: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", modules)
-    words = {"naming": naming.partition("+")[0], "qkv_concat": "+" in naming, "hf_config": base}
+    words: dict[str, Any] = {"naming": naming.partition("+")[0], "qkv_concat": "+" in naming, "hf_config": base}
     expected = merged_then_converted(base, adapter, tmp_path, Request("llama", tmp_path / "first", **words))
     convert(Request("llama", base, **words), tmp_path / "base.ckpt")
     unchanged = read_tensors(tmp_path / "base.ckpt")

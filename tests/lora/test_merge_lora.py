@@ -46,14 +46,14 @@ SPELLINGS = [
 ]
 
 
-def merge(*arguments: str | Path, code: int = 0) -> str:
+def merge(*arguments: str | Path | float, code: int = 0) -> str:
     """Run the command; what it prints, errors included."""
     result = CliRunner().invoke(cli, ["merge-lora", *map(str, arguments)])
     assert result.exit_code == code, result.output
     return result.output
 
 
-def merged_file(folder: Path, *arguments: str | Path) -> dict[str, Any]:
+def merged_file(folder: Path, *arguments: str | Path | float) -> dict[str, Any]:
     """Merge into a folder of one file, and read that."""
     merge("--dst_ckpt_dir", folder, *arguments)
     (path,) = (folder / "rank_0").iterdir()

@@ -192,7 +192,7 @@ def test_a_model_that_is_still_wrapped(settings: dict[str, Any], prefix: str, tm
         assert torch.allclose(found[name], weight, rtol=1e-5, atol=1e-6), name
 
 
-REFUSED = {
+REFUSED: dict[str, dict[str, Any]] = {
     "use_dora (DoRA)": {"use_dora": True},
     "bias 'lora_only'": {"bias": "lora_only"},
     "bias 'all'": {"bias": "all"},

@@ -12,17 +12,17 @@ from mindformers_ckpt import CheckpointHook, Layout
 from mindformers_ckpt.job.config import Config
 
 
-class Network(nn.Cell):
+class Network(nn.Cell):  # type: ignore[misc]
     """The parts of one of two ranks."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.emb = ms.Parameter(ms.Tensor(np.zeros((4, 6), np.float32), ms.bfloat16), name="emb")
         self.wq = ms.Parameter(ms.Tensor(np.zeros((8, 3), np.float32)), name="wq")
         self.norm = ms.Parameter(ms.Tensor(np.zeros(6, np.float32)), name="norm")
 
 
-def main():
+def main() -> None:
     config, folder = sys.argv[1:]
     ms.set_device("CPU")
     hook = CheckpointHook(Config.from_mapping(json.loads(config)))

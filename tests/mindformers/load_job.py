@@ -8,6 +8,7 @@ tell what the rank was told.
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -16,23 +17,23 @@ from mindformers.trainer.utils import transform_and_load_checkpoint
 from mindspore.communication import get_rank, init
 
 
-class Network(ms.nn.Cell):
+class Network(ms.nn.Cell):  # type: ignore[misc]
     """The parts of one of two ranks."""
 
-    def __init__(self, shapes, types):
+    def __init__(self, shapes: dict[str, tuple[int, ...]], types: dict[str, Any]) -> None:
         super().__init__()
         for name, shape in shapes.items():
             setattr(self, name, ms.Parameter(ms.ops.zeros(shape, types[name]), name=name))
 
 
-def main():
+def main() -> None:
     source, damaged, folder = sys.argv[1:]
     ms.set_device("CPU")
     init()
     rank = get_rank()
     held = ms.load_checkpoint(source)
     types = {name: parameter.dtype for name, parameter in held.items()}
-    config = {
+    config: dict[str, Any] = {
         "load_checkpoint": source,
         "src_strategy_path_or_dir": "",
         "auto_trans_ckpt": True,
@@ -58,7 +59,7 @@ def main():
     fails(config, network, Path(folder, f"lost_{rank}.txt"))
 
 
-def fails(config, network, note):
+def fails(config: dict[str, Any], network: Network, note: Path) -> None:
     """Load, and note the error that comes."""
     try:
         transform_and_load_checkpoint(MindFormerConfig(**config), None, network, None)

@@ -22,7 +22,7 @@ from recorded import Tensor, assert_same, random_model, read_tensors, recorded, 
 from mindformers_ckpt import mindformers as replacement
 from mindformers_ckpt.errors import ConfigError, PlanError, PublishError
 from mindformers_ckpt.geometry.layout import Layout
-from mindformers_ckpt.run import main
+from mindformers_ckpt.integrations.launch import main
 from mindformers_ckpt.strategy.files import rank_file_name, read_strategy, write_strategy
 
 try:
@@ -46,7 +46,8 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     mindspore.set_device("CPU")
     from mindformers.tools.ckpt_transform import transform_checkpoint
 
-    return transform_checkpoint
+    found: ModuleType = transform_checkpoint
+    return found
 
 
 @pytest.fixture
@@ -402,7 +403,7 @@ def network_of(tensors: Mapping[str, Tensor]) -> Any:
     """A network whose parameters have these names, types and shapes, all zero."""
     import mindspore as ms
 
-    class Network(ms.nn.Cell):  # type: ignore[misc, name-defined]
+    class Network(ms.nn.Cell):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             for number, (name, tensor) in enumerate(tensors.items()):

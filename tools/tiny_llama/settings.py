@@ -110,7 +110,7 @@ class Settings:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a training yaml into a dict; SettingsError if it is missing or is no mapping."""
+    """Read a training yaml into a dict; SettingsError if it is missing or is not a mapping."""
     if not path.is_file():
         raise SettingsError(f"--config {path}: no such file (paths count from {Path.cwd()})")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -145,7 +145,7 @@ def merge(content: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str,
         if rest:
             inner = merged.get(section) or {}
             if not isinstance(inner, Mapping):
-                raise SettingsError(f"--{key}: {section} is no section of the yaml")
+                raise SettingsError(f"--{key}: the yaml has no section {section}")
             merged[section] = merge(inner, {rest: value})
         else:
             merged[section] = value

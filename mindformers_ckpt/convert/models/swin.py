@@ -1,5 +1,7 @@
 """Swin Transformer: Microsoft's files, of pre-training (SimMIM) or fine-tuned, and those of transformers."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Mapping, Sequence
 

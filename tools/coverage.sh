@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Measure which lines and branches of the package the tests execute, in all their environments, and hold the floor.
+#   bash tools/coverage.sh
+# Processes that tests start are counted. The floor is `fail_under` in pyproject.toml.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+rm -f .coverage .coverage.*
+export COVERAGE=1
+bash tools/test.sh
+bash tools/test_transformers.sh
+bash tools/test_mindformers.sh
+.venv-test/bin/python -m coverage combine --quiet
+.venv-test/bin/python -m coverage report
