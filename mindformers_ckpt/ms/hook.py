@@ -130,7 +130,6 @@ class CheckpointHook:
         network that a checkpoint of this model should have, and that is not in it, is an error unless `allow_missing`
         names it. With `only_save_strategy` the strategy is completed and the process exits with 0.
         """
-        self.cluster.check()
         if self._dry_run:
             return self._end_dry_run()
         with self._together("load"):

@@ -325,7 +325,7 @@ def test_rows_and_columns_exchanged_are_found_before_anything_is_written(
     parts = {rank: {"w": tensors["w"].part(Box((4 * rank, 0), (4 * rank + 4, 6)))} for rank in range(2)}
     folder = write_ranks(tmp_path / "model", parts)
     write_strategy({"w": Layout.on({"mp": 2}, None, "mp")}, tmp_path / "columns.ckpt")
-    monkeypatch.setattr("mindformers_ckpt.job.reslice.Work", None)
+    monkeypatch.setattr("mindformers_ckpt.job.reslice.Run", None)
     keys = {"load_checkpoint": folder, "src_strategy_path_or_dir": tmp_path / "columns.ckpt", "auto_trans_save": save}
     with pytest.raises(ConfigError, match=r"its strategy the right one\?\n  - w: \[4, 12\] in the .*, \[8, 6\] in the"):
         load(config(**keys), network_for(tensors))
