@@ -59,6 +59,8 @@ def find_own_files(config: Config, cluster: Cluster) -> OwnFiles:
     Raises PlanError on all ranks when no rank has a file, their files are of different runs, epochs and steps, or the
     checkpoint is a Hugging Face model.
     """
+    if cluster.size == 1:
+        return _only_rank(config, cluster)
     root = Path(config.load_checkpoint).absolute()
     own, is_sharded = _own_folder(root, cluster.rank)
     names: list[str] | None = None
@@ -70,7 +72,9 @@ def find_own_files(config: Config, cluster: Cluster) -> OwnFiles:
         recorded = None if found is None else found.name
     told = cluster.gather("own files", {"names": names, "recorded": recorded})
     if all(about["names"] is None for about in told):
-        source = _complete(config)
+        source = _mindspore(config)
+        if cluster.rank == MAIN_RANK:
+            _report(source, cluster)
         return OwnFiles(source.by_rank[0], source)
     held = {rank: [root / f"rank_{rank}" / name for name in about["names"] or ()] for rank, about in enumerate(told)}
     if config.resume_training is True:
@@ -100,6 +104,8 @@ def _own_folder(root: Path, rank: int) -> tuple[Path | None, bool]:
     """The folder of a rank, None when there is none; and whether the checkpoint has rank folders at all."""
     own = root / f"rank_{rank}"
     if own.is_dir():
+        if rank == MAIN_RANK:
+            Listing(root).check_rank_folders()
         return own, True
     folders = Listing(root).rank_folders if root.is_dir() else {}
     if set(folders) == {0}:
@@ -107,7 +113,18 @@ def _own_folder(root: Path, rank: int) -> tuple[Path | None, bool]:
     return folders.get(rank), bool(folders)
 
 
-def _complete(config: Config) -> Source:
+def _only_rank(config: Config, cluster: Cluster) -> OwnFiles:
+    """The files of the only rank of a job, which may look into all folders.
+
+    Raises PlanError where ranks of the source have no file: there is nobody to read their parts.
+    """
+    source = _mindspore(config)
+    _report(source, cluster)
+    source.raise_absent()
+    return OwnFiles(source.by_rank.get(MAIN_RANK, ()), None if source.sharded else source)
+
+
+def _mindspore(config: Config) -> Source:
     source = find_checkpoint(config)
     if source.kind is Kind.HUGGING_FACE:
         raise PlanError(
@@ -159,7 +176,7 @@ def _is_whole(file: Path | None) -> bool:
 def _report(source: Source, cluster: Cluster) -> None:
     for warning in source.warnings:
         log.warning("%s", warning)
-    lost = [rank for rank in range(cluster.size) if rank not in source.by_rank]
+    lost = [rank for rank in range(cluster.size) if source.sharded and rank not in source.by_rank]
     if lost:
         reason = next(iter(source.absent.values()), "")
         log.warning("%s has no file for %s (%s)", source.root, name_ranks(lost), reason)

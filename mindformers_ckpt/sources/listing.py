@@ -101,6 +101,10 @@ class Listing:
             raise PlanError(describe_problems(headline, problems))
         return dict(sorted(found.items()))
 
+    def check_rank_folders(self) -> None:
+        """Raise what `rank_folders` raises."""
+        _ = self.rank_folders
+
     @cached_property
     def lost_ranks(self) -> dict[int, str]:
         """Ranks in the place of whose folder there is something else: rank -> what."""

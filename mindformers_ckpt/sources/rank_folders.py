@@ -81,13 +81,15 @@ def choose(root: Path, held: Mapping[int, Sequence[Path]], wanted: str | None) -
     older, advice = _older(root, held, chosen) if chosen else ({}, "")
     lacking = f"no file for {wanted!r}" if wanted else "no checkpoint file"
     absent = {rank: f"{lacking} in {root / f'rank_{rank}'}" for rank in held if rank not in chosen}
+    taken = {rank: (file,) for rank, file in chosen.items() if rank not in older}
+    warnings = [] if wanted else [*_unnatural(held, chosen), *_several_models(held, chosen)]
     source = Source(
         root,
-        {rank: (file,) for rank, file in chosen.items() if rank not in older},
+        taken,
         Kind.RANK_FOLDERS,
         absent={**absent, **older},
         advice=advice,
-        warnings=tuple([] if wanted else _unnatural(held, chosen)),
+        warnings=(*_formats(taken), *_other_ranks(chosen), *warnings),
     )
     if not chosen:
         source.raise_absent()

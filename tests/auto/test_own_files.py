@@ -75,7 +75,8 @@ def test_each_rank_lists_its_own_folder_alone(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "scandir", counted)
     chosen(root, 3)
     in_root = [path for path in listed if path.startswith(str(root))]
-    assert sorted(in_root) == [str(root / f"rank_{rank}") for rank in range(3)]
+    # The main rank looks at the names of the folders, too.
+    assert sorted(in_root) == [str(root), *(str(root / f"rank_{rank}") for rank in range(3))]
 
 
 def test_ranks_of_different_steps_are_named_on_all_ranks(tmp_path: Path) -> None:
@@ -97,6 +98,20 @@ def test_a_restarted_job_goes_on_at_the_last_step_that_all_ranks_have(
     cut = root / "rank_2" / "llama_rank_2-1_4.ckpt"
     cut.write_bytes(cut.read_bytes()[:-3])
     assert chosen(root, 3, resume_training=True) == [[f"rank_{rank}/llama_rank_{rank}-1_2.ckpt"] for rank in range(3)]
+
+
+def test_a_folder_whose_rank_is_not_clear(tmp_path: Path) -> None:
+    root = saved(tmp_path / "ck", {rank: ["a.ckpt"] for rank in range(2)})
+    for rank in range(2):
+        write_tensors(root / f"Rank_{rank}" / "a.ckpt", MODEL)
+    config = Config.from_mapping({"load_checkpoint": root})
+
+    def find(cluster: Cluster) -> Any:
+        with cluster.step("find"):
+            return find_own_files(config, cluster)
+
+    for error in on_ranks(2, find):
+        assert "'Rank_0' is almost the name of a rank's folder" in error
 
 
 def test_a_rank_whose_files_are_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
