@@ -1,16 +1,19 @@
 """Plan the re-slicing of a DeepSeek-V3-sized checkpoint over thousands of ranks, on one machine.
 
     python tools/simulate_scale.py                       # 2048 ranks (pipeline 16) -> 1024 ranks (pipeline 8)
-    python tools/simulate_scale.py --table               # 64 … 4096 source ranks, half as many targets
+    python tools/simulate_scale.py --table               # 64 … 16384 source ranks, and a tensor for each expert
     python tools/simulate_scale.py --merge 4096          # merging this many strategy files
 
-The files are sparse: their headers are real, their contents are holes. Nothing is copied; what is measured
-is opening the source, the plan of one target rank, the whole plan, and memory.
+The files are sparse: their headers are real, their contents are holes, and the ranks of a stage share one by hard
+links. Nothing is copied; what is measured is the way up to the first byte: opening the source, the plan of one target
+rank, the whole plan, its digest, the cut into tasks, and memory. Seconds are those of the processor (user and system):
+time on the clock tells more of what else the machine does.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import resource
 import shutil
 import subprocess
@@ -22,11 +25,13 @@ from typing import NamedTuple
 
 import click
 
+from mindformers_ckpt.engine.copier import cut_into_tasks
 from mindformers_ckpt.engine.sinks import FileSink
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.planning.build import build_plan
+from mindformers_ckpt.planning.digest import digest_of
 from mindformers_ckpt.planning.model import TargetFile
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
@@ -60,8 +65,8 @@ class Weight(NamedTuple):
     cut: tuple[str | None, ...]
 
 
-def weights() -> Iterator[Weight]:
-    """The weights of DeepSeek-V3 with stacked experts and without the MTP layer."""
+def weights(stacked: bool = True) -> Iterator[Weight]:
+    """The weights of DeepSeek-V3 without the MTP layer, with stacked experts or a tensor for each expert."""
     yield Weight("model.tok_embeddings.embedding_weight", 0, (VOCAB, HIDDEN), ("mp", None))
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}."
@@ -83,8 +88,7 @@ def weights() -> Iterator[Weight]:
         }
         sparse = {
             "feed_forward.routed_experts.router.dense.weight": ((EXPERTS, HIDDEN), (None, None)),
-            "feed_forward.routed_experts.ffn.w1.weight": ((EXPERTS, HIDDEN, 2 * MOE_FFN), ("dp", None, "mp")),
-            "feed_forward.routed_experts.ffn.w2.weight": ((EXPERTS, MOE_FFN, HIDDEN), ("dp", "mp", None)),
+            **_experts(stacked),
             "feed_forward.shared_experts.w1.weight": ((MOE_FFN, HIDDEN), ("mp", None)),
             "feed_forward.shared_experts.w2.weight": ((HIDDEN, MOE_FFN), (None, "mp")),
             "feed_forward.shared_experts.w3.weight": ((MOE_FFN, HIDDEN), ("mp", None)),
@@ -95,11 +99,26 @@ def weights() -> Iterator[Weight]:
     yield Weight("lm_head.weight", LAYERS - 1, (VOCAB, HIDDEN), ("mp", None))
 
 
-def strategy_of(mesh: Mesh) -> Strategy:
+def _experts(stacked: bool) -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
+    """The experts of a layer: shape and cut by name."""
+    if stacked:
+        return {
+            "feed_forward.routed_experts.ffn.w1.weight": ((EXPERTS, HIDDEN, 2 * MOE_FFN), ("dp", None, "mp")),
+            "feed_forward.routed_experts.ffn.w2.weight": ((EXPERTS, MOE_FFN, HIDDEN), ("dp", "mp", None)),
+        }
+    experts: dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]] = {}
+    for expert in range(EXPERTS):
+        prefix = f"feed_forward.routed_experts.{expert}."
+        experts[prefix + "w1.weight"] = ((HIDDEN, 2 * MOE_FFN), (None, "mp"))
+        experts[prefix + "w2.weight"] = ((MOE_FFN, HIDDEN), ("mp", None))
+    return experts
+
+
+def strategy_of(mesh: Mesh, stacked: bool = True) -> Strategy:
     """The strategy of a job: tensor parallel, experts over data parallel, the rest with optimizer shards."""
     stages: list[dict[str, Layout]] = [{} for _ in range(mesh.pp)]
     axes = {"dp": mesh.dp, "mp": mesh.mp}
-    for weight in weights():
+    for weight in weights(stacked):
         spare = "dp" not in weight.cut and weight.shape[0] % (mesh.dp * mesh.mp) == 0
         layout = Layout.on(axes, *weight.cut, optimizer_shards=mesh.dp if spare and len(weight.shape) > 1 else 0)
         for copy in COPIES:
@@ -107,9 +126,9 @@ def strategy_of(mesh: Mesh) -> Strategy:
     return Strategy.of_stages(tuple(stages), f"simulated dp{mesh.dp} mp{mesh.mp} pp{mesh.pp}")
 
 
-def write_source(folder: Path, strategy: Strategy) -> None:
+def write_source(folder: Path, strategy: Strategy, stacked: bool = True) -> None:
     """The rank files of a job, sparse."""
-    shapes = {weight.name: weight.shape for weight in weights()}
+    shapes = {weight.name: weight.shape for weight in weights(stacked)}
     for stage, layouts in enumerate(strategy.stages):
         shards = []
         for name, layout in layouts.items():
@@ -120,8 +139,10 @@ def write_source(folder: Path, strategy: Strategy) -> None:
         ranks = range(stage * strategy.stage_size, (stage + 1) * strategy.stage_size)
         files = [TargetFile(f"rank_{rank}/model_{rank}.ckpt", rank, "ckpt", specs) for rank in ranks]
         sink = FileSink(folder, files)
-        for file in range(len(files)):
-            sink.prepare(file, sparse=True)
+        sink.prepare(0, sparse=True)
+        for file in range(1, len(files)):
+            sink.path(file).parent.mkdir()
+            os.link(sink.path(0), sink.path(file))
 
 
 def mesh_of(ranks: int, stages: int) -> Mesh:
@@ -130,33 +151,54 @@ def mesh_of(ranks: int, stages: int) -> Mesh:
     return Mesh(ranks // stages // mp, mp, stages)
 
 
-def measure(folder: Path, source_ranks: int, source_stages: int, target_ranks: int, target_stages: int) -> str:
-    """Simulate one pair of jobs; a row of figures. To be run in a process of its own, for its memory."""
-    source_strategy = strategy_of(mesh_of(source_ranks, source_stages))
-    target = strategy_of(mesh_of(target_ranks, target_stages))
+def measure(folder: Path, source: tuple[int, int], target: tuple[int, int], stacked: bool) -> str:
+    """Simulate a pair of jobs of (ranks, stages); a row of figures. To be run in a process of its own."""
+    source_strategy = strategy_of(mesh_of(*source), stacked)
+    target_strategy = strategy_of(mesh_of(*target), stacked)
     shutil.rmtree(folder, ignore_errors=True)
-    write_source(folder, source_strategy)
+    write_source(folder, source_strategy, stacked)
     gc.disable()  # as the command line does
-    started = time.perf_counter()
-    source = Checkpoint(find_source(folder), source_strategy)
-    tensors = source.tensors()
-    opened = time.perf_counter()
-    build_plan(source, target, ranks=[target_ranks // 2])
-    one = time.perf_counter()
-    plan = build_plan(source, target)
-    whole = time.perf_counter()
+    clock = Clock()
+    checkpoint = Checkpoint(find_source(folder), source_strategy)
+    tensors = checkpoint.tensors()
+    clock.lap()
+    build_plan(checkpoint, target_strategy, ranks=[target[0] // 2])
+    clock.lap()
+    plan = build_plan(checkpoint, target_strategy)
+    clock.lap()
+    digest_of(plan)
+    clock.lap()
+    cut_into_tasks(plan)
+    clock.lap()
+    cut_into_tasks(plan, by_rank=True)
+    clock.lap()
     shutil.rmtree(folder)
     size = sum(tensor.spec.nbytes for tensor in tensors.values()) / 1e12
     pairs = sum(len(transfer.targets) for transfer in plan.transfers)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return (
-        f"{source_ranks:6d} ({source_stages:2d}) -> {target_ranks:5d} ({target_stages:2d})  {len(tensors):6d}  "
-        f"{size:6.2f}  {opened - started:8.2f}  {one - opened:8.2f}  {whole - one:8.2f}  {peak:6.2f}  {pairs:9d}  "
-        f"{(whole - one) / pairs * 1e6:8.1f}"
+        f"{source[0]:6d} ({source[1]:2d}) -> {target[0]:5d} ({target[1]:2d})  {len(tensors):6d}  {size:6.2f}"
+        f"{''.join(f'{seconds:9.2f}' for seconds in clock.laps)}  {peak:6.2f}  {pairs:9d}"
     )
 
 
-HEADER = "source ranks (stages) -> target  tensors  TB      open s    1 rank s  plan s    GB      pieces     us a piece"
+class Clock:
+    """Seconds of the processor between laps."""
+
+    def __init__(self) -> None:
+        self.laps: list[float] = []
+        self._last = time.process_time()
+
+    def lap(self) -> None:
+        now = time.process_time()
+        self.laps.append(now - self._last)
+        self._last = now
+
+
+HEADER = (
+    "source ranks (stages) -> target  tensors      TB     open   1 rank     plan   digest    tasks  by rank      GB"
+    "     pieces"
+)
 
 
 def merge(folder: Path, count: int) -> str:
@@ -179,22 +221,23 @@ def merge(folder: Path, count: int) -> str:
 
 @click.command()
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("output/scale"), show_default=True)
-@click.option("--table", is_flag=True, help="A row for 64, 128, … 4096 source ranks.")
+@click.option("--table", is_flag=True, help="A row for 64, 128, … 16384 source ranks, and for a tensor an expert.")
 @click.option("--merge", "merged", type=int, help="Merge this many strategy files instead.")
 @click.option("--row", nargs=4, type=int, help="Source ranks and stages, target ranks and stages.")
-def main(folder: Path, table: bool, merged: int | None, row: tuple[int, int, int, int] | None) -> None:
+@click.option("--apart", is_flag=True, help="With --row: a tensor for each expert, not one for all.")
+def main(folder: Path, table: bool, merged: int | None, row: tuple[int, int, int, int] | None, apart: bool) -> None:
     """Simulate, and print a table."""
     if merged:
         click.echo(merge(folder, merged))
         return
     if row:
-        click.echo(measure(folder, *row))
+        click.echo(measure(folder, row[:2], row[2:], not apart))
         return
-    rows = [(count, 16, count // 2, 8) for count in (64, 128, 256, 512, 1024, 2048, 4096)]
+    counts = (64, 128, 256, 512, 1024, 2048, 4096, 16384)
+    rows = [[str(count), "16", str(count // 2), "8"] for count in counts] + [["256", "16", "128", "8", "--apart"]]
     click.echo(HEADER)
-    for wanted in rows if table else [(2048, 16, 1024, 8)]:
-        arguments = ["--folder", str(folder), "--row", *map(str, wanted)]
-        subprocess.run([sys.executable, __file__, *arguments], check=True)
+    for wanted in rows if table else [["2048", "16", "1024", "8"]]:
+        subprocess.run([sys.executable, __file__, "--folder", str(folder), "--row", *wanted], check=True)
 
 
 if __name__ == "__main__":
