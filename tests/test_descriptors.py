@@ -15,9 +15,10 @@ from test_execute import parts, plan_from
 from mindformers_ckpt.engine import copier, descriptors
 from mindformers_ckpt.engine.descriptors import Descriptors
 from mindformers_ckpt.errors import TransferError
+from mindformers_ckpt.execution import Options
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.strategy.model import Strategy
-from mindformers_ckpt.transform import Options, transform
+from mindformers_ckpt.transform import transform
 
 
 def open_files() -> int:
@@ -57,7 +58,7 @@ def failed_opens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             errors.append(error.errno or 0)
             raise
 
-    monkeypatch.setattr(descriptors.os, "open", counted)
+    monkeypatch.setattr(os, "open", counted)
     return errors
 
 
