@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 
 from mindformers_ckpt.geometry.box import (
     Box,
+    BoxIndex,
     are_disjoint,
     block_count,
     blocks,
     covered_volume,
     hull,
     is_one_run,
+    meets,
     offset_in,
     run_length,
 )
@@ -190,3 +192,14 @@ def test_a_block_is_one_run_of_every_box_inside(case: tuple[tuple[int, ...], lis
 )
 def test_blocks_are_as_large_as_they_can_be(shape: tuple[int, ...], limit: int, count: int) -> None:
     assert block_count(Box.whole(shape), limit) == count
+
+
+@given(boxes_of(count=8))
+def test_an_index_of_boxes_finds_all_that_share_an_element(case: tuple[tuple[int, ...], list[Box]]) -> None:
+    shape, (wanted, *others) = case
+    expected = [number for number, box in enumerate(others) if indices(box) & indices(wanted)]
+    assert BoxIndex(others).meeting(wanted) == expected
+    empty = Box.whole((*shape, 0))
+    assert BoxIndex([empty, empty]).meeting(empty) == [0, 1]
+    assert meets(empty, empty)
+    assert BoxIndex([]).meeting(wanted) == []

@@ -17,7 +17,7 @@ from mindformers_ckpt.engine.reader import Reader, ShardReader
 from mindformers_ckpt.engine.sinks import Sink
 from mindformers_ckpt.engine.views import target_runs
 from mindformers_ckpt.formats import DType
-from mindformers_ckpt.geometry.box import Box, are_disjoint, block_count, blocks, hull, offset_in
+from mindformers_ckpt.geometry.box import Box, BoxIndex, are_disjoint, block_count, blocks, hull, offset_in
 from mindformers_ckpt.planning.model import Place, Plan, SourceFile, Transfer, View
 
 if TYPE_CHECKING:
@@ -99,10 +99,11 @@ def _tasks_by_file(plan: Plan) -> list[Task]:
         for place in transfer.targets:
             places.setdefault(place.file, []).append(place)
         sources: dict[tuple[Box, ...], tuple[Place, ...]] = {}  # replicas take from the same ones
+        index = BoxIndex([place.box for place in transfer.sources])
         for file, targets in places.items():
             boxes = tuple(place.box for place in targets)
             if boxes not in sources:
-                sources[boxes] = transfer.for_places(targets).sources
+                sources[boxes] = tuple(transfer.sources[number] for number in index.meeting(hull(boxes)))
             part = transfer._replace(sources=sources[boxes], targets=tuple(targets))
             taken[file].append(Slice(part, 0, block_count(_wanted(part), _block_elements(part))))
     return [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -174,3 +175,25 @@ def block_count(box: Box, limit: int) -> int:
 def meets(box: Box, other: Box) -> bool:
     """Whether the boxes share an element; an empty tensor's box counts as met."""
     return box.volume == 0 or box.intersect(other) is not None
+
+
+class BoxIndex:
+    """Boxes to be met by many others: by their starts along the axis on which most of them differ."""
+
+    def __init__(self, boxes: Sequence[Box]) -> None:
+        self._boxes = boxes
+        axes = range(len(boxes[0].start)) if all(box.volume for box in boxes) and boxes else ()
+        self._axis = max(axes, key=lambda axis: len({box.start[axis] for box in boxes}), default=None)
+        if self._axis is not None:
+            axis = self._axis
+            self._order = sorted(range(len(boxes)), key=lambda number: boxes[number].start[axis])
+            self._starts = [boxes[number].start[axis] for number in self._order]
+            self._longest = max(box.stop[axis] - box.start[axis] for box in boxes)
+
+    def meeting(self, box: Box) -> list[int]:
+        """The numbers of the boxes that share an element with `box`, in order (see `meets`)."""
+        if self._axis is None:
+            return [number for number, own in enumerate(self._boxes) if meets(own, box)]
+        first = bisect_left(self._starts, box.start[self._axis] - self._longest)
+        last = bisect_right(self._starts, box.stop[self._axis])
+        return sorted(number for number in self._order[first:last] if meets(self._boxes[number], box))

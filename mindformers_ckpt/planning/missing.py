@@ -52,8 +52,10 @@ def missing_names(wanted: Collection[str], held: Collection[str], allowed: Seque
     absent = sorted(name for name in wanted - held if not is_never_saved(name))
     states: dict[str, list[str]] = {}
     required, adapters, counters, frozen, permitted = [], [], [], [], []
-    present_kinds = {_kind(name) for name in held if _is_state(name, held | wanted)}
-    trained = {_weight(name) for name in held if _is_state(name, held | wanted)}
+    known = held | wanted
+    held_states = [name for name in held if _is_state(name, known)]
+    present_kinds = {_kind(name) for name in held_states}
+    trained = {_weight(name) for name in held_states}
     for name in absent:
         if is_adapter_name(name):
             adapters.append(name)
