@@ -285,7 +285,7 @@ def _fit(
     if problems:
         count = sum(map(len, problems.values()))
         headline = f"{origin}: {count} of {len(branches)} LoRA branches cannot be merged"
-        raise PlanError("\n".join([describe_problems(headline, _by_cause(problems)), *remedies]))
+        raise PlanError("\n  ".join([describe_problems(headline, _by_cause(problems)), *remedies]))
     return folds
 
 

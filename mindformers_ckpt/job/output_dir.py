@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from mindformers_ckpt.disk.locks import NO_LOCKS, Lock
 from mindformers_ckpt.errors import ConfigError, PublishError, describe_problems
+from mindformers_ckpt.log import log
 from mindformers_ckpt.publish import recover
 
 _ATTEMPTS = 20
@@ -127,6 +128,11 @@ class OutputDir:
                 f"another job ({self._plain_lock.holder()}) is loading weights with the output dir {self.root}; wait "
                 f"for it, or give this job another output_dir. If it has died, remove {self._plain_lock.path}"
             )
+        log.warning(
+            "%s is on a disk without file locks: the file %s keeps other jobs out",
+            self.root,
+            self._plain_lock.path.name,
+        )
 
     def keep(self, *, clear_transformed: bool = False) -> None:
         """The load is done: remove the old strategy, and the transformed checkpoint if it is stale."""

@@ -243,20 +243,29 @@ class TestStrategyFolder:
 
     def test_an_old_merged_file_is_replaced(self, job: list[str], tmp_path: Path) -> None:
         merged = tmp_path / "strategy" / MERGED_FILE
-        merged.write_bytes(b"old")
+        merged.write_bytes((tmp_path / "strategy/ckpt_strategy_rank_0.ckpt").read_bytes())
         result = CliRunner().invoke(cli, job)
         assert result.exit_code == 0, result.output
         assert read_strategy(merged).stages == (layouts(),)
 
     def test_an_old_merged_file_stays_when_the_new_one_fails(self, job: list[str], tmp_path: Path) -> None:
         merged = tmp_path / "strategy" / MERGED_FILE
-        merged.write_bytes(b"old")
+        old = (tmp_path / "strategy/ckpt_strategy_rank_0.ckpt").read_bytes()
+        merged.write_bytes(old)
         (tmp_path / "strategy/ckpt_strategy_rank_3.ckpt").write_bytes(b"")
         result = CliRunner().invoke(cli, job)
         assert result.exit_code == 1
         assert "is empty; a strategy file was expected" in result.output
-        assert merged.read_bytes() == b"old"
+        assert merged.read_bytes() == old
         assert not (tmp_path / "out").exists()
+
+    def test_another_file_of_that_name_is_not_replaced(self, job: list[str], tmp_path: Path) -> None:
+        merged = tmp_path / "strategy" / MERGED_FILE
+        merged.write_bytes(b"notes")
+        result = CliRunner().invoke(cli, job)
+        assert result.exit_code == 1
+        assert "is not a strategy file and is not replaced" in result.output
+        assert merged.read_bytes() == b"notes"
 
     def test_a_folder_of_a_merged_file_alone(self, job: list[str], tmp_path: Path) -> None:
         assert CliRunner().invoke(cli, job).exit_code == 0

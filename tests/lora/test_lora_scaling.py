@@ -110,7 +110,8 @@ def test_numbers_that_are_no_alpha(alpha: Any, tmp_path: Path) -> None:
     path.write_text(json.dumps({"r": 8, "lora_alpha": alpha, "alpha_pattern": {"v_proj": alpha}}))
     with pytest.raises(ConfigError) as failure:
         read_settings(path)
-    assert re.search(r"lora_alpha is .*\n.*alpha_pattern: 'v_proj' is ", str(failure.value))
+    expected = r"lora_alpha is .*\n.*alpha_pattern: 'v_proj' is |a number of 401 digits stands in it"
+    assert re.search(expected, str(failure.value))
 
 
 @pytest.mark.parametrize("rank", [0, -1, 2.0, True, "8", math.nan])
@@ -142,11 +143,11 @@ def test_options_that_are_no_numbers(option: str, text: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "is not JSON that can be read"),
-        (b"[" * 100_000, "is not JSON that can be read"),
-        (b"\xff\xfe{", "is not JSON that can be read"),
+        (b"", "cannot be read: it is empty"),
+        (b"[" * 100_000, "it is nested more than 64 deep"),
+        (b"\xff\xfe{", "it is not UTF-8 text"),
         (b'{"r": ' + b"1" * 5000 + b"}", "adapter_config.json"),
-        (b"[]", "a JSON object is expected"),
+        (b"[]", "a JSON object was expected"),
         (b'{"alpha_pattern": ["q_proj"]}', "alpha_pattern is"),
         (b'{"rank_pattern": "q_proj"}', "rank_pattern is 'q_proj'"),
         (b'{"use_rslora": "false"}', "use_rslora is 'false'"),
