@@ -138,7 +138,7 @@ class Run:
         self._staging.__exit__(kind, error, trace)
         if isinstance(error, (TransferError, PublishError)) and self.is_kept:
             raise type(error)(
-                f"{error}\n  What is finished is kept in {self.folder}: the same command with --resume goes on from there"
+                f"{error}\n  What is finished is kept in {self.folder}: the same command with --resume goes on"
             ) from error
 
     @property
