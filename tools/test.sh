@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install what the tests need into a virtual environment and run them all: lint, types, tests; then the core on the
-# other versions of Python, with the lowest versions of what we need (tools/test_versions.sh).
+# Install what the tests need into a virtual environment and run them all: lint, types, tests.
+# tools/test_versions.sh tests the core on other versions of Python, with the lowest versions of what we need.
 #   bash tools/test.sh [pytest arguments]
 # With arguments, only pytest runs. VENV names the environment (.venv-test; made when it is missing), PYTHON the
 # interpreter to make it with (python3).
@@ -22,6 +22,15 @@ if (($#)); then
     run_pytest "$@"
     exit
 fi
-run_pytest -m "not slow"
-# SKIP_VERSIONS=1: where they have a run of their own. Coverage is counted where the frameworks are.
-[[ -n ${SKIP_VERSIONS:-}${COVERAGE:-} ]] || bash tools/test_versions.sh
+# Two processes side by side, for two cores: jobs of several ranks wait a lot, the others compute.
+JOBS=(tests/auto tests/jobs tests/mindformers)
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+run_pytest -m "not slow" -p no:cacheprovider "${JOBS[@]}" >"$log" 2>&1 &
+jobs=$!
+failed=0
+run_pytest -m "not slow" "${JOBS[@]/#/--ignore=}" || failed=1
+wait "$jobs" || failed=1
+echo "--- ${JOBS[*]}"
+cat "$log"
+((! failed))
