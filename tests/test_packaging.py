@@ -73,7 +73,7 @@ def test_the_workflow_runs_every_script_of_the_local_run() -> None:
     public = set(
         re.findall(r"- (tools/\w+\.sh)$", (ROOT / ".github/workflows/ci.yml").read_text("utf-8"), re.MULTILINE)
     )
-    assert public == local
+    assert public == {*local, "tools/test_versions.sh"}  # which takes too long for every change here
     assert all((ROOT / script).is_file() for script in local)
 
 
