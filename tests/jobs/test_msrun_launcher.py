@@ -122,7 +122,7 @@ def test_a_script_of_the_working_directory_goes_first(launch: Launch, tmp_path: 
     [
         (["nowhere.py", "2"], "no script nowhere.py"),
         (["", "2"], "the script to run"),
-        (["run_mindformer.py --config 'C", "2"], "no command line"),
+        (["run_mindformer.py --config 'C", "2"], "not a valid command line"),
         (["run_mindformer.py", "two"], "WORKER_NUM is a number"),
         (["run_mindformer.py", "2", "8118", "logs", "yes", "60"], "JOIN is True or False"),
         (["run_mindformer.py", "2", "8118"], "usage:"),

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 from recorded import Tensor, assert_same, random_model, read_tensors, recorded, slices_of, write_ranks, write_tensors
 
-from mindformers_ckpt import mindformers as replacement
 from mindformers_ckpt.errors import ConfigError, PlanError, PublishError
 from mindformers_ckpt.geometry.layout import Layout
+from mindformers_ckpt.integrations import mindformers as replacement
 from mindformers_ckpt.integrations.launch import main
 from mindformers_ckpt.strategy.files import rank_file_name, read_strategy, write_strategy
 
