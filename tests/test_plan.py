@@ -300,3 +300,17 @@ def test_the_same_slices_however_the_strategy_is_written(tmp_path: Path) -> None
     ):
         assert compare_slices(source, Strategy.of_stages(({"w": layout},), "target")) is found
     assert compare_slices(source, COMPLETE) is Slices.OTHER
+
+
+def test_a_stage_without_any_file(tmp_path: Path) -> None:
+    """Its parameters are in no file, so that nothing but the strategy tells that they are lost."""
+    source = sharded(tmp_path, PP2, MODEL, lost=(2, 3))
+    with pytest.raises(PlanError, match=r"(?s)holds no files of ranks \[2, 3\], and no other rank has.*- v"):
+        build_plan(source, COMPLETE)
+    plan = build_plan(source, COMPLETE, allow_missing=("v",))
+    assert [transfer.name for transfer in plan.transfers] == ["w"]
+
+
+def test_folders_that_are_not_there_do_no_harm_where_replicas_are(tmp_path: Path) -> None:
+    plan = build_plan(sharded(tmp_path, DP2MP2, MODEL, lost=(2, 3)), COMPLETE)
+    assert held(plan) == {name: {0: Box.whole(MODEL[name].bits.shape)} for name in MODEL}
