@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from mindformers_ckpt.errors import FormatError, PlanError
 from mindformers_ckpt.formats import read_header
+from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.cluster.messages import name_ranks
 from mindformers_ckpt.job.config import Config
@@ -22,7 +23,6 @@ from mindformers_ckpt.sources.rank_folders import choose, last_file, recorded_fi
 from mindformers_ckpt.sources.source import SUFFIXES, TORCH_SUFFIXES, Kind, Source
 from mindformers_ckpt.sources.steps import moments, parse
 
-MAIN_RANK = 0
 _SHARED = 100  # names of files that a rank shares: the last ones
 _ATTEMPTS = 10  # steps that are tried when the last ones are not whole
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mindformers_ckpt.engine.reader import read_file
 from mindformers_ckpt.errors import CheckpointError, PlanError
 from mindformers_ckpt.formats import read_header
+from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.job.direct import read_direct
@@ -32,8 +33,6 @@ from mindformers_ckpt.strategy.model import Strategy
 
 if TYPE_CHECKING:
     from mindspore.nn import Cell
-
-MAIN_RANK = 0
 
 
 @dataclass
