@@ -95,13 +95,15 @@ main()
 
 
 @pytest.mark.parametrize(
-    ("module", "code", "said"), [("click", -signal.SIGINT, ""), ("numpy", 130, "error: interrupted\n")]
+    ("module", "code", "said"), [("click", -signal.SIGINT, ""), ("numpy", 130, "error: interrupted")]
 )
 def test_an_interrupt_while_it_starts_is_no_traceback(large: Path, module: str, code: int, said: str) -> None:
     """Numpy makes an ImportError of an interrupt that reaches it."""
     words = [sys.executable, "-c", IMPORTING.format(module=module), "", *ARGUMENTS]
     done = subprocess.run(words, cwd=large, env=environment(), capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (code, said)
+    assert done.returncode == code
+    assert done.stderr.startswith(said)
+    assert done.stderr.count("\n") == bool(said)  # one line, which may say more: numpy is imported late
     assert command([*ARGUMENTS, "--resume"], large).code == 0
 
 
