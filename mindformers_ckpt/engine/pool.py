@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
 
 _SECONDS_BETWEEN_CHECKS = 0.2
-_FOR_THE_STARTER = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}  # the starting process ends its workers
+# The starting process ends its workers, with SIGTERM where one is killed: that must reach them, for they may wait for a
+# lock which the killed one has taken with it.
+_FOR_THE_STARTER = {signal.SIGINT, signal.SIGHUP}
 
 
 def copy_tasks(
