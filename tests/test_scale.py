@@ -123,8 +123,13 @@ def copied(place: Place) -> Place:
 
 
 def test_once_calls_a_function_once_for_each_object() -> None:
-    calls: list[object] = []
-    length = once(lambda places: calls.append(places) or len(places))  # type: ignore[func-returns-value]
+    calls: list[list[int]] = []
+
+    def length(places: list[int]) -> int:
+        calls.append(places)
+        return len(places)
+
+    length_of = once(length)
     first, second = [1], [1]
-    assert [length(first), length(second), length(first)] == [1, 1, 1]
+    assert [length_of(first), length_of(second), length_of(first)] == [1, 1, 1]
     assert len(calls) == 2
