@@ -188,6 +188,8 @@ class Loading:
         return self._put(loaded, files[0])
 
     def _read_direct(self, own: RankPlan) -> dict[str, Any]:
+        if not self.for_training:
+            own = own.only(weights.wanted_names(self.cells))  # what other stages want has no place here
         for warning in own.plan.warnings if self.cluster.rank == MAIN_RANK else ():
             log.warning("%s", warning)
         loaded = weights.tensors_of(read_direct(own.plan, self.cluster.check, own.headers))

@@ -17,7 +17,8 @@ import base64
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,13 @@ class RankPlan(NamedTuple):
 
     plan: Plan
     headers: Mapping[int, Header]
+
+    def only(self, names: Container[str]) -> RankPlan:
+        """The plan of some of the tensors."""
+        target = self.plan.targets[0]
+        target = target._replace(tensors=tuple(spec for spec in target.tensors if spec.name in names))
+        transfers = tuple(transfer for transfer in self.plan.transfers if transfer.name in names)
+        return self._replace(plan=replace(self.plan, targets=(target,), transfers=transfers))
 
 
 def encode_ranks(plan: Plan, root: Path, header_of: Callable[[Path], Header]) -> Iterator[str]:

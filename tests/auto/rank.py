@@ -70,6 +70,8 @@ def main(job: dict[str, Any]) -> int:
     config = Config.from_mapping(job["config"])
     weights.tensors_of = digests  # type: ignore[assignment]
     names = job.get("names", ())
+    if isinstance(names, dict):
+        names = names[os.environ["MS_NODE_ID"]]
     weights.wanted_names = lambda cells: set(names)
     weights.own_shapes = lambda cells: dict.fromkeys(names, ())
     weights.are_cut = weights.shares_stages = lambda cells: False

@@ -271,6 +271,20 @@ def test_complete_weights_for_model_parallelism(run: Any, tmp_path: Path) -> Non
     assert result.stat().st_size < file.stat().st_size / 2
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_stage_that_has_a_parameter_in_no_strategy(run: Any, tmp_path: Path, saved: bool) -> None:
+    """The main rank, which plans for all, does not have it; nor does it know by the strategy that others do."""
+    config = recorded(TARGET)
+    tensors = {**model_of(config), **random_model({"table": (8,), "unwanted": (8,)})}
+    parts = slices_of(config, tensors, replicated=("table",))
+    wanted = [{name: parts[rank][name] for name in parts[rank] if name != "table" or rank == 3} for rank in range(4)]
+    file = write_tensors(tmp_path / "llama.ckpt", tensors)
+    keys = {"load_checkpoint": file, "auto_trans_ckpt": True, "run_mode": "predict", "auto_trans_save": saved}
+    names = {str(rank): list(held) for rank, held in enumerate(wanted)}
+    outcomes = run({**keys, "output_dir": tmp_path / "output"}, names=names).outcomes()
+    assert_loaded(outcomes, [digests(held) for held in wanted])
+
+
 @pytest.mark.parametrize("auto", [True, False])
 def test_the_same_strategy_is_loaded_as_it_is(run: Any, tmp_path: Path, auto: bool) -> None:
     config = recorded(TARGET)
