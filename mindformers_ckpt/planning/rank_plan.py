@@ -31,6 +31,7 @@ from mindformers_ckpt.planning.computations import Cast, Compute, Dequantise
 from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer, View, once
 from mindformers_ckpt.text_files import parse_json
 
+_dump = json.JSONEncoder(separators=(",", ":")).encode
 _MAX_BYTES = 1 << 30  # of the text of one rank: that of a rank with all of 100,000 tensors has 20 MB
 _PLAIN = ("", None, None)  # name, view and computation of a place that is a box of the file's tensor of that name
 
@@ -66,7 +67,10 @@ class _Encoder:
     def __init__(self, plan: Plan, root: Path, header_of: Callable[[Path], Header]) -> None:
         self._plan, self._root, self._header_of = plan, root, header_of
         self._headers: dict[int, Header] = {}
-        self._records: dict[tuple[int, str], str] = {}
+        self._names: dict[int, str] = {}
+        self._heads: dict[str, str] = {}
+        # Files of a stage, tensors that are cut alike, and ranks of a stage have many objects in common.
+        self._record = once(_record_text)
         self._sources, self._targets, self._specs = once(_sources_text), once(_targets_text), once(_specs_text)
 
     def text(self, target: TargetFile, transfers: Sequence[Transfer]) -> str:
@@ -76,30 +80,25 @@ class _Encoder:
                 for file, tensor in _tensors_of(place, transfer.name):
                     read.setdefault(file, {})[tensor] = None
         files = ",".join(self._file(file, read[file]) for file in sorted(read))
-        parts = ",".join(
-            f"[{_dump(transfer.name)},{_dump(transfer.dtype.name)},{_dump(transfer.shape)},"
-            f"{self._sources(transfer.sources)},{self._targets(transfer.targets)}]"
-            for transfer in transfers
-        )
+        parts = ",".join(map(self._transfer, transfers))
         about = _dump([target.path, target.rank, target.format])
         text = f'{{"target":{about},"tensors":{self._specs(target.tensors)},"files":[{files}],"transfers":[{parts}]}}'
-        return base64.b85encode(zlib.compress(text.encode("ascii"), 1)).decode("ascii")
+        return base64.b64encode(zlib.compress(text.encode("ascii"), 1)).decode("ascii")
+
+    def _transfer(self, transfer: Transfer) -> str:
+        if transfer.name not in self._heads:
+            name, dtype, shape, _, _ = transfer
+            self._heads[name] = _dump([name, dtype.name, shape])[:-1]
+        return f"{self._heads[transfer.name]},{self._sources(transfer.sources)},{self._targets(transfer.targets)}]"
 
     def _file(self, number: int, tensors: Mapping[str, None]) -> str:
-        file = self._plan.sources[number]
         if number not in self._headers:
+            file = self._plan.sources[number]
             self._headers[number] = self._current(file)
-        records = ",".join(self._record(number, tensor) for tensor in tensors)
-        name = os.fsencode(os.path.relpath(file.path, self._root)).decode("latin-1")  # names may be any bytes
-        return f"[{number},{_dump(name)},{file.size},[{records}]]"
-
-    def _record(self, number: int, tensor: str) -> str:
-        key = number, tensor
-        if key not in self._records:
-            record = self._headers[number].tensors[tensor]
-            segments = [value for segment in record.segments for value in segment]
-            self._records[key] = _dump([*_spec_to_json(record.spec), segments])
-        return self._records[key]
+            name = os.fsencode(os.path.relpath(file.path, self._root)).decode("latin-1")  # names may be any bytes
+            self._names[number] = f"[{number},{_dump(name)},{file.size}"
+        held = self._headers[number].tensors
+        return f"{self._names[number]},[{','.join([self._record(held[tensor]) for tensor in tensors])}]]"
 
     def _current(self, file: SourceFile) -> Header:
         header = self._header_of(file.path)
@@ -110,6 +109,11 @@ class _Encoder:
         if (status.st_size, status.st_mtime_ns) != (header.size, header.modified):
             raise TransferError(f"{file.path} was written after the job looked at it; start the job again")
         return header
+
+
+def _record_text(record: TensorRecord) -> str:
+    segments = [value for segment in record.segments for value in segment]
+    return _dump([*_spec_to_json(record.spec), segments])
 
 
 def _sources_text(places: Sequence[Place]) -> str:
@@ -155,7 +159,7 @@ def decode_rank(text: str, root: Path) -> RankPlan:
 
 def _unpacked(text: str) -> bytes:
     unpacker = zlib.decompressobj()
-    data = unpacker.decompress(base64.b85decode(text), _MAX_BYTES)
+    data = unpacker.decompress(base64.b64decode(text, validate=True), _MAX_BYTES)
     if not unpacker.eof:
         raise ValueError(f"it has more than {_MAX_BYTES:,} bytes, or is cut off")
     return data
@@ -266,7 +270,3 @@ def _compute(entry: Any, numbers: Mapping[int, int]) -> Compute:
     block_rows, block_columns = (number_of(extent, least=1) for extent in list_of(block, 2))
     scale = numbers[number_of(file)], text_of(name)
     return Dequantise(of_type, *scale, (rows, columns), (block_rows, block_columns), by_name(text_of(scale_dtype)))
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
