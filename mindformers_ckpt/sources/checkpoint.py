@@ -139,7 +139,7 @@ class Checkpoint:
     def _read_headers(self, rank: int) -> dict[str, tuple[Path, TensorRecord]]:
         tensors: dict[str, tuple[Path, TensorRecord]] = {}
         for path in self.files.by_rank[rank]:
-            for name, record in self._header(path).tensors.items():
+            for name, record in self.header(path).tensors.items():
                 if not self.files.assigns(name, path):
                     continue
                 if name in tensors:
@@ -158,7 +158,8 @@ class Checkpoint:
         """The files that hold the chosen replicas, in order."""
         return sorted({shard.path for tensor in tensors.values() for shard in tensor.shards})
 
-    def _header(self, path: Path) -> Header:
+    def header(self, path: Path) -> Header:
+        """The header of one of the files, as it was when it was read first."""
         if path not in self._headers:
             self._headers[path] = self._last = read_header(path, self._last)
         return self._headers[path]
