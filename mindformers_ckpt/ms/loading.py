@@ -110,7 +110,8 @@ class Loading:
 
     def _compare(self, own: OwnFiles, any_lacking: bool) -> Slices:
         """What the files of all ranks hold beside what the job needs. Raises PlanError for another strategy."""
-        is_known = bool(self.config.src_strategy_path_or_dir) and not self.target.is_complete
+        is_given = bool(self.config.src_strategy_path_or_dir) or own.brings_strategy
+        is_known = is_given and not self.target.is_complete
         if not own.sharded or not (any_lacking or is_known):
             return Slices.SAME
         files = find_checkpoint(self.config)
@@ -133,7 +134,8 @@ class Loading:
         given = self.config.src_strategy_path_or_dir
         files = find_checkpoint(self.config)
         names = None if self.for_training else target.names() | weights.wanted_names(self.cells)
-        return Checkpoint(files, read_strategy(given) if given else target, names), target
+        own = files.own_strategy
+        return Checkpoint(files, own or (read_strategy(given) if given else target), names), target
 
     def _load_shares(self) -> dict[str, Any]:
         source, target = self._shares()
