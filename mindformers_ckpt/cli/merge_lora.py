@@ -162,8 +162,8 @@ def command(
         _check_empty(destination)
     found = None if adapter is None else find_adapter(adapter)
     chosen, notes = _completed(chosen, found)
-    strategy = _source_strategy(src_strategy, merged_strategy)
     files = _single(source, step)
+    strategy = files.strategy(_source_strategy(src_strategy, merged_strategy))
     check_outside(files, destination)
     target = read_optional_strategy(dst_strategy)
     plan, branches = plan_merge(
@@ -270,7 +270,7 @@ def _single(path: Path, step: str | None = None) -> Source:
 
 def _adapter(files: Source, strategy: Strategy) -> Checkpoint:
     """A checkpoint of LoRA parameters: complete, or cut by the strategy of the source."""
-    return Checkpoint(files, strategy if files.sharded else Strategy.complete())
+    return Checkpoint(files, files.own_strategy or (strategy if files.sharded else Strategy.complete()))
 
 
 def _link(folder: Path, plan: Plan) -> None:
