@@ -74,6 +74,13 @@ def check_prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
     return value
 
 
+CONTENTS = click.option(
+    "--contents",
+    type=click.Choice(MODES),
+    default="error",
+    show_default=True,
+    help="When samples of the source contradict its strategy: refuse, warn and go on, or do not look.",
+)
 _REQUEST_OPTIONS = (
     click.option(
         "--src-checkpoint",
@@ -115,13 +122,7 @@ _REQUEST_OPTIONS = (
         is_flag=True,
         help="Leave out parameters of the target strategy that are not in the source, instead of refusing.",
     ),
-    click.option(
-        "--contents",
-        type=click.Choice(MODES),
-        default="error",
-        show_default=True,
-        help="When samples of the source contradict its strategy: refuse, warn and go on, or do not look.",
-    ),
+    CONTENTS,
     click.option(
         "--like",
         type=click.Path(path_type=Path),
