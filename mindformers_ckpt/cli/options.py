@@ -161,6 +161,9 @@ def request_options(command: Command) -> Command:
     return command
 
 
+FINGERPRINT = click.option(
+    "--fingerprint", "fingerprints", is_flag=True, help="Count the fingerprint of the result while it is made."
+)
 RESUME = click.option(
     "--resume", is_flag=True, help="Go on after what an interrupted run of the same command has done."
 )
