@@ -198,7 +198,7 @@ def convert(
             plan, output, options, progress=progress, check=check, file=True, shapes=_shapes(prepared.conversion)
         )
     else:
-        report = _write_folder(prepared, plan, output, options, progress, check)
+        report = _write_folder(prepared, plan, output, options, progress, check, target)
     return Result(
         prepared.model.name,
         prepared.naming,
@@ -274,6 +274,7 @@ def _write_folder(
     options: Options,
     progress: Progress | None,
     check: Callable[[], None],
+    target: Strategy | None,
 ) -> Report:
     request = prepared.request
     if output.suffix in (*SUFFIXES, ".bin", ".pt", ".pth"):
@@ -282,6 +283,7 @@ def _write_folder(
         "model": prepared.model.name,
         "naming": prepared.naming,
         "direction": "to Hugging Face" if request.reverse else "to MindSpore",
+        **({} if target is None else {"target": target.describe()}),
     }
 
     def add_companions(folder: Path) -> None:
