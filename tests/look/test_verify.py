@@ -3,44 +3,19 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from recorded import random_bits
+from damage_results import LAYOUTS, MODEL, RECORDED, damage, flip, make, strategy_of
+from recorded import write_tensors
 
 from mindformers_ckpt.errors import ConfigError, PlanError
-from mindformers_ckpt.execution import Options
 from mindformers_ckpt.formats import read_header
-from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box
-from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.look.verify import verify
 from mindformers_ckpt.look.verify_model import Verification
-from mindformers_ckpt.look.whole import find_checkpoint
-from mindformers_ckpt.planning.build import build_plan
-from mindformers_ckpt.strategy.files import write_strategy
-from mindformers_ckpt.strategy.model import Strategy
-from mindformers_ckpt.transform import transform
-
-from recorded import write_tensors  # isort: skip
-
-_RANDOM = np.random.default_rng(11)
-MODEL = {
-    "matrix": random_bits(by_name("float32"), (32, 48), _RANDOM),
-    "cube": random_bits(by_name("bfloat16"), (8, 12, 6), _RANDOM),
-    "norm": random_bits(by_name("float32"), (48,), _RANDOM),
-    "step": random_bits(by_name("int32"), (), _RANDOM),
-}
-_MESH = {"dp": 2, "mp": 2}
-LAYOUTS = {
-    "matrix": Layout.on(_MESH, None, "mp"),
-    "cube": Layout.on(_MESH, "dp", "mp", None),
-    "norm": Layout.on(_MESH, None),
-}
 
 
 @pytest.fixture
@@ -49,33 +24,8 @@ def result(tmp_path: Path) -> Path:
     return make(tmp_path, hashes=True, fingerprints=True)
 
 
-def make(folder: Path, format: str = "ckpt", **options: bool) -> Path:
-    write_tensors(folder / "source.ckpt", MODEL)
-    strategy = folder / "strategy/ckpt_strategy_rank_0.ckpt"
-    if not strategy.exists():
-        write_strategy(LAYOUTS, strategy)
-    target = find_strategy(folder)
-    about = {"source": "complete weights", "target": target.describe()}
-    plan = build_plan(find_checkpoint(folder / "source.ckpt"), target, format=format)
-    return transform(plan, folder / "result", Options(**options), about=about).destination
-
-
-def find_strategy(folder: Path) -> Strategy:
-    from mindformers_ckpt.strategy.files import read_strategy
-
-    return read_strategy(folder / "strategy/ckpt_strategy_rank_0.ckpt")
-
-
 def against(result: Path, **options: float) -> Verification:
-    return verify(result, find_strategy(result.parent), against=result.parent / "source.ckpt", **options)  # type: ignore[arg-type]
-
-
-def flip(path: Path, offset: int, bit: int = 0) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 1 << bit]))
+    return verify(result, strategy_of(result.parent), against=result.parent / "source.ckpt", **options)  # type: ignore[arg-type]
 
 
 def content_of(path: Path, name: str) -> int:
@@ -213,67 +163,9 @@ def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
         verify(tmp_path / "folder")
 
 
-def _flip_somewhere(result: Path, chance: random.Random) -> None:
-    rank = chance.randrange(4)
-    file = result / f"rank_{rank}/checkpoint_{rank}.ckpt"
-    flip(file, chance.randrange(file.stat().st_size), chance.randrange(8))
-
-
-def _permute(result: Path, chance: random.Random) -> None:
-    order = list(range(4))
-    while order == sorted(order):
-        chance.shuffle(order)
-    contents = [(result / f"rank_{rank}/checkpoint_{rank}.ckpt").read_bytes() for rank in range(4)]
-    for rank, other in enumerate(order):
-        (result / f"rank_{rank}/checkpoint_{rank}.ckpt").write_bytes(contents[other])
-
-
-def _swap_two_shards(result: Path, chance: random.Random) -> None:
-    """Exchange the contents of one tensor between two ranks that hold other boxes."""
-    name = chance.choice(["matrix", "cube"])
-    one, other = chance.choice([(0, 1), (2, 3), (0, 3), (1, 2)])
-    files = [result / f"rank_{rank}/checkpoint_{rank}.ckpt" for rank in (one, other)]
-    spans = [read_header(file).tensors[name].segments[0] for file in files]
-    parts = [file.read_bytes()[span.offset : span.offset + span.length] for file, span in zip(files, spans)]
-    for file, span, part in zip(files, spans, reversed(parts)):
-        data = bytearray(file.read_bytes())
-        data[span.offset : span.offset + span.length] = part
-        file.write_bytes(data)
-
-
-def _truncate(result: Path, chance: random.Random) -> None:
-    rank = chance.randrange(4)
-    file = result / f"rank_{rank}/checkpoint_{rank}.ckpt"
-    file.write_bytes(file.read_bytes()[: chance.randrange(1, file.stat().st_size)])
-
-
-ATTACKS = (_flip_somewhere, _flip_somewhere, _flip_somewhere, _swap_two_shards, _permute, _truncate)
-
-
-def attack(folder: Path, times: int, **recorded: bool) -> tuple[int, list[str]]:
-    """Damage a result again and again; how often, and what was not found."""
-    result = make(folder, **recorded)
-    whole = {path: path.read_bytes() for path in result.rglob("*.ckpt")}
-    chance = random.Random(1)
-    missed = []
-    for number in range(times):
-        way = ATTACKS[number % len(ATTACKS)]
-        way(result, chance)
-        if verify(result).ok:
-            missed.append(f"{number}: {way.__name__}")
-        for path, data in whole.items():
-            if path.read_bytes() != data:
-                path.write_bytes(data)
-    assert verify(result).ok
-    return times, missed
-
-
-@pytest.mark.parametrize("recorded", ["fingerprints", "hashes", "both"])
+@pytest.mark.parametrize("recorded", RECORDED)
 def test_every_damage_is_found(recorded: str, tmp_path: Path) -> None:
-    wanted = {"hashes": recorded != "fingerprints", "fingerprints": recorded != "hashes"}
-    assert attack(tmp_path, 120, **wanted) == (120, [])
-
-
-@pytest.mark.slow
-def test_every_damage_is_found_thousands_of_times(tmp_path: Path) -> None:
-    assert attack(tmp_path, 20_000, fingerprints=True) == (20_000, [])
+    """`python tools/damage_results.py --times 100000` does it longer."""
+    outcome = damage(tmp_path, 60, recorded)
+    assert outcome.missed == []
+    assert outcome.tried == {"flip_a_bit": 30, "exchange_shards": 10, "exchange_files": 10, "cut_off": 10}
