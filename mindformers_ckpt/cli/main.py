@@ -33,6 +33,7 @@ _COMMANDS = {
     "merge-lora": ("merge_lora", "Fold LoRA branches into the weights."),
     "merge-strategy": ("merge_strategy", "Merge the strategy files of all ranks into one."),
     "verify": ("verify", "Check a result by its manifest, or against its source."),
+    "diff": ("diff", "Compare two checkpoints as whole tensors."),
     "fingerprint": ("fingerprint", "Print what stays the same when a checkpoint is re-sliced."),
 }
 
