@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from mindformers_ckpt.cli.notices import amount, say, say_json, warn
+from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
 from mindformers_ckpt.cli.options import (
+    FINGERPRINT,
     PROCESSES,
     RESUME,
     STEP,
@@ -128,6 +129,7 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
 )
 @STEP
 @PROCESSES
+@FINGERPRINT
 @RESUME
 @json_option
 @click.option("--quiet", is_flag=True, help="Print errors only.")
@@ -144,6 +146,7 @@ def command(
     save_format: str | None,
     step: str | None,
     processes: int,
+    fingerprints: bool,
     resume: bool,
     as_json: bool,
     quiet: bool,
@@ -184,7 +187,9 @@ def command(
         "target": target.describe(),
         "source_path": str(source),
     }
-    options = Options(processes=affordable_processes(processes), resume=resume, may_fork=True)
+    options = Options(
+        processes=affordable_processes(processes), fingerprints=fingerprints, resume=resume, may_fork=True
+    )
 
     def add_familiar_name(folder: Path) -> None:
         if target.is_complete:
@@ -199,6 +204,7 @@ def command(
             f"{report.files} {'file' if report.files == 1 else 'files'}, {amount(report.bytes_written)} written to "
             f"{report.destination} in {report.seconds:.2f} s"
         )
+        say_fingerprints(report.fingerprints)
 
 
 def _scaling(lora_scaling: float | None, alpha: float | None, rank: int | None, use_rslora: bool) -> Scaling:
