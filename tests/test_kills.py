@@ -16,6 +16,9 @@ from typing import Any
 
 import pytest
 
+sys.path.append(str(Path(__file__).parent / "kills"))
+from child import build
+
 KILLS = Path(__file__).parent / "kills"
 COMMANDS = (
     *("transform", "overwrite", "fsync", "ranks, first", "ranks, added", "ranks, replaced"),
@@ -23,13 +26,6 @@ COMMANDS = (
 )
 WAYS = ("exchange", "three renames")
 ALWAYS = ("overwrite", "ranks, replaced", "convert, file", "job")
-
-
-def build(folder: Path) -> Path:
-    """Compile the shim."""
-    shim = folder / "shim.so"
-    subprocess.run(["gcc", "-O1", "-shared", "-fPIC", str(KILLS / "shim.c"), "-o", str(shim), "-ldl"], check=True)
-    return shim
 
 
 def drive(shim: Path, folder: Path, command: str, way: str) -> dict[str, Any]:
