@@ -111,10 +111,14 @@ def write_inputs(folder: Path) -> None:
 
 
 class Bench:
-    """A case on a file system that lacks something: its old and its new result, and how long it takes."""
+    """A case on a file system that lacks something: its old and its new result, and how long it takes.
 
-    def __init__(self, case: Case, lacks: Lacks) -> None:
+    `by_shim`: the shim takes away what it lacks; otherwise the file system is one that is so.
+    """
+
+    def __init__(self, case: Case, lacks: Lacks, *, by_shim: bool = True) -> None:
         self.case, self.lacks = case, lacks
+        self._taken = lacks if by_shim else Lacks.NOTHING
         self.work = case.folder / "work"
         self.reset()
         self.old = tree(case.out)
@@ -157,7 +161,7 @@ class Bench:
         after: tuple[float, tuple[int, ...]] | None = None,
     ) -> Ended:
         """Run the command line, with something happening at one of its operations, or after some seconds."""
-        watched, lacks = (self.case.folder, self.lacks | Lacks.READS_TOO) if reads else (self.work, self.lacks)
+        watched, lacks = (self.case.folder, self._taken | Lacks.READS_TOO) if reads else (self.work, self._taken)
         action = self._action(words)
         return run(action, watched, lacks, event, seconds=seconds, after=after)
 
@@ -168,7 +172,7 @@ class Bench:
         """What is at the destination, after whoever comes next has given the name back where it was between two."""
         found = tree(self.case.out)
         if found is None and self.old is not None and Lacks.EXCHANGE in self.lacks:
-            run(lambda: recover(self.case.out), self.work, self.lacks)
+            run(lambda: recover(self.case.out), self.work, self._taken)
             found = tree(self.case.out)
         return found
 
