@@ -1,4 +1,5 @@
 """Jobs of two nodes that see one disk through mounts of their own: names and attributes that are seconds old."""
+# ruff: noqa: F811 (fixtures of test_ranks)
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ def job_of(given: Source) -> dict[str, Any]:
     return {**given.keys, "output_dir": "output"}
 
 
-def test_two_nodes(run: Any, source: Source, nodes: dict[str, Path]) -> None:  # noqa: F811
+def test_two_nodes(run: Any, source: Source, nodes: dict[str, Path]) -> None:
     old_results(nodes["alpha"] / "output")
     outcomes = run(job_of(source), nodes=TWO_NODES, folders=nodes).outcomes()
     assert_loaded(outcomes, expected(TARGET, source.tensors))
@@ -41,7 +42,7 @@ def test_two_nodes(run: Any, source: Source, nodes: dict[str, Path]) -> None:  #
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["clear", "transform", "wait", "publish", "keep"])
-def test_killed_rank(run: Any, source: Source, nodes: dict[str, Path], fault: str) -> None:  # noqa: F811
+def test_killed_rank(run: Any, source: Source, nodes: dict[str, Path], fault: str) -> None:
     """The next job recovers."""
     output = nodes["alpha"] / "output"
     old = old_results(output)
