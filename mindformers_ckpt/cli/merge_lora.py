@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from mindformers_ckpt.lora import MergedBranch, plan_merge
 from mindformers_ckpt.lora_scaling import Scaling, number_fault
 from mindformers_ckpt.lora_settings import read_settings
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
+from mindformers_ckpt.publish import clear_waste
 from mindformers_ckpt.sources.adapter import AdapterSource, find_adapter
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source, separate_checkpoints
@@ -244,6 +246,8 @@ def _record(branches: tuple[MergedBranch, ...], scaling: Scaling, adapter: Adapt
 
 def _check_empty(destination: Path) -> None:
     if destination.is_dir() and any(destination.iterdir()):
+        with contextlib.suppress(OSError):  # a folder that cannot be written
+            clear_waste(destination)
         raise PublishError(f"{destination} is not empty; give a new or an empty folder for the merged weights")
 
 
