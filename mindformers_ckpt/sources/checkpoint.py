@@ -192,7 +192,7 @@ class Checkpoint:
             return
         problems = []
         for path in self.files.files:
-            held = {name: record.spec.shape for name, record in self._header(path).tensors.items()}
+            held = {name: record.spec.shape for name, record in self.header(path).tensors.items()}
             problems += contradictions(self.files.metadata, path, held)
         if problems:
             headline = f"{self.files.root}: files and metadata.json do not belong together; copy the checkpoint again"
