@@ -139,7 +139,7 @@ def _source(
         Kind.RANK_FOLDERS,
         absent={**absent, **older},
         advice=advice,
-        warnings=(*_beside(listing, chosen), *_almost(folders), *_formats(taken), *_other_ranks(chosen), *warnings),
+        warnings=(*_beside(listing, chosen), *_almost(listing), *_formats(taken), *_other_ranks(chosen), *warnings),
     )
     if not chosen:
         source.raise_absent()
@@ -203,7 +203,7 @@ def _last_whole(
 
 def files_by_rank(listing: Listing) -> dict[int, list[Path]]:
     """The checkpoint files of every rank folder, in the default sort of their names."""
-    return {rank: Listing(folder).weight_files() for rank, folder in listing.rank_folders.items()}
+    return {rank: own.weight_files() for rank, own in listing.of_ranks.items()}
 
 
 def last_file(files: Sequence[Path]) -> Path | None:
@@ -315,9 +315,9 @@ def _is_same(file: Path, other: Path) -> bool:
         return False
 
 
-def _almost(folders: Mapping[int, Path]) -> list[str]:
+def _almost(listing: Listing) -> list[str]:
     """Warn of what has almost the name of a weight file: it could be the last one."""
-    found = [f"{folder.name}/{name}" for folder in folders.values() for name in Listing(folder).almost_weights]
+    found = [f"{own.folder.name}/{name}" for own in listing.of_ranks.values() for name in own.almost_weights]
     return [f"left aside, since they are no weight files by their names: {listed(found)}"] if found else []
 
 
