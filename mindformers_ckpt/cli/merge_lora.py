@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import click
 
-from mindformers_ckpt.cli.notices import amount, say, say_json, warn
+from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
 from mindformers_ckpt.cli.options import (
+    FINGERPRINT,
     PROCESSES,
     RESUME,
     STEP,
@@ -33,6 +35,7 @@ from mindformers_ckpt.lora import MergedBranch, plan_merge
 from mindformers_ckpt.lora_scaling import Scaling, number_fault
 from mindformers_ckpt.lora_settings import read_settings
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
+from mindformers_ckpt.publish import clear_waste
 from mindformers_ckpt.sources.adapter import AdapterSource, find_adapter
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source, separate_checkpoints
@@ -128,6 +131,7 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
 )
 @STEP
 @PROCESSES
+@FINGERPRINT
 @RESUME
 @json_option
 @click.option("--quiet", is_flag=True, help="Print errors only.")
@@ -144,6 +148,7 @@ def command(
     save_format: str | None,
     step: str | None,
     processes: int,
+    fingerprints: bool,
     resume: bool,
     as_json: bool,
     quiet: bool,
@@ -162,8 +167,8 @@ def command(
         _check_empty(destination)
     found = None if adapter is None else find_adapter(adapter)
     chosen, notes = _completed(chosen, found)
-    strategy = _source_strategy(src_strategy, merged_strategy)
     files = _single(source, step)
+    strategy = files.strategy(_source_strategy(src_strategy, merged_strategy))
     check_outside(files, destination)
     target = read_optional_strategy(dst_strategy)
     plan, branches = plan_merge(
@@ -184,7 +189,9 @@ def command(
         "target": target.describe(),
         "source_path": str(source),
     }
-    options = Options(processes=affordable_processes(processes), resume=resume, may_fork=True)
+    options = Options(
+        processes=affordable_processes(processes), fingerprints=fingerprints, resume=resume, may_fork=True
+    )
 
     def add_familiar_name(folder: Path) -> None:
         if target.is_complete:
@@ -199,6 +206,7 @@ def command(
             f"{report.files} {'file' if report.files == 1 else 'files'}, {amount(report.bytes_written)} written to "
             f"{report.destination} in {report.seconds:.2f} s"
         )
+        say_fingerprints(report.fingerprints)
 
 
 def _scaling(lora_scaling: float | None, alpha: float | None, rank: int | None, use_rslora: bool) -> Scaling:
@@ -238,6 +246,8 @@ def _record(branches: tuple[MergedBranch, ...], scaling: Scaling, adapter: Adapt
 
 def _check_empty(destination: Path) -> None:
     if destination.is_dir() and any(destination.iterdir()):
+        with contextlib.suppress(OSError):  # a folder that cannot be written
+            clear_waste(destination)
         raise PublishError(f"{destination} is not empty; give a new or an empty folder for the merged weights")
 
 
@@ -270,7 +280,7 @@ def _single(path: Path, step: str | None = None) -> Source:
 
 def _adapter(files: Source, strategy: Strategy) -> Checkpoint:
     """A checkpoint of LoRA parameters: complete, or cut by the strategy of the source."""
-    return Checkpoint(files, strategy if files.sharded else Strategy.complete())
+    return Checkpoint(files, files.own_strategy or (strategy if files.sharded else Strategy.complete()))
 
 
 def _link(folder: Path, plan: Plan) -> None:

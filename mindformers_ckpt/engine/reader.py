@@ -21,7 +21,7 @@ from mindformers_ckpt.engine.views import copy_transposed, in_view, last_element
 from mindformers_ckpt.errors import FormatError, TransferError
 from mindformers_ckpt.formats import DType, Header, Segment, TensorSpec, read_header
 from mindformers_ckpt.geometry.box import Box, is_one_run, offset_in, run_length
-from mindformers_ckpt.planning.computations import Cast, Dequantise, Factor, Merge
+from mindformers_ckpt.planning.computations import Cast, Constant, Dequantise, Factor, Merge
 from mindformers_ckpt.planning.model import Place, SourceFile, View
 
 if TYPE_CHECKING:
@@ -111,6 +111,10 @@ class ShardReader:
 
         compute = place.compute
         assert compute is not None
+        if isinstance(compute, Constant):
+            content = np.frombuffer(compute.content, compute.dtype.carrier).reshape(place.box.shape)
+            out[...] = content[part.relative_to(place.box).slices()]
+            return
         values = np.empty(part.shape, compute.dtype.carrier)
         self.read(place._replace(compute=None), name, compute.dtype, part, values)
         if isinstance(compute, Cast):

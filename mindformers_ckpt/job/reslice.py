@@ -114,7 +114,7 @@ class Reslicing:
                     "load_checkpoint is the folder that holds the rank_<n> folders",
                     files.root,
                 )
-        return Checkpoint(files, strategy, self.names)
+        return Checkpoint(files, files.strategy(strategy), self.names)
 
     def plan(self) -> Plan | None:
         """The plan of the whole job, None when every rank's slices are those of the source already."""

@@ -118,7 +118,8 @@ class Loading:
 
     def _compare(self, own: OwnFiles, any_lacking: bool) -> Slices:
         """What the files of all ranks hold beside what the job needs. Raises PlanError for another strategy."""
-        is_known = bool(self.config.src_strategy_path_or_dir) and not self.target.is_complete
+        is_given = bool(self.config.src_strategy_path_or_dir) or own.brings_strategy
+        is_known = is_given and not self.target.is_complete
         if not own.sharded or not (any_lacking or is_known):
             return Slices.SAME
         files = find_checkpoint(self.config)
@@ -145,7 +146,8 @@ class Loading:
         files = find_checkpoint(self.config)
         wanted = weights.wanted_names(self.cells) if names is None else names
         looked_at = None if self.for_training else target.names() | wanted
-        return Checkpoint(files, read_strategy(given) if given else target, looked_at), target
+        own = files.own_strategy
+        return Checkpoint(files, own or (read_strategy(given) if given else target), looked_at), target
 
     def _load_shares(self) -> dict[str, Any]:
         names = self._names()

@@ -9,8 +9,9 @@ from enum import Enum
 from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.geometry.box import Box
-from mindformers_ckpt.planning.missing import missing_names, patterns_of, shortened
-from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan, SourceFile, TargetFile, Transfer
+from mindformers_ckpt.planning.computations import Constant
+from mindformers_ckpt.planning.missing import has_states, missing_names, patterns_of, shortened
+from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, SourceFile, TargetFile, Transfer
 from mindformers_ckpt.planning.places import Places, target_boxes
 from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
 from mindformers_ckpt.sources.plausibility import check_contents, check_names
@@ -57,7 +58,7 @@ def build_plan(
         )
         raise PlanError(describe_problems(headline, missing.required))
     warnings += missing.notes
-    plan = _assemble(source, target, tensors, chosen, prefix, format)
+    plan = _with_counters(_assemble(source, target, tensors, chosen, prefix, format), source, tensors)
     plan = replace(plan, warnings=tuple(warnings))
     plan.check()
     return plan
@@ -131,6 +132,33 @@ def _assemble(
         raise PlanError(describe_problems(f"{source.files.root} cannot be re-sliced for {target.describe()}", problems))
     files = tuple(SourceFile(path, path.stat().st_size) for path in paths)
     return Plan(files, rank_targets(ranks, held, prefix, format), tuple(transfers))
+
+
+def _with_counters(plan: Plan, source: Checkpoint, tensors: Mapping[str, LogicalTensor]) -> Plan:
+    """The plan with the counters that the source keeps in a file of text, on every rank.
+
+    Only where states of an optimizer are there: weights alone are no training that goes on.
+    """
+    if not plan.sources or not has_states(tensors):
+        return plan
+    added = [
+        (spec, content)
+        for spec, content in source.files.counters
+        if spec.name not in tensors and (source.names is None or spec.name in source.names)
+    ]
+    transfers = [
+        Transfer(
+            spec.name,
+            spec.dtype,
+            spec.shape,
+            (Place(0, Box.whole(spec.shape), compute=Constant(spec.dtype, content)),),
+            tuple(Place(file, Box.whole(spec.shape)) for file in range(len(plan.targets))),
+        )
+        for spec, content in added
+    ]
+    specs = tuple(spec for spec, _ in added)
+    targets = tuple(target._replace(tensors=(*target.tensors, *specs)) for target in plan.targets)
+    return replace(plan, targets=targets, transfers=(*plan.transfers, *transfers))
 
 
 def rank_targets(

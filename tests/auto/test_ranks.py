@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import psutil
 import pytest
+from checkpoint2_files import COMMON, write_checkpoint2
 from recorded import STRATEGIES, Recorded, Tensor, random_model, recorded, slices_of, write_ranks, write_tensors
 
 from mindformers_ckpt.geometry.layout import Layout
@@ -342,6 +343,37 @@ def test_the_same_strategy_with_redundancy_removed(run: Any, tmp_path: Path, how
     outcomes = run({**keys, "output_dir": tmp_path / "output"}, live="dp2mp2_tied", names=names).outcomes()
     assert_loaded(outcomes, [digests(parts[rank]) for rank in range(4)])
     assert (tmp_path / "output" / "transformed_checkpoint").exists() == (how == "saved")
+
+
+@pytest.mark.parametrize("how", ["re-sliced", "as it is", "shares", "other strategy, as it is"])
+def test_checkpoint_2_brings_its_layouts(run: Any, tmp_path: Path, how: str) -> None:
+    """`load_checkpoint: save path` of MindFormers' own format; no source strategy is named."""
+    saved = "dp2mp2pp2" if how in ("re-sliced", "other strategy, as it is") else "dp2mp2_tied"
+    live = TARGET if saved == "dp2mp2pp2" else saved
+    tensors = model_of(recorded(saved))
+    counters = {"global_step": tensors.pop("global_step")}
+    strategy = recorded(saved).strategy
+
+    def writes(name: str, rank: int) -> bool:
+        """Of shares the last rank that holds a slice saves it."""
+        cells = strategy.stages[strategy.stage_of(rank)][name].cells
+        inner = rank % strategy.stage_size
+        return how != "shares" or cells[inner] not in cells[inner + 1 :]
+
+    write_checkpoint2(tmp_path / "saved", tensors, strategy, counters=counters, writes=writes)
+    keys = {"load_checkpoint": tmp_path / "saved", "auto_trans_ckpt": how == "re-sliced"}
+    names = list(slices_of(recorded(live), tensors)[0]) if live != TARGET else []
+    outcomes = run({**keys, "output_dir": tmp_path / "output"}, live=live, names=names).outcomes()
+    if how == "other strategy, as it is":
+        assert all("was saved under another strategy" in outcome.error for outcome in outcomes)
+        return
+    parts = slices_of(recorded(live), {**tensors, **counters}, replicated=("global_step",))
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.loaded is not None, outcome.error
+        added = set(COMMON) - {"global_step"} if how in ("re-sliced", "shares") else set()  # where a plan is run
+        assert outcome.loaded.keys() - digests(parts[rank]).keys() == added
+        assert outcome.loaded.items() >= digests(parts[rank]).items()
+    assert (tmp_path / "output" / "transformed_checkpoint").exists() == (how == "re-sliced")
 
 
 @pytest.mark.parametrize("auto", [True, False])
