@@ -83,6 +83,11 @@ def _verify_against(
     except FormatError as error:
         found.differences.append(Difference(str(error)))
         return
+    if (source.files.kind is Kind.HUGGING_FACE) != (result.files.kind is Kind.HUGGING_FACE):
+        raise PlanError(
+            f"one of {source.files.root} and {result.files.root} is a Hugging Face model, the other is not: names and "
+            "forms of tensors differ; convert the source once more and compare the two results (diff)"
+        )
     verify_against(result, source, chosen, contents=contents, progress=progress, found=found)
 
 
