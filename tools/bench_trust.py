@@ -29,7 +29,7 @@ from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.look.diff import diff
 from mindformers_ckpt.look.fingerprint import fingerprint
 from mindformers_ckpt.look.verify import verify
-from mindformers_ckpt.look.whole import find_checkpoint
+from mindformers_ckpt.look.whole import checkpoint_at
 from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.strategy.files import read_strategy
 from mindformers_ckpt.strategy.model import Strategy
@@ -98,7 +98,7 @@ def main(gb: float, repeats: int, folder: Path) -> None:
         columns: read_strategy(folder / "strategy/mp4/ckpt_strategy_rank_0.ckpt"),
     }
     for target, strategy in strategies.items():
-        transform(build_plan(find_checkpoint(complete), strategy, contents="off"), target)
+        transform(build_plan(checkpoint_at(complete), strategy, contents="off"), target)
     click.echo(machine())
     count_shares(repeats)
     click.echo("times of reading once what is read:")

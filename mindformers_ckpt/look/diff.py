@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES
-from mindformers_ckpt.errors import ConfigError, PlanError, describe_problems
+from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.formats import DType, TensorSpec
 from mindformers_ckpt.geometry.box import Box, blocks
 from mindformers_ckpt.look.holders import first_difference
-from mindformers_ckpt.look.whole import PathLike, WholeReader, find_checkpoint
+from mindformers_ckpt.look.whole import PathLike, WholeReader, checkpoint_at, whole_tensors
 from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
 from mindformers_ckpt.sources.plausibility import check_contents
 from mindformers_ckpt.strategy.model import Strategy
@@ -107,7 +107,7 @@ def diff(
     """
     if not tolerance >= 0 or math.isinf(tolerance):
         raise ConfigError(f"a tolerance of {tolerance:g} makes no sense; give a number from 0 on")
-    first, second = find_checkpoint(left, strategy, step), find_checkpoint(right, right_strategy, right_step)
+    first, second = checkpoint_at(left, strategy, step), checkpoint_at(right, right_strategy, right_step)
     ours, theirs = _tensors(first), _tensors(second)
     warnings = [
         *first.warnings,
@@ -137,16 +137,8 @@ def diff(
 
 
 def _tensors(checkpoint: Checkpoint) -> Mapping[str, LogicalTensor]:
-    """The tensors with elements, which a .ckpt file can hold. Raises PlanError for those that are not all there."""
-    tensors = checkpoint.tensors()
-    lost = [
-        f"{name}: the box {box} of ranks {list(ranks[:8])}"
-        for name, tensor in tensors.items()
-        for box, ranks in tensor.missing
-    ]
-    if lost:
-        raise PlanError(describe_problems(f"{checkpoint.files.root}: of some tensors not all is there", lost))
-    return {name: tensor for name, tensor in tensors.items() if tensor.spec.size}
+    """The tensors with elements, which are those that a .ckpt file can hold."""
+    return {name: tensor for name, tensor in whole_tensors(checkpoint).items() if tensor.spec.size}
 
 
 def _compare(
