@@ -122,7 +122,7 @@ class Run:
         if options.fingerprints:
             _check_countable(plan, options)
         self.digest = digest_of(plan)
-        self._states = _states(plan.sources)
+        self._states = states_of(plan.sources)
         self.fingerprint = identity or _fingerprint(self.digest, self._states, options)
         self._staging = Staging(
             self.destination,
@@ -340,7 +340,7 @@ def copy_unchanged(
     plan: Plan, folder: Path, tasks: Sequence[Task], options: Options, *, progress: Progress, check: Callable[[], None]
 ) -> None:
     """`copy_into`, for a rank that copies a share. Raises TransferError when a source was written meanwhile."""
-    states = _states(plan.sources)
+    states = states_of(plan.sources)
     copy_into(plan, folder, tasks, options, progress=progress, check=check)
     check_unchanged(states)
 
@@ -470,7 +470,7 @@ def _fingerprint(digest: str, states: Mapping[Path, FileState], options: Options
     return whole.hexdigest()
 
 
-def _states(files: Iterable[SourceFile]) -> dict[Path, FileState]:
+def states_of(files: Iterable[SourceFile]) -> dict[Path, FileState]:
     """What the source files are at this moment. Raises TransferError."""
     states = {}
     for file in files:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from mindformers_ckpt.lora import MergedBranch, plan_merge
 from mindformers_ckpt.lora_scaling import Scaling, number_fault
 from mindformers_ckpt.lora_settings import read_settings
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
+from mindformers_ckpt.publish import clear_waste
 from mindformers_ckpt.sources.adapter import AdapterSource, find_adapter
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source, separate_checkpoints
@@ -165,8 +167,8 @@ def command(
         _check_empty(destination)
     found = None if adapter is None else find_adapter(adapter)
     chosen, notes = _completed(chosen, found)
-    strategy = _source_strategy(src_strategy, merged_strategy)
     files = _single(source, step)
+    strategy = files.strategy(_source_strategy(src_strategy, merged_strategy))
     check_outside(files, destination)
     target = read_optional_strategy(dst_strategy)
     plan, branches = plan_merge(
@@ -244,6 +246,8 @@ def _record(branches: tuple[MergedBranch, ...], scaling: Scaling, adapter: Adapt
 
 def _check_empty(destination: Path) -> None:
     if destination.is_dir() and any(destination.iterdir()):
+        with contextlib.suppress(OSError):  # a folder that cannot be written
+            clear_waste(destination)
         raise PublishError(f"{destination} is not empty; give a new or an empty folder for the merged weights")
 
 
@@ -276,7 +280,7 @@ def _single(path: Path, step: str | None = None) -> Source:
 
 def _adapter(files: Source, strategy: Strategy) -> Checkpoint:
     """A checkpoint of LoRA parameters: complete, or cut by the strategy of the source."""
-    return Checkpoint(files, strategy if files.sharded else Strategy.complete())
+    return Checkpoint(files, files.own_strategy or (strategy if files.sharded else Strategy.complete()))
 
 
 def _link(folder: Path, plan: Plan) -> None:

@@ -122,6 +122,11 @@ _REQUEST_OPTIONS = (
         is_flag=True,
         help="Leave out parameters of the target strategy that are not in the source, instead of refusing.",
     ),
+    click.option(
+        "--weights-only",
+        is_flag=True,
+        help="Leave states of the optimizer and counters of the training aside.",
+    ),
     CONTENTS,
     click.option(
         "--like",

@@ -18,8 +18,8 @@ from mindformers_ckpt.engine.reader import Reader, ShardReader
 from mindformers_ckpt.engine.sinks import Sink
 from mindformers_ckpt.engine.views import target_runs
 from mindformers_ckpt.formats import DType
-from mindformers_ckpt.geometry.box import Box, BoxIndex, are_disjoint, block_count, blocks, hull, offset_in
-from mindformers_ckpt.planning.model import Place, Plan, SourceFile, Transfer, View
+from mindformers_ckpt.geometry.box import Box, are_disjoint, block_count, blocks, hull, offset_in
+from mindformers_ckpt.planning.model import Place, Plan, SourceFile, Transfer, View, once, volume_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,12 +79,13 @@ def cut_into_tasks(plan: Plan, *, by_rank: bool = False, whole_tensors: bool = F
     if by_rank:
         return _tasks_by_file(plan)
     size = max(_SMALLEST_TASK, min(_LARGEST_TASK, plan.bytes_written // _TASKS))
+    written, cut = once(volume_of), _BlockCounts()
     tasks: list[Task] = []
     pending: list[Slice] = []
     held = 0
     for transfer in plan.transfers:
-        total = block_count(_wanted(transfer), _block_elements(transfer))
-        cost = transfer.bytes_written / max(total, 1)
+        total = cut.blocks(transfer)
+        cost = written(transfer.targets) * transfer.dtype.itemsize / max(total, 1)
         first = 0
         while first < total:
             room = total - first
@@ -102,34 +103,55 @@ def cut_into_tasks(plan: Plan, *, by_rank: bool = False, whole_tensors: bool = F
 
 
 def _tasks_by_file(plan: Plan) -> list[Task]:
-    """A task a target file, of all that it takes; in one pass over the targets of all transfers."""
-    taken: list[list[Slice]] = [[] for _ in plan.targets]
-    for transfer in plan.transfers:
-        places: dict[int, list[Place]] = {}
-        for place in transfer.targets:
-            places.setdefault(place.file, []).append(place)
-        sources: dict[tuple[Box, ...], tuple[Place, ...]] = {}  # replicas take from the same ones
-        index = BoxIndex([place.box for place in transfer.sources])
-        for file, targets in places.items():
-            boxes = tuple(place.box for place in targets)
-            if boxes not in sources:
-                sources[boxes] = tuple(transfer.sources[number] for number in index.meeting(hull(boxes)))
-            part = transfer._replace(sources=sources[boxes], targets=tuple(targets))
-            taken[file].append(Slice(part, 0, block_count(_wanted(part), _block_elements(part))))
+    """A task a target file, of all that it takes."""
+    written, cut = once(volume_of), _BlockCounts()
     return [
-        Task(number, tuple(slices), sum(piece.transfer.bytes_written for piece in slices))
-        for number, slices in enumerate(taken)
+        Task(
+            number,
+            tuple(Slice(part, 0, cut.blocks(part)) for part in parts),
+            sum(written(part.targets) * part.dtype.itemsize for part in parts),
+        )
+        for number, parts in enumerate(plan.by_target())
     ]
 
 
+class _BlockCounts:
+    """The numbers of blocks of transfers, found once for those that share their places."""
+
+    def __init__(self) -> None:
+        self._wanted = once(_hull)
+        self._transposed = once(_is_transposed)
+        self._counts: dict[tuple[int, int], int] = {}
+
+    def blocks(self, transfer: Transfer) -> int:
+        """The number of blocks of a transfer that outlives this object."""
+        wanted = self._wanted(transfer.targets)
+        limit = _limit(transfer.dtype, self._transposed(transfer.sources))
+        key = id(wanted), limit
+        if key not in self._counts:
+            self._counts[key] = block_count(wanted, limit)
+        return self._counts[key]
+
+
 def _wanted(transfer: Transfer) -> Box:
-    return hull([place.box for place in transfer.targets])
+    return _hull(transfer.targets)
+
+
+def _hull(places: Sequence[Place]) -> Box:
+    return hull([place.box for place in places])
 
 
 def _block_elements(transfer: Transfer) -> int:
-    """A block of a transposed tensor takes a little of every row of the source, so there had better be few."""
-    transposed = any(place.view is not None and place.view.is_transposed for place in transfer.sources)
-    return max(1, (TRANSPOSE_BYTES if transposed else BLOCK_BYTES) // transfer.dtype.itemsize)
+    return _limit(transfer.dtype, _is_transposed(transfer.sources))
+
+
+def _is_transposed(sources: Sequence[Place]) -> bool:
+    return any(place.view is not None and place.view.is_transposed for place in sources)
+
+
+def _limit(dtype: DType, transposed: bool) -> int:
+    """Elements of a block. One of a transposed tensor takes a little of every row of the source: larger is better."""
+    return max(1, (TRANSPOSE_BYTES if transposed else BLOCK_BYTES) // dtype.itemsize)
 
 
 def _is_cut_by_rows(transfer: Transfer) -> bool:
