@@ -49,6 +49,8 @@ _PATH = LocalPath()
 @click.option(
     "--use-interleaved-weight-layout-mlp", type=bool, help="Fused tensors: false for all of gate, then all of up."
 )
+@click.option("--mla-qkv-concat", type=bool, help="DeepSeek, mcore names: query, key and value start in one tensor.")
+@click.option("--pynative", type=bool, help="DeepSeek, mcore names: as the PyNative network has them.")
 @click.option("--format", type=click.Choice(["ckpt", "safetensors", "checkpoint2"]), help="Of the MindSpore files.")
 @click.option("--naming", type=click.Choice(["legacy", "mcore"]), help="MindSpore names; left out: the model's usual.")
 @click.option(

@@ -22,6 +22,8 @@ LAYOUT_SETTINGS = {
     "use_gmm_training": False,
     "use_contiguous_weight_layout_attention": False,
     "use_interleaved_weight_layout_mlp": True,
+    "mla_qkv_concat": False,
+    "pynative": False,
 }
 _LARGEST = (1 << 31) - 1
 # What there is a name for each of in a checkpoint.

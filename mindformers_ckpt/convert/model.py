@@ -64,8 +64,9 @@ class Model:
         counted: what follows from the names of a source where config.json does not tell it.
         canonical: a name as a table spells it, from the spelling of a file, by side.
         options: command-line options that are this model's own.
-        told: those of its options that the names of MindSpore weights, or of a strategy, tell; None for one that
-            does not count then.
+        told: those of its options that the names of MindSpore weights, or of a strategy, tell, beside those that
+            were chosen (are true); None for one that does not count then.
+        unfit: why no network with names of a naming could be trained with these facts; None where one can.
     """
 
     name: str
@@ -77,7 +78,8 @@ class Model:
     counted: Callable[[Iterable[str]], Mapping[str, Any]] = count_layers
     canonical: Mapping[Side, Callable[[str], str]] = field(default_factory=dict)
     options: tuple[str, ...] = ()
-    told: Callable[[Collection[str]], Mapping[str, bool | None]] = lambda names: {}
+    told: Callable[[Collection[str], Collection[str]], Mapping[str, bool | None]] = lambda names, chosen: {}
+    unfit: Callable[[str, Facts], str | None] = lambda naming, facts: None
 
     def __post_init__(self) -> None:
         for table in self.tables.values():

@@ -41,7 +41,7 @@ SHARD_BYTES = 5 * 10**9
 # Options that only some models have.
 _OWN_OPTIONS = (
     *("is_pretrain", "telechat_type", "mlp_concat", "use_rearrange_rope", "use_gmm", "use_gmm_training"),
-    *("use_contiguous_weight_layout_attention", "use_interleaved_weight_layout_mlp"),
+    *("use_contiguous_weight_layout_attention", "use_interleaved_weight_layout_mlp", "mla_qkv_concat", "pynative"),
 )
 CHECKPOINT2 = "checkpoint2"
 _PLAIN = Options()
@@ -67,6 +67,7 @@ class Request:
         mlp_concat, use_rearrange_rope: settings of MindSpore's GLM4; use_gmm, use_gmm_training: of its Mixtral.
         use_contiguous_weight_layout_attention, use_interleaved_weight_layout_mlp: settings of its networks that have
             query, key and value, or gate and up, in one tensor.
+        mla_qkv_concat, pynative: settings of its networks with latent attention.
         step: with `reverse`, the file of a rank folder to read: its name, or an epoch and step like "3_150".
     """
 
@@ -90,6 +91,8 @@ class Request:
     use_gmm_training: bool | None = None
     use_contiguous_weight_layout_attention: bool | None = None
     use_interleaved_weight_layout_mlp: bool | None = None
+    mla_qkv_concat: bool | None = None
+    pynative: bool | None = None
     step: str | None = None
 
 
@@ -152,7 +155,8 @@ def prepare(request: Request, wanted: Collection[str] = ()) -> Prepared:
         _ask_for_rows(path, request)
     origin: Side = "ms" if request.reverse else "hf"
     source = _stripped(found, model.canonical.get(origin, str), request.strip_prefix)
-    request = _as_told(request, model.told(source.tensors if request.reverse else wanted))
+    chosen = [option for option in model.options if getattr(request, option) is True]
+    request = _as_told(request, model.told(source.tensors if request.reverse else wanted, chosen))
     layout = _layout_name(naming, model, request)
     if recorded not in (None, layout):
         raise ConfigError(f"{path} says that its names and layout are {recorded}, the options say {layout}")
@@ -171,6 +175,9 @@ def prepare(request: Request, wanted: Collection[str] = ()) -> Prepared:
             request = replace(request, naming=other.partition("+")[0], qkv_concat="+qkv_concat" in other)
             return prepare(request, wanted)
         raise explain(misfit, attempt) from None
+    unfit = None if request.reverse else model.unfit(naming, facts)
+    if unfit is not None:
+        raise ConfigError(unfit)
     check_copies(conversion.copies)
     warnings = (*found.warnings, *warnings, *_other_type(model, config), *conversion.warnings)
     conversion = replace(conversion, warnings=warnings)

@@ -43,7 +43,10 @@ def _candidates(model: Model, config: ModelConfig, names: Collection[str]) -> It
     """The shapes under every table and all settings of the network; the usual ones first."""
     settings = [option for option in LAYOUT_SETTINGS if option in model.options]
     for values in product(*((LAYOUT_SETTINGS[option], not LAYOUT_SETTINGS[option]) for option in settings)):
-        facts = model.facts(ModelConfig({**config.values, **dict(zip(settings, values))}, config.path))
+        try:
+            facts = model.facts(ModelConfig({**config.values, **dict(zip(settings, values))}, config.path))
+        except ConfigError:
+            continue  # settings that do not go together
         for table in model.tables.values():
             try:
                 yield _shapes(table, facts, names)

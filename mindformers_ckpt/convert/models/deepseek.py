@@ -1,14 +1,24 @@
-"""DeepSeek-V3 and R1: latent attention, routed and shared experts, multi-token prediction (MTP) layers.
+"""DeepSeek-V3, R1, V2 and Kimi-K2: latent attention, routed and shared experts, prediction (MTP) layers.
 
 The legacy names are those of the first training network with grouped multiplication, which keeps the rotary
-part of a head as two halves where Hugging Face keeps pairs. The mcore names are those since MindFormers 1.7.
+part of a head as two halves where Hugging Face keeps pairs. The mcore networks keep the pairs. There are three:
+
+- projections as in Hugging Face (`mla_qkv_concat: False` in the yaml);
+- the first projections of query and of key and value in one tensor (`mla_qkv_concat: True`);
+- the same in PyNative mode, with experts in three dimensions and the router's bias beside the router.
 """
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
 
 from mindformers_ckpt.convert.config import ModelConfig, product, quotient, total
 from mindformers_ckpt.convert.model import Facts, Model
 from mindformers_ckpt.convert.models import decoder
 from mindformers_ckpt.convert.rules import Copy, Entry, join, prefixed, rename, split
+from mindformers_ckpt.errors import ConfigError
 
+CONCAT = "mla_qkv_concat"
 _HF_MTP = "model.layers.{m}."
 
 
@@ -21,15 +31,10 @@ def facts(config: ModelConfig) -> Facts:
     hidden, expert_ffn = config.integer("hidden_size"), config.integer("moe_intermediate_size")
     experts = config.integer("n_routed_experts")
     layers = [{"n": number} for number in range(count)]
-    flags = {"tied"} if config.flag("tie_word_embeddings") else set()
-    if config.integer("q_lora_rank") is not None:
-        flags.add("q_lora")
-    if config.integer("n_shared_experts"):
-        flags.add("shared")
-    flags |= decoder.layout_flags(config) - {"contiguous"}  # latent attention has no such rows
+    head, query_dim = config.integer("num_attention_heads"), total(nope, rope)
     return Facts(
         {
-            "head": config.integer("num_attention_heads"),
+            "head": head,
             "pair": 2,
             "rope_pairs": quotient(rope, 2),
             "nope_pairs": quotient(nope, 2),
@@ -38,7 +43,8 @@ def facts(config: ModelConfig) -> Facts:
             "value": value,
             "latent": latent,
             "query_rank": config.integer("q_lora_rank"),
-            "query_dim": total(nope, rope),
+            "query_dim": query_dim,
+            "query_rows": product(head, query_dim),
             "latent_rope": total(latent, rope),
             "nope_value": total(nope, value),
             "vocab": config.integer("vocab_size"),
@@ -56,7 +62,51 @@ def facts(config: ModelConfig) -> Facts:
             "sparse": layers[dense:] if experts else [],
             "mtp": [{"i": i, "m": count + i} for i in range(config.integer("num_nextn_predict_layers") or 0)],
         },
-        frozenset(flags),
+        frozenset(_flags(config)),
+    )
+
+
+def _flags(config: ModelConfig) -> set[str]:
+    """Which of the model's tensors there are, and which of the mcore networks it is."""
+    flags = {"tied"} if config.flag("tie_word_embeddings") else set()
+    if config.integer("q_lora_rank"):
+        flags.add("q_lora")
+    if config.integer("n_shared_experts"):
+        flags.add("shared")
+    # DeepSeek-V2 chooses its experts without a bias.
+    if config.text("topk_method") in ("", "noaux_tc") and config.text("model_type") != "deepseek_v2":
+        flags.add("router_bias")
+    flags |= decoder.layout_flags(config) - {"contiguous"}  # latent attention has no such rows
+    if config.flag("pynative"):
+        if "halves" in flags or config.values.get(CONCAT) is False:
+            raise ConfigError(
+                f"the PyNative network has its first projections in one tensor, and gate and up row by row in turn: "
+                f"{CONCAT} False and use_interleaved_weight_layout_mlp False do not go with pynative"
+            )
+        flags |= {"pynative", "concat"}
+    return flags | ({"concat"} if config.flag(CONCAT) else set())
+
+
+def told(names: Collection[str], chosen: Collection[str]) -> Mapping[str, bool | None]:
+    """Every one of the mcore networks has names that the others lack; PyNative's only where the router has a bias."""
+    if "pynative" in chosen:
+        return {}
+    if any(name.endswith(".mlp.expert_bias") for name in names):
+        return {"pynative": True}
+    if any(name.endswith(".self_attention.linear_qkv.weight") for name in names):
+        return {CONCAT: True}
+    if any(name.endswith(".self_attention.linear_kv_down_proj.weight") for name in names):
+        return {CONCAT: False}
+    return {}
+
+
+def unfit(naming: str, facts: Facts) -> str | None:
+    """The legacy networks for training always compress the query."""
+    if naming != "legacy" or "q_lora" in facts.flags:
+        return None
+    return (
+        "config.json has no q_lora_rank: no network with legacy names trains such a model, since all of them compress "
+        "the query; give --naming mcore"
     )
 
 
@@ -116,22 +166,37 @@ def _legacy_ffn(hf: str, ms: str, ffn: str, when: str = "") -> list[Entry]:
     ]
 
 
+def stacked_experts(gate_up: str, down: str, when: str = "") -> list[Entry]:
+    """The experts in two tensors of three dimensions, turned; gate and up are halves of the columns."""
+    return [
+        join(
+            gate_up,
+            "expert hidden (part expert_ffn)",
+            ("mlp.experts.{expert}.gate_proj.weight", 1, "expert_ffn hidden"),
+            ("mlp.experts.{expert}.up_proj.weight", 1, "expert_ffn hidden"),
+            when=when,
+        ),
+        join(
+            down,
+            "expert expert_ffn hidden",
+            ("mlp.experts.{expert}.down_proj.weight", 1, "hidden expert_ffn"),
+            when=when,
+        ),
+    ]
+
+
 LEGACY_DENSE = _legacy_ffn("mlp", "feed_forward", "ffn")
 LEGACY_SPARSE: list[Entry] = [
     rename("mlp.gate.weight", "feed_forward.routed_experts.router_dense.weight", "expert hidden", precise=True),
-    rename("mlp.gate.e_score_correction_bias", "feed_forward.routed_experts.topk_bias", "expert", precise=True),
+    rename(
+        "mlp.gate.e_score_correction_bias",
+        "feed_forward.routed_experts.topk_bias",
+        "expert",
+        precise=True,
+        when="router_bias",
+    ),
     *_legacy_ffn("mlp.shared_experts", "feed_forward.shared_experts", "shared_ffn", "shared"),
-    join(
-        "feed_forward.routed_experts.ffn.w1",
-        "expert hidden (part expert_ffn)",
-        ("mlp.experts.{expert}.gate_proj.weight", 1, "expert_ffn hidden"),
-        ("mlp.experts.{expert}.up_proj.weight", 1, "expert_ffn hidden"),
-    ),
-    join(
-        "feed_forward.routed_experts.ffn.w2",
-        "expert expert_ffn hidden",
-        ("mlp.experts.{expert}.down_proj.weight", 1, "hidden expert_ffn"),
-    ),
+    *stacked_experts("feed_forward.routed_experts.ffn.w1", "feed_forward.routed_experts.ffn.w2"),
 ]
 
 LEGACY: tuple[Entry, ...] = (
@@ -156,20 +221,46 @@ LEGACY: tuple[Entry, ...] = (
     *decoder.LEGACY_END,
 )
 
+_Q, _Q_A, _KV_A = "self_attn.q_proj.weight", "self_attn.q_a_proj.weight", "self_attn.kv_a_proj_with_mqa.weight"
+_SEPARATE: list[Entry] = [
+    rename(_Q, "self_attention.linear_q_proj.weight", "(head query_dim) hidden", when="!concat !q_lora"),
+    rename(_Q_A, "self_attention.linear_q_down_proj.weight", "query_rank hidden", when="!concat q_lora"),
+    rename(_KV_A, "self_attention.linear_kv_down_proj.weight", "latent_rope hidden", when="!concat"),
+]
+_CONCATENATED: list[Entry] = [
+    join(
+        "self_attention.linear_qkv.weight",
+        "part hidden",
+        (query, rows),
+        (_KV_A, "latent_rope"),
+        when=f"concat {flag}",
+    )
+    for query, rows, flag in ((_Q_A, "query_rank", "q_lora"), (_Q, "query_rows", "!q_lora"))
+]
+# (Hugging Face, separate, concatenated, axes, flag)
+_LATENT = (
+    ("q_a_layernorm", "q_layernorm", "q_layernorm", "query_rank", "q_lora"),
+    ("q_b_proj", "linear_q_up_proj", "linear_qb", "(head query_dim) query_rank", "q_lora"),
+    ("kv_a_layernorm", "kv_layernorm", "k_layernorm", "latent", ""),
+    ("kv_b_proj", "linear_kv_up_proj", "linear_kvb", "(head nope_value) latent", ""),
+)
 MCORE_ATTENTION: list[Entry] = [
     rename("input_layernorm.weight", "input_layernorm.weight", "hidden"),
-    rename("self_attn.q_a_proj.weight", "self_attention.linear_q_down_proj.weight", "query_rank hidden"),
-    rename("self_attn.q_a_layernorm.weight", "self_attention.q_layernorm.weight", "query_rank"),
-    rename("self_attn.q_b_proj.weight", "self_attention.linear_q_up_proj.weight", "(head query_dim) query_rank"),
-    rename("self_attn.kv_a_proj_with_mqa.weight", "self_attention.linear_kv_down_proj.weight", "latent_rope hidden"),
-    rename("self_attn.kv_a_layernorm.weight", "self_attention.kv_layernorm.weight", "latent"),
-    rename("self_attn.kv_b_proj.weight", "self_attention.linear_kv_up_proj.weight", "(head nope_value) latent"),
+    *_SEPARATE,
+    *_CONCATENATED,
+    *(
+        rename(f"self_attn.{hf}.weight", f"self_attention.{ms}.weight", axes, when=f"{concat} {flag}".strip())
+        for hf, separate, concatenated, axes, flag in _LATENT
+        for ms, concat in ((separate, "!concat"), (concatenated, "concat"))
+    ),
     rename("self_attn.o_proj.weight", "self_attention.linear_proj.weight", "hidden (head value)"),
     rename("post_attention_layernorm.weight", "pre_mlp_layernorm.weight", "hidden"),
 ]
+_BIAS = "mlp.gate.e_score_correction_bias"
 MCORE_SPARSE: list[Entry] = [
     rename("mlp.gate.weight", "mlp.router.weight", "expert hidden"),
-    rename("mlp.gate.e_score_correction_bias", "mlp.router.expert_bias", "expert", precise=True),
+    rename(_BIAS, "mlp.router.expert_bias", "expert", precise=True, when="router_bias !pynative"),
+    rename(_BIAS, "mlp.expert_bias", "expert", precise=True, when="router_bias pynative"),
     *(
         entry._replace(when=f"shared {entry.when}".strip())
         for entry in (
@@ -177,7 +268,8 @@ MCORE_SPARSE: list[Entry] = [
             rename("mlp.shared_experts.down_proj.weight", "mlp.shared_experts.linear_fc2.weight", "hidden shared_ffn"),
         )
     ),
-    *decoder.MCORE_EXPERTS,
+    *(entry._replace(when="!pynative") for entry in decoder.MCORE_EXPERTS),
+    *stacked_experts("mlp.experts.weight1", "mlp.experts.weight2", "pynative"),
 ]
 
 MCORE: tuple[Entry, ...] = (
@@ -198,9 +290,14 @@ MCORE: tuple[Entry, ...] = (
 
 MODEL = Model(
     name="deepseek",
-    aliases=("deepseekv3", "deepseek_v3", "deepseek3", "deepseek_r1"),
-    model_types=("deepseek_v3",),
+    aliases=(
+        *("deepseekv3", "deepseek_v3", "deepseek3", "deepseek_r1"),
+        *("deepseek_v2", "deepseekv2", "kimi_k2", "kimi", "moonlight"),
+    ),
+    model_types=("deepseek_v3", "deepseek_v2", "kimi_k2"),
     tables={"legacy": LEGACY, "mcore": MCORE},
     facts=facts,
-    options=("use_interleaved_weight_layout_mlp",),
+    options=("use_interleaved_weight_layout_mlp", CONCAT, "pynative"),
+    told=told,
+    unfit=unfit,
 )

@@ -201,6 +201,29 @@ def deepseek_tensors(*, mtp: bool = True, dtype: Any = np.float32) -> dict[str, 
     return tensors
 
 
+def deepseek_kin() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """The relatives of DeepSeek-V3, config.json and tensors: without prediction layers and some of the tensors."""
+    plain = {"num_nextn_predict_layers": 0}
+    bias = ("e_score_correction_bias",)
+    return {
+        "deepseek_v3": (DEEPSEEK_CONFIG, deepseek_tensors()),
+        "kimi_k2": _kin({"model_type": "kimi_k2", **plain}),
+        "moonlight": _kin({"q_lora_rank": None, **plain}),
+        "deepseek_v2": _kin({"model_type": "deepseek_v2", **plain}, *bias),
+        "deepseek_v2_lite": _kin({"model_type": "deepseek_v2", "q_lora_rank": None, **plain}, *bias),
+    }
+
+
+def _kin(config: dict[str, Any], *without: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    tensors = deepseek_tensors(mtp=False)
+    if config.get("q_lora_rank", 0) is None:
+        without += ("q_a_", "q_b_proj")
+        names = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)]
+        tensors |= {name: random_tensor(name, (16, 8)) for name in names}
+    found = {name: array for name, array in tensors.items() if not any(part in name for part in without)}
+    return {**DEEPSEEK_CONFIG, **config}, found
+
+
 CHATGLM_CONFIG = {
     "model_type": "chatglm",
     "num_layers": 2,
