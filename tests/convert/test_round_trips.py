@@ -23,6 +23,18 @@ QWEN3_MOE = {
     **{f"model.layers.1.mlp.experts.{e}.{name}_proj.weight": (5, 8) for e in range(11) for name in ("gate", "up")},
     **{f"model.layers.1.mlp.experts.{e}.down_proj.weight": (8, 5) for e in range(11)},
 }
+QWEN2_MOE = {
+    **{name: shape for name, shape in QWEN3_MOE.items() if "_norm.weight" not in name},
+    **{
+        f"model.layers.{n}.self_attn.{name}_proj.bias": (rows,)
+        for n in range(2)
+        for name, rows in zip("qkv", (16, 8, 8))
+    },
+    **{f"model.layers.1.mlp.shared_expert.{name}_proj.weight": (7, 8) for name in ("gate", "up")},
+    "model.layers.1.mlp.shared_expert.down_proj.weight": (8, 7),
+    "model.layers.1.mlp.shared_expert_gate.weight": (1, 8),
+}
+EXPERTS = {"num_experts": 11, "moe_intermediate_size": 5, "mlp_only_layers": [0]}
 GLM_NATIVE = {
     name: shape
     for name, shape in hf.llama_shapes(bias=True).items()
@@ -49,8 +61,15 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
     "qwen3_moe": (
         "qwen3_moe",
         hf.random_tensors(QWEN3_MOE, BF16),
-        hf.decoder_config(model_type="qwen3_moe", num_experts=11, moe_intermediate_size=5, mlp_only_layers=[0]),
+        hf.decoder_config(model_type="qwen3_moe", **EXPERTS),
     ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        hf.random_tensors(QWEN2_MOE),
+        hf.decoder_config(model_type="qwen2_moe", shared_expert_intermediate_size=7, **EXPERTS),
+    ),
+    "telechat3": ("telechat3", hf.random_tensors(hf.llama_shapes()), hf.decoder_config(model_type="telechat3")),
+    "telechat3_moe": ("telechat3_moe", hf.deepseek_tensors(), {**hf.DEEPSEEK_CONFIG, "model_type": "telechat3_moe"}),
     "mixtral": (
         "mixtral",
         hf.random_tensors(hf.mixtral_shapes(12, layers=2)),
@@ -101,6 +120,24 @@ def test_there_and_back(case: str, naming: str, suffix: str, tmp_path: Path) -> 
     convert(Request(name, weights, reverse=True, hf_config=folder, **words), tmp_path / "back", shard_bytes=700)
     hf.assert_equal(hf.read_folder(tmp_path / "back"), tensors)
     assert (tmp_path / "back" / "model.safetensors.index.json").is_file()
+
+
+@pytest.mark.parametrize("use_gmm", [False, True])
+def test_experts_of_qwen2(use_gmm: bool, tmp_path: Path) -> None:
+    _, tensors, config = CASES["qwen2_moe"]
+    source = hf.write_folder(tmp_path / "source", tensors, config)
+    convert(Request(None, source, use_gmm=use_gmm), tmp_path / "weights.safetensors")
+    found, ours = hf.read_file(tmp_path / "weights.safetensors"), "model.layers.1.feed_forward."
+    for ms, name in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+        theirs = np.stack([tensors[f"model.layers.1.mlp.experts.{expert}.{name}.weight"] for expert in range(11)])
+        expected = theirs.transpose(0, 2, 1) if use_gmm else theirs
+        assert np.array_equal(found[f"{ours}routed_experts.ffn.{ms}.weight"], expected)
+        shared = tensors[f"model.layers.1.mlp.shared_expert.{name}.weight"]
+        assert np.array_equal(found[f"{ours}shared_experts.{ms}.weight"], shared)
+    assert f"{ours}routed_experts.router.dense.weight" in found
+    assert f"{ours}shared_experts_gate.weight" in found
+    convert(Request(None, tmp_path / "weights.safetensors", True, hf_config=source), tmp_path / "back")
+    hf.assert_equal(hf.read_folder(tmp_path / "back"), tensors)
 
 
 def test_every_model_is_here_or_among_the_models_of_transformers() -> None:

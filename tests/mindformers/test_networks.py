@@ -45,10 +45,10 @@ def parameters(network: Any) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in shapes.items() if name not in aside}
 
 
-def converted(kin: str, folder: Path, **words: Any) -> dict[str, tuple[int, ...]]:
+def converted(kin: str, folder: Path, model: str | None = None, **words: Any) -> dict[str, tuple[int, ...]]:
     config, tensors = KIN[kin]
     source = hf.write_folder(folder / "source", tensors, config)
-    convert(Request(None, source, naming="mcore", **words), folder / "weights.safetensors")
+    convert(Request(model, source, naming="mcore", **words), folder / "weights.safetensors")
     return {name: array.shape for name, array in hf.read_file(folder / "weights.safetensors").items()}
 
 
@@ -61,6 +61,34 @@ def test_graph_networks_with_latent_attention(kin: str, concat: bool, tmp_path: 
     mindspore.set_context(mode=mindspore.GRAPH_MODE)
     network = TrainingDeepseekV3ForCausalLM(DeepseekV3Config(**KIN[kin][0], **YAML, **ROUTER, mla_qkv_concat=concat))
     assert parameters(network) == converted(kin, tmp_path, mla_qkv_concat=concat)
+
+
+@pynative
+@pytest.mark.parametrize("concat", [False, True])
+def test_telechat3_with_experts(concat: bool, tmp_path: Path, mindspore: Any) -> None:
+    from mindformers.models.telechat3_moe.configuration_telechat3_moe import TeleChat3MoeConfig
+    from mindformers.models.telechat3_moe.modeling_telechat3_moe_train import TrainingTeleChat3MoeForCausalLM
+
+    mindspore.set_context(mode=mindspore.GRAPH_MODE)
+    # Sizes of heads under MindFormers' own names: this network does not take them from those of config.json.
+    sizes = {"qk_head_dim": 4, "qk_pos_emb_head_dim": 4}
+    config = {**KIN["deepseek_v3"][0], **YAML, **ROUTER, **sizes, "model_type": "telechat3_moe"}
+    network = TrainingTeleChat3MoeForCausalLM(TeleChat3MoeConfig(**config, mla_qkv_concat=concat))
+    assert parameters(network) == converted("deepseek_v3", tmp_path, model="telechat3_moe", mla_qkv_concat=concat)
+
+
+@pynative
+def test_telechat3(tmp_path: Path, mindspore: Any) -> None:
+    from mindformers.models.telechat3.configuration_telechat3 import TeleChat3Config
+    from mindformers.models.telechat3.modeling_telechat3_train import TrainingTeleChat3ForCausalLM
+
+    mindspore.set_context(mode=mindspore.GRAPH_MODE)
+    config = hf.decoder_config(model_type="telechat3")
+    network = TrainingTeleChat3ForCausalLM(TeleChat3Config(**config, max_position_embeddings=16, seq_length=16))
+    source = hf.write_folder(tmp_path / "source", hf.random_tensors(hf.llama_shapes()), config)
+    convert(Request(None, source), tmp_path / "weights.safetensors")
+    found = hf.read_file(tmp_path / "weights.safetensors")
+    assert parameters(network) == {name: array.shape for name, array in found.items()}
 
 
 @pynative

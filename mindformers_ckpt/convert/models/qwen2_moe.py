@@ -1,0 +1,60 @@
+"""Qwen2 with experts (Qwen1.5-MoE, Qwen2-57B-A14B): routed ones, stacked by number, and a shared one behind a gate.
+
+With `use_gmm` every expert's matrices are turned, for grouped multiplication.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mindformers_ckpt.convert.config import ModelConfig
+from mindformers_ckpt.convert.model import Facts, Model
+from mindformers_ckpt.convert.models import decoder, qwen3_moe
+from mindformers_ckpt.convert.rules import Entry, join, rename
+
+
+def facts(config: ModelConfig) -> Facts:
+    """Those of Qwen3 with experts; query, key and value have biases whatever config.json says."""
+    found = qwen3_moe.facts(config)
+    flags = found.flags - {"output_bias"} | {"bias"} | ({"turned"} if config.flag("use_gmm") else set())
+    sizes = {**found.sizes, "shared_ffn": config.integer("shared_expert_intermediate_size"), "gate": 1}
+    return replace(found, sizes=sizes, flags=flags)
+
+
+# (Hugging Face, MindSpore, axes of the matrix, with those of the inside to fill in)
+_PROJECTIONS = (("gate_proj", "w1", "{} hidden"), ("down_proj", "w2", "hidden {}"), ("up_proj", "w3", "{} hidden"))
+EXPERTS: list[Entry] = [
+    join(
+        f"feed_forward.routed_experts.ffn.{ms}.weight",
+        f"expert {' '.join(reversed(axes.split())) if turned else axes}",
+        (f"mlp.experts.{{expert}}.{hf}.weight", 1, axes),
+        when="turned" if turned else "!turned",
+    )
+    for hf, ms, axes in ((hf, ms, axes.format("expert_ffn")) for hf, ms, axes in _PROJECTIONS)
+    for turned in (False, True)
+]
+SHARED: list[Entry] = [
+    *(
+        rename(f"mlp.shared_expert.{hf}.weight", f"feed_forward.shared_experts.{ms}.weight", axes.format("shared_ffn"))
+        for hf, ms, axes in _PROJECTIONS
+    ),
+    rename("mlp.shared_expert_gate.weight", "feed_forward.shared_experts_gate.weight", "gate hidden"),
+]
+_ROUTER = rename("mlp.gate.weight", "feed_forward.routed_experts.router.dense.weight", "expert hidden")
+
+MODEL = Model(
+    name="qwen2_moe",
+    aliases=("qwen1_5_moe",),
+    model_types=("qwen2_moe",),
+    tables={
+        "legacy": (
+            *decoder.LEGACY_START,
+            *decoder.layers([*decoder.LEGACY_NORMS, *decoder.LEGACY_QKV, *decoder.LEGACY_OUTPUT]),
+            *decoder.layers(decoder.LEGACY_FFN, over="dense"),
+            *decoder.layers([_ROUTER, *EXPERTS, *SHARED], over="sparse"),
+            *decoder.LEGACY_END,
+        )
+    },
+    facts=facts,
+    options=("use_gmm",),
+)
