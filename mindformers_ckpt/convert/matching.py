@@ -18,7 +18,7 @@ class Matching(NamedTuple):
     """What a table finds in a source.
 
     Rules to convert, in order; copies to write, with their names; the names that it knows and that it lacks;
-    tensors that must be equal.
+    tensors that must be equal; what to tell of tensors that are left out.
     """
 
     entries: list[Bound]
@@ -26,6 +26,7 @@ class Matching(NamedTuple):
     used: set[str]
     missing: list[str]
     copies: list[tuple[Found, Found]]
+    notes: dict[str, None]
 
 
 def match(table: Table, facts: Facts, source: Weights, to: Side) -> Matching:
@@ -44,7 +45,7 @@ def match(table: Table, facts: Facts, source: Weights, to: Side) -> Matching:
         and entry.rule.optional
         and any(name in source.tensors for name in entry.names(origin))
     }
-    found = Matching([], [], set(), [], [])
+    found = Matching([], [], set(), [], [], {})
     for entry, captures in bound:
         if isinstance(entry, Bound):
             if entry.rule.optional and (entry.rule.optional, *captures.values()) not in present:
@@ -57,8 +58,11 @@ def match(table: Table, facts: Facts, source: Weights, to: Side) -> Matching:
         elif isinstance(entry, Copy):
             if not entry.optional or (entry.optional, *captures.values()) in present:
                 _match_copy(entry, captures, source, to, origin, found)
-        elif origin == "hf":
-            found.used.add(entry.name.format(**captures))
+        else:
+            if entry.note:
+                found.notes[entry.note] = None
+            if origin == "hf":
+                found.used.add(entry.name.format(**captures))
     if origin == "hf":
         found.used.update(filter(_ROTARY_BUFFER.fullmatch, source.tensors))
     return found

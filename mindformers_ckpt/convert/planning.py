@@ -76,7 +76,7 @@ def plan_tensors(
     unknown = [name for name in unknown if name not in aside.names()]
     if matching.missing or unknown or planner.shapes or planner.integers or planner.others:
         raise Misfit(source, matching.missing, unknown, planner.shapes, planner.integers, planner.others)
-    warnings = planner.warnings()
+    warnings = [*matching.notes, *planner.warnings()]
     if aside:
         warnings.append(f"left aside, as they are not weights of the model: {aside}")
     files = tuple(SourceFile(path, path.stat().st_size) for path in planner.files)

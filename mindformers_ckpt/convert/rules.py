@@ -97,11 +97,15 @@ class Copy(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """A Hugging Face tensor that MindSpore has no use for: a buffer that is computed anew."""
+    """A Hugging Face tensor that MindSpore has no use for: a buffer that is computed anew.
+
+    A `note` says why where it is more than that; it is told in both directions.
+    """
 
     name: str
     over: str = ""
     when: str = ""
+    note: str = ""
 
 
 Entry = Union[Rule, Copy, Drop]

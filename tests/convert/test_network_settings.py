@@ -158,8 +158,15 @@ def test_tensors_without_a_place_in_the_network_are_named(tmp_path: Path) -> Non
     config = hf.decoder_config(attention_bias=True, mlp_bias=True)
     source = hf.write_folder(tmp_path / "llama", tensors, config)
     for naming in ("legacy", "mcore"):
-        (line,) = convert(Request("llama", source, naming=naming), tmp_path / f"{naming}.ckpt").warnings
+        weights = tmp_path / f"{naming}.ckpt"
+        (line,) = convert(Request("llama", source, naming=naming), weights).warnings
         assert "mlp_bias" in line
+        written = hf.read_file(weights)
+        assert not [name for name in written if name.endswith("bias") and ("feed_forward" in name or "mlp" in name)]
+        (line,) = convert(Request("llama", weights, True, hf_config=source), tmp_path / f"{naming} back").warnings
+        assert "mlp_bias" in line
+        back = {name: array for name, array in tensors.items() if not ("mlp" in name and name.endswith("bias"))}
+        hf.assert_equal(hf.read_folder(tmp_path / f"{naming} back"), back)
     for layer in range(hf.LAYERS):
         for name in ("q_norm", "k_norm"):
             tensors[f"model.layers.{layer}.self_attn.{name}.weight"] = np.zeros(4, np.float32)

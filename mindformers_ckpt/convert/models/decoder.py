@@ -156,12 +156,15 @@ def gate_up_by_row(ms: str, hf: str = "mlp.", ffn: str = "ffn") -> list[Entry]:
     ]
 
 
-def noted(entries: Iterable[Entry], flag: str, note: str) -> list[Entry]:
-    """The same rules; those that hold with a flag of the model tell the user something."""
-    return [
-        entry._replace(note=note) if isinstance(entry, Rule) and flag in entry.when.split() else entry
-        for entry in entries
-    ]
+def without(entries: Iterable[Entry], flag: str, note: str) -> list[Entry]:
+    """The same rules, where the network has no place for the tensors that a flag of the model brings."""
+    found: list[Entry] = []
+    for entry in entries:
+        if isinstance(entry, Rule) and flag in entry.when.split():
+            found += [Drop(tensor.name, entry.over, entry.when, note) for tensor in entry.tensors("hf")]
+        else:
+            found.append(entry)
+    return found
 
 
 def lora(layers: Iterable[tuple[str, str, str, str]]) -> list[Entry]:

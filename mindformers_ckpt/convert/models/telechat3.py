@@ -3,10 +3,13 @@
 from mindformers_ckpt.convert.model import Model
 from mindformers_ckpt.convert.models import decoder
 
+_NOTE = "biases of the feed-forward layers (mlp_bias) and of the attention's output have no place in network: left out"
+_TABLE = decoder.without(decoder.without(decoder.MCORE, "mlp_bias", _NOTE), "output_bias", _NOTE)
+
 MODEL = Model(
     name="telechat3",
     model_types=("telechat3",),
-    tables={"mcore": decoder.MCORE},
+    tables={"mcore": tuple(_TABLE)},
     facts=decoder.facts,
     options=decoder.FUSED_OPTIONS,
 )
