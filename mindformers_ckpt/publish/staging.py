@@ -161,6 +161,8 @@ class Staging:
             if manifest is not None:
                 write_manifest(self.folder / name, manifest)
             self._lock.release()
+            if self.kind is not Kind.FILE and os.path.lexists(self._lock.path):
+                raise PublishError(f"{self._lock.path} cannot be removed, and would be in the result")
             os.rename(self._journal, self._journal_aside)
             try:
                 if fsync:
