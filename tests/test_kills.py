@@ -65,8 +65,10 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("command", always(ALWAYS))
-def test_killed_before_every_operation(shim: Path, tmp_path: Path, command: str, way: str) -> None:
-    found = drive(shim, tmp_path, command, way)
+@pytest.mark.parametrize("kills", [16, pytest.param(None, marks=pytest.mark.slow)], ids=["some", "every"])
+def test_killed_before_every_operation(shim: Path, tmp_path: Path, command: str, way: str, kills: int | None) -> None:
+    """`some` are half of them the last operations, those that publish."""
+    found = drive(shim, tmp_path, command, way, kills)
     assert found["operations"] > 3
     assert found["faults"] == []
 

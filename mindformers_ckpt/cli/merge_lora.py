@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
-from mindformers_ckpt.cli.notices import amount, say, say_json, warn
+from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
 from mindformers_ckpt.cli.options import (
+    FINGERPRINT,
     PROCESSES,
     RESUME,
     STEP,
@@ -130,6 +131,7 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
 )
 @STEP
 @PROCESSES
+@FINGERPRINT
 @RESUME
 @json_option
 @click.option("--quiet", is_flag=True, help="Print errors only.")
@@ -146,6 +148,7 @@ def command(
     save_format: str | None,
     step: str | None,
     processes: int,
+    fingerprints: bool,
     resume: bool,
     as_json: bool,
     quiet: bool,
@@ -164,8 +167,8 @@ def command(
         _check_empty(destination)
     found = None if adapter is None else find_adapter(adapter)
     chosen, notes = _completed(chosen, found)
-    strategy = _source_strategy(src_strategy, merged_strategy)
     files = _single(source, step)
+    strategy = files.strategy(_source_strategy(src_strategy, merged_strategy))
     check_outside(files, destination)
     target = read_optional_strategy(dst_strategy)
     plan, branches = plan_merge(
@@ -186,7 +189,9 @@ def command(
         "target": target.describe(),
         "source_path": str(source),
     }
-    options = Options(processes=affordable_processes(processes), resume=resume, may_fork=True)
+    options = Options(
+        processes=affordable_processes(processes), fingerprints=fingerprints, resume=resume, may_fork=True
+    )
 
     def add_familiar_name(folder: Path) -> None:
         if target.is_complete:
@@ -201,6 +206,7 @@ def command(
             f"{report.files} {'file' if report.files == 1 else 'files'}, {amount(report.bytes_written)} written to "
             f"{report.destination} in {report.seconds:.2f} s"
         )
+        say_fingerprints(report.fingerprints)
 
 
 def _scaling(lora_scaling: float | None, alpha: float | None, rank: int | None, use_rslora: bool) -> Scaling:
@@ -274,7 +280,7 @@ def _single(path: Path, step: str | None = None) -> Source:
 
 def _adapter(files: Source, strategy: Strategy) -> Checkpoint:
     """A checkpoint of LoRA parameters: complete, or cut by the strategy of the source."""
-    return Checkpoint(files, strategy if files.sharded else Strategy.complete())
+    return Checkpoint(files, files.own_strategy or (strategy if files.sharded else Strategy.complete()))
 
 
 def _link(folder: Path, plan: Plan) -> None:

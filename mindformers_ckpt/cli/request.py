@@ -12,6 +12,7 @@ import click
 from mindformers_ckpt.errors import ConfigError, PlanError
 from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.planning.file import Job
+from mindformers_ckpt.planning.missing import weight_names
 from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_mindspore, is_huggingface_folder, separate_checkpoints
@@ -44,6 +45,7 @@ class Request:
     world_size: int | None
     rank_id: int | None
     allow_missing: bool
+    weights_only: bool
     contents: str
     like: Path | None
     processes: int
@@ -54,15 +56,18 @@ class Request:
             raise click.UsageError("Missing option '--src-checkpoint'.")
         if self.ranks is not None and self.rank_id is not None:
             raise click.UsageError("--ranks and --rank-id both say which ranks to make; give one of them.")
-        files = find_mindspore(self.src_checkpoint, self.step)
+        files = find_mindspore(self.src_checkpoint, self.step, weights_only=self.weights_only)
         if self.destination is not None:
             check_outside(files, self.destination)
-        source, target = read_optional_strategy(self.src_strategy), read_optional_strategy(self.dst_strategy)
+        source = files.strategy(read_optional_strategy(self.src_strategy))
+        target = read_optional_strategy(self.dst_strategy)
         ranks = self._ranks(target)
         format = self.format or default_format(files)
         plans = {}
         for part in separate_checkpoints(files):
             checkpoint = Checkpoint(part, source)
+            if self.weights_only:
+                checkpoint = checkpoint.only(weight_names(checkpoint.tensors()))
             notes = () if self.like is None else check_shapes(checkpoint, _reference(self.like, checkpoint))
             plan = build_plan(
                 checkpoint,

@@ -67,6 +67,7 @@ class Request:
         strategy = Strategy.complete()
         if self.source_strategy is not None and files.sharded:
             strategy = read_strategy(self.source_strategy)
+        strategy = files.strategy(strategy)
         plans, held = {}, {}
         for name, part in _parts(files).items():
             checkpoint = Checkpoint(part, strategy)
