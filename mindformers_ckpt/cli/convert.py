@@ -49,7 +49,7 @@ _PATH = LocalPath()
 @click.option(
     "--use-interleaved-weight-layout-mlp", type=bool, help="Fused tensors: false for all of gate, then all of up."
 )
-@click.option("--format", type=click.Choice(["ckpt", "safetensors"]), help="Of the MindSpore files.")
+@click.option("--format", type=click.Choice(["ckpt", "safetensors", "checkpoint2"]), help="Of the MindSpore files.")
 @click.option("--naming", type=click.Choice(["legacy", "mcore"]), help="MindSpore names; left out: the model's usual.")
 @click.option(
     "--qkv-concat",

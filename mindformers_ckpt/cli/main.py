@@ -82,7 +82,7 @@ class _LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _printable_usage_errors():
+            with signals.work(), _printable_usage_errors():
                 return super().invoke(ctx)
         except CheckpointError as error:
             raise _Failure(str(error)) from error

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ from mindformers_ckpt.cli.options import (
 )
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.cli.request import (
+    CHECKPOINT2,
     check_outside,
+    checkpoint2_prefix,
     default_format,
     read_optional_strategy,
 )
@@ -42,6 +46,7 @@ from mindformers_ckpt.sources.find import find_source, separate_checkpoints
 from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies
 from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.targets.checkpoint2 import as_checkpoint2
 from mindformers_ckpt.transform import transform
 
 _PATH = LocalPath()
@@ -126,8 +131,9 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
 @click.option("--merged-strategy", type=_PATH, help="Where to put the merged strategy of a folder.")
 @click.option(
     "--save-format",
-    type=click.Choice(["ckpt", "safetensors"]),
-    help="Format of the result.  [default: safetensors if all source files are, else ckpt]",
+    type=click.Choice(["ckpt", "safetensors", CHECKPOINT2]),
+    help="Format of the result; checkpoint2 is MindFormers' own.  "
+    "[default: safetensors if all source files are, else ckpt]",
 )
 @STEP
 @PROCESSES
@@ -178,9 +184,12 @@ def command(
         adapter=None if found is None else _adapter(found.files, strategy),
         locator=lambda weights: locator(weights, model, hf_config),
         prefix=prefix,
-        format=save_format or default_format(files),
+        format="safetensors" if save_format == CHECKPOINT2 else save_format or default_format(files),
     )
     plan = replace(plan, warnings=(*plan.warnings, *notes))
+    companions: Callable[[Path], None] = partial(_add_familiar_name, plan=plan, target=target)
+    if save_format == CHECKPOINT2:
+        plan, companions = as_checkpoint2(plan, target, checkpoint2_prefix(prefix))
     if not quiet:
         warn(plan.warnings)
     about = {
@@ -193,12 +202,8 @@ def command(
         processes=affordable_processes(processes), fingerprints=fingerprints, resume=resume, may_fork=True
     )
 
-    def add_familiar_name(folder: Path) -> None:
-        if target.is_complete:
-            _link(folder, plan)
-
     with resumable(destination), show_progress("merge", quiet=quiet) as progress:
-        report = transform(plan, destination, options, about=about, progress=progress, companions=add_familiar_name)
+        report = transform(plan, destination, options, about=about, progress=progress, companions=companions)
     if as_json:
         say_json({**asdict(report), "warnings": plan.warnings})
     elif not quiet:
@@ -283,11 +288,13 @@ def _adapter(files: Source, strategy: Strategy) -> Checkpoint:
     return Checkpoint(files, files.own_strategy or (strategy if files.sharded else Strategy.complete()))
 
 
-def _link(folder: Path, plan: Plan) -> None:
-    """The name under which MindFormers' script leaves its result, for the same file."""
-    (target,) = plan.targets
-    name = folder / f"merged_lora.{target.format}"
+def _add_familiar_name(folder: Path, plan: Plan, target: Strategy) -> None:
+    """The name under which MindFormers' script leaves its result of complete weights, for the same file."""
+    if not target.is_complete:
+        return
+    (made,) = plan.targets
+    name = folder / f"merged_lora.{made.format}"
     try:
-        os.link(folder / target.path, name)
+        os.link(folder / made.path, name)
     except OSError:  # a file system without hard links
-        name.symlink_to(target.path)
+        name.symlink_to(made.path)

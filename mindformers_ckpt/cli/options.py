@@ -106,8 +106,9 @@ _REQUEST_OPTIONS = (
     ),
     click.option(
         "--format",
-        type=click.Choice(["ckpt", "safetensors"]),
-        help="Format of the target files.  [default: safetensors if all source files are, else ckpt]",
+        type=click.Choice(["ckpt", "safetensors", "checkpoint2"]),
+        help="Format of the target files; checkpoint2 is MindFormers' own, which its 2.x releases resume from.  "
+        "[default: safetensors if all source files are, else ckpt]",
     ),
     click.option("--ranks", type=Ranks(), help="Make these target ranks only, like 0-7,12."),
     click.option("--world-size", type=click.IntRange(min=1), help="Ranks of the target; checked against its strategy."),

@@ -252,7 +252,7 @@ def test_requests_of_a_rank_do_not_grow_with_the_source(run: Any, tmp_path: Path
     assert_loaded(outcomes, expected(TARGET, source.tensors))
     counted = [outcome.requests for outcome in outcomes]
     main, *others = (sum(requests.values()) for requests in counted if requests is not None)
-    assert main > 2 * 1024
+    assert 2 * 1024 < main < 6 * 1024, counted
     assert max(others) <= 40, counted
 
 
