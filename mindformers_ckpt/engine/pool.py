@@ -18,6 +18,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mindformers_ckpt.engine.ahead import AHEAD_BYTES
 from mindformers_ckpt.engine.copier import Copier, Done, Task
 from mindformers_ckpt.engine.proof import ProvingSink
 from mindformers_ckpt.engine.sinks import FileSink
@@ -53,7 +54,8 @@ def copy_tasks(
     The first failure stops everything, and so does closing the generator. Raises TransferError, also when a
     worker dies; what `check` raises goes through.
     """
-    arguments = (plan.sources, folder, plan.targets, hashes, proofs)
+    ahead = AHEAD_BYTES // (2 if processes <= 1 and len(tasks) > 1 else 1)
+    arguments = (plan.sources, folder, plan.targets, hashes, proofs, ahead)
     with contextlib.closing(_copier(*arguments)) as copier:
         if len(tasks) <= 1:
             for task in tasks:
@@ -67,9 +69,14 @@ def copy_tasks(
 
 
 def _copier(
-    sources: Sequence[SourceFile], folder: Path, targets: Sequence[TargetFile], hashes: bool, proofs: bool
+    sources: Sequence[SourceFile],
+    folder: Path,
+    targets: Sequence[TargetFile],
+    hashes: bool,
+    proofs: bool,
+    ahead: int,
 ) -> Copier:
-    return Copier(sources, (ProvingSink if proofs else FileSink)(folder, targets), hashes=hashes)
+    return Copier(sources, (ProvingSink if proofs else FileSink)(folder, targets), hashes=hashes, ahead=ahead)
 
 
 def _copy_with_thread(
@@ -80,8 +87,8 @@ def _copy_with_thread(
 
     stop = threading.Event()
 
-    def run(task: Task) -> Done:
-        return helper.run(task, lambda: _end_if(stop.is_set()))
+    def run(task: Task, following: Task | None) -> Done:
+        return helper.run(task, lambda: _end_if(stop.is_set()), following)
 
     pool = ThreadPoolExecutor(1)
     try:
@@ -101,8 +108,8 @@ def _copy_with_workers(
 ) -> Iterator[Done]:
     """Run tasks in workers and, with `copier`, in this process; yield each as it is done.
 
-    `arguments` are those of a worker's copier: sources, folder, targets, hashes, proofs. `may_fork` is for a process
-    without connections, which a forked worker would keep open. Raises TransferError, also when a worker dies;
+    `arguments` are those of a worker's copier: sources, folder, targets, hashes, proofs, ahead. `may_fork` is for a
+    process without connections, which a forked worker would keep open. Raises TransferError, also when a worker dies;
     what `check` raises goes through.
     """
     import multiprocessing
@@ -140,7 +147,7 @@ def _start_method(may_fork: bool) -> Literal["fork", "spawn"]:
 def _work_along(
     pool: Executor,
     workers: int,
-    run: Callable[[Task], Done],
+    run: Callable[[Task, Task | None], Done],
     tasks: Sequence[Task],
     copier: Copier,
     check: Callable[[], None],
@@ -154,8 +161,11 @@ def _work_along(
 
     left = deque(tasks)
     given: set[Future[Done]] = set()
+    own: Task | None = None  # what this process, or the worker, reads ahead, nobody else takes
+    theirs: Task | None = None
 
     def feed() -> None:
+        nonlocal theirs
         check()
         unfinished = 0
         for future in given:
@@ -164,14 +174,22 @@ def _work_along(
             elif future.exception() is not None:
                 future.result()
         while left and unfinished < 2 * workers:
+            task = left.popleft()
+            # A single worker takes them in this order; which of several takes one, nobody knows.
+            theirs = left[0] if left and workers == 1 else None
             with _blank_main():
-                given.add(pool.submit(run, left.popleft()))
+                given.add(pool.submit(run, task, theirs))
             unfinished += 1
 
-    while left or given:
+    while left or given or own:
         feed()
-        if left:
-            yield copier.run(left.pop(), feed)
+        task, own = own, None
+        if task is None and left and left[-1] is not theirs:
+            task = left.pop()
+        if task is not None:
+            if len(left) > 2 * workers:
+                own = left.pop()
+            yield copier.run(task, feed, own)
         else:
             wait(given, _SECONDS_BETWEEN_CHECKS, return_when=FIRST_COMPLETED)
         for done in [future for future in given if future.done()]:
@@ -189,10 +207,11 @@ def _start_worker(
     targets: tuple[TargetFile, ...],
     hashes: bool,
     proofs: bool,
+    ahead: int,
     stop: ctypes.c_bool,
 ) -> None:
     global _worker, _stop
-    _worker, _stop = _copier(sources, folder, targets, hashes, proofs), stop
+    _worker, _stop = _copier(sources, folder, targets, hashes, proofs, ahead), stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -206,9 +225,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _run_in_worker(task: Task) -> Done:
+def _run_in_worker(task: Task, following: Task | None) -> Done:
     assert _worker is not None
-    return _worker.run(task, lambda: _end_if(_stop is not None and _stop.value))
+    return _worker.run(task, lambda: _end_if(_stop is not None and _stop.value), following)
 
 
 def _end_if(stopped: bool) -> None:
