@@ -21,6 +21,7 @@ from __future__ import annotations
 import mmap
 import os
 import resource
+import threading
 import time
 from bisect import bisect_right
 from collections import deque
@@ -28,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
-from mindformers_ckpt.engine.descriptors import Descriptors
+from mindformers_ckpt.engine.descriptors import Descriptors, fill
 from mindformers_ckpt.errors import TransferError
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 # What a process holds of bytes that were read ahead, and a step of the work that is read as one.
 AHEAD_BYTES = 48 << 20
 _BATCH_BYTES = 8 << 20
+# What is looked at to see whether reading has to wait: enough for a place that no header is near to.
+_TRIED_BYTES = 512 << 10
 REQUEST_BYTES = 1 << 20
 _MOST_REQUESTS = 48
 _PAGE = 4096
@@ -132,11 +135,10 @@ class _Line(Generic[T]):
 
 
 class Ahead(Generic[T]):
-    """Reads ahead for one copier. `needs` says what a step reads; at most `budget` bytes, and a batch, are held."""
+    """Reads ahead for one copier. `needs` says what a step reads."""
 
-    def __init__(self, needs: Callable[[T], Sequence[Extent]], budget: int, *, is_shared: bool = False) -> None:
-        self._needs, self._budget = needs, budget
-        self._fetcher = Fetcher(is_shared)
+    def __init__(self, needs: Callable[[T], Sequence[Extent]], fetcher: Fetcher) -> None:
+        self._needs, self._fetcher = needs, fetcher
         self._next: _Line[T] | None = None
         self._current: _Batch[T] | None = None
         self._held = 0
@@ -166,13 +168,22 @@ class Ahead(Generic[T]):
         """Bytes that the present step was said to need; None when they have to be read in the ordinary way."""
         return None if self._current is None else self._current.bytes(path, start, length)
 
-    def close(self) -> None:
-        self._fetcher.close()
+    def fill(self, path: Path, start: int, memory: memoryview) -> None:
+        """Fill memory with bytes of a file, read ahead or now. Raises TransferError when reading fails."""
+        import numpy as np
+
+        held = self.bytes(path, start, len(memory))
+        if held is None:
+            self._fetcher.read(path, start, memory)
+        elif memory:  # unlike the assignment of a memoryview, this one lets other threads go on
+            np.frombuffer(memory, np.uint8)[:] = np.frombuffer(held, np.uint8)
 
     def _fill(self, line: _Line[T], at_least: int) -> None:
         """Have batches of a line read, as far as the memory goes, and `at_least` so many."""
-        while not (line.is_taken or line.is_warm) and (self._held < self._budget or len(line.batches) < at_least):
-            batch, extents = self._taken(line)
+        while not (line.is_taken or line.is_warm) and (
+            self._held < self._fetcher.budget or len(line.batches) < at_least
+        ):
+            batch, extents = self._taken(line, _BATCH_BYTES if line.is_begun else _TRIED_BYTES)
             if not line.is_begun:
                 line.is_begun, line.is_warm = True, not self._fetcher.has_to_wait(extents)
             if batch.steps:
@@ -180,7 +191,8 @@ class Ahead(Generic[T]):
                 if not line.is_warm:
                     self._start(batch, extents)
 
-    def _taken(self, line: _Line[T]) -> tuple[_Batch[T], list[Extent]]:
+    def _taken(self, line: _Line[T], enough: int) -> tuple[_Batch[T], list[Extent]]:
+        """The next steps of a line, and what they read: `enough` bytes, if there are."""
         steps: list[T] = []
         extents: list[Extent] = []
         size = 0
@@ -189,7 +201,7 @@ class Ahead(Generic[T]):
             needed = self._needs(step)
             extents += needed
             size += sum(extent.stop - extent.start for extent in needed)
-            if size >= _BATCH_BYTES:
+            if size >= enough:
                 break
         else:
             line.is_taken = True
@@ -230,21 +242,29 @@ class Ahead(Generic[T]):
 
 
 class Fetcher:
-    """Reads ranges of files in threads."""
+    """The source files of a process: opened once, and read by many threads. Its readers share the memory for it."""
 
-    def __init__(self, is_shared: bool) -> None:
+    def __init__(self, *, readers: int = 1, is_shared: bool = False) -> None:
+        self.budget = AHEAD_BYTES // readers
         self._plain = Descriptors(os.O_RDONLY)
         self._direct = None if is_shared or not hasattr(os, "O_DIRECT") else Descriptors(os.O_RDONLY | os.O_DIRECT)
         self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
         self._slow: set[Path] = set()
+
+    def read(self, path: Path, start: int, memory: memoryview) -> None:
+        """Fill memory with bytes of a file in the ordinary way. Raises TransferError when that fails."""
+        with self._plain.borrowed(path) as descriptor:
+            fill(descriptor, path, start, memory)
 
     def fetch(self, extent: Extent, memory: memoryview) -> list[Future[int]]:
         """Begin to read a range: for each request, how many bytes of it have come."""
-        pool = self._pool
-        if pool is None:
-            from concurrent.futures import ThreadPoolExecutor
+        with self._lock:
+            pool = self._pool
+            if pool is None:
+                from concurrent.futures import ThreadPoolExecutor
 
-            pool = self._pool = ThreadPoolExecutor(_MOST_REQUESTS, "read-ahead")
+                pool = self._pool = ThreadPoolExecutor(_MOST_REQUESTS, "read-ahead")
         return [
             pool.submit(self._read, extent.path, extent.start + at, memory[at : at + REQUEST_BYTES])
             for at in range(0, len(memory), REQUEST_BYTES)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mindformers_ckpt.engine.ahead import AHEAD_BYTES
+from mindformers_ckpt.engine.ahead import Fetcher
 from mindformers_ckpt.engine.buffers import ALIGNMENT, BLOCK_BYTES, PIECE_BYTES, TRANSPOSE_BYTES, empty_bytes
 from mindformers_ckpt.engine.reader import Read, Reader, ShardReader
 from mindformers_ckpt.engine.sinks import Sink
@@ -227,9 +227,9 @@ class Copier:
         *,
         hashes: bool = False,
         reader: Reader | None = None,
-        ahead: int = AHEAD_BYTES,
+        fetcher: Fetcher | None = None,
     ) -> None:
-        self._reader = ShardReader(sources, ahead=ahead) if reader is None else reader
+        self._reader = ShardReader(sources, fetcher) if reader is None else reader
         self._sink = sink
         self._hashes = hashes
         self._pieces: dict[int, list[_Piece]] = {}  # of the task that comes next

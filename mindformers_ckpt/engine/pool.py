@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mindformers_ckpt.engine.ahead import AHEAD_BYTES
+from mindformers_ckpt.engine.ahead import Fetcher
 from mindformers_ckpt.engine.copier import Copier, Done, Task
 from mindformers_ckpt.engine.proof import ProvingSink
 from mindformers_ckpt.engine.sinks import FileSink
@@ -54,14 +54,16 @@ def copy_tasks(
     The first failure stops everything, and so does closing the generator. Raises TransferError, also when a
     worker dies; what `check` raises goes through.
     """
-    ahead = AHEAD_BYTES // (2 if processes <= 1 and len(tasks) > 1 else 1)
-    arguments = (plan.sources, folder, plan.targets, hashes, proofs, ahead)
-    with contextlib.closing(_copier(*arguments)) as copier:
+    arguments = (plan.sources, folder, plan.targets, hashes, proofs)
+    two_threads = processes <= 1 and len(tasks) > 1
+    with contextlib.ExitStack() as stack:
+        fetcher = stack.enter_context(contextlib.closing(Fetcher(readers=2 if two_threads else 1)))
+        copier = stack.enter_context(contextlib.closing(_copier(*arguments, fetcher)))
         if len(tasks) <= 1:
             for task in tasks:
                 yield copier.run(task, check)
-        elif processes <= 1:
-            with contextlib.closing(_copier(*arguments)) as helper:
+        elif two_threads:
+            with contextlib.closing(_copier(*arguments, fetcher)) as helper:
                 yield from _copy_with_thread(helper, tasks, copier, check)
         else:
             workers = min(processes, len(tasks)) - 1
@@ -74,9 +76,9 @@ def _copier(
     targets: Sequence[TargetFile],
     hashes: bool,
     proofs: bool,
-    ahead: int,
+    fetcher: Fetcher | None = None,
 ) -> Copier:
-    return Copier(sources, (ProvingSink if proofs else FileSink)(folder, targets), hashes=hashes, ahead=ahead)
+    return Copier(sources, (ProvingSink if proofs else FileSink)(folder, targets), hashes=hashes, fetcher=fetcher)
 
 
 def _copy_with_thread(
@@ -108,7 +110,7 @@ def _copy_with_workers(
 ) -> Iterator[Done]:
     """Run tasks in workers and, with `copier`, in this process; yield each as it is done.
 
-    `arguments` are those of a worker's copier: sources, folder, targets, hashes, proofs, ahead. `may_fork` is for a
+    `arguments` are those of a worker's copier: sources, folder, targets, hashes, proofs. `may_fork` is for a
     process without connections, which a forked worker would keep open. Raises TransferError, also when a worker dies;
     what `check` raises goes through.
     """
@@ -207,11 +209,10 @@ def _start_worker(
     targets: tuple[TargetFile, ...],
     hashes: bool,
     proofs: bool,
-    ahead: int,
     stop: ctypes.c_bool,
 ) -> None:
     global _worker, _stop
-    _worker, _stop = _copier(sources, folder, targets, hashes, proofs, ahead), stop
+    _worker, _stop = _copier(sources, folder, targets, hashes, proofs), stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -8,19 +8,19 @@ sequential calls.
 from __future__ import annotations
 
 import math
-import os
 from collections import OrderedDict
 from collections.abc import Container, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
-from mindformers_ckpt.engine.ahead import AHEAD_BYTES, Ahead, Extent
-from mindformers_ckpt.engine.buffers import PIECE_BYTES, empty_bytes
+from mindformers_ckpt.engine.ahead import Ahead, Extent, Fetcher
+from mindformers_ckpt.engine.buffers import BLOCK_BYTES, PIECE_BYTES, empty_bytes
 from mindformers_ckpt.engine.compute import DOWN_TILE, UP_TILE, cast, dequantise, factor_values, merge, scale_values
-from mindformers_ckpt.engine.descriptors import Descriptors, file_ranges, fill
+from mindformers_ckpt.engine.descriptors import file_ranges
 from mindformers_ckpt.engine.views import box_in_view, copy_transposed, in_view, reads_of, span_in
 from mindformers_ckpt.errors import FormatError, TransferError
-from mindformers_ckpt.formats import DType, Header, Segment, TensorSpec, read_header
+from mindformers_ckpt.formats import DType, Header, Segment, TensorRecord, TensorSpec, read_header
 from mindformers_ckpt.geometry.box import Box, offset_in
 from mindformers_ckpt.planning.computations import Cast, Compute, Dequantise, Factor, Merge
 from mindformers_ckpt.planning.model import Place, SourceFile, View
@@ -76,13 +76,14 @@ class ShardReader:
     element type and the shape. Raises TransferError when it is not what the plan was made from.
     """
 
-    def __init__(self, files: Sequence[SourceFile], *, ahead: int = AHEAD_BYTES, is_shared: bool = False) -> None:
-        """`ahead`: bytes that may be held of what is read ahead; `is_shared`: other processes read the same bytes."""
+    def __init__(self, files: Sequence[SourceFile], fetcher: Fetcher | None = None) -> None:
+        """`fetcher` has the files open, for all readers of the process; whoever made it closes it, after these."""
         self._files = files
-        self._ahead: Ahead[Any] = Ahead(self._needs, ahead, is_shared=is_shared)
+        self._fetcher = Fetcher() if fetcher is None else fetcher
+        self._has_own = fetcher is None
+        self._ahead: Ahead[Any] = Ahead(self._needs, self._fetcher)
         self._headers: dict[int, Header] = {}
         self._last: Header | None = None
-        self._descriptors = Descriptors(os.O_RDONLY)
         self._scratch: Array | None = None
         self._piece: memoryview | None = None
         self._scales: OrderedDict[tuple[int, str], Array] = OrderedDict()
@@ -194,8 +195,8 @@ class ShardReader:
                 self._read_strided(path, segments, dtype, box, outer, array)
 
     def close(self) -> None:
-        self._ahead.close()
-        self._descriptors.close()
+        if self._has_own:
+            self._fetcher.close()
 
     def _needs(self, step: Step) -> list[Extent]:
         """The bytes of files that a step reads."""
@@ -281,15 +282,19 @@ class ShardReader:
 
     def _read_bytes(self, path: Path, segments: Sequence[Segment], start: int, view: memoryview) -> None:
         """Fill `view` with the bytes of a tensor's content from `start` on."""
-        import numpy as np
-
         for offset, length in file_ranges(segments, start, len(view)):
-            held = self._ahead.bytes(path, offset, length)
-            if held is None:
-                fill(self._descriptors.get(path), path, offset, view[:length])
-            else:  # unlike the assignment of a memoryview, this one lets other threads go on
-                np.frombuffer(view, np.uint8, length)[:] = np.frombuffer(held, np.uint8)
+            self._ahead.fill(path, offset, view[:length])
             view = view[length:]
+
+
+class _FilePiece(NamedTuple):
+    """Bytes of a tensor of a file, and the memory for them and for the whole tensor."""
+
+    start: int
+    memory: memoryview
+    spec: TensorSpec
+    content: Array
+    is_last: bool
 
 
 def read_file(path: Path, names: Container[str] | None = None) -> Iterator[tuple[TensorSpec, Array]]:
@@ -298,18 +303,28 @@ def read_file(path: Path, names: Container[str] | None = None) -> Iterator[tuple
         header = read_header(path)
     except FormatError as error:
         raise TransferError(str(error)) from error
-    descriptors = Descriptors(os.O_RDONLY)
-    try:
-        for name, record in header.tensors.items():
-            if names is None or name in names:
-                content = empty_bytes(record.spec.nbytes)
-                view = content.data
-                for segment in record.segments:
-                    fill(descriptors.get(path), path, segment.offset, view[: segment.length])
-                    view = view[segment.length :]
-                yield record.spec, content
-    finally:
-        descriptors.close()
+    records = [record for name, record in header.tensors.items() if names is None or name in names]
+    with closing(Fetcher(is_shared=True)) as fetcher:
+        ahead: Ahead[_FilePiece] = Ahead(
+            lambda piece: [Extent(path, piece.start, piece.start + len(piece.memory))], fetcher
+        )
+        for piece in ahead.steps(0, _file_pieces(records), None):
+            ahead.fill(path, piece.start, piece.memory)
+            if piece.is_last:
+                yield piece.spec, piece.content
+
+
+def _file_pieces(records: Sequence[TensorRecord]) -> Iterator[_FilePiece]:
+    for spec, segments in records:
+        content = empty_bytes(spec.nbytes)
+        at = 0
+        for segment in segments:
+            for start in range(0, segment.length, BLOCK_BYTES):
+                count = min(BLOCK_BYTES, segment.length - start)
+                memory, at = content.data[at : at + count], at + count
+                yield _FilePiece(segment.offset + start, memory, spec, content, at == spec.nbytes)
+        if not spec.nbytes:
+            yield _FilePiece(0, content.data, spec, content, True)
 
 
 def _scale_read(compute: Dequantise) -> Read:
