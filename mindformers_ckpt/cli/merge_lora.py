@@ -11,6 +11,7 @@ import click
 
 from mindformers_ckpt.cli.notices import amount, say, say_json, warn
 from mindformers_ckpt.cli.options import (
+    CACHE,
     PROCESSES,
     RESUME,
     STEP,
@@ -129,6 +130,7 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
 @STEP
 @PROCESSES
 @RESUME
+@CACHE
 @json_option
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 def command(
@@ -145,6 +147,7 @@ def command(
     step: str | None,
     processes: int,
     resume: bool,
+    drop_cache: bool,
     as_json: bool,
     quiet: bool,
     **scaling: Any,
@@ -184,7 +187,7 @@ def command(
         "target": target.describe(),
         "source_path": str(source),
     }
-    options = Options(processes=affordable_processes(processes), resume=resume, may_fork=True)
+    options = Options(affordable_processes(processes), resume=resume, may_fork=True, drop_cache=drop_cache)
 
     def add_familiar_name(folder: Path) -> None:
         if target.is_complete:

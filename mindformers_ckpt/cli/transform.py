@@ -10,7 +10,15 @@ import click
 from click.core import ParameterSource
 
 from mindformers_ckpt.cli.notices import amount, say, say_json, warn
-from mindformers_ckpt.cli.options import RESUME, LocalPath, json_option, replace_options, request_options, resumable
+from mindformers_ckpt.cli.options import (
+    CACHE,
+    RESUME,
+    LocalPath,
+    json_option,
+    replace_options,
+    request_options,
+    resumable,
+)
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.cli.request import Request
 from mindformers_ckpt.errors import FormatError, describe_problems
@@ -40,6 +48,7 @@ from mindformers_ckpt.transform import transform
 @RESUME
 @click.option("--hash", "hashes", is_flag=True, help="Take xxh3-128 of every written tensor into the manifest.")
 @click.option("--fsync", is_flag=True, help="Force the result to the disk before it gets its name.")
+@CACHE
 @click.option(
     "--crc-check", is_flag=True, help="Verify the CRC-32 that source .ckpt files store, and append one to target files."
 )
@@ -53,6 +62,7 @@ def command(
     resume: bool,
     hashes: bool,
     fsync: bool,
+    drop_cache: bool,
     crc_check: bool,
     as_json: bool,
     quiet: bool,
@@ -76,6 +86,7 @@ def command(
         by_rank=transform_by_rank,
         hashes=hashes,
         fsync=fsync,
+        drop_cache=drop_cache,
         crc=crc_check,
         overwrite=overwrite,
         overwrite_anything=overwrite_anything,

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
+from mindformers_ckpt.engine import page_cache
 from mindformers_ckpt.engine.descriptors import Descriptors, fill
 from mindformers_ckpt.errors import TransferError
 
@@ -244,8 +245,10 @@ class Ahead(Generic[T]):
 class Fetcher:
     """The source files of a process: opened once, and read by many threads. Its readers share the memory for it."""
 
-    def __init__(self, *, readers: int = 1, is_shared: bool = False) -> None:
+    def __init__(self, *, readers: int = 1, is_shared: bool = False, drops: bool = False) -> None:
+        """`drops`: nothing of the files is to stay in the page cache."""
         self.budget = AHEAD_BYTES // readers
+        self._drops = drops
         self._plain = Descriptors(os.O_RDONLY)
         self._direct = None if is_shared or not hasattr(os, "O_DIRECT") else Descriptors(os.O_RDONLY | os.O_DIRECT)
         self._pool: ThreadPoolExecutor | None = None
@@ -256,6 +259,8 @@ class Fetcher:
         """Fill memory with bytes of a file in the ordinary way. Raises TransferError when that fails."""
         with self._plain.borrowed(path) as descriptor:
             fill(descriptor, path, start, memory)
+            if self._drops:
+                page_cache.drop(descriptor, start, len(memory))
 
     def fetch(self, extent: Extent, memory: memoryview) -> list[Future[int]]:
         """Begin to read a range: for each request, how many bytes of it have come."""
@@ -274,6 +279,8 @@ class Fetcher:
         """Whether reading has to wait for a disk: whether the middle of the largest extent is not in memory."""
         if not extents:
             return False
+        if self._drops:
+            return True
         path, start, stop = max(extents, key=lambda extent: extent.stop - extent.start)
         if path not in self._slow:
             try:
@@ -308,7 +315,10 @@ class Fetcher:
             if files is not None:
                 try:
                     with files.borrowed(path) as descriptor:
-                        return _filled(descriptor, start, memory)
+                        filled = _filled(descriptor, start, memory)
+                        if self._drops:
+                            page_cache.drop(descriptor, start, len(memory))
+                        return filled
                 except (OSError, TransferError):
                     continue
         return 0

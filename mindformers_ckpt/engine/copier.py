@@ -256,6 +256,7 @@ class Copier:
                 self._copy_rows(step.piece.transfer, step.block, step.piece.meetings)
             else:
                 self._copy_block(step.piece, step.block)
+        self._sink.end_task()
         hashes = [found for piece in pieces for found in piece.hashes()]
         return Done(task.number, task.bytes_written, tuple(hashes), self._sink.proof())
 

@@ -43,6 +43,7 @@ def copy_tasks(
     processes: int = 1,
     hashes: bool = False,
     proofs: bool = False,
+    drops: bool = False,
     may_fork: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> Generator[Done, None, None]:
@@ -51,13 +52,14 @@ def copy_tasks(
     A single process copies in two threads; `check` is called in the calling one. With more than one process,
     `processes - 1` workers are started and this process works as well, each in one thread. Workers are
     spawned; with `may_fork` they are forked where that is safe, and start sooner.
+    With `drops` nothing that is read or written stays in the page cache.
     The first failure stops everything, and so does closing the generator. Raises TransferError, also when a
     worker dies; what `check` raises goes through.
     """
-    arguments = (plan.sources, folder, plan.targets, hashes, proofs)
+    arguments = (plan.sources, folder, plan.targets, hashes, proofs, drops)
     two_threads = processes <= 1 and len(tasks) > 1
     with contextlib.ExitStack() as stack:
-        fetcher = stack.enter_context(contextlib.closing(Fetcher(readers=2 if two_threads else 1)))
+        fetcher = stack.enter_context(contextlib.closing(Fetcher(readers=2 if two_threads else 1, drops=drops)))
         copier = stack.enter_context(contextlib.closing(_copier(*arguments, fetcher)))
         if len(tasks) <= 1:
             for task in tasks:
@@ -76,9 +78,11 @@ def _copier(
     targets: Sequence[TargetFile],
     hashes: bool,
     proofs: bool,
-    fetcher: Fetcher | None = None,
+    drops: bool,
+    fetcher: Fetcher,
 ) -> Copier:
-    return Copier(sources, (ProvingSink if proofs else FileSink)(folder, targets), hashes=hashes, fetcher=fetcher)
+    sink = (ProvingSink if proofs else FileSink)(folder, targets, drops=drops)
+    return Copier(sources, sink, hashes=hashes, fetcher=fetcher)
 
 
 def _copy_with_thread(
@@ -110,7 +114,7 @@ def _copy_with_workers(
 ) -> Iterator[Done]:
     """Run tasks in workers and, with `copier`, in this process; yield each as it is done.
 
-    `arguments` are those of a worker's copier: sources, folder, targets, hashes, proofs. `may_fork` is for a
+    `arguments` are those of a worker's copier: sources, folder, targets, hashes, proofs, drops. `may_fork` is for a
     process without connections, which a forked worker would keep open. Raises TransferError, also when a worker dies;
     what `check` raises goes through.
     """
@@ -209,10 +213,11 @@ def _start_worker(
     targets: tuple[TargetFile, ...],
     hashes: bool,
     proofs: bool,
+    drops: bool,
     stop: ctypes.c_bool,
 ) -> None:
     global _worker, _stop
-    _worker, _stop = _copier(sources, folder, targets, hashes, proofs), stop
+    _worker, _stop = _copier(sources, folder, targets, hashes, proofs, drops, Fetcher(drops=drops)), stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 class ProvingSink(FileSink):
     """Writes target files, and takes a digest of what it writes, for `proof`."""
 
-    def __init__(self, folder: Path, files: Sequence[TargetFile]) -> None:
-        super().__init__(folder, files)
+    def __init__(self, folder: Path, files: Sequence[TargetFile], *, drops: bool = False) -> None:
+        super().__init__(folder, files, drops=drops)
         self._digest = _new_digest()
         self._last: tuple[memoryview, int] | None = None
 
