@@ -208,6 +208,7 @@ def waited(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(guesses.Pieces, "read", read)
     monkeypatch.setattr(guesses, "_QUICK_SECONDS", -1)
+    monkeypatch.setattr(guesses, "_slow_devices", set())
     return places
 
 
@@ -238,6 +239,7 @@ def test_guesses_change_nothing(seed: int) -> None:
         outcomes = []
         for threshold in (1e9, -1):
             patch.setattr(guesses, "_QUICK_SECONDS", threshold)
+            patch.setattr(guesses, "_slow_devices", set())
             outcomes.append([_scanned(whole), _scanned(cut)])
         assert outcomes[0] == outcomes[1]
 

@@ -37,12 +37,13 @@ if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
 # What a process holds of bytes that were read ahead, and a step of the work that is read as one.
-AHEAD_BYTES = 48 << 20
+AHEAD_BYTES = 72 << 20
 _BATCH_BYTES = 8 << 20
+_MEMORY_BYTES = 9 << 20  # for a batch, with what lies between
 # What is looked at to see whether reading has to wait: enough for a place that no header is near to.
 _TRIED_BYTES = 512 << 10
 REQUEST_BYTES = 1 << 20
-_MOST_REQUESTS = 48
+_MOST_REQUESTS = 64
 _PAGE = 4096
 # Extents with less between them are read with it, unless that is over a quarter of what is needed.
 _GAP_BYTES = 64 << 10
@@ -143,6 +144,7 @@ class Ahead(Generic[T]):
         self._next: _Line[T] | None = None
         self._current: _Batch[T] | None = None
         self._held = 0
+        self._is_slow = False  # as it was found last
         self._free: list[mmap.mmap] = []
 
     def steps(self, task: int, steps: Iterator[T], following: tuple[int, Iterator[T]] | None) -> Iterator[T]:
@@ -181,12 +183,12 @@ class Ahead(Generic[T]):
 
     def _fill(self, line: _Line[T], at_least: int) -> None:
         """Have batches of a line read, as far as the memory goes, and `at_least` so many."""
-        while not (line.is_taken or line.is_warm) and (
-            self._held < self._fetcher.budget or len(line.batches) < at_least
-        ):
-            batch, extents = self._taken(line, _BATCH_BYTES if line.is_begun else _TRIED_BYTES)
+        most = self._fetcher.budget - _MEMORY_BYTES
+        while not (line.is_taken or line.is_warm) and (self._held <= most or len(line.batches) < at_least):
+            batch, extents = self._taken(line, _BATCH_BYTES if self._is_slow else _TRIED_BYTES)
             if not line.is_begun:
-                line.is_begun, line.is_warm = True, not self._fetcher.has_to_wait(extents)
+                line.is_begun, self._is_slow = True, self._fetcher.has_to_wait(extents)
+                line.is_warm = not self._is_slow
             if batch.steps:
                 line.batches.append(batch)
                 if not line.is_warm:
@@ -228,7 +230,7 @@ class Ahead(Generic[T]):
                 return self._free.pop(number)
         if self._free:
             self._free.pop()
-        return mmap.mmap(-1, max(size, _BATCH_BYTES + _BATCH_BYTES // 8))
+        return mmap.mmap(-1, max(size, _MEMORY_BYTES))
 
     def _release(self, batch: _Batch[T]) -> None:
         if batch.memory is not None:
@@ -315,6 +317,8 @@ class Fetcher:
             if files is not None:
                 try:
                     with files.borrowed(path) as descriptor:
+                        if files is self._plain and page_cache.CAN_DROP:  # nobody else needs to read ahead
+                            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
                         filled = _filled(descriptor, start, memory)
                         if self._drops:
                             page_cache.drop(descriptor, start, len(memory))

@@ -68,6 +68,7 @@ class _Pool:
 
 
 _pool = _Pool()
+_slow_devices: set[int] = set()  # on which reading had to wait
 
 
 class Pieces:
@@ -75,7 +76,8 @@ class Pieces:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self._waits = 0
+        self._device = os.fstat(descriptor).st_dev
+        self._waits = _WAITS if self._device in _slow_devices else 0
         self._pool: ThreadPoolExecutor | None = None
         self._asked: set[Future[bytes]] = set()
         self._kinds: dict[str, _Kind] = {}
@@ -87,7 +89,10 @@ class Pieces:
         """Bytes of the file, fewer at its end."""
         started = time.perf_counter()
         data = os.pread(self._descriptor, length, start)
-        self._waits += time.perf_counter() - started > _QUICK_SECONDS
+        if not self.is_slow and time.perf_counter() - started > _QUICK_SECONDS:
+            self._waits += 1
+            if self.is_slow:
+                _slow_devices.add(self._device)
         return data
 
     def read_all(self, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
