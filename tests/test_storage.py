@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import mmap
 import os
 import shutil
@@ -208,6 +209,7 @@ def waited(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(guesses.Pieces, "read", read)
     monkeypatch.setattr(guesses, "_QUICK_SECONDS", -1)
+    monkeypatch.setattr(guesses, "waits", itertools.count().__next__)
     monkeypatch.setattr(guesses, "_slow_devices", set())
     return places
 
@@ -236,6 +238,7 @@ def test_guesses_change_nothing(seed: int) -> None:
         cut = Path(name) / "cut.ckpt"
         shutil.copy(whole, cut)
         os.truncate(cut, int(generator.integers(1, whole.stat().st_size)))
+        patch.setattr(guesses, "waits", itertools.count().__next__)
         outcomes = []
         for threshold in (1e9, -1):
             patch.setattr(guesses, "_QUICK_SECONDS", threshold)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import resource
 import threading
 import time
 from bisect import bisect_right
@@ -32,6 +31,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 from mindformers_ckpt.engine import page_cache
 from mindformers_ckpt.engine.descriptors import Descriptors, fill
 from mindformers_ckpt.errors import TransferError
+from mindformers_ckpt.formats.waiting import waits
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -304,9 +304,9 @@ class Fetcher:
                 pass
             else:
                 return True
-        started, switches = time.perf_counter(), _waits()
+        started, switches = time.perf_counter(), waits()
         os.preadv(descriptor, [buffer], at)
-        if _waits() == switches or time.perf_counter() - started < _SECONDS_OF_MEMORY:
+        if waits() == switches or time.perf_counter() - started < _SECONDS_OF_MEMORY:
             return True
         self._slow.add(path)  # the place is in memory from now on, and says nothing more
         return False
@@ -343,10 +343,3 @@ def _filled(descriptor: int, start: int, memory: memoryview) -> int:
         if count % _PAGE or not count:  # the end of the file
             break
     return filled
-
-
-def _waits() -> int:
-    """How often this thread has waited; where the system does not say, always more often."""
-    if hasattr(resource, "RUSAGE_THREAD"):
-        return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
-    return time.monotonic_ns()

@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from mindformers_ckpt.formats.waiting import waits
+
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -87,9 +89,11 @@ class Pieces:
 
     def read(self, start: int, length: int) -> bytes:
         """Bytes of the file, fewer at its end."""
-        started = time.perf_counter()
+        if self.is_slow:
+            return os.pread(self._descriptor, length, start)
+        started, before = time.perf_counter(), waits()
         data = os.pread(self._descriptor, length, start)
-        if not self.is_slow and time.perf_counter() - started > _QUICK_SECONDS:
+        if time.perf_counter() - started > _QUICK_SECONDS and waits() > before:
             self._waits += 1
             if self.is_slow:
                 _slow_devices.add(self._device)
