@@ -4,7 +4,8 @@
         ...                          # work on mountpoint
         mount.counters()             # opens, stats, listings, reads, read_bytes, writes, most_in_flight …
 
-For benchmarks, and for tests of what such file systems lack: no exchange of names, no fallocate, delayed attributes.
+For benchmarks, and for tests of what such file systems lack: no exchange of names, no fallocate, delayed attributes,
+no locks. Two mounts of one folder are what two nodes see of it.
 Needs a C compiler, libfuse3-dev, fuse3 and /dev/fuse; `why_not` says what is not there.
 """
 
@@ -61,6 +62,7 @@ def mounted(
     latency_ms: float = 0,
     bytes_per_s: float = 0,
     exchange: bool = False,
+    locks: bool = True,
     attribute_seconds: float = 3,
 ) -> Iterator[Mount]:
     """Show the folder `source` at `mountpoint`, each request `latency_ms` late; unmounted at the end.
@@ -78,6 +80,7 @@ def mounted(
         "meta_us": delay,
         "bytes_per_s": bytes_per_s,
         "exchange": int(exchange),
+        "locks": int(locks),
         "attr_s": attribute_seconds,
     }
     words = ",".join(f"{name}={value}" for name, value in options.items())

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mindformers_ckpt.cli.notices import amount, say, say_json, warn
+from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
 from mindformers_ckpt.cli.options import (
     CACHE,
+    FINGERPRINT,
     PROCESSES,
     RESUME,
     STEP,
@@ -23,7 +27,9 @@ from mindformers_ckpt.cli.options import (
 )
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.cli.request import (
+    CHECKPOINT2,
     check_outside,
+    checkpoint2_prefix,
     default_format,
     read_optional_strategy,
 )
@@ -34,12 +40,14 @@ from mindformers_ckpt.lora import MergedBranch, plan_merge
 from mindformers_ckpt.lora_scaling import Scaling, number_fault
 from mindformers_ckpt.lora_settings import read_settings
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
+from mindformers_ckpt.publish import clear_waste
 from mindformers_ckpt.sources.adapter import AdapterSource, find_adapter
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source, separate_checkpoints
 from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies
 from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.targets.checkpoint2 import as_checkpoint2
 from mindformers_ckpt.transform import transform
 
 _PATH = LocalPath()
@@ -124,11 +132,13 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
 @click.option("--merged-strategy", type=_PATH, help="Where to put the merged strategy of a folder.")
 @click.option(
     "--save-format",
-    type=click.Choice(["ckpt", "safetensors"]),
-    help="Format of the result.  [default: safetensors if all source files are, else ckpt]",
+    type=click.Choice(["ckpt", "safetensors", CHECKPOINT2]),
+    help="Format of the result; checkpoint2 is MindFormers' own.  "
+    "[default: safetensors if all source files are, else ckpt]",
 )
 @STEP
 @PROCESSES
+@FINGERPRINT
 @RESUME
 @CACHE
 @json_option
@@ -146,6 +156,7 @@ def command(
     save_format: str | None,
     step: str | None,
     processes: int,
+    fingerprints: bool,
     resume: bool,
     drop_cache: bool,
     as_json: bool,
@@ -165,8 +176,8 @@ def command(
         _check_empty(destination)
     found = None if adapter is None else find_adapter(adapter)
     chosen, notes = _completed(chosen, found)
-    strategy = _source_strategy(src_strategy, merged_strategy)
     files = _single(source, step)
+    strategy = files.strategy(_source_strategy(src_strategy, merged_strategy))
     check_outside(files, destination)
     target = read_optional_strategy(dst_strategy)
     plan, branches = plan_merge(
@@ -176,9 +187,12 @@ def command(
         adapter=None if found is None else _adapter(found.files, strategy),
         locator=lambda weights: locator(weights, model, hf_config),
         prefix=prefix,
-        format=save_format or default_format(files),
+        format="safetensors" if save_format == CHECKPOINT2 else save_format or default_format(files),
     )
     plan = replace(plan, warnings=(*plan.warnings, *notes))
+    companions: Callable[[Path], None] = partial(_add_familiar_name, plan=plan, target=target)
+    if save_format == CHECKPOINT2:
+        plan, companions = as_checkpoint2(plan, target, checkpoint2_prefix(prefix))
     if not quiet:
         warn(plan.warnings)
     about = {
@@ -187,14 +201,16 @@ def command(
         "target": target.describe(),
         "source_path": str(source),
     }
-    options = Options(affordable_processes(processes), resume=resume, may_fork=True, drop_cache=drop_cache)
-
-    def add_familiar_name(folder: Path) -> None:
-        if target.is_complete:
-            _link(folder, plan)
+    options = Options(
+        processes=affordable_processes(processes),
+        fingerprints=fingerprints,
+        resume=resume,
+        may_fork=True,
+        drop_cache=drop_cache,
+    )
 
     with resumable(destination), show_progress("merge", quiet=quiet) as progress:
-        report = transform(plan, destination, options, about=about, progress=progress, companions=add_familiar_name)
+        report = transform(plan, destination, options, about=about, progress=progress, companions=companions)
     if as_json:
         say_json({**asdict(report), "warnings": plan.warnings})
     elif not quiet:
@@ -202,6 +218,7 @@ def command(
             f"{report.files} {'file' if report.files == 1 else 'files'}, {amount(report.bytes_written)} written to "
             f"{report.destination} in {report.seconds:.2f} s"
         )
+        say_fingerprints(report.fingerprints)
 
 
 def _scaling(lora_scaling: float | None, alpha: float | None, rank: int | None, use_rslora: bool) -> Scaling:
@@ -241,6 +258,8 @@ def _record(branches: tuple[MergedBranch, ...], scaling: Scaling, adapter: Adapt
 
 def _check_empty(destination: Path) -> None:
     if destination.is_dir() and any(destination.iterdir()):
+        with contextlib.suppress(OSError):  # a folder that cannot be written
+            clear_waste(destination)
         raise PublishError(f"{destination} is not empty; give a new or an empty folder for the merged weights")
 
 
@@ -273,14 +292,16 @@ def _single(path: Path, step: str | None = None) -> Source:
 
 def _adapter(files: Source, strategy: Strategy) -> Checkpoint:
     """A checkpoint of LoRA parameters: complete, or cut by the strategy of the source."""
-    return Checkpoint(files, strategy if files.sharded else Strategy.complete())
+    return Checkpoint(files, files.own_strategy or (strategy if files.sharded else Strategy.complete()))
 
 
-def _link(folder: Path, plan: Plan) -> None:
-    """The name under which MindFormers' script leaves its result, for the same file."""
-    (target,) = plan.targets
-    name = folder / f"merged_lora.{target.format}"
+def _add_familiar_name(folder: Path, plan: Plan, target: Strategy) -> None:
+    """The name under which MindFormers' script leaves its result of complete weights, for the same file."""
+    if not target.is_complete:
+        return
+    (made,) = plan.targets
+    name = folder / f"merged_lora.{made.format}"
     try:
-        os.link(folder / target.path, name)
+        os.link(folder / made.path, name)
     except OSError:  # a file system without hard links
-        name.symlink_to(target.path)
+        name.symlink_to(made.path)

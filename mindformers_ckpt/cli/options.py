@@ -75,6 +75,13 @@ def check_prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
     return value
 
 
+CONTENTS = click.option(
+    "--contents",
+    type=click.Choice(MODES),
+    default="error",
+    show_default=True,
+    help="When samples of the source contradict its strategy: refuse, warn and go on, or do not look.",
+)
 _REQUEST_OPTIONS = (
     click.option(
         "--src-checkpoint",
@@ -100,8 +107,9 @@ _REQUEST_OPTIONS = (
     ),
     click.option(
         "--format",
-        type=click.Choice(["ckpt", "safetensors"]),
-        help="Format of the target files.  [default: safetensors if all source files are, else ckpt]",
+        type=click.Choice(["ckpt", "safetensors", "checkpoint2"]),
+        help="Format of the target files; checkpoint2 is MindFormers' own, which its 2.x releases resume from.  "
+        "[default: safetensors if all source files are, else ckpt]",
     ),
     click.option("--ranks", type=Ranks(), help="Make these target ranks only, like 0-7,12."),
     click.option("--world-size", type=click.IntRange(min=1), help="Ranks of the target; checked against its strategy."),
@@ -117,12 +125,11 @@ _REQUEST_OPTIONS = (
         help="Leave out parameters of the target strategy that are not in the source, instead of refusing.",
     ),
     click.option(
-        "--contents",
-        type=click.Choice(MODES),
-        default="error",
-        show_default=True,
-        help="When samples of the source contradict its strategy: refuse, warn and go on, or do not look.",
+        "--weights-only",
+        is_flag=True,
+        help="Leave states of the optimizer and counters of the training aside.",
     ),
+    CONTENTS,
     click.option(
         "--like",
         type=click.Path(path_type=Path),
@@ -161,6 +168,9 @@ def request_options(command: Command) -> Command:
     return command
 
 
+FINGERPRINT = click.option(
+    "--fingerprint", "fingerprints", is_flag=True, help="Count the fingerprint of the result while it is made."
+)
 RESUME = click.option(
     "--resume", is_flag=True, help="Go on after what an interrupted run of the same command has done."
 )

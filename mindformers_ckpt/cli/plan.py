@@ -12,7 +12,7 @@ import click
 
 from mindformers_ckpt.cli.notices import amount, say, say_json, warn
 from mindformers_ckpt.cli.options import OVERWRITE_ANYTHING, LocalPath, json_option, request_options
-from mindformers_ckpt.cli.request import Prepared, Request
+from mindformers_ckpt.cli.request import CHECKPOINT2, Prepared, Request
 from mindformers_ckpt.execution import check_apart, ranks_of
 from mindformers_ckpt.formats import TensorSpec, layout_file
 from mindformers_ckpt.geometry.box import Box
@@ -77,6 +77,8 @@ def command(out: Path | None, overwrite_anything: bool, as_json: bool, **asked: 
     Parameters are those of transform.
     """
     request = Request(**asked)
+    if out is not None and request.format == CHECKPOINT2:
+        raise click.UsageError("A plan file cannot hold the texts of a checkpoint 2.0; run transform instead.")
     prepared = request.prepare()
     job = prepared.job
     if job.destination is not None:

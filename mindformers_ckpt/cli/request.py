@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
 from mindformers_ckpt.errors import ConfigError, PlanError
 from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.planning.file import Job
-from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer
+from mindformers_ckpt.planning.missing import weight_names
+from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, SourceFile, TargetFile, Transfer
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_mindspore, is_huggingface_folder, separate_checkpoints
 from mindformers_ckpt.sources.listing import Listing
@@ -20,13 +21,19 @@ from mindformers_ckpt.sources.shapes import Reference, check_shapes, shapes_of_c
 from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.strategy.model import Strategy
 
+if TYPE_CHECKING:
+    from mindformers_ckpt.targets.checkpoint2 import Made
+
+CHECKPOINT2 = "checkpoint2"
+
 
 class Prepared(NamedTuple):
-    """What a request comes to."""
+    """What a request comes to; `companions` puts the texts that belong to the result into its folder."""
 
     job: Job
     source: Strategy
     target: Strategy
+    companions: Callable[[Path], None] = lambda folder: None
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class Request:
     world_size: int | None
     rank_id: int | None
     allow_missing: bool
+    weights_only: bool
     contents: str
     like: Path | None
     processes: int
@@ -54,15 +62,18 @@ class Request:
             raise click.UsageError("Missing option '--src-checkpoint'.")
         if self.ranks is not None and self.rank_id is not None:
             raise click.UsageError("--ranks and --rank-id both say which ranks to make; give one of them.")
-        files = find_mindspore(self.src_checkpoint, self.step)
+        files = find_mindspore(self.src_checkpoint, self.step, weights_only=self.weights_only)
         if self.destination is not None:
             check_outside(files, self.destination)
-        source, target = read_optional_strategy(self.src_strategy), read_optional_strategy(self.dst_strategy)
+        source = files.strategy(read_optional_strategy(self.src_strategy))
+        target = read_optional_strategy(self.dst_strategy)
         ranks = self._ranks(target)
-        format = self.format or default_format(files)
+        format = self._file_format(files)
         plans = {}
         for part in separate_checkpoints(files):
             checkpoint = Checkpoint(part, source)
+            if self.weights_only:
+                checkpoint = checkpoint.only(weight_names(checkpoint.tensors()))
             notes = () if self.like is None else check_shapes(checkpoint, _reference(self.like, checkpoint))
             plan = build_plan(
                 checkpoint,
@@ -75,10 +86,32 @@ class Request:
             )
             plans[part.name] = replace(plan, warnings=(*plan.warnings, *notes))
         plan = next(iter(plans.values())) if len(plans) == 1 else _joined(plans)
+        made = None if self.format != CHECKPOINT2 else self._as_checkpoint2(plans, target)
+        plan = plan if made is None else made.plan
         about = {"source": source.describe(), "target": target.describe(), "source_path": str(files.root)}
         partial = ranks is not None and len(set(ranks)) < target.rank_count
         destination = None if self.destination is None else self.destination.absolute()
-        return Prepared(Job(plan, about, partial, destination), source, target)
+        prepared = Prepared(Job(plan, about, partial, destination), source, target)
+        return prepared if made is None else prepared._replace(companions=made.companions)
+
+    def _file_format(self, files: Source) -> str:
+        """The format of the target files, which those of checkpoint 2.0 are, too."""
+        if self.format != CHECKPOINT2:
+            return self.format or default_format(files)
+        if self.ranks is not None or self.rank_id is not None:
+            raise click.UsageError("A checkpoint 2.0 is made of all ranks at once; leave --ranks and --rank-id out.")
+        return "safetensors"
+
+    def _as_checkpoint2(self, plans: Mapping[str, Plan], target: Strategy) -> Made:
+        from mindformers_ckpt.targets.checkpoint2 import as_checkpoint2
+
+        if len(plans) > 1:
+            raise PlanError(
+                f"{self.src_checkpoint} holds several checkpoints ({', '.join(list(plans)[:20])}); give the file to "
+                "make a checkpoint 2.0 of"
+            )
+        (plan,) = plans.values()
+        return as_checkpoint2(plan, target, checkpoint2_prefix(self.prefix))
 
     def _ranks(self, target: Strategy) -> Sequence[int] | None:
         """The target ranks to make, None for all."""
@@ -129,6 +162,11 @@ def read_optional_strategy(path: Path | None) -> Strategy:
     from mindformers_ckpt.strategy.files import read_strategy
 
     return read_strategy(path.absolute())
+
+
+def checkpoint2_prefix(prefix: str) -> str:
+    """The prefix of the files of a checkpoint 2.0: what was given in place of the one that rank files have."""
+    return "CKP" if prefix == DEFAULT_PREFIX else prefix.rstrip("-_")
 
 
 def default_format(files: Source) -> str:

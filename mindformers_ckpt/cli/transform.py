@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from mindformers_ckpt.cli.notices import amount, say, say_json, warn
+from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
 from mindformers_ckpt.cli.options import (
     CACHE,
+    FINGERPRINT,
     RESUME,
     LocalPath,
     json_option,
@@ -47,6 +49,7 @@ from mindformers_ckpt.transform import transform
 @replace_options
 @RESUME
 @click.option("--hash", "hashes", is_flag=True, help="Take xxh3-128 of every written tensor into the manifest.")
+@FINGERPRINT
 @click.option("--fsync", is_flag=True, help="Force the result to the disk before it gets its name.")
 @CACHE
 @click.option(
@@ -61,6 +64,7 @@ def command(
     overwrite_anything: bool,
     resume: bool,
     hashes: bool,
+    fingerprints: bool,
     fsync: bool,
     drop_cache: bool,
     crc_check: bool,
@@ -73,7 +77,7 @@ def command(
     The result is rank_<n>/<prefix><n>.ckpt under the target folder, which appears only when it is complete.
     """
     request = Request(**asked)
-    job = request.prepare().job if plan_file is None else _planned(plan_file)
+    job, companions = _planned(plan_file) if plan_file is not None else _asked(request)
     destination = request.destination or job.destination
     if destination is None:
         raise click.UsageError("Missing option '--dst-checkpoint-dir'.")
@@ -85,6 +89,7 @@ def command(
         processes=_processes(request, quiet),
         by_rank=transform_by_rank,
         hashes=hashes,
+        fingerprints=fingerprints,
         fsync=fsync,
         drop_cache=drop_cache,
         crc=crc_check,
@@ -94,19 +99,26 @@ def command(
         partial=job.partial,
         may_fork=True,
     )
-    report = _run(job, destination, options, quiet)
+    report = _run(job, destination, options, quiet, companions)
     if as_json:
         say_json(_as_json(report, job))
     elif not quiet:
         say(_as_text(report))
+        say_fingerprints(report.fingerprints)
 
 
-def _run(job: Job, destination: Path, options: Options, quiet: bool) -> Report:
+def _run(job: Job, destination: Path, options: Options, quiet: bool, companions: Callable[[Path], None]) -> Report:
     with resumable(destination), show_progress("transform", quiet=quiet) as progress:
-        return transform(job.plan, destination, options, about=job.about, progress=progress)
+        return transform(job.plan, destination, options, about=job.about, progress=progress, companions=companions)
 
 
-def _planned(plan_file: Path) -> Job:
+def _asked(request: Request) -> tuple[Job, Callable[[Path], None]]:
+    """What the options ask for, and what puts the texts that belong to the result into its folder."""
+    prepared = request.prepare()
+    return prepared.job, prepared.companions
+
+
+def _planned(plan_file: Path) -> tuple[Job, Callable[[Path], None]]:
     """The job of a plan file; refuse options that it has decided already."""
     context = click.get_current_context()
     free = {"destination", "processes"}
@@ -117,7 +129,7 @@ def _planned(plan_file: Path) -> Job:
     ]
     if decided:
         raise click.UsageError(f"the plan decides {', '.join(decided)}; make another plan, or leave --plan out")
-    return read_plan(plan_file)
+    return read_plan(plan_file), lambda folder: None
 
 
 def _processes(request: Request, quiet: bool) -> int:

@@ -12,14 +12,15 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mindformers_ckpt.checksums.shares import share_of_run
 from mindformers_ckpt.engine.ahead import Fetcher
 from mindformers_ckpt.engine.buffers import ALIGNMENT, BLOCK_BYTES, PIECE_BYTES, TRANSPOSE_BYTES, empty_bytes
 from mindformers_ckpt.engine.reader import Read, Reader, ShardReader
 from mindformers_ckpt.engine.sinks import Sink
 from mindformers_ckpt.engine.views import target_runs
 from mindformers_ckpt.formats import DType
-from mindformers_ckpt.geometry.box import Box, BoxIndex, are_disjoint, block_count, blocks, hull, offset_in
-from mindformers_ckpt.planning.model import Place, Plan, SourceFile, Transfer, View
+from mindformers_ckpt.geometry.box import Box, are_disjoint, block_count, blocks, hull, offset_in
+from mindformers_ckpt.planning.model import Place, Plan, SourceFile, Transfer, View, once, volume_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,6 +53,14 @@ class TensorHash(NamedTuple):
     digest: str
 
 
+class TensorShare(NamedTuple):
+    """What some blocks add to the checksum of a whole target tensor; `file` is the first one that takes of it."""
+
+    file: int
+    name: str
+    share: int
+
+
 class Done(NamedTuple):
     """What a finished task reports. `proof` is a digest of all that it wrote, "" where none was asked for."""
 
@@ -59,6 +68,7 @@ class Done(NamedTuple):
     bytes_written: int
     hashes: tuple[TensorHash, ...]
     proof: str = ""
+    shares: tuple[TensorShare, ...] = ()
 
 
 def cut_into_tasks(plan: Plan, *, by_rank: bool = False, whole_tensors: bool = False) -> list[Task]:
@@ -70,12 +80,13 @@ def cut_into_tasks(plan: Plan, *, by_rank: bool = False, whole_tensors: bool = F
     if by_rank:
         return _tasks_by_file(plan)
     size = max(_SMALLEST_TASK, min(_LARGEST_TASK, plan.bytes_written // _TASKS))
+    written, cut = once(volume_of), _BlockCounts()
     tasks: list[Task] = []
     pending: list[Slice] = []
     held = 0
     for transfer in plan.transfers:
-        total = block_count(_wanted(transfer), _block_elements(transfer))
-        cost = transfer.bytes_written / max(total, 1)
+        total = cut.blocks(transfer)
+        cost = written(transfer.targets) * transfer.dtype.itemsize / max(total, 1)
         first = 0
         while first < total:
             room = total - first
@@ -93,34 +104,55 @@ def cut_into_tasks(plan: Plan, *, by_rank: bool = False, whole_tensors: bool = F
 
 
 def _tasks_by_file(plan: Plan) -> list[Task]:
-    """A task a target file, of all that it takes; in one pass over the targets of all transfers."""
-    taken: list[list[Slice]] = [[] for _ in plan.targets]
-    for transfer in plan.transfers:
-        places: dict[int, list[Place]] = {}
-        for place in transfer.targets:
-            places.setdefault(place.file, []).append(place)
-        sources: dict[tuple[Box, ...], tuple[Place, ...]] = {}  # replicas take from the same ones
-        index = BoxIndex([place.box for place in transfer.sources])
-        for file, targets in places.items():
-            boxes = tuple(place.box for place in targets)
-            if boxes not in sources:
-                sources[boxes] = tuple(transfer.sources[number] for number in index.meeting(hull(boxes)))
-            part = transfer._replace(sources=sources[boxes], targets=tuple(targets))
-            taken[file].append(Slice(part, 0, block_count(_wanted(part), _block_elements(part))))
+    """A task a target file, of all that it takes."""
+    written, cut = once(volume_of), _BlockCounts()
     return [
-        Task(number, tuple(slices), sum(piece.transfer.bytes_written for piece in slices))
-        for number, slices in enumerate(taken)
+        Task(
+            number,
+            tuple(Slice(part, 0, cut.blocks(part)) for part in parts),
+            sum(written(part.targets) * part.dtype.itemsize for part in parts),
+        )
+        for number, parts in enumerate(plan.by_target())
     ]
 
 
+class _BlockCounts:
+    """The numbers of blocks of transfers, found once for those that share their places."""
+
+    def __init__(self) -> None:
+        self._wanted = once(_hull)
+        self._transposed = once(_is_transposed)
+        self._counts: dict[tuple[int, int], int] = {}
+
+    def blocks(self, transfer: Transfer) -> int:
+        """The number of blocks of a transfer that outlives this object."""
+        wanted = self._wanted(transfer.targets)
+        limit = _limit(transfer.dtype, self._transposed(transfer.sources))
+        key = id(wanted), limit
+        if key not in self._counts:
+            self._counts[key] = block_count(wanted, limit)
+        return self._counts[key]
+
+
 def _wanted(transfer: Transfer) -> Box:
-    return hull([place.box for place in transfer.targets])
+    return _hull(transfer.targets)
+
+
+def _hull(places: Sequence[Place]) -> Box:
+    return hull([place.box for place in places])
 
 
 def _block_elements(transfer: Transfer) -> int:
-    """A block of a transposed tensor takes a little of every row of the source, so there had better be few."""
-    transposed = any(place.view is not None and place.view.is_transposed for place in transfer.sources)
-    return max(1, (TRANSPOSE_BYTES if transposed else BLOCK_BYTES) // transfer.dtype.itemsize)
+    return _limit(transfer.dtype, _is_transposed(transfer.sources))
+
+
+def _is_transposed(sources: Sequence[Place]) -> bool:
+    return any(place.view is not None and place.view.is_transposed for place in sources)
+
+
+def _limit(dtype: DType, transposed: bool) -> int:
+    """Elements of a block. One of a transposed tensor takes a little of every row of the source: larger is better."""
+    return max(1, (TRANSPOSE_BYTES if transposed else BLOCK_BYTES) // dtype.itemsize)
 
 
 def _is_cut_by_rows(transfer: Transfer) -> bool:
@@ -173,6 +205,7 @@ class _Piece:
         self.digests: dict[tuple[Box, View | None], Any] = {}
         if hashes:
             self.digests = {taker: _new_hash() for taker in self.takers if taker[1] is None}
+        self.share = 0  # of what was copied, where fingerprints are taken
         by_rows = not hashes and _is_cut_by_rows(transfer)
         self.meetings = _row_meetings(transfer, self.takers) if by_rows else None
 
@@ -192,6 +225,9 @@ class _Piece:
             part = box.intersect(block)
             if part is not None:
                 yield place, part
+
+    def tensor_share(self) -> TensorShare:
+        return TensorShare(self.transfer.targets[0].file, self.transfer.name, self.share)
 
     def hashes(self) -> Iterator[TensorHash]:
         for taker, digest in self.digests.items():
@@ -226,12 +262,14 @@ class Copier:
         sink: Sink,
         *,
         hashes: bool = False,
+        fingerprints: bool = False,
         reader: Reader | None = None,
         fetcher: Fetcher | None = None,
     ) -> None:
         self._reader = ShardReader(sources, fetcher) if reader is None else reader
         self._sink = sink
         self._hashes = hashes
+        self._fingerprints = fingerprints
         self._pieces: dict[int, list[_Piece]] = {}  # of the task that comes next
         self._buffers: dict[str, np.ndarray[Any, np.dtype[np.uint8]]] = {}
 
@@ -253,12 +291,13 @@ class Copier:
         for step in self._reader.ahead(task.number, _steps(pieces), ahead):
             check()
             if step.piece.meetings is not None:
-                self._copy_rows(step.piece.transfer, step.block, step.piece.meetings)
+                self._copy_rows(step.piece, step.block, step.piece.meetings)
             else:
                 self._copy_block(step.piece, step.block)
         self._sink.end_task()
-        hashes = [found for piece in pieces for found in piece.hashes()]
-        return Done(task.number, task.bytes_written, tuple(hashes), self._sink.proof())
+        hashes = tuple(found for piece in pieces for found in piece.hashes())
+        shares = tuple(piece.tensor_share() for piece in pieces) if self._fingerprints else ()
+        return Done(task.number, task.bytes_written, hashes, self._sink.proof(), shares)
 
     def _pieces_of(self, task: Task) -> list[_Piece]:
         return [_Piece(piece, self._hashes) for piece in task.slices]
@@ -272,22 +311,27 @@ class Copier:
         self._reader.close()
         self._sink.close()
 
-    def _copy_rows(self, transfer: Transfer, block: Box, meetings: Sequence[_Meeting]) -> None:
+    def _copy_rows(self, piece: _Piece, block: Box, meetings: Sequence[_Meeting]) -> None:
         """Copy what each target takes of each source as one run, in pieces small enough to stay in a core's cache."""
+        transfer = piece.transfer
         for box, files, place, common in meetings:
             part = common.intersect(block)
             if part is None:
                 continue
             position = offset_in(part, box) * transfer.dtype.itemsize
+            in_whole = offset_in(part, Box.whole(transfer.shape)) * transfer.dtype.itemsize
             lead = PIECE_BYTES - self._sink.offset(files[0], transfer.name, position) % PIECE_BYTES
-            for piece in self._reader.stream(place, transfer.name, transfer.dtype, part, lead):
+            for data in self._reader.stream(place, transfer.name, transfer.dtype, part, lead):
                 for file in files:
-                    self._sink.write(file, transfer.name, position, piece)
-                position += len(piece)
+                    self._sink.write(file, transfer.name, position, data)
+                self._count(piece, in_whole, data)
+                position, in_whole = position + len(data), in_whole + len(data)
 
     def _copy_block(self, piece: _Piece, block: Box) -> None:
         transfer = piece.transfer
         held = self._read_parts(transfer, block)
+        if self._fingerprints:
+            held = self._counted(piece, block, held)
         for (box, view), files in piece.takers.items():
             part = box.intersect(block)
             if part is None:
@@ -306,6 +350,27 @@ class Copier:
             run, data = data[: count * itemsize], data[count * itemsize :]
             for file in files:
                 self._sink.write(file, piece.transfer.name, start * itemsize, run)
+
+    def _counted(
+        self, piece: _Piece, block: Box, held: list[tuple[Box, np.ndarray[Any, np.dtype[Any]]]]
+    ) -> list[tuple[Box, np.ndarray[Any, np.dtype[Any]]]]:
+        """Count a block, which is one run of the whole tensor; its parts are put together for that."""
+        transfer = piece.transfer
+        if len(held) > 1:
+            (content,) = self._arrays("counted", transfer.dtype, [block.shape])
+            for box, array in held:
+                content[box.relative_to(block).slices()] = array
+            held = [(block, content)]
+        for box, array in held:
+            start = offset_in(box, Box.whole(transfer.shape)) * transfer.dtype.itemsize
+            self._count(piece, start, array.reshape(-1).view("u1").data)
+        return held
+
+    def _count(self, piece: _Piece, start: int, data: memoryview) -> None:
+        """Add a run of bytes of the whole tensor to its checksum."""
+        if self._fingerprints:
+            transfer = piece.transfer
+            piece.share ^= share_of_run(data, start, math.prod(transfer.shape) * transfer.dtype.itemsize)
 
     def _read_parts(self, transfer: Transfer, block: Box) -> list[tuple[Box, np.ndarray[Any, np.dtype[Any]]]]:
         """What the sources hold of a block, each part contiguous in memory."""

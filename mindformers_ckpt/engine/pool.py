@@ -44,6 +44,7 @@ def copy_tasks(
     hashes: bool = False,
     proofs: bool = False,
     drops: bool = False,
+    fingerprints: bool = False,
     may_fork: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> Generator[Done, None, None]:
@@ -56,7 +57,7 @@ def copy_tasks(
     The first failure stops everything, and so does closing the generator. Raises TransferError, also when a
     worker dies; what `check` raises goes through.
     """
-    arguments = (plan.sources, folder, plan.targets, hashes, proofs, drops)
+    arguments = (plan.sources, folder, plan.targets, hashes, proofs, drops, fingerprints)
     two_threads = processes <= 1 and len(tasks) > 1
     with contextlib.ExitStack() as stack:
         fetcher = stack.enter_context(contextlib.closing(Fetcher(readers=2 if two_threads else 1, drops=drops)))
@@ -79,10 +80,11 @@ def _copier(
     hashes: bool,
     proofs: bool,
     drops: bool,
+    fingerprints: bool,
     fetcher: Fetcher,
 ) -> Copier:
     sink = (ProvingSink if proofs else FileSink)(folder, targets, drops=drops)
-    return Copier(sources, sink, hashes=hashes, fetcher=fetcher)
+    return Copier(sources, sink, hashes=hashes, fingerprints=fingerprints, fetcher=fetcher)
 
 
 def _copy_with_thread(
@@ -114,9 +116,9 @@ def _copy_with_workers(
 ) -> Iterator[Done]:
     """Run tasks in workers and, with `copier`, in this process; yield each as it is done.
 
-    `arguments` are those of a worker's copier: sources, folder, targets, hashes, proofs, drops. `may_fork` is for a
-    process without connections, which a forked worker would keep open. Raises TransferError, also when a worker dies;
-    what `check` raises goes through.
+    `arguments` are those of a worker's copier: sources, folder, targets, hashes, proofs, drops, fingerprints.
+    `may_fork` is for a process without connections, which a forked worker would keep open. Raises TransferError, also
+    when a worker dies; what `check` raises goes through.
     """
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
@@ -214,10 +216,12 @@ def _start_worker(
     hashes: bool,
     proofs: bool,
     drops: bool,
+    fingerprints: bool,
     stop: ctypes.c_bool,
 ) -> None:
     global _worker, _stop
-    _worker, _stop = _copier(sources, folder, targets, hashes, proofs, drops, Fetcher(drops=drops)), stop
+    _worker = _copier(sources, folder, targets, hashes, proofs, drops, fingerprints, Fetcher(drops=drops))
+    _stop = stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
@@ -22,7 +22,7 @@ from mindformers_ckpt.engine.views import box_in_view, copy_transposed, in_view,
 from mindformers_ckpt.errors import FormatError, TransferError
 from mindformers_ckpt.formats import DType, Header, Segment, TensorRecord, TensorSpec, read_header
 from mindformers_ckpt.geometry.box import Box, offset_in
-from mindformers_ckpt.planning.computations import Cast, Compute, Dequantise, Factor, Merge
+from mindformers_ckpt.planning.computations import Cast, Compute, Constant, Dequantise, Factor, Merge
 from mindformers_ckpt.planning.model import Place, SourceFile, View
 
 if TYPE_CHECKING:
@@ -74,15 +74,21 @@ class ShardReader:
 
     A file is checked against the plan when it is first used: its size, and of every tensor that is read the
     element type and the shape. Raises TransferError when it is not what the plan was made from.
+    `headers` are those that need not be read, by the number of the file.
     """
 
-    def __init__(self, files: Sequence[SourceFile], fetcher: Fetcher | None = None) -> None:
+    def __init__(
+        self,
+        files: Sequence[SourceFile],
+        fetcher: Fetcher | None = None,
+        headers: Mapping[int, Header] | None = None,
+    ) -> None:
         """`fetcher` has the files open, for all readers of the process; whoever made it closes it, after these."""
         self._files = files
         self._fetcher = Fetcher() if fetcher is None else fetcher
         self._has_own = fetcher is None
         self._ahead: Ahead[Any] = Ahead(self._needs, self._fetcher)
-        self._headers: dict[int, Header] = {}
+        self._headers: dict[int, Header] = dict(headers or {})
         self._last: Header | None = None
         self._scratch: Array | None = None
         self._piece: memoryview | None = None
@@ -141,6 +147,10 @@ class ShardReader:
 
         compute = place.compute
         assert compute is not None
+        if isinstance(compute, Constant):
+            content = np.frombuffer(compute.content, compute.dtype.carrier).reshape(place.box.shape)
+            out[...] = content[part.relative_to(place.box).slices()]
+            return
         values = np.empty(part.shape, compute.dtype.carrier)
         self.read(place._replace(compute=None), name, compute.dtype, part, values)
         if isinstance(compute, Cast):
@@ -204,6 +214,8 @@ class ShardReader:
 
     def _extents(self, place: Place, name: str, dtype: DType, part: Box) -> Iterator[Extent]:
         compute = place.compute
+        if isinstance(compute, Constant):
+            return
         if compute is not None:
             for other in self._operands(compute):
                 yield from self._extents(*other)
