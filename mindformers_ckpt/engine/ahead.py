@@ -230,7 +230,10 @@ class Ahead(Generic[T]):
                 return self._free.pop(number)
         if self._free:
             self._free.pop()
-        return mmap.mmap(-1, max(size, _MEMORY_BYTES))
+        made = mmap.mmap(-1, max(size, _MEMORY_BYTES))
+        if hasattr(mmap, "MADV_DONTFORK"):  # a fork must not share pages into which a disk writes
+            made.madvise(mmap.MADV_DONTFORK)
+        return made
 
     def _release(self, batch: _Batch[T]) -> None:
         if batch.memory is not None:
