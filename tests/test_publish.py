@@ -265,9 +265,11 @@ def tasks_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     numbers: list[int] = []
     original = Copier.run
 
-    def run(self: Copier, task: copier.Task, check: Callable[[], None] = lambda: None) -> copier.Done:
+    def run(
+        self: Copier, task: copier.Task, check: Callable[[], None] = lambda: None, following: copier.Task | None = None
+    ) -> copier.Done:
         numbers.append(task.number)
-        return original(self, task, check)
+        return original(self, task, check, following)
 
     monkeypatch.setattr(Copier, "run", run)
     return numbers
