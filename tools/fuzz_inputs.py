@@ -7,6 +7,7 @@ import json
 import random
 import zipfile
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import make_broken as made
@@ -174,9 +175,9 @@ def _change(chance: random.Random, value: Any) -> None:
             continue
         draw = chance.random()
         if draw < 0.7:
-            value[key] = chance.choice(VALUES)
+            value[key] = deepcopy(chance.choice(VALUES))
         elif draw < 0.85 and isinstance(value, list):
-            value.append(value[key])
+            value.append(deepcopy(value[key]))
         else:
             del value[key]
         return
