@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 from mindformers_ckpt.errors import ConfigError
-from mindformers_ckpt.integrations.mindformers import MODULE, check_version, install_in
+from mindformers_ckpt.integrations.mindformers import MODULE, check_installed, install_in
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     script = Path(arguments[0])
     try:
-        check_version()
+        check_installed()
         _check_script(script)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
