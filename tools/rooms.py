@@ -23,7 +23,7 @@ ENTRANCES: Mapping[str, set[str]] = {
     "__main__": {"cli"},
     "run": {"integrations"},
     "mindformers": {"integrations"},
-    "__init__": {"geometry", "ms"},
+    "__init__": {"geometry", "look", "ms"},
 }
 # Where names stood before, for those who still import them.
 MOVED = "_moved"

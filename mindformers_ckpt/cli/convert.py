@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from mindformers_ckpt.cli.notices import amount, say, say_json, warn
+from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
 from mindformers_ckpt.cli.options import (
+    FINGERPRINT,
     RESUME,
     STEP,
     LocalPath,
@@ -64,6 +65,7 @@ _PATH = LocalPath()
 @click.option("--process-num", type=click.IntRange(min=1), default=1, help="Processes that copy.")
 @click.option("--plugin", type=_PATH, help="Folder with convert_weight.py and convert_reversed.py of your own.")
 @STEP
+@FINGERPRINT
 @replace_options
 @RESUME
 @json_option
@@ -78,6 +80,7 @@ def command(
     format: str | None,
     process_num: int,
     plugin: Path | None,
+    fingerprints: bool,
     overwrite: bool,
     overwrite_anything: bool,
     resume: bool,
@@ -92,6 +95,10 @@ def command(
     """
     converter = find_plugin(model or "", reverse, plugin)
     if converter is not None:
+        if fingerprints:
+            raise click.UsageError(
+                "a plugin writes its result itself; take its fingerprint afterwards: fingerprint PATH."
+            )
         dtype = choices.pop("dtype")
         flags = {"write_tied"}  # false is what they are when they are not given
         given = {
@@ -104,6 +111,7 @@ def command(
     request = Request(model, input_path, reverse, **choices)
     options = Options(
         processes=affordable_processes(process_num),
+        fingerprints=fingerprints,
         overwrite=overwrite,
         overwrite_anything=overwrite_anything,
         resume=resume,
@@ -122,6 +130,7 @@ def command(
             f"{result.model} ({result.naming} names): {result.tensors} tensors, {amount(result.bytes_written)} in "
             f"{result.files} files at {result.destination}, {result.seconds:.2f} s"
         )
+        say_fingerprints(result.fingerprints)
 
 
 def _strategy(path: Path | None) -> Strategy | None:

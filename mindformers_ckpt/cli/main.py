@@ -32,6 +32,9 @@ _COMMANDS = {
     "convert": ("convert", "Convert weights between Hugging Face and MindSpore."),
     "merge-lora": ("merge_lora", "Fold LoRA branches into the weights."),
     "merge-strategy": ("merge_strategy", "Merge the strategy files of all ranks into one."),
+    "verify": ("verify", "Check a result by its manifest, or against its source."),
+    "diff": ("diff", "Compare two checkpoints as whole tensors."),
+    "fingerprint": ("fingerprint", "Print what stays the same when a checkpoint is re-sliced."),
 }
 
 
@@ -79,7 +82,7 @@ class _LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _printable_usage_errors():
+            with signals.work(), _printable_usage_errors():
                 return super().invoke(ctx)
         except CheckpointError as error:
             raise _Failure(str(error)) from error

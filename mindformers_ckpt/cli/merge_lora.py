@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -11,8 +12,9 @@ from typing import Any
 
 import click
 
-from mindformers_ckpt.cli.notices import amount, say, say_json, warn
+from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
 from mindformers_ckpt.cli.options import (
+    FINGERPRINT,
     PROCESSES,
     RESUME,
     STEP,
@@ -37,6 +39,7 @@ from mindformers_ckpt.lora import MergedBranch, plan_merge
 from mindformers_ckpt.lora_scaling import Scaling, number_fault
 from mindformers_ckpt.lora_settings import read_settings
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
+from mindformers_ckpt.publish import clear_waste
 from mindformers_ckpt.sources.adapter import AdapterSource, find_adapter
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source, separate_checkpoints
@@ -134,6 +137,7 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
 )
 @STEP
 @PROCESSES
+@FINGERPRINT
 @RESUME
 @json_option
 @click.option("--quiet", is_flag=True, help="Print errors only.")
@@ -150,6 +154,7 @@ def command(
     save_format: str | None,
     step: str | None,
     processes: int,
+    fingerprints: bool,
     resume: bool,
     as_json: bool,
     quiet: bool,
@@ -193,7 +198,9 @@ def command(
         "target": target.describe(),
         "source_path": str(source),
     }
-    options = Options(processes=affordable_processes(processes), resume=resume, may_fork=True)
+    options = Options(
+        processes=affordable_processes(processes), fingerprints=fingerprints, resume=resume, may_fork=True
+    )
 
     with resumable(destination), show_progress("merge", quiet=quiet) as progress:
         report = transform(plan, destination, options, about=about, progress=progress, companions=companions)
@@ -204,6 +211,7 @@ def command(
             f"{report.files} {'file' if report.files == 1 else 'files'}, {amount(report.bytes_written)} written to "
             f"{report.destination} in {report.seconds:.2f} s"
         )
+        say_fingerprints(report.fingerprints)
 
 
 def _scaling(lora_scaling: float | None, alpha: float | None, rank: int | None, use_rslora: bool) -> Scaling:
@@ -243,6 +251,8 @@ def _record(branches: tuple[MergedBranch, ...], scaling: Scaling, adapter: Adapt
 
 def _check_empty(destination: Path) -> None:
     if destination.is_dir() and any(destination.iterdir()):
+        with contextlib.suppress(OSError):  # a folder that cannot be written
+            clear_waste(destination)
         raise PublishError(f"{destination} is not empty; give a new or an empty folder for the merged weights")
 
 

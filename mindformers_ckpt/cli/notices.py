@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import click
@@ -25,6 +25,12 @@ class OutputError(CheckpointError, OSError):
 def say(text: str) -> None:
     """Print a line of a result. Raises OutputError."""
     _to_stdout(printable(text))
+
+
+def say_fingerprints(digests: Mapping[str, str]) -> None:
+    """Print the fingerprints of a result by its folders. Raises OutputError."""
+    for folder, digest in digests.items():
+        say(f"fingerprint {digest}" + ("" if folder == "." else f"  {folder}"))
 
 
 def say_json(value: Any) -> None:

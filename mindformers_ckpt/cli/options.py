@@ -74,6 +74,13 @@ def check_prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
     return value
 
 
+CONTENTS = click.option(
+    "--contents",
+    type=click.Choice(MODES),
+    default="error",
+    show_default=True,
+    help="When samples of the source contradict its strategy: refuse, warn and go on, or do not look.",
+)
 _REQUEST_OPTIONS = (
     click.option(
         "--src-checkpoint",
@@ -121,13 +128,7 @@ _REQUEST_OPTIONS = (
         is_flag=True,
         help="Leave states of the optimizer and counters of the training aside.",
     ),
-    click.option(
-        "--contents",
-        type=click.Choice(MODES),
-        default="error",
-        show_default=True,
-        help="When samples of the source contradict its strategy: refuse, warn and go on, or do not look.",
-    ),
+    CONTENTS,
     click.option(
         "--like",
         type=click.Path(path_type=Path),
@@ -166,6 +167,9 @@ def request_options(command: Command) -> Command:
     return command
 
 
+FINGERPRINT = click.option(
+    "--fingerprint", "fingerprints", is_flag=True, help="Count the fingerprint of the result while it is made."
+)
 RESUME = click.option(
     "--resume", is_flag=True, help="Go on after what an interrupted run of the same command has done."
 )

@@ -10,8 +10,16 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from mindformers_ckpt.cli.notices import amount, say, say_json, warn
-from mindformers_ckpt.cli.options import RESUME, LocalPath, json_option, replace_options, request_options, resumable
+from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
+from mindformers_ckpt.cli.options import (
+    FINGERPRINT,
+    RESUME,
+    LocalPath,
+    json_option,
+    replace_options,
+    request_options,
+    resumable,
+)
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.cli.request import Request
 from mindformers_ckpt.errors import FormatError, describe_problems
@@ -40,6 +48,7 @@ from mindformers_ckpt.transform import transform
 @replace_options
 @RESUME
 @click.option("--hash", "hashes", is_flag=True, help="Take xxh3-128 of every written tensor into the manifest.")
+@FINGERPRINT
 @click.option("--fsync", is_flag=True, help="Force the result to the disk before it gets its name.")
 @click.option(
     "--crc-check", is_flag=True, help="Verify the CRC-32 that source .ckpt files store, and append one to target files."
@@ -53,6 +62,7 @@ def command(
     overwrite_anything: bool,
     resume: bool,
     hashes: bool,
+    fingerprints: bool,
     fsync: bool,
     crc_check: bool,
     as_json: bool,
@@ -76,6 +86,7 @@ def command(
         processes=_processes(request, quiet),
         by_rank=transform_by_rank,
         hashes=hashes,
+        fingerprints=fingerprints,
         fsync=fsync,
         crc=crc_check,
         overwrite=overwrite,
@@ -89,6 +100,7 @@ def command(
         say_json(_as_json(report, job))
     elif not quiet:
         say(_as_text(report))
+        say_fingerprints(report.fingerprints)
 
 
 def _run(job: Job, destination: Path, options: Options, quiet: bool, companions: Callable[[Path], None]) -> Report:

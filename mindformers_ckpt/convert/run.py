@@ -27,7 +27,7 @@ from mindformers_ckpt.convert.weights import (
     recorded_naming,
 )
 from mindformers_ckpt.errors import ConfigError
-from mindformers_ckpt.execution import Options, Progress
+from mindformers_ckpt.execution import Options, Progress, Report
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
 from mindformers_ckpt.sources.find import find_huggingface
@@ -126,6 +126,7 @@ class Result:
     bytes_written: int
     seconds: float
     warnings: tuple[str, ...]
+    fingerprints: Mapping[str, str]
 
 
 def prepare(request: Request, wanted: Collection[str] = ()) -> Prepared:
@@ -198,6 +199,7 @@ def convert(
     started = time.monotonic()
     prepared = prepare(request, target.names() if target is not None else ())
     output = Path(os.path.abspath(output))
+    shapes = _shapes(prepared.conversion)
     if format == CHECKPOINT2:
         plan, companions = _checkpoint2(prepared, target or Strategy.complete())
     else:
@@ -205,9 +207,9 @@ def convert(
         companions = partial(_add_companions, prepared=prepared, plan=plan)
     plan.check()
     if not request.reverse and target is None and output.suffix in SUFFIXES and format != CHECKPOINT2:
-        transform(plan, output, options, progress=progress, check=check, file=True)
+        report = transform(plan, output, options, progress=progress, check=check, file=True, shapes=shapes)
     else:
-        _write_folder(prepared, plan, output, options, progress, check, companions)
+        report = _write_folder(prepared, plan, output, options, progress, check, target, companions)
     return Result(
         prepared.model.name,
         prepared.naming,
@@ -217,6 +219,7 @@ def convert(
         plan.bytes_written,
         time.monotonic() - started,
         plan.warnings,
+        report.fingerprints,
     )
 
 
@@ -280,8 +283,9 @@ def _write_folder(
     options: Options,
     progress: Progress | None,
     check: Callable[[], None],
+    target: Strategy | None,
     companions: Callable[[Path], None],
-) -> None:
+) -> Report:
     request = prepared.request
     if output.suffix in (*SUFFIXES, ".bin", ".pt", ".pth"):
         raise ConfigError(f"{output} has the name of a file, but the result is a folder; give the name of a folder")
@@ -289,8 +293,22 @@ def _write_folder(
         "model": prepared.model.name,
         "naming": prepared.naming,
         "direction": "to Hugging Face" if request.reverse else "to MindSpore",
+        **({} if target is None else {"target": target.describe()}),
     }
-    transform(plan, output, options, about=about, progress=progress, check=check, companions=companions)
+    return transform(
+        plan,
+        output,
+        options,
+        about=about,
+        progress=progress,
+        check=check,
+        companions=companions,
+        shapes=_shapes(prepared.conversion),
+    )
+
+
+def _shapes(conversion: Conversion) -> dict[str, tuple[int, ...]]:
+    return {item.spec.name: item.spec.shape for item in conversion.tensors}
 
 
 def _add_companions(folder: Path, prepared: Prepared, plan: Plan) -> None:

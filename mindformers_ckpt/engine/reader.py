@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -53,11 +53,12 @@ class ShardReader:
 
     A file is checked against the plan when it is first used: its size, and of every tensor that is read the
     element type and the shape. Raises TransferError when it is not what the plan was made from.
+    `headers` are those that need not be read, by the number of the file.
     """
 
-    def __init__(self, files: Sequence[SourceFile]) -> None:
+    def __init__(self, files: Sequence[SourceFile], headers: Mapping[int, Header] | None = None) -> None:
         self._files = files
-        self._headers: dict[int, Header] = {}
+        self._headers: dict[int, Header] = dict(headers or {})
         self._last: Header | None = None
         self._descriptors = Descriptors(os.O_RDONLY)
         self._scratch: Array | None = None

@@ -29,12 +29,15 @@ from mindformers_ckpt.disk.files import replace_file
 from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.geometry.box import Box
-from mindformers_ckpt.planning.decode import DecodeError, decode_plan
+from mindformers_ckpt.planning.checked import DecodeError
+from mindformers_ckpt.planning.decode import decode_plan
 from mindformers_ckpt.planning.model import Place, Plan, SourceFile
 from mindformers_ckpt.text_files import MAX_OWN_BYTES, parse_json, read_regular, readable_json
 
 VERSION = 1
 _MARK = "mindformers_ckpt_plan"
+# A plan of 16,384 ranks for 8,192 takes some 10 million; boxes that are made for it take the square of their number.
+_MOST_COMPARISONS = 200_000_000
 
 Entry = TypeVar("Entry", bound=Hashable)
 
@@ -92,7 +95,7 @@ def read_plan(path: Path) -> Job:
     Raises PlanError when the file is damaged, of another version or no plan, or a source was changed.
     """
     try:
-        content = parse_json(read_regular(path, MAX_OWN_BYTES))
+        content = parse_json(read_regular(path, MAX_OWN_BYTES), most_parts=None)
     except OSError as error:
         raise PlanError(f"cannot read the plan file {path}: {error.strerror}") from error
     except ValueError as error:
@@ -112,7 +115,7 @@ def read_plan(path: Path) -> Job:
     except DecodeError as error:
         raise PlanError(f"{path} holds no plan that can be run ({error}); make it again") from None
     _check_sources(path, job.plan.sources, [entry[2] for entry in body["sources"]])
-    job.plan.check()
+    job.plan.check(_MOST_COMPARISONS)
     return job
 
 

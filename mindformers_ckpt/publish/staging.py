@@ -29,7 +29,7 @@ from mindformers_ckpt.publish.manifest import (
     without,
     write_manifest,
 )
-from mindformers_ckpt.publish.replace import GATE_SECONDS, discard, gate_of, put, recover_held, staging_prefix
+from mindformers_ckpt.publish.replace import GATE_SECONDS, discard, gate_of, put, recover_held, staging_prefix, waste_of
 
 _JOURNAL = "journal"
 _LOCK = "lock"
@@ -161,6 +161,8 @@ class Staging:
             if manifest is not None:
                 write_manifest(self.folder / name, manifest)
             self._lock.release()
+            if self.kind is not Kind.FILE and os.path.lexists(self._lock.path):
+                raise PublishError(f"{self._lock.path} cannot be removed, and would be in the result")
             os.rename(self._journal, self._journal_aside)
             try:
                 if fsync:
@@ -185,7 +187,12 @@ class Staging:
             put(self.folder, self.destination)
 
     def _put_part(self, fsync: bool) -> None:
-        """Put a folder in place that has the ranks that were there, and those of this run."""
+        """Put a folder in place that has the ranks that were there, and those of this run.
+
+        A link for every file that is there, in every run that adds some. Moving the new rank folders into the
+        destination would be fewer steps, but readers that know no manifests (MindSpore) would find what a killed run
+        has moved, or a mixture of old and new ranks: the destination would not change as a whole.
+        """
         joined = self.folder.with_name(f"{self.folder.name}-joined")
         if os.path.lexists(joined):
             files.remove(joined)
@@ -292,10 +299,8 @@ class Staging:
         """Remove what is of no use to anybody: results that were replaced, and what is left of one that is in place."""
         if is_made and files.is_real_folder(self.folder) and not self._is_alive(self.folder):
             discard(self.folder, self.destination)
-        for path in self.folder.parent.glob(f"{escape(self._prefix)}*"):
-            of_nothing = path.name.endswith(".journal") and not path.with_name(path.name[: -len(".journal")]).exists()
-            if of_nothing or path.name.startswith(f"{self._prefix}removed-"):
-                discard(path, self.destination)
+        for path in waste_of(self.destination):
+            discard(path, self.destination)
 
     def _clear_leftovers(self) -> None:
         """Remove the staging folders of runs that died; refuse when one is alive that would be in the way."""

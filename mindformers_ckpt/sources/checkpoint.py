@@ -148,7 +148,7 @@ class Checkpoint:
     def _read_headers(self, rank: int) -> dict[str, tuple[Path, TensorRecord]]:
         tensors: dict[str, tuple[Path, TensorRecord]] = {}
         for path in self.files.by_rank[rank]:
-            for name, record in self._header(path).tensors.items():
+            for name, record in self.header(path).tensors.items():
                 if not self.files.assigns(name, path):
                     continue
                 if name in tensors:
@@ -167,7 +167,8 @@ class Checkpoint:
         """The files that hold the chosen replicas, in order."""
         return sorted({shard.path for tensor in tensors.values() for shard in tensor.shards})
 
-    def _header(self, path: Path) -> Header:
+    def header(self, path: Path) -> Header:
+        """The header of one of the files, as it was when it was read first."""
         if path not in self._headers:
             self._headers[path] = self._last = read_header(path, self._last)
         return self._headers[path]
@@ -191,7 +192,7 @@ class Checkpoint:
             return
         problems = []
         for path in self.files.files:
-            held = {name: record.spec.shape for name, record in self._header(path).tensors.items()}
+            held = {name: record.spec.shape for name, record in self.header(path).tensors.items()}
             problems += contradictions(self.files.metadata, path, held)
         if problems:
             headline = f"{self.files.root}: files and metadata.json do not belong together; copy the checkpoint again"
@@ -213,7 +214,8 @@ class Checkpoint:
     def _tensor(self, name: str, stage: int, holders: Mapping[int, tuple[Path, TensorSpec]]) -> LogicalTensor:
         shard_spec = next(iter(holders.values()))[1]
         for rank, (path, spec) in holders.items():
-            if (spec.dtype, spec.shape) != (shard_spec.dtype, shard_spec.shape):
+            # Files with equal headers have the same specs.
+            if spec is not shard_spec and (spec.dtype, spec.shape) != (shard_spec.dtype, shard_spec.shape):
                 raise PlanError(
                     f"{path} holds {spec.dtype.name}{list(spec.shape)}, but other ranks of the stage hold "
                     f"{shard_spec.dtype.name}{list(shard_spec.shape)} (rank {rank} differs)"

@@ -18,9 +18,10 @@ from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
 from mindformers_ckpt.formats import DType, TensorSpec
 from mindformers_ckpt.geometry.layout import Layout, without_optimizer_shards
 from mindformers_ckpt.planning.computations import Constant
-from mindformers_ckpt.planning.missing import COUNTERS, weight_names
+from mindformers_ckpt.planning.missing import weight_names
 from mindformers_ckpt.planning.model import Place, Plan, TargetFile, Transfer
 from mindformers_ckpt.sources.checkpoint2 import COMMON_FILE, COMMON_NAMES, file_name
+from mindformers_ckpt.state_names import COUNTERS
 from mindformers_ckpt.strategy.iterations import TRACKER_FILE, folder_name
 from mindformers_ckpt.strategy.metadata import MARK, METADATA_FILE, number_of
 from mindformers_ckpt.strategy.model import Strategy

@@ -54,7 +54,8 @@ def main() -> None:
             parameter.name: np.frombuffer(parameter.get_bytes(), np.uint8) for parameter in network.get_parameters()
         }
         np.savez(Path(folder) / f"loaded_{rank}_{nodes}.npz", **content)
-    fails({**config, "load_checkpoint": damaged, "checkpoint": {"load_path": damaged}}, network, Path(folder, f"damaged_{rank}.txt"))
+    paths = {"load_checkpoint": damaged, "checkpoint": {"load_path": damaged}}
+    fails({**config, **paths}, network, Path(folder, f"damaged_{rank}.txt"))
     if rank == 1:
         Path(config["output_dir"], "strategy", "ckpt_strategy_rank_1.ckpt").unlink()
     fails(config, network, Path(folder, f"lost_{rank}.txt"))
