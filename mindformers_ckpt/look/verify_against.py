@@ -6,7 +6,7 @@ The plan that would make the result is run once more, on a sink that compares wh
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -38,6 +38,7 @@ def verify_against(
     plan = build_plan(source, result.strategy, contents=contents)
     found.warnings += plan.warnings
     held = {rank: result.records_of(rank) for rank in sorted(result.files.by_rank)}
+    plan = _in_files(plan, {spec.name for spec, _ in result.files.counters}.difference(*held.values()))
     unfit = _compare_headers(plan, held, result, found)
     names = list(dict.fromkeys(transfer.name for transfer in plan.transfers))
     taken = chosen(names)
@@ -49,6 +50,16 @@ def verify_against(
     compared = _Comparison(plan, held)
     _run(plan, compared, progress)
     found.differences += compared.differences()
+
+
+def _in_files(plan: Plan, texts: Collection[str]) -> Plan:
+    """The plan without the counters that the result keeps in a file of text (checkpoint 2.0)."""
+    targets = tuple(
+        target._replace(tensors=tuple(spec for spec in target.tensors if spec.name not in texts))
+        for target in plan.targets
+    )
+    kept = tuple(transfer for transfer in plan.transfers if transfer.name not in texts)
+    return replace(plan, targets=targets, transfers=kept)
 
 
 def _compare_headers(
