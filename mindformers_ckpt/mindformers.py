@@ -1,5 +1,5 @@
 """Our engine under MindFormers' own `TransformCkpt`: `from mindformers_ckpt.mindformers import install`."""
 
-from mindformers_ckpt.integrations.mindformers import MODULE, VERSIONS, install, installed, uninstall
+from mindformers_ckpt.integrations.mindformers import MODULE, install, installed, uninstall
 
-__all__ = ["MODULE", "VERSIONS", "install", "installed", "uninstall"]
+__all__ = ["MODULE", "install", "installed", "uninstall"]

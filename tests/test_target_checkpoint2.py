@@ -191,6 +191,22 @@ def test_what_a_checkpoint_2_cannot_be_made_of(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_2_is_verified_and_compared(tmp_path: Path) -> None:
+    """By its manifest, against its source, and with another one; a byte that is wrong is seen."""
+    saved, target = SAMPLES / "mf2.1.0/dp2tp2", SAMPLES / "mf2.1.0/pp2dp2tp2"
+    options = ("--format", "checkpoint2", "--dst-strategy", target, "--hash", "--fingerprint")
+    transform(saved, tmp_path / "out", *options)
+    run("verify", tmp_path / "out")
+    run("verify", tmp_path / "out", "--against", saved)
+    assert "16 tensors are equal bit for bit, 0 differ" in run("diff", tmp_path / "out", saved)
+    file = tmp_path / "out/iteration_00000007/CKP-model-0000001-0000008.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert file.name in run("verify", tmp_path / "out", code=1)
+    assert file.name in run("verify", tmp_path / "out", "--against", saved, code=1)
+
+
 # ---------------------------------------------------------------------------------------------- geometry
 
 

@@ -20,7 +20,7 @@ from types import ModuleType
 
 from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.integrations.joining import LOADING
-from mindformers_ckpt.integrations.mindformers import MODULE, check_version, install_in, join_early_in
+from mindformers_ckpt.integrations.mindformers import MODULE, check_installed, install_in, join_early_in
 
 _AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {MODULE: install_in, LOADING: join_early_in}
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     script = Path(arguments[0])
     try:
-        check_version()
+        check_installed()
         _check_script(script)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

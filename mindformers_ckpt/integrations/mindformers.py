@@ -14,6 +14,7 @@ goes on doing the work.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import logging
@@ -32,10 +33,16 @@ from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import parse_bool
 from mindformers_ckpt.log import log
 
-__all__ = ["MODULE", "VERSIONS", "install", "installed", "uninstall"]
+__all__ = ["MODULE", "install", "installed", "uninstall"]
 
 MODULE = "mindformers.tools.ckpt_transform.transform_checkpoint"
-VERSIONS = ("1.6.", "1.7.")  # TransformCkpt is the same code in both; the tests run 1.7.0
+# Digests of the files that define TransformCkpt and were looked at, and the versions they are of.
+_KNOWN = {
+    "9c552bb04631f60e": "1.3.2",
+    "eb75c0152dc9aaa6": "1.6.0",
+    "b20bbd3190e3f8a3": "1.7.0",
+    "dc07d358aa9c0447": "1.8.0, 1.9.0, 2.0.0 and 2.1.0",
+}
 DEFAULT_TIMEOUT = 7200.0  # seconds; MindFormers waits so long for strategy files, and without end elsewhere
 _NEEDED = (
     *("check_in_modelarts", "get_device_num_per_node", "get_output_root_path", "get_real_group_size"),
@@ -65,10 +72,10 @@ def install(timeout: float | None = None) -> None:
     """Put our engine under MindFormers' `TransformCkpt`. Does nothing when it is there already.
 
     `timeout`: seconds that ranks wait for each other at a step; by default MINDFORMERS_CKPT_TIMEOUT in the
-    environment, or 7200. Raises ConfigError, and changes nothing, when MindFormers is missing, of a version
-    that we do not know, or has another `TransformCkpt` than the one that we know.
+    environment, or 7200. The code that is there decides, whatever its version: raises ConfigError, and changes
+    nothing, when MindFormers is missing, or its `TransformCkpt` has other methods than the one that can be replaced.
     """
-    check_version()
+    check_installed()
     install_in(importlib.import_module(MODULE), timeout)
 
 
@@ -79,6 +86,7 @@ def install_in(module: ModuleType, timeout: float | None = None) -> None:
         return
     seconds = _seconds(os.environ.get("MINDFORMERS_CKPT_TIMEOUT") if timeout is None else timeout)
     _check_alike(module)
+    _report_unknown(module)
     theirs = module.TransformCkpt
     init, call = theirs.__init__, theirs.__call__
     handler = _LogHandler(module)
@@ -123,18 +131,25 @@ def uninstall() -> None:
     _installed = None
 
 
-def check_version() -> None:
-    """Raise ConfigError unless a MindFormers is installed whose `TransformCkpt` we know."""
+def check_installed() -> None:
+    """Raise ConfigError unless a MindFormers is installed."""
     try:
-        found = version("mindformers")
+        version("mindformers")
     except PackageNotFoundError:
         raise ConfigError("MindFormers is not installed in this environment: pip install mindformers") from None
-    if not found.startswith(VERSIONS):
-        known = " and ".join(f"{prefix}x" for prefix in VERSIONS)
-        raise ConfigError(
-            f"MindFormers {found} is installed, but TransformCkpt can be replaced in versions {known} only. Nothing "
-            "was changed. Leave install() out to go on "
-            "with MindFormers' own code, or use CheckpointHook or `mindformers-ckpt transform`"
+
+
+def _report_unknown(module: ModuleType) -> None:
+    """Warn of code that nobody has compared with ours, although what can be told of it is the same."""
+    file = getattr(module, "__file__", None)
+    digest = hashlib.blake2b(Path(file).read_bytes(), digest_size=8).hexdigest() if file else "none"
+    if digest not in _KNOWN:
+        log.warning(
+            "TransformCkpt in %s (digest %s) is not the code of a release that was looked at (%s). Its methods are the "
+            "same, and it is replaced; uninstall() goes back",
+            file or module.__name__,
+            digest,
+            ", ".join(_KNOWN.values()),
         )
 
 
@@ -142,7 +157,11 @@ def _check_alike(module: ModuleType) -> None:
     theirs = getattr(module, "TransformCkpt", None)
     lacking = [name for name in _NEEDED if not hasattr(module, name)]
     if theirs is None or lacking:
-        raise ConfigError(f"{module.__name__} has no {'TransformCkpt' if theirs is None else ', '.join(lacking)}")
+        raise ConfigError(
+            f"{module.__name__} has no {'TransformCkpt' if theirs is None else ', '.join(lacking)}: this MindFormers "
+            "cannot be changed. Nothing was; leave install() out to go on with MindFormers' own code, or use "
+            "CheckpointHook or `mindformers-ckpt transform`"
+        )
     for own, other in ((_initialise, theirs.__init__), (_transform, theirs.__call__)):
         expected, found = _parameters(own), _parameters(other)
         if expected != found:

@@ -23,7 +23,9 @@ from mindformers_ckpt.look.verify_model import Difference, Verification
 from mindformers_ckpt.look.verify_replicas import verify_checksums
 from mindformers_ckpt.look.whole import PathLike, as_strategy, checkpoint_at
 from mindformers_ckpt.publish.fingerprints import folder_of, recorded_checksums
+from mindformers_ckpt.sources import checkpoint2
 from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.source import Kind, Source
 from mindformers_ckpt.strategy.model import Strategy, origin_of
 
@@ -78,7 +80,7 @@ def _verify_against(
 
     source = checkpoint_at(against, src_strategy, step)
     source.tensors()
-    if strategy is None and has_manifest(Path(path)):
+    if strategy is None and has_manifest(Path(path)) and not _brings_layouts(Path(path)):
         strategy = _known_strategy(read_result(Path(path)), None, found)
     try:
         result = checkpoint_at(path, strategy)
@@ -110,7 +112,7 @@ def _verify_manifest(
     headers = check_files(folder, manifest, found)
     check_ranks(manifest, known, found)
     check_trailers(headers, sample, chosen, found)
-    check_hashes(folder, manifest, headers, chosen, found)
+    check_hashes(folder, manifest, headers, chosen, found, progress)
     is_whole = len(headers) == len(manifest.entries)
     for part, entry in manifest.fingerprints.items():
         if is_whole:
@@ -162,15 +164,23 @@ def _verify_fingerprint(
         return
     if entry.get("digest") != digest_of(recorded.values()):
         found.differences.append(Difference("the fingerprint in the manifest is not that of its tensors", folder))
-    checkpoint = Checkpoint(_source(folder, part, manifest), strategy or Strategy.complete())
+    source = _source(folder, part, manifest)
+    checkpoint = Checkpoint(source, source.own_strategy or strategy or Strategy.complete())
     try:
         verify_checksums(checkpoint, recorded, chosen(list(recorded)), found, progress)
     except (PlanError, FormatError) as error:
         found.differences.append(Difference(str(error)))
 
 
+def _brings_layouts(folder: Path) -> bool:
+    """Whether a result is a checkpoint 2.0."""
+    return folder.is_dir() and checkpoint2.is_checkpoint(Listing(folder))
+
+
 def _source(folder: Path, part: str, manifest: Manifest) -> Source:
     """The files of a checkpoint in a result, by rank."""
+    if _brings_layouts(folder):
+        return checkpoint2.read(Listing(folder))
     entries = [entry for entry in manifest.entries if folder_of(entry.path) == part]
     if not all("rank_" in Path(entry.path).parent.name for entry in entries):
         return Source(folder, {0: tuple(folder / entry.path for entry in entries)})

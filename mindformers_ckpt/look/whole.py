@@ -25,7 +25,7 @@ PathLike = Union[str, "os.PathLike[str]"]
 
 
 def checkpoint_at(path: PathLike, strategy: PathLike | Strategy | None = None, step: str | None = None) -> Checkpoint:
-    """The one checkpoint at a path, under its strategy. Headers are read when they are needed.
+    """The one checkpoint at a path, under its strategy, which some kinds bring along. Headers are read when needed.
 
     Raises PlanError when there are several, or files and strategy do not go together, and StrategyError.
     """
@@ -33,7 +33,7 @@ def checkpoint_at(path: PathLike, strategy: PathLike | Strategy | None = None, s
     if len(found) > 1:
         names = ", ".join(source.root.name for source in found[:20])
         raise PlanError(f"{path} holds {len(found)} checkpoints ({names}); give the file of one")
-    return Checkpoint(found[0], as_strategy(strategy))
+    return Checkpoint(found[0], found[0].strategy(as_strategy(strategy)))
 
 
 def as_strategy(strategy: PathLike | Strategy | None) -> Strategy:

@@ -35,6 +35,7 @@ def main() -> None:
     types = {name: parameter.dtype for name, parameter in held.items()}
     config: dict[str, Any] = {
         "load_checkpoint": source,
+        "checkpoint": {"load_path": source},
         "src_strategy_path_or_dir": "",
         "auto_trans_ckpt": True,
         "load_ckpt_format": "ckpt",
@@ -53,7 +54,8 @@ def main() -> None:
             parameter.name: np.frombuffer(parameter.get_bytes(), np.uint8) for parameter in network.get_parameters()
         }
         np.savez(Path(folder) / f"loaded_{rank}_{nodes}.npz", **content)
-    fails({**config, "load_checkpoint": damaged}, network, Path(folder, f"damaged_{rank}.txt"))
+    paths = {"load_checkpoint": damaged, "checkpoint": {"load_path": damaged}}
+    fails({**config, **paths}, network, Path(folder, f"damaged_{rank}.txt"))
     if rank == 1:
         Path(config["output_dir"], "strategy", "ckpt_strategy_rank_1.ckpt").unlink()
     fails(config, network, Path(folder, f"lost_{rank}.txt"))

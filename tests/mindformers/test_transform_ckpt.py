@@ -126,9 +126,22 @@ def test_the_class_is_replaced_in_place_once_and_comes_back(module: ModuleType) 
     assert not replacement.installed()
 
 
-def test_another_version_is_refused(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_decides_not_the_version(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Releases that were looked at are replaced without a word, code that is alike with one, other code not at all."""
     monkeypatch.setattr(replacement, "version", lambda name: "9.9.0")
-    with pytest.raises(ConfigError, match=r"MindFormers 9\.9\.0 is installed.*1\.6\.x and 1\.7\.x only"):
+    replacement.install()
+    replacement.uninstall()
+    assert "is not the code of a release" not in caplog.text
+    changed = tmp_path / "transform_checkpoint.py"
+    changed.write_text("# patched")
+    monkeypatch.setattr(module, "__file__", str(changed))
+    replacement.install()
+    replacement.uninstall()
+    assert f"TransformCkpt in {changed}" in caplog.text
+    monkeypatch.delattr(module, "is_main_rank")
+    with pytest.raises(ConfigError, match=r"has no is_main_rank: this MindFormers cannot be changed"):
         replacement.install()
     assert not replacement.installed()
 
@@ -423,9 +436,11 @@ def test_their_loading_path_runs_on_ours(ours: type[Any], output: Path, tmp_path
     assert len(model) > 5
     root = write_ranks(tmp_path / "llama", slices_of(recorded("dp2mp2pp2"), model, REPLICATED))
     network = network_of(model)
-    config = configuration(load_checkpoint=str(root), src_strategy_path_or_dir=strategy_argument("dp2mp2pp2"))
+    # Up to 1.8 load_checkpoint is the path that is read and changed, then that of the section.
+    paths = {"load_checkpoint": str(root), "checkpoint": {"load_path": str(root)}}
+    config = configuration(**paths, src_strategy_path_or_dir=strategy_argument("dp2mp2pp2"))
     transform_and_load_checkpoint(config, None, network, None)
-    assert config.load_checkpoint == str(output / "transformed_checkpoint")
+    assert str(output / "transformed_checkpoint") in (config.load_checkpoint, config.checkpoint.load_path)
     assert (output / "transformed_checkpoint/llama/manifest.json").is_file()
     loaded = {parameter.name: parameter.asnumpy() for parameter in network.get_parameters()}
     assert loaded.keys() == model.keys()

@@ -3,7 +3,7 @@
 from mindformers_ckpt.convert.model import Model
 from mindformers_ckpt.convert.models import decoder
 
-_NOTE = "biases of the feed-forward layers (mlp_bias) and of the attention's output have no place in network: left out"
+_NOTE = "MindFormers' network of TeleChat3 has no biases of feed-forward layers and of the attention's output: left out"
 _TABLE = decoder.without(decoder.without(decoder.MCORE, "mlp_bias", _NOTE), "output_bias", _NOTE)
 
 MODEL = Model(
