@@ -76,7 +76,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did."""
+    """What a run did.
+
+    Attributes:
+        destination: where the result is.
+        files: number of files in it.
+        bytes_read, bytes_written: bytes of tensors, `resumed_bytes` of the latter by an earlier run.
+        seconds: how long it took.
+        warnings: what the user should know of choices that were made.
+    """
 
     destination: Path
     files: int
@@ -84,6 +92,7 @@ class Report:
     bytes_written: int
     resumed_bytes: int
     seconds: float
+    warnings: tuple[str, ...] = ()
 
 
 class Run:

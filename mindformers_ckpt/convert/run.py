@@ -25,7 +25,7 @@ from mindformers_ckpt.convert.weights import (
     read_weights,
     recorded_naming,
 )
-from mindformers_ckpt.errors import ConfigError
+from mindformers_ckpt.errors import ConfigError, did_you_mean
 from mindformers_ckpt.execution import Options, Progress
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
@@ -107,8 +107,16 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a conversion made."""
+class ConversionReport:
+    """What a conversion made.
+
+    Attributes:
+        model, naming: the model, and the naming of its MindSpore side.
+        destination: where the result is.
+        files, tensors, bytes_written: how much of each.
+        seconds: how long it took.
+        warnings: what the user should know of choices that were made.
+    """
 
     model: str
     naming: str
@@ -178,25 +186,21 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
     check: Callable[[], None] = lambda: None,
-) -> Result:
+) -> ConversionReport:
     """Convert weights and publish them at `output`.
 
     To MindSpore: one file, when `output` ends in .ckpt or .safetensors; a folder of files of at most
     `shard_bytes` otherwise; the rank folders of a strategy when `target` is one. To Hugging Face: always a
     folder, which `from_pretrained` loads. What was at `output` before stays as it is until the end.
     """
-    if request.reverse and (target is not None or format == "ckpt"):
-        raise ConfigError("a strategy and the format ckpt are of the MindSpore side; leave them out with --reversed")
     started = time.monotonic()
-    prepared = prepare(request, target.names() if target is not None else ())
-    plan = _targets(prepared, output, format, target, shard_bytes)
-    plan.check()
+    prepared, plan = _planned(request, output, format, target, shard_bytes)
     output = Path(os.path.abspath(output))
     if not request.reverse and target is None and output.suffix in SUFFIXES:
         transform(plan, output, options, progress=progress, check=check, file=True)
     else:
         _write_folder(prepared, plan, output, options, progress, check)
-    return Result(
+    return ConversionReport(
         prepared.model.name,
         prepared.naming,
         output,
@@ -206,6 +210,29 @@ def convert(
         time.monotonic() - started,
         plan.warnings,
     )
+
+
+def plan_conversion(
+    request: Request,
+    output: Path,
+    *,
+    format: str | None = None,
+    target: Strategy | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Plan:
+    """What `convert` would do, with the same arguments. Nothing is written."""
+    return _planned(request, output, format, target, shard_bytes)[1]
+
+
+def _planned(
+    request: Request, output: Path, format: str | None, target: Strategy | None, shard_bytes: int
+) -> tuple[Prepared, Plan]:
+    if request.reverse and (target is not None or format == "ckpt"):
+        raise ConfigError("a strategy and the format ckpt are of the MindSpore side; leave them out with --reversed")
+    prepared = prepare(request, target.names() if target is not None else ())
+    plan = _targets(prepared, output, format, target, shard_bytes)
+    plan.check()
+    return prepared, plan
 
 
 def with_settings(request: Request, settings: Mapping[str, bool]) -> Request:
@@ -318,7 +345,8 @@ def _model(request: Request, config: ModelConfig) -> Model:
         return model_of_config(config)
     model = find_model(request.model)
     if model is None:
-        raise ConfigError(f"unknown model {request.model!r}; known are {', '.join(models())}")
+        like = did_you_mean(request.model, models())
+        raise ConfigError(f"unknown model {request.model!r}.{like} Known are {', '.join(models())}")
     return model
 
 

@@ -70,7 +70,7 @@ class Checkpoint:
             raise PlanError(
                 f"{self.files.root} holds the shards of {len(ranks)} ranks, but no source strategy is given; "
                 "name the strategy file or folder they were saved under"
-                + (f", which could be {near} (it is for as many ranks)" if near is not None else "")
+                + (f", which could be {near.origin} (it is for as many ranks)" if near is not None else "")
             )
         surplus = sorted(rank for rank in ranks if rank >= count)
         if surplus:
@@ -154,6 +154,10 @@ class Checkpoint:
         """Whether the files of a rank are there and hold a tensor."""
         return rank in self.files.by_rank and name in self.records_of(rank)
 
+    def size_of(self, path: Path) -> int:
+        """The size of a file, in bytes, as its header was read."""
+        return self._header(path).size
+
     def used_files(self, tensors: Mapping[str, LogicalTensor]) -> list[Path]:
         """The files that hold the chosen replicas, in order."""
         return sorted({shard.path for tensor in tensors.values() for shard in tensor.shards})
@@ -197,7 +201,7 @@ class Checkpoint:
                     f"{path} holds {spec.dtype.name}{list(spec.shape)}, but other ranks of the stage hold "
                     f"{shard_spec.dtype.name}{list(shard_spec.shape)} (rank {rank} differs)"
                 )
-        layout = self._layout(name, stage, shard_spec)
+        layout = self.layout_of(name, stage, shard_spec)
         if layout is None:
             rank = min(holders)
             whole = Shard(rank, holders[rank][0], Box.whole(shard_spec.shape))
@@ -214,7 +218,7 @@ class Checkpoint:
                 missing.append((box, tuple(first + member for member in members)))
         return LogicalTensor(shard_spec._replace(shape=shape), tuple(shards), tuple(missing), layout, (stage,))
 
-    def _layout(self, name: str, stage: int, shard: TensorSpec) -> Layout | None:
+    def layout_of(self, name: str, stage: int, shard: TensorSpec) -> Layout | None:
         """The layout of a tensor on a stage, fitted to the shape of its shards."""
         layout = self.strategy.layout(name, stage)
         if layout is None:

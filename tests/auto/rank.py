@@ -20,7 +20,7 @@ from typing import Any
 
 from faults import arm
 
-from mindformers_ckpt.errors import CheckpointError
+from mindformers_ckpt.errors import CheckpointError, StrategySaved
 from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.ms import live, weights
 from mindformers_ckpt.ms.hook import CheckpointHook
@@ -70,6 +70,8 @@ def main(job: dict[str, Any]) -> int:
     except CheckpointError as error:
         print(json.dumps({"error": str(error), "kind": type(error).__name__}), flush=True)
         return 1
+    except StrategySaved:
+        return 0  # what the trainer makes of it
     print(json.dumps({"loaded": loaded}), flush=True)
     return 0
 

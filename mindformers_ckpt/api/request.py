@@ -1,4 +1,4 @@
-"""From what the options ask for to a plan."""
+"""From what is asked for, by options or arguments, to a plan."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import click
-
 from mindformers_ckpt.errors import ConfigError, PlanError
 from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.planning.file import Job
-from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer
+from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, SourceFile, TargetFile, Transfer
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_mindspore, is_huggingface_folder, separate_checkpoints
 from mindformers_ckpt.sources.listing import Listing
@@ -31,29 +29,25 @@ class Prepared(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """What to make of what, as the options say it (see their help)."""
+    """What to make of what: the options of `mindformers-ckpt transform`, the arguments of `mc.plan`."""
 
-    src_checkpoint: Path | None
-    src_strategy: Path | None
-    destination: Path | None
-    step: str | None
-    dst_strategy: Path | None
-    prefix: str
-    format: str | None
-    ranks: tuple[int, ...] | None
-    world_size: int | None
-    rank_id: int | None
-    allow_missing: bool
-    contents: str
-    like: Path | None
-    processes: int
+    src_checkpoint: Path
+    src_strategy: Path | Strategy | None = None
+    destination: Path | None = None
+    step: str | None = None
+    dst_strategy: Path | Strategy | None = None
+    prefix: str = DEFAULT_PREFIX
+    format: str | None = None
+    ranks: tuple[int, ...] | None = None
+    world_size: int | None = None
+    rank_id: int | None = None
+    allow_missing: bool | Sequence[str] = False
+    contents: str = "error"
+    like: Path | None = None
+    processes: int = 1
 
     def prepare(self) -> Prepared:
-        """Read headers and strategies, and plan. Raises UsageError for options that do not go together."""
-        if self.src_checkpoint is None:
-            raise click.UsageError("Missing option '--src-checkpoint'.")
-        if self.ranks is not None and self.rank_id is not None:
-            raise click.UsageError("--ranks and --rank-id both say which ranks to make; give one of them.")
+        """Read headers and strategies, and plan. Nothing is written."""
         files = find_mindspore(self.src_checkpoint, self.step)
         if self.destination is not None:
             check_outside(files, self.destination)
@@ -122,10 +116,12 @@ def _is_config(path: Path) -> bool:
     return is_bare or is_huggingface_folder(path)
 
 
-def read_optional_strategy(path: Path | None) -> Strategy:
+def read_optional_strategy(path: Path | Strategy | None) -> Strategy:
     """The strategy at a path, or that of complete weights when there is none."""
     if path is None:
         return Strategy.complete()
+    if isinstance(path, Strategy):
+        return path
     from mindformers_ckpt.strategy.files import read_strategy
 
     return read_strategy(path.absolute())

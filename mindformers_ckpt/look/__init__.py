@@ -1,0 +1,1 @@
+"""What is there, and what was done: a checkpoint as arrays, inspect, show, doctor."""
