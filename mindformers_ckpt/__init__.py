@@ -35,7 +35,11 @@ if TYPE_CHECKING:
     from mindformers_ckpt.execution import Report
     from mindformers_ckpt.geometry.layout import Layout
     from mindformers_ckpt.look.checkpoint import Checkpoint, Shard, Tensor, open_checkpoint
+    from mindformers_ckpt.look.diff import Diff, TensorDiff, diff
+    from mindformers_ckpt.look.fingerprint import Fingerprint, fingerprint
     from mindformers_ckpt.look.inspect import Inspection, inspect
+    from mindformers_ckpt.look.verify import verify
+    from mindformers_ckpt.look.verify_model import Difference, Verification
     from mindformers_ckpt.ms.hook import CheckpointHook, load_checkpoint
     from mindformers_ckpt.planning.file import Job
     from mindformers_ckpt.strategy.files import read_strategy, write_strategy
@@ -49,6 +53,9 @@ __all__ = [
     "ClusterError",
     "ConfigError",
     "ConversionReport",
+    "Diff",
+    "Difference",
+    "Fingerprint",
     "FormatError",
     "Inspection",
     "Job",
@@ -61,9 +68,13 @@ __all__ = [
     "StrategyError",
     "StrategySaved",
     "Tensor",
+    "TensorDiff",
     "TransferError",
+    "Verification",
     "__version__",
     "convert",
+    "diff",
+    "fingerprint",
     "inspect",
     "load_checkpoint",
     "merge_lora",
@@ -71,6 +82,7 @@ __all__ = [
     "plan",
     "read_strategy",
     "transform",
+    "verify",
     "write_strategy",
 ]
 
@@ -87,7 +99,11 @@ _HOMES = {
     "execution": ("Report",),
     "geometry.layout": ("Layout",),
     "look.checkpoint": ("Checkpoint", "Shard", "Tensor", "open_checkpoint"),
+    "look.diff": ("Diff", "TensorDiff", "diff"),
+    "look.fingerprint": ("Fingerprint", "fingerprint"),
     "look.inspect": ("Inspection", "inspect"),
+    "look.verify": ("verify",),
+    "look.verify_model": ("Difference", "Verification"),
     "ms.hook": ("CheckpointHook", "load_checkpoint"),
     "planning.file": ("Job",),
     "strategy.files": ("read_strategy", "write_strategy"),

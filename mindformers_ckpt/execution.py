@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,6 +27,7 @@ from mindformers_ckpt.engine.pool import copy_tasks
 from mindformers_ckpt.engine.sinks import FileSink
 from mindformers_ckpt.errors import (
     CheckpointError,
+    ConfigError,
     FormatError,
     PlanError,
     PublishError,
@@ -35,6 +38,7 @@ from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.planning.digest import digest_of
 from mindformers_ckpt.planning.model import Plan, SourceFile
 from mindformers_ckpt.publish import MANIFEST_FILE, Staging, check_free_space, read_manifests
+from mindformers_ckpt.publish.fingerprints import KEY, check_countable, describe_fingerprints
 from mindformers_ckpt.publish.journal import Journal
 from mindformers_ckpt.publish.manifest import is_whole, without
 from mindformers_ckpt.publish.staging import Kind, Replace
@@ -50,6 +54,7 @@ class Options:
         processes: processes that copy, this one included (`transform_process_num`).
         by_rank: one target rank is the unit of work (`transform_by_rank`), instead of equal shares of bytes.
         hashes: take xxh3-128 of every written tensor into the manifest.
+        fingerprints: count the checksum of every whole tensor while it is copied, into the manifest.
         fsync: force everything to the disk before the result is put in place.
         crc: append the CRC-32 trailer that `mindspore.load_checkpoint(crc_check=True)` verifies.
         overwrite: replace an earlier result at the destination.
@@ -64,6 +69,7 @@ class Options:
     processes: int = 1
     by_rank: bool = False
     hashes: bool = False
+    fingerprints: bool = False
     fsync: bool = False
     crc: bool = False
     overwrite: bool = False
@@ -83,6 +89,7 @@ class Report:
         files: number of files in it.
         bytes_read, bytes_written: bytes of tensors, `resumed_bytes` of the latter by an earlier run.
         seconds: how long it took.
+        fingerprints: digests of the checkpoints in the result, by their folders (mostly "."), where they are asked for.
         warnings: what the user should know of choices that were made.
     """
 
@@ -92,13 +99,15 @@ class Report:
     bytes_written: int
     resumed_bytes: int
     seconds: float
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
 
 class Run:
     """One run of a plan, used as a context manager. A failure leaves the destination as it was.
 
-    `about` goes into the manifest. The destination is a folder, or with `file` the plan's only target file.
+    `about` goes into the manifest. The destination is a folder, or with `file` the plan's only target file. `shapes`
+    are those of target tensors that the plan has in another form, for fingerprints.
     Raises PlanError when the destination holds a source file, PublishError when it may not be replaced or another
     process is writing it, TransferError when a source cannot be read.
     """
@@ -112,14 +121,18 @@ class Run:
         about: Mapping[str, Any] | None = None,
         file: bool = False,
         identity: str | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self._started = time.monotonic()
         self.plan, self.options = plan, options
         self.destination = Path(os.path.abspath(destination))
         self._about = dict(about or {})
+        self._shapes = dict(shapes or {})
         check_apart(plan, self.destination)
+        if options.fingerprints:
+            _check_countable(plan, options)
         self.digest = digest_of(plan)
-        self._states = _states(plan.sources)
+        self._states = states_of(plan.sources)
         self.fingerprint = identity or _fingerprint(self.digest, self._states, options)
         self._staging = Staging(
             self.destination,
@@ -236,7 +249,10 @@ class Run:
         resumed = self.plan.bytes_written if self.already_made else self._resumed_bytes
         seconds = time.monotonic() - self._started
         plan = self.plan
-        return Report(self.destination, len(plan.targets), plan.bytes_read, plan.bytes_written, resumed, seconds)
+        digests = {folder: entry["digest"] for folder, entry in self._fingerprints.items()}
+        return Report(
+            self.destination, len(plan.targets), plan.bytes_read, plan.bytes_written, resumed, seconds, digests
+        )
 
     def _add_companions(self, companions: Callable[[Path], None]) -> None:
         try:
@@ -280,8 +296,20 @@ class Run:
             may_replace = self._replaceable() is not Replace.NOTHING
             check_addable(self.plan, self.destination, self._about, may_replace, self._states)
 
+    @cached_property
+    def _fingerprints(self) -> Mapping[str, Any]:
+        """The fingerprints of the result, as its manifest has them; none where they were not asked for."""
+        if not self.options.fingerprints:
+            return {}
+        if self.already_made:
+            return next((made[KEY] for made in self._own_manifests() if KEY in made), {})
+        shares = itertools.chain.from_iterable(done.shares for done in self._done.values())
+        return describe_fingerprints(self.plan, shares, self._shapes)
+
     def _describe(self) -> dict[str, Any]:
         about = {"plan": self.fingerprint, **self._about}
+        if self.options.fingerprints:
+            about[KEY] = self._fingerprints
         return describe_result(self.plan, self.folder, self._done.values(), about, self._states)
 
 
@@ -306,6 +334,7 @@ def copy_into(
         processes=options.processes,
         hashes=options.hashes,
         proofs=proofs,
+        fingerprints=options.fingerprints,
         may_fork=options.may_fork,
         check=check,
     )
@@ -321,7 +350,7 @@ def copy_unchanged(
     plan: Plan, folder: Path, tasks: Sequence[Task], options: Options, *, progress: Progress, check: Callable[[], None]
 ) -> None:
     """`copy_into`, for a rank that copies a share. Raises TransferError when a source was written meanwhile."""
-    states = _states(plan.sources)
+    states = states_of(plan.sources)
     copy_into(plan, folder, tasks, options, progress=progress, check=check)
     check_unchanged(states)
 
@@ -443,14 +472,15 @@ def _fingerprint(digest: str, states: Mapping[Path, FileState], options: Options
     from mindformers_ckpt import __version__
 
     # A journal counts tasks, and their cut changes with these.
-    cut = (__version__, BLOCK_BYTES, TRANSPOSE_BYTES, PIECE_BYTES, options.by_rank, options.hashes, options.crc)
+    sizes = (BLOCK_BYTES, TRANSPOSE_BYTES, PIECE_BYTES)
+    cut = (__version__, *sizes, options.by_rank, options.hashes, options.fingerprints, options.crc)
     whole = hashlib.blake2b(f"{digest} {cut}\n".encode(), digest_size=16)
     for path, state in states.items():
         whole.update(os.fsencode(path) + f" {tuple(state)}\n".encode())
     return whole.hexdigest()
 
 
-def _states(files: Iterable[SourceFile]) -> dict[Path, FileState]:
+def states_of(files: Iterable[SourceFile]) -> dict[Path, FileState]:
     """What the source files are at this moment. Raises TransferError."""
     states = {}
     for file in files:
@@ -474,6 +504,14 @@ def _is_checkpoint(path: Path) -> bool:
         return bool(read_header(path).tensors)
     except FormatError:
         return False
+
+
+def _check_countable(plan: Plan, options: Options) -> None:
+    """Refuse ways of running a plan that do not see every tensor whole. Raises ConfigError and PlanError."""
+    if options.by_rank or options.partial:
+        way = "one rank is a unit of work (--transform-by-rank)" if options.by_rank else "some ranks are made only"
+        raise ConfigError(f"a fingerprint is that of whole tensors, but {way}; leave one of the two out")
+    check_countable(plan)
 
 
 def _append_crcs(plan: Plan, folder: Path) -> None:

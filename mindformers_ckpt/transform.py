@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,16 @@ def transform(
     check: Callable[[], None] = lambda: None,
     companions: Callable[[Path], None] = lambda folder: None,
     file: bool = False,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Report:
     """Run a plan and publish its result at `destination`, a folder, or with `file` the plan's only target file.
 
     `about` goes into the manifest, `progress` is told the bytes written and the total after every task,
     `check` is called between blocks and may raise to stop, `companions` puts further files into the folder of
-    the result before it is published. Raises TransferError and PublishError; then the destination is as it was.
+    the result before it is published, `shapes` are those of target tensors that the plan has in another form.
+    Raises TransferError and PublishError; then the destination is as it was.
     """
-    with Run(plan, destination, options, about=about, file=file) as run:
+    with Run(plan, destination, options, about=about, file=file, shapes=shapes) as run:
         run.prepare(check=check)
         run.copy(progress=progress, check=check)
         return run.publish(companions)

@@ -219,7 +219,7 @@ def test_equal_headers_are_parsed_once(format: str, tmp_path: Path) -> None:
         write_tensors(tmp_path / f"rank_{rank}" / f"checkpoint_{rank}.{format}", tensors)
     source = opened(tmp_path, MP4)
     found = source.tensors()
-    assert len({id(source._header(path).tensors) for path in source.files.files}) == 1
+    assert len({id(source.header(path).tensors) for path in source.files.files}) == 1
     assert [shard.path.parent.name for shard in found["w"].shards] == ["rank_0", "rank_1", "rank_2", "rank_3"]
 
 

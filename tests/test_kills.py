@@ -11,10 +11,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.append(str(Path(__file__).parent / "kills"))
+from child import build
+from slow_mount import mounted, why_not
 
 KILLS = Path(__file__).parent / "kills"
 COMMANDS = (
@@ -22,18 +27,12 @@ COMMANDS = (
     *("convert, file", "convert, folder", "merge-lora", "merge-strategy", "plan", "job"),
 )
 WAYS = ("exchange", "three renames")
+ON_A_MOUNT = ("overwrite",)
 ALWAYS = ("overwrite", "ranks, replaced", "convert, file", "job")
 
 
-def build(folder: Path) -> Path:
-    """Compile the shim."""
-    shim = folder / "shim.so"
-    subprocess.run(["gcc", "-O1", "-shared", "-fPIC", str(KILLS / "shim.c"), "-o", str(shim), "-ldl"], check=True)
-    return shim
-
-
-def drive(shim: Path, folder: Path, command: str, way: str) -> dict[str, Any]:
-    """Kill a command before each of its operations; how many these are, and what was wrong."""
+def drive(shim: Path, folder: Path, command: str, way: str, kills: int | None = None) -> dict[str, Any]:
+    """Kill a command before each of its operations, or some; how many these are, and what was wrong."""
     environment = {
         **os.environ,
         "LD_PRELOAD": str(shim),
@@ -41,7 +40,7 @@ def drive(shim: Path, folder: Path, command: str, way: str) -> dict[str, Any]:
         "OPENBLAS_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        [sys.executable, str(KILLS / "driver.py"), str(folder), command, way],
+        [sys.executable, str(KILLS / "driver.py"), str(folder), command, way, *([] if kills is None else [str(kills)])],
         env=environment,
         capture_output=True,
         text=True,
@@ -49,6 +48,11 @@ def drive(shim: Path, folder: Path, command: str, way: str) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def always(chosen: Sequence[str]) -> list[Any]:
+    """All commands; those that are not chosen are slow tests."""
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS]
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +64,28 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-    "command", [*ALWAYS, *(pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS if name not in ALWAYS)]
-)
-def test_killed_before_every_operation(shim: Path, tmp_path: Path, command: str, way: str) -> None:
-    found = drive(shim, tmp_path, command, way)
+@pytest.mark.parametrize("command", always(ALWAYS))
+@pytest.mark.parametrize("kills", [16, pytest.param(None, marks=pytest.mark.slow)], ids=["some", "every"])
+def test_killed_before_every_operation(shim: Path, tmp_path: Path, command: str, way: str, kills: int | None) -> None:
+    """`some` are half of them the last operations, those that publish."""
+    found = drive(shim, tmp_path, command, way, kills)
     assert found["operations"] > 3
+    assert found["faults"] == []
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("way", ["mounted", "mounted, no locks"])
+@pytest.mark.parametrize("command", always(ON_A_MOUNT))
+def test_killed_on_a_mount(shim: Path, tmp_path: Path, command: str, way: str) -> None:
+    """The same on a file system of FUSE, with attributes that are seconds old."""
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    (tmp_path / "data").mkdir()
+    lacks_locks = way.endswith("no locks")
+    with mounted(tmp_path / "data", tmp_path / "mount", scratch=tmp_path / "slowfs", locks=not lacks_locks):
+        found = drive(shim, tmp_path / "mount", command, way, 4)
+    assert found["kills"] > 2
     assert found["faults"] == []
 
 

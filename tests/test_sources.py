@@ -217,8 +217,6 @@ def test_a_shard_is_not_taken_for_the_whole(given: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        (["iteration_00000010/x", "latest_checkpointed_iteration.txt"], "save path of a checkpoint .* 2.0"),
-        (["a-model-0000001-0000004.safetensors"], r"checkpoint 2\.0.*shards of one model"),
         ([".metadata", "__0_0.distcp"], "distributed checkpoint of PyTorch"),
         (["m_rank0_.safetensors", ".metadata"], "hyper-parallel"),
         (["x.gguf"], "GGUF"),
@@ -236,7 +234,9 @@ def test_other_folders_are_named(entries: list[str], message: str, tmp_path: Pat
 def test_a_checkpoint_2_of_one_card_is_complete(tmp_path: Path) -> None:
     write_tensors(tmp_path / "a-model-0000000-0000001.safetensors", random_model({"w": (2,)}))
     write_tensors(tmp_path / "a-opt-0000000-0000001.safetensors", random_model({"adam_m.w": (2,)}))
-    assert find_source(tmp_path).kind is Kind.COMPLETE
+    source = find_source(tmp_path)
+    assert (source.kind, list(source.by_rank)) == (Kind.CHECKPOINT2, [0])
+    assert find_source(tmp_path / "a-model-0000000-0000001.safetensors").kind is Kind.COMPLETE
 
 
 @pytest.mark.parametrize("path", ["", " "])

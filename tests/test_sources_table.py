@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoint2_files import write_checkpoint2
 from entrances import ENTRANCES, Given, expected
+from recorded import Tensor
 from small_llama import (
     halves,
     hugging_face_weights,
@@ -25,6 +27,11 @@ from small_llama import (
     write_two_ranks_strategy,
 )
 
+from mindformers_ckpt.formats.dtypes import by_name
+from mindformers_ckpt.strategy.files import read_strategy
+from mindformers_ckpt.strategy.model import Strategy
+
+FLOAT32 = by_name("float32")
 DOCS = Path(__file__).parent.parent / "docs"
 ALL = tuple(ENTRANCES)
 HOOKS = ("hook", "hook, as it is")
@@ -244,6 +251,20 @@ def adapter_folder(root: Path) -> Given:
     return Given(folder)
 
 
+def iterations(tags: Mapping[int, int], given: str = "saved", one_card: bool = False) -> Callable[[Path], Given]:
+    """A save path of checkpoint 2.0: iteration -> tag."""
+
+    def build(root: Path) -> Given:
+        strategy = read_strategy(write_two_ranks_strategy(root / "strategy"))
+        for iteration, tag in tags.items():
+            tensors = {name: Tensor(FLOAT32, array.view(np.uint32)) for name, array in weights(tag).items()}
+            cut = Strategy.complete() if one_card else strategy
+            write_checkpoint2(root / "saved", tensors, cut, iteration=iteration, described=not one_card)
+        return Given(root / given)
+
+    return build
+
+
 def pipe(path: str) -> Callable[[Path], object]:
     return lambda root: os.mkfifo(root / path)
 
@@ -445,16 +466,43 @@ CASES = [
         takes=1,
         says="left aside: pytorch_model.bin",
     ),
-    # Recognised and refused
-    refused_by_all(
-        "MindFormers' newer format (checkpoint 2.0) of several ranks",
-        entries("l-model-0000000-0000002.safetensors", "l-model-0000001-0000002.safetensors", "metadata.json"),
-        r"checkpoint 2\.0.*load it with MindFormers, or save with use_legacy_format: True",
+    Case(
+        "the save path of checkpoint 2.0 (MindFormers 1.7 and later)",
+        iterations({7: 1, 12: 2}),
+        takes=2,
+        refused=SHARDS,
+    ),
+    Case(
+        "the save path of checkpoint 2.0 (MindFormers 1.7 and later)",
+        then(iterations({7: 1, 12: 2}), lambda r: (r / "saved/latest_checkpointed_iteration.txt").write_text("7")),
+        1,
+        SHARDS,
+        "iteration 7 is read, which the tracker file names; left aside: iteration_00000012",
+    ),
+    Case(
+        "the save path of checkpoint 2.0 (MindFormers 1.7 and later)",
+        at(iterations({7: 1, 12: 2}), "7"),
+        1,
+        SHARDS,
+        only=ALL[:3],
     ),
     refused_by_all(
-        "MindFormers' newer format (checkpoint 2.0) of several ranks",
-        entries("iteration_00000010/x", "latest_checkpointed_iteration.txt"),
-        r"save path of a checkpoint .*2\.0",
+        "the save path of checkpoint 2.0 (MindFormers 1.7 and later)",
+        then(iterations({7: 1}), lambda r: (r / "saved/latest_checkpointed_iteration.txt").write_text("9")),
+        "names iteration 9, but there is no folder iteration_00000009",
+    ),
+    Case("the folder of an iteration", iterations({7: 1}, "saved/iteration_00000007"), takes=1, refused=SHARDS),
+    Case("the folder of an iteration", iterations({7: 1}, one_card=True), takes=1),
+    Case(
+        "the folder of an iteration",
+        then(iterations({7: 1}), lambda r: (r / "saved/iteration_00000007/metadata.json").unlink()),
+        refused={**dict.fromkeys(ALL, "holds the shards of 2 ranks"), "hook, as it is": "does not fit the network"},
+    ),
+    # Recognised and refused
+    refused_by_all(
+        "one file of a checkpoint 2.0 of several ranks, or its `metadata.json`",
+        iterations({7: 1}, "saved/iteration_00000007/l-model-0000000-0000002.safetensors"),
+        "is by its name a part of a checkpoint",
     ),
     refused_by_all(
         "a distributed checkpoint of PyTorch (DCP)", entries(".metadata", "__0_0.distcp"), "distributed checkpoint"

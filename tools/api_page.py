@@ -51,7 +51,7 @@ This page is made from the docstrings: `python tools/api_page.py`.
 
 _SECTIONS = (
     ("Look", ("open_checkpoint", "Checkpoint", "Tensor", "Shard", "inspect", "Inspection", "read_strategy")),
-    ("Trust", ("verify", "diff", "fingerprint")),
+    ("Trust", ("verify", "Verification", "Difference", "diff", "Diff", "TensorDiff", "fingerprint", "Fingerprint")),
     ("Make", ("plan", "Job", "transform", "Report", "convert", "ConversionReport", "merge_lora")),
     ("Strategies", ("Strategy", "Layout", "write_strategy")),
     ("In a training job", ("CheckpointHook", "load_checkpoint", "StrategySaved")),

@@ -27,6 +27,7 @@ def convert(
     strip_prefix: str | None = None,
     write_tied: bool = False,
     processes: int = 1,
+    fingerprints: bool = False,
     overwrite: bool = False,
     overwrite_anything: bool = False,
     resume: bool = False,
@@ -51,7 +52,7 @@ def convert(
         model_options: what only some models have, under the names of the command line: n_head, hidden_size, layers,
             use_gmm, mlp_concat, ….
 
-    `processes`, `overwrite`, `overwrite_anything`, `resume` and `progress` are those of `transform`.
+    `processes`, `fingerprints`, `overwrite`, `overwrite_anything`, `resume` and `progress` are those of `transform`.
     Raises CheckpointError; then `dst` is as it was.
     """
     request = Request(
@@ -75,6 +76,7 @@ def convert(
         target=None if target is None else read_optional_strategy(target),
         options=Options(
             processes=affordable_processes(processes),
+            fingerprints=fingerprints,
             overwrite=overwrite,
             overwrite_anything=overwrite_anything,
             resume=resume,

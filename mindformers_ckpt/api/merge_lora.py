@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from mindformers_ckpt.lora import MergedBranch, plan_merge
 from mindformers_ckpt.lora_scaling import Scaling
 from mindformers_ckpt.lora_settings import read_settings
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
+from mindformers_ckpt.publish import clear_waste
 from mindformers_ckpt.sources.adapter import AdapterSource, find_adapter
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source, separate_checkpoints
@@ -50,9 +52,10 @@ class MergeRequest:
             _check_empty(self.destination)
         found = None if self.adapter is None else find_adapter(self.adapter)
         scaling, notes = _completed(self.scaling, found)
-        given = self.src_strategy
-        strategy = read_optional_strategy(given) if dry else _source_strategy(given, self.merged_strategy)
         files = _single(self.source, self.step)
+        given = self.src_strategy
+        told = read_optional_strategy(given) if dry else _source_strategy(given, self.merged_strategy)
+        strategy = files.strategy(told)
         check_outside(files, self.destination)
         target = read_optional_strategy(self.dst_strategy)
         plan, branches = plan_merge(
@@ -113,6 +116,7 @@ def merge_lora(
     format: str | None = None,
     step: str | None = None,
     processes: int = 1,
+    fingerprints: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -145,7 +149,7 @@ def merge_lora(
         format=format,
         step=step,
     )
-    options = Options(processes=affordable_processes(processes), resume=resume)
+    options = Options(processes=affordable_processes(processes), fingerprints=fingerprints, resume=resume)
     return request.prepare(resume=resume).run(options, progress)
 
 
@@ -180,6 +184,8 @@ def _record(branches: tuple[MergedBranch, ...], scaling: Scaling, adapter: Adapt
 
 def _check_empty(destination: Path) -> None:
     if destination.is_dir() and any(destination.iterdir()):
+        with contextlib.suppress(OSError):  # a folder that cannot be written
+            clear_waste(destination)
         raise PublishError(f"{destination} is not empty; give a new or an empty folder for the merged weights")
 
 
@@ -212,7 +218,7 @@ def _single(path: Path, step: str | None = None) -> Source:
 
 def _adapter(files: Source, strategy: Strategy) -> Checkpoint:
     """A checkpoint of LoRA parameters: complete, or cut by the strategy of the source."""
-    return Checkpoint(files, strategy if files.sharded else Strategy.complete())
+    return Checkpoint(files, files.own_strategy or (strategy if files.sharded else Strategy.complete()))
 
 
 def _link(folder: Path, plan: Plan) -> None:

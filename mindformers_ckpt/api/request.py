@@ -10,6 +10,7 @@ from typing import NamedTuple
 from mindformers_ckpt.errors import ConfigError, PlanError
 from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.planning.file import Job
+from mindformers_ckpt.planning.missing import weight_names
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, SourceFile, TargetFile, Transfer
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_mindspore, is_huggingface_folder, separate_checkpoints
@@ -42,21 +43,25 @@ class Request:
     world_size: int | None = None
     rank_id: int | None = None
     allow_missing: bool | Sequence[str] = False
+    weights_only: bool = False
     contents: str = "error"
     like: Path | None = None
     processes: int = 1
 
     def prepare(self) -> Prepared:
         """Read headers and strategies, and plan. Nothing is written."""
-        files = find_mindspore(self.src_checkpoint, self.step)
+        files = find_mindspore(self.src_checkpoint, self.step, weights_only=self.weights_only)
         if self.destination is not None:
             check_outside(files, self.destination)
-        source, target = read_optional_strategy(self.src_strategy), read_optional_strategy(self.dst_strategy)
+        source = files.strategy(read_optional_strategy(self.src_strategy))
+        target = read_optional_strategy(self.dst_strategy)
         ranks = self._ranks(target)
         format = self.format or default_format(files)
         plans = {}
         for part in separate_checkpoints(files):
             checkpoint = Checkpoint(part, source)
+            if self.weights_only:
+                checkpoint = checkpoint.only(weight_names(checkpoint.tensors()))
             notes = () if self.like is None else check_shapes(checkpoint, _reference(self.like, checkpoint))
             plan = build_plan(
                 checkpoint,

@@ -32,6 +32,7 @@ def plan(
     prefix: str = DEFAULT_PREFIX,
     format: str | None = None,
     allow_missing: bool | Sequence[str] = False,
+    weights_only: bool = False,
     contents: str = "error",
     like: PathLike | None = None,
 ) -> Job:
@@ -46,6 +47,7 @@ def plan(
         prefix: target files are `rank_<n>/<prefix><n>.<format>`.
         format: "ckpt" or "safetensors"; None for that of the source (ckpt for a mixture).
         allow_missing: parameters that the source may lack: names and patterns, or True for all.
+        weights_only: leave optimizer states and counters aside.
         contents: what is done when samples of the source contradict its strategy: "error", "warn" or "off".
         like: refuse a source with other full shapes than this checkpoint, or this Hugging Face config.json.
 
@@ -62,6 +64,7 @@ def plan(
         format,
         None if ranks is None else tuple(ranks),
         allow_missing=allow_missing,
+        weights_only=weights_only,
         contents=contents,
         like=None if like is None else Path(like),
     )
@@ -79,6 +82,7 @@ def transform(
     prefix: str = DEFAULT_PREFIX,
     format: str | None = None,
     allow_missing: bool | Sequence[str] = False,
+    weights_only: bool = False,
     contents: str = "error",
     like: PathLike | None = None,
     processes: int = 1,
@@ -87,6 +91,7 @@ def transform(
     overwrite_anything: bool = False,
     resume: bool = False,
     hashes: bool = False,
+    fingerprints: bool = False,
     fsync: bool = False,
     crc: bool = False,
     progress: Progress | None = None,
@@ -101,6 +106,7 @@ def transform(
         overwrite: replace an earlier result at `dst`; `overwrite_anything`: whatever is there.
         resume: go on after what an interrupted call has done.
         hashes: take xxh3-128 of every written tensor into the manifest.
+        fingerprints: count the fingerprint of the result while it is made, into the manifest and the report.
         fsync: force the result to the disk before it gets its name.
         crc: verify the CRC-32 that source .ckpt files store, and append one to target files.
         progress: is told the bytes written and the bytes in all, after every piece of work.
@@ -109,7 +115,7 @@ def transform(
     """
     if isinstance(src, Job):
         asked = (src_strategy, dst_strategy, step, ranks, format, like, prefix, allow_missing, contents)
-        if asked != (None, None, None, None, None, None, DEFAULT_PREFIX, False, "error"):
+        if weights_only or asked != (None, None, None, None, None, None, DEFAULT_PREFIX, False, "error"):
             raise ConfigError("the plan decides source, strategies, files and ranks; give them to mc.plan")
         job = src
     else:
@@ -123,6 +129,7 @@ def transform(
             prefix=prefix,
             format=format,
             allow_missing=allow_missing,
+            weights_only=weights_only,
             contents=contents,
             like=like,
         )
@@ -130,6 +137,7 @@ def transform(
         processes=affordable_processes(processes),
         by_rank=by_rank,
         hashes=hashes,
+        fingerprints=fingerprints,
         fsync=fsync,
         crc=crc,
         overwrite=overwrite,

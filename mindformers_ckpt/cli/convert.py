@@ -9,9 +9,10 @@ from typing import Any
 import click
 
 from mindformers_ckpt.cli.dry import say_plan
-from mindformers_ckpt.cli.notices import amount, say, say_json, warn
+from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
 from mindformers_ckpt.cli.options import (
     DRY_RUN,
+    FINGERPRINT,
     PROCESSES,
     RESUME,
     STEP,
@@ -107,6 +108,7 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
 @PROCESSES
 @click.option("--plugin", type=_PATH, help="Folder with convert_weight.py and convert_reversed.py of your own.")
 @STEP
+@FINGERPRINT
 @replace_options
 @RESUME
 @DRY_RUN
@@ -122,6 +124,7 @@ def command(
     format: str | None,
     processes: int,
     plugin: Path | None,
+    fingerprints: bool,
     overwrite: bool,
     overwrite_anything: bool,
     resume: bool,
@@ -139,6 +142,10 @@ def command(
     if converter is not None:
         if dry_run:
             raise click.UsageError("--dry-run is for our own models; what a plugin would do it alone knows.")
+        if fingerprints:
+            raise click.UsageError(
+                "a plugin writes its result itself; take its fingerprint afterwards: fingerprint PATH."
+            )
         dtype = choices.pop("dtype")
         flags = {"write_tied"}  # false is what they are when they are not given
         given = {
@@ -156,6 +163,7 @@ def command(
         return
     options = Options(
         processes=affordable_processes(processes),
+        fingerprints=fingerprints,
         overwrite=overwrite,
         overwrite_anything=overwrite_anything,
         resume=resume,
@@ -174,6 +182,7 @@ def command(
             f"{result.model} ({result.naming} names): {result.tensors} tensors, {amount(result.bytes_written)} in "
             f"{result.files} files at {result.destination}, {result.seconds:.2f} s"
         )
+        say_fingerprints(result.fingerprints)
         say(_next_step(result.destination, reverse, dst_strategy))
 
 

@@ -38,6 +38,9 @@ _COMMANDS = {
     "show": ("show", "Draw how a tensor is cut before and after, or the whole plan as a page."),
     "doctor": ("doctor", "Say what this machine, its libraries and a file system are like."),
     "merge-strategy": ("merge_strategy", "Merge the strategy files of all ranks into one."),
+    "verify": ("verify", "Check a result by its manifest, or against its source."),
+    "diff": ("diff", "Compare two checkpoints as whole tensors."),
+    "fingerprint": ("fingerprint", "Print what stays the same when a checkpoint is re-sliced."),
 }
 
 

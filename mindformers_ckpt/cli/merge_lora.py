@@ -10,9 +10,10 @@ import click
 
 from mindformers_ckpt.api.merge_lora import MergeRequest
 from mindformers_ckpt.cli.dry import say_plan
-from mindformers_ckpt.cli.notices import amount, say, say_json, warn
+from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
 from mindformers_ckpt.cli.options import (
     DRY_RUN,
+    FINGERPRINT,
     PROCESSES,
     RESUME,
     STEP,
@@ -131,6 +132,7 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
 )
 @STEP
 @PROCESSES
+@FINGERPRINT
 @RESUME
 @DRY_RUN
 @json_option
@@ -148,6 +150,7 @@ def command(
     save_format: str | None,
     step: str | None,
     processes: int,
+    fingerprints: bool,
     resume: bool,
     dry_run: bool,
     as_json: bool,
@@ -182,7 +185,9 @@ def command(
         return
     if not quiet:
         warn(merge.plan.warnings)
-    options = Options(processes=affordable_processes(processes), resume=resume, may_fork=True)
+    options = Options(
+        processes=affordable_processes(processes), fingerprints=fingerprints, resume=resume, may_fork=True
+    )
     with resumable(destination), show_progress("merge", quiet=quiet) as progress:
         report = merge.run(options, progress)
     if as_json:
@@ -192,6 +197,7 @@ def command(
             f"{report.files} {'file' if report.files == 1 else 'files'}, {amount(report.bytes_written)} written to "
             f"{report.destination} in {report.seconds:.2f} s"
         )
+        say_fingerprints(report.fingerprints)
         say(f"next, in the yaml: load_checkpoint: {_loaded(report.destination, merge.plan)}, use_lora: False")
 
 

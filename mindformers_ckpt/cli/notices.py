@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import click
@@ -55,6 +55,12 @@ def draws_unicode() -> bool:
     except (UnicodeEncodeError, LookupError):
         return False
     return True
+
+
+def say_fingerprints(digests: Mapping[str, str]) -> None:
+    """Print the fingerprints of a result by its folders. Raises OutputError."""
+    for folder, digest in digests.items():
+        say(f"fingerprint {digest}" + ("" if folder == "." else f"  {folder}"))
 
 
 def say_json(value: Any) -> None:

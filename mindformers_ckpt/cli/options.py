@@ -79,6 +79,13 @@ def check_prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
     return value
 
 
+CONTENTS = click.option(
+    "--contents",
+    type=click.Choice(MODES),
+    default="error",
+    show_default=True,
+    help="When samples of the source contradict its strategy: refuse, warn and go on, or do not look.",
+)
 _REQUEST_OPTIONS = (
     click.option(
         "--src-checkpoint",
@@ -129,12 +136,11 @@ _REQUEST_OPTIONS = (
         help="Leave out parameters of the target strategy that are not in the source, instead of refusing.",
     ),
     click.option(
-        "--contents",
-        type=click.Choice(MODES),
-        default="error",
-        show_default=True,
-        help="When samples of the source contradict its strategy: refuse, warn and go on, or do not look.",
+        "--weights-only",
+        is_flag=True,
+        help="Leave states of the optimizer and counters of the training aside.",
     ),
+    CONTENTS,
     click.option(
         "--like",
         type=click.Path(path_type=Path),
@@ -202,6 +208,9 @@ def planned(plan_file: Path, free: Container[str]) -> Job:
     return read_plan(plan_file)
 
 
+FINGERPRINT = click.option(
+    "--fingerprint", "fingerprints", is_flag=True, help="Count the fingerprint of the result while it is made."
+)
 RESUME = click.option(
     "--resume", is_flag=True, help="Go on after what an interrupted run of the same command has done."
 )

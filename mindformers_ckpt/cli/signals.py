@@ -9,7 +9,7 @@ import sys
 import threading
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _received: list[int] = []
 
 
@@ -24,7 +24,7 @@ def handle() -> None:
     if threading.current_thread() is not threading.main_thread():
         return
     _received.clear()
-    for number in _SIGNALS:
+    for number in HANDLED:
         # What a parent has had ignored stays so: nohup, or a shell's job in the background.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)

@@ -10,9 +10,10 @@ import click
 
 from mindformers_ckpt.api.transform import run_job, verify_crcs
 from mindformers_ckpt.cli.dry import say_plan
-from mindformers_ckpt.cli.notices import amount, say, say_json, warn
+from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
 from mindformers_ckpt.cli.options import (
     DRY_RUN,
+    FINGERPRINT,
     RESUME,
     LocalPath,
     json_option,
@@ -45,6 +46,7 @@ from mindformers_ckpt.planning.file import Job
 @replace_options
 @RESUME
 @click.option("--hash", "hashes", is_flag=True, help="Take xxh3-128 of every written tensor into the manifest.")
+@FINGERPRINT
 @click.option("--fsync", is_flag=True, help="Force the result to the disk before it gets its name.")
 @click.option(
     "--crc-check", is_flag=True, help="Verify the CRC-32 that source .ckpt files store, and append one to target files."
@@ -59,6 +61,7 @@ def command(
     overwrite_anything: bool,
     resume: bool,
     hashes: bool,
+    fingerprints: bool,
     fsync: bool,
     crc_check: bool,
     dry_run: bool,
@@ -88,6 +91,7 @@ def command(
         processes=_processes(asked["processes"], asked["rank_id"], quiet),
         by_rank=transform_by_rank,
         hashes=hashes,
+        fingerprints=fingerprints,
         fsync=fsync,
         crc=crc_check,
         overwrite=overwrite,
@@ -101,6 +105,7 @@ def command(
         say_json(_as_json(report, job))
     elif not quiet:
         say(_as_text(report))
+        say_fingerprints(report.fingerprints)
         say(_next_step(report.destination, asked["dst_strategy"], job))
 
 

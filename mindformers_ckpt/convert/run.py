@@ -26,7 +26,7 @@ from mindformers_ckpt.convert.weights import (
     recorded_naming,
 )
 from mindformers_ckpt.errors import ConfigError, did_you_mean
-from mindformers_ckpt.execution import Options, Progress
+from mindformers_ckpt.execution import Options, Progress, Report
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
 from mindformers_ckpt.sources.find import find_huggingface
@@ -116,6 +116,7 @@ class ConversionReport:
         files, tensors, bytes_written: how much of each.
         seconds: how long it took.
         warnings: what the user should know of choices that were made.
+        fingerprints: digests of the checkpoints in the result, by their folders, where they were asked for.
     """
 
     model: str
@@ -126,6 +127,7 @@ class ConversionReport:
     bytes_written: int
     seconds: float
     warnings: tuple[str, ...]
+    fingerprints: Mapping[str, str]
 
 
 def prepare(request: Request, wanted: Collection[str] = ()) -> Prepared:
@@ -197,9 +199,11 @@ def convert(
     prepared, plan = _planned(request, output, format, target, shard_bytes)
     output = Path(os.path.abspath(output))
     if not request.reverse and target is None and output.suffix in SUFFIXES:
-        transform(plan, output, options, progress=progress, check=check, file=True)
+        report = transform(
+            plan, output, options, progress=progress, check=check, file=True, shapes=_shapes(prepared.conversion)
+        )
     else:
-        _write_folder(prepared, plan, output, options, progress, check)
+        report = _write_folder(prepared, plan, output, options, progress, check, target)
     return ConversionReport(
         prepared.model.name,
         prepared.naming,
@@ -209,6 +213,7 @@ def convert(
         plan.bytes_written,
         time.monotonic() - started,
         plan.warnings,
+        report.fingerprints,
     )
 
 
@@ -297,7 +302,8 @@ def _write_folder(
     options: Options,
     progress: Progress | None,
     check: Callable[[], None],
-) -> None:
+    target: Strategy | None,
+) -> Report:
     request = prepared.request
     if output.suffix in (*SUFFIXES, ".bin", ".pt", ".pth"):
         raise ConfigError(f"{output} has the name of a file, but the result is a folder; give the name of a folder")
@@ -305,6 +311,7 @@ def _write_folder(
         "model": prepared.model.name,
         "naming": prepared.naming,
         "direction": "to Hugging Face" if request.reverse else "to MindSpore",
+        **({} if target is None else {"target": target.describe()}),
     }
 
     def add_companions(folder: Path) -> None:
@@ -314,7 +321,14 @@ def _write_folder(
         elif all(target.format == "safetensors" and "/" not in target.path for target in plan.targets):
             write_name_map(plan, folder)
 
-    transform(plan, output, options, about=about, progress=progress, check=check, companions=add_companions)
+    shapes = _shapes(prepared.conversion)
+    return transform(
+        plan, output, options, about=about, progress=progress, check=check, companions=add_companions, shapes=shapes
+    )
+
+
+def _shapes(conversion: Conversion) -> dict[str, tuple[int, ...]]:
+    return {item.spec.name: item.spec.shape for item in conversion.tensors}
 
 
 def _stripped(found: Source, canonical: Callable[[str], str], prefix: str | None) -> Weights:

@@ -12,9 +12,10 @@ from mindformers_ckpt.convert.states import find_states
 from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.geometry.box import Box, hull
-from mindformers_ckpt.planning.build import rank_targets, target_boxes
+from mindformers_ckpt.planning.build import rank_targets
 from mindformers_ckpt.planning.missing import missing_names, patterns_of
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, TargetFile, Transfer, View
+from mindformers_ckpt.planning.places import target_boxes
 from mindformers_ckpt.sources.checkpoint import LogicalTensor
 from mindformers_ckpt.strategy.model import Strategy
 

@@ -68,6 +68,11 @@ def mindspore_source(path: Path, step: str | None = None) -> Source:
     if source.kind is Kind.HUGGING_FACE:
         raise PlanError(f"{path} is a Hugging Face model already; to convert it to MindSpore leave --reversed out")
     source.raise_absent()
+    if source.own_strategy is not None and not source.own_strategy.is_complete:
+        raise PlanError(
+            f"{path} holds the shards of {source.own_strategy.rank_count} ranks; merge them first: mindformers-ckpt "
+            "transform --src-checkpoint … --dst-checkpoint-dir …"
+        )
     if len(source.by_rank) > 1:
         raise PlanError(
             f"{path} holds the shards of {len(source.by_rank)} ranks; merge them first: mindformers-ckpt transform "

@@ -12,13 +12,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mindformers_ckpt.checksums.shares import share_of_run
 from mindformers_ckpt.engine.buffers import ALIGNMENT, BLOCK_BYTES, PIECE_BYTES, TRANSPOSE_BYTES, empty_bytes
 from mindformers_ckpt.engine.reader import Reader, ShardReader
 from mindformers_ckpt.engine.sinks import Sink
 from mindformers_ckpt.engine.views import target_runs
 from mindformers_ckpt.formats import DType
-from mindformers_ckpt.geometry.box import Box, BoxIndex, are_disjoint, block_count, blocks, hull, offset_in
-from mindformers_ckpt.planning.model import Place, Plan, SourceFile, Transfer, View
+from mindformers_ckpt.geometry.box import Box, are_disjoint, block_count, blocks, hull, offset_in
+from mindformers_ckpt.planning.model import Place, Plan, SourceFile, Transfer, View, once, volume_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +52,14 @@ class TensorHash(NamedTuple):
     digest: str
 
 
+class TensorShare(NamedTuple):
+    """What some blocks add to the checksum of a whole target tensor; `file` is the first one that takes of it."""
+
+    file: int
+    name: str
+    share: int
+
+
 class Done(NamedTuple):
     """What a finished task reports. `proof` is a digest of all that it wrote, "" where none was asked for."""
 
@@ -58,6 +67,7 @@ class Done(NamedTuple):
     bytes_written: int
     hashes: tuple[TensorHash, ...]
     proof: str = ""
+    shares: tuple[TensorShare, ...] = ()
 
 
 def cut_into_tasks(plan: Plan, *, by_rank: bool = False, whole_tensors: bool = False) -> list[Task]:
@@ -69,12 +79,13 @@ def cut_into_tasks(plan: Plan, *, by_rank: bool = False, whole_tensors: bool = F
     if by_rank:
         return _tasks_by_file(plan)
     size = max(_SMALLEST_TASK, min(_LARGEST_TASK, plan.bytes_written // _TASKS))
+    written, cut = once(volume_of), _BlockCounts()
     tasks: list[Task] = []
     pending: list[Slice] = []
     held = 0
     for transfer in plan.transfers:
-        total = block_count(_wanted(transfer), _block_elements(transfer))
-        cost = transfer.bytes_written / max(total, 1)
+        total = cut.blocks(transfer)
+        cost = written(transfer.targets) * transfer.dtype.itemsize / max(total, 1)
         first = 0
         while first < total:
             room = total - first
@@ -92,34 +103,55 @@ def cut_into_tasks(plan: Plan, *, by_rank: bool = False, whole_tensors: bool = F
 
 
 def _tasks_by_file(plan: Plan) -> list[Task]:
-    """A task a target file, of all that it takes; in one pass over the targets of all transfers."""
-    taken: list[list[Slice]] = [[] for _ in plan.targets]
-    for transfer in plan.transfers:
-        places: dict[int, list[Place]] = {}
-        for place in transfer.targets:
-            places.setdefault(place.file, []).append(place)
-        sources: dict[tuple[Box, ...], tuple[Place, ...]] = {}  # replicas take from the same ones
-        index = BoxIndex([place.box for place in transfer.sources])
-        for file, targets in places.items():
-            boxes = tuple(place.box for place in targets)
-            if boxes not in sources:
-                sources[boxes] = tuple(transfer.sources[number] for number in index.meeting(hull(boxes)))
-            part = transfer._replace(sources=sources[boxes], targets=tuple(targets))
-            taken[file].append(Slice(part, 0, block_count(_wanted(part), _block_elements(part))))
+    """A task a target file, of all that it takes."""
+    written, cut = once(volume_of), _BlockCounts()
     return [
-        Task(number, tuple(slices), sum(piece.transfer.bytes_written for piece in slices))
-        for number, slices in enumerate(taken)
+        Task(
+            number,
+            tuple(Slice(part, 0, cut.blocks(part)) for part in parts),
+            sum(written(part.targets) * part.dtype.itemsize for part in parts),
+        )
+        for number, parts in enumerate(plan.by_target())
     ]
 
 
+class _BlockCounts:
+    """The numbers of blocks of transfers, found once for those that share their places."""
+
+    def __init__(self) -> None:
+        self._wanted = once(_hull)
+        self._transposed = once(_is_transposed)
+        self._counts: dict[tuple[int, int], int] = {}
+
+    def blocks(self, transfer: Transfer) -> int:
+        """The number of blocks of a transfer that outlives this object."""
+        wanted = self._wanted(transfer.targets)
+        limit = _limit(transfer.dtype, self._transposed(transfer.sources))
+        key = id(wanted), limit
+        if key not in self._counts:
+            self._counts[key] = block_count(wanted, limit)
+        return self._counts[key]
+
+
 def _wanted(transfer: Transfer) -> Box:
-    return hull([place.box for place in transfer.targets])
+    return _hull(transfer.targets)
+
+
+def _hull(places: Sequence[Place]) -> Box:
+    return hull([place.box for place in places])
 
 
 def _block_elements(transfer: Transfer) -> int:
-    """A block of a transposed tensor takes a little of every row of the source, so there had better be few."""
-    transposed = any(place.view is not None and place.view.is_transposed for place in transfer.sources)
-    return max(1, (TRANSPOSE_BYTES if transposed else BLOCK_BYTES) // transfer.dtype.itemsize)
+    return _limit(transfer.dtype, _is_transposed(transfer.sources))
+
+
+def _is_transposed(sources: Sequence[Place]) -> bool:
+    return any(place.view is not None and place.view.is_transposed for place in sources)
+
+
+def _limit(dtype: DType, transposed: bool) -> int:
+    """Elements of a block. One of a transposed tensor takes a little of every row of the source: larger is better."""
+    return max(1, (TRANSPOSE_BYTES if transposed else BLOCK_BYTES) // dtype.itemsize)
 
 
 def _is_cut_by_rows(transfer: Transfer) -> bool:
@@ -163,11 +195,19 @@ class Copier:
     """Copies slices of transfers from source shards to a sink. Holds the buffers and the open files."""
 
     def __init__(
-        self, sources: Sequence[SourceFile], sink: Sink, *, hashes: bool = False, reader: Reader | None = None
+        self,
+        sources: Sequence[SourceFile],
+        sink: Sink,
+        *,
+        hashes: bool = False,
+        fingerprints: bool = False,
+        reader: Reader | None = None,
     ) -> None:
         self._reader = ShardReader(sources) if reader is None else reader
         self._sink = sink
         self._hashes = hashes
+        self._fingerprints = fingerprints
+        self._share = 0  # of what was copied of the present slice
         self._buffers: dict[str, np.ndarray[Any, np.dtype[np.uint8]]] = {}
 
     def run(self, task: Task, check: Callable[[], None] = lambda: None) -> Done:
@@ -177,9 +217,13 @@ class Copier:
     def repeat(self, task: Task, check: Callable[[], None]) -> Done:
         """`run`, under another name where nothing is copied: with a reader or a sink that only stands in for one."""
         hashes: list[TensorHash] = []
+        shares: list[TensorShare] = []
         for piece in task.slices:
+            self._share = 0
             hashes += self._copy(piece, check)
-        return Done(task.number, task.bytes_written, tuple(hashes), self._sink.proof())
+            if self._fingerprints:
+                shares.append(TensorShare(piece.transfer.targets[0].file, piece.transfer.name, self._share))
+        return Done(task.number, task.bytes_written, tuple(hashes), self._sink.proof(), tuple(shares))
 
     def forget(self) -> None:
         """Forget what a task that failed wrote."""
@@ -224,11 +268,13 @@ class Copier:
             if part is None:
                 continue
             position = offset_in(part, box) * transfer.dtype.itemsize
+            in_whole = offset_in(part, Box.whole(transfer.shape)) * transfer.dtype.itemsize
             lead = PIECE_BYTES - self._sink.offset(files[0], transfer.name, position) % PIECE_BYTES
             for piece in self._reader.stream(place, transfer.name, transfer.dtype, part, lead):
                 for file in files:
                     self._sink.write(file, transfer.name, position, piece)
-                position += len(piece)
+                self._count(transfer, in_whole, piece)
+                position, in_whole = position + len(piece), in_whole + len(piece)
 
     def _copy_block(
         self,
@@ -239,6 +285,8 @@ class Copier:
     ) -> None:
         dtype = transfer.dtype
         held = self._read_parts(transfer, block)
+        if self._fingerprints:
+            held = self._counted(transfer, block, held)
         for (box, view), files in takers.items():
             part = box.intersect(block)
             if part is None:
@@ -250,6 +298,25 @@ class Copier:
                 piece, data = data[: count * dtype.itemsize], data[count * dtype.itemsize :]
                 for file in files:
                     self._sink.write(file, transfer.name, start * dtype.itemsize, piece)
+
+    def _counted(
+        self, transfer: Transfer, block: Box, held: list[tuple[Box, np.ndarray[Any, np.dtype[Any]]]]
+    ) -> list[tuple[Box, np.ndarray[Any, np.dtype[Any]]]]:
+        """Count a block, which is one run of the whole tensor; its parts are put together for that."""
+        if len(held) > 1:
+            (content,) = self._arrays("counted", transfer.dtype, [block.shape])
+            for box, array in held:
+                content[box.relative_to(block).slices()] = array
+            held = [(block, content)]
+        for box, array in held:
+            start = offset_in(box, Box.whole(transfer.shape)) * transfer.dtype.itemsize
+            self._count(transfer, start, array.reshape(-1).view("u1").data)
+        return held
+
+    def _count(self, transfer: Transfer, start: int, data: memoryview) -> None:
+        """Add a run of bytes of the whole tensor to its checksum."""
+        if self._fingerprints:
+            self._share ^= share_of_run(data, start, math.prod(transfer.shape) * transfer.dtype.itemsize)
 
     def _read_parts(self, transfer: Transfer, block: Box) -> list[tuple[Box, np.ndarray[Any, np.dtype[Any]]]]:
         """What the sources hold of a block, each part contiguous in memory."""

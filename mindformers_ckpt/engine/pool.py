@@ -42,6 +42,7 @@ def copy_tasks(
     processes: int = 1,
     hashes: bool = False,
     proofs: bool = False,
+    fingerprints: bool = False,
     may_fork: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> Generator[Done, None, None]:
@@ -53,7 +54,7 @@ def copy_tasks(
     The first failure stops everything, and so does closing the generator. Raises TransferError, also when a
     worker dies; what `check` raises goes through.
     """
-    arguments = (plan.sources, folder, plan.targets, hashes, proofs)
+    arguments = (plan.sources, folder, plan.targets, hashes, proofs, fingerprints)
     with contextlib.closing(_copier(*arguments)) as copier:
         if len(tasks) <= 1:
             for task in tasks:
@@ -67,9 +68,15 @@ def copy_tasks(
 
 
 def _copier(
-    sources: Sequence[SourceFile], folder: Path, targets: Sequence[TargetFile], hashes: bool, proofs: bool
+    sources: Sequence[SourceFile],
+    folder: Path,
+    targets: Sequence[TargetFile],
+    hashes: bool,
+    proofs: bool,
+    fingerprints: bool,
 ) -> Copier:
-    return Copier(sources, (ProvingSink if proofs else FileSink)(folder, targets), hashes=hashes)
+    sink = (ProvingSink if proofs else FileSink)(folder, targets)
+    return Copier(sources, sink, hashes=hashes, fingerprints=fingerprints)
 
 
 def _copy_with_thread(
@@ -101,9 +108,9 @@ def _copy_with_workers(
 ) -> Iterator[Done]:
     """Run tasks in workers and, with `copier`, in this process; yield each as it is done.
 
-    `arguments` are those of a worker's copier: sources, folder, targets, hashes, proofs. `may_fork` is for a process
-    without connections, which a forked worker would keep open. Raises TransferError, also when a worker dies;
-    what `check` raises goes through.
+    `arguments` are those of a worker's copier: sources, folder, targets, hashes, proofs, fingerprints. `may_fork` is
+    for a process without connections, which a forked worker would keep open. Raises TransferError, also when a worker
+    dies; what `check` raises goes through.
     """
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
@@ -189,10 +196,11 @@ def _start_worker(
     targets: tuple[TargetFile, ...],
     hashes: bool,
     proofs: bool,
+    fingerprints: bool,
     stop: ctypes.c_bool,
 ) -> None:
     global _worker, _stop
-    _worker, _stop = _copier(sources, folder, targets, hashes, proofs), stop
+    _worker, _stop = _copier(sources, folder, targets, hashes, proofs, fingerprints), stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

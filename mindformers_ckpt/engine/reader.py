@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,7 +21,7 @@ from mindformers_ckpt.engine.views import copy_transposed, in_view, last_element
 from mindformers_ckpt.errors import FormatError, TransferError
 from mindformers_ckpt.formats import DType, Header, Segment, TensorSpec, read_header
 from mindformers_ckpt.geometry.box import Box, is_one_run, offset_in, run_length
-from mindformers_ckpt.planning.computations import Cast, Dequantise, Factor, Merge
+from mindformers_ckpt.planning.computations import Cast, Constant, Dequantise, Factor, Merge
 from mindformers_ckpt.planning.model import Place, SourceFile, View
 
 if TYPE_CHECKING:
@@ -53,11 +53,12 @@ class ShardReader:
 
     A file is checked against the plan when it is first used: its size, and of every tensor that is read the
     element type and the shape. Raises TransferError when it is not what the plan was made from.
+    `headers` are those that need not be read, by the number of the file.
     """
 
-    def __init__(self, files: Sequence[SourceFile]) -> None:
+    def __init__(self, files: Sequence[SourceFile], headers: Mapping[int, Header] | None = None) -> None:
         self._files = files
-        self._headers: dict[int, Header] = {}
+        self._headers: dict[int, Header] = dict(headers or {})
         self._last: Header | None = None
         self._descriptors = Descriptors(os.O_RDONLY)
         self._scratch: Array | None = None
@@ -110,6 +111,10 @@ class ShardReader:
 
         compute = place.compute
         assert compute is not None
+        if isinstance(compute, Constant):
+            content = np.frombuffer(compute.content, compute.dtype.carrier).reshape(place.box.shape)
+            out[...] = content[part.relative_to(place.box).slices()]
+            return
         values = np.empty(part.shape, compute.dtype.carrier)
         self.read(place._replace(compute=None), name, compute.dtype, part, values)
         if isinstance(compute, Cast):

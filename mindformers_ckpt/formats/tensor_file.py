@@ -8,7 +8,7 @@ import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -78,6 +78,7 @@ class Header:
     `size` is that of the file in bytes. `metadata` is empty for a `.ckpt`. `crc` is the CRC-32 that a `.ckpt`
     stores (not verified), else None. `frames` are the bytes (offset, bytes) of a `.ckpt`
     before each content, and of a `.safetensors` file a digest of its header: with equal ones the tensors are the same.
+    `modified` is the time at which the file had been written last (ns), 0 where nobody looked.
     """
 
     path: Path
@@ -87,6 +88,7 @@ class Header:
     metadata: dict[str, str]
     crc: int | None
     frames: tuple[tuple[int, bytes], ...] = ()
+    modified: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def read_header(path: str | Path, like: Header | None = None) -> Header:
     known = _recent.get(path)
     if known is not None and known[0] == state:
         return known[1]
-    header = scan(path, like)
+    header = replace(scan(path, like), modified=status.st_mtime_ns)
     for oldest in list(_recent)[: max(0, len(_recent) + 1 - _KEPT)]:  # a list, for there may be other threads
         _recent.pop(oldest, None)
     _recent[path] = state, header

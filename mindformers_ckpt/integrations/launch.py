@@ -14,12 +14,15 @@ import importlib.machinery
 import importlib.util
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
 from mindformers_ckpt.errors import ConfigError
-from mindformers_ckpt.integrations.mindformers import MODULE, check_version, install_in
+from mindformers_ckpt.integrations.joining import LOADING
+from mindformers_ckpt.integrations.mindformers import MODULE, check_version, install_in, join_early_in
+
+_AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {MODULE: install_in, LOADING: join_early_in}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,26 +64,27 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != MODULE:
+        if name not in _AFTER_IMPORT:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader, _AFTER_IMPORT[name])
         return spec
 
 
 class _Loader(importlib.abc.Loader):
     """Loads a module as the loader that it stands before, then installs."""
 
-    def __init__(self, loader: importlib.abc.Loader) -> None:
+    def __init__(self, loader: importlib.abc.Loader, install: Callable[[ModuleType], None]) -> None:
         self._loader = loader
+        self._install = install
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        install_in(module)
+        self._install(module)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._loader, name)

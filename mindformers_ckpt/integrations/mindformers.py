@@ -18,6 +18,7 @@ import importlib
 import inspect
 import logging
 import os
+import sys
 from collections.abc import Callable
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +27,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from mindformers_ckpt.errors import ConfigError
+from mindformers_ckpt.integrations.joining import LOADING, join_before_compiling, joined, put_back
+from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import parse_bool
 from mindformers_ckpt.log import log
 
@@ -83,7 +86,28 @@ def install_in(module: ModuleType, timeout: float | None = None) -> None:
     log.setLevel(logging.INFO)
     _installed = _Installed(module, init, call, seconds, handler)
     theirs.__init__, theirs.__call__ = _in_place_of(init, _initialise), _in_place_of(call, _transform)
+    loading = sys.modules.get(LOADING)
+    if loading is not None:
+        join_early_in(loading)
     log.info("TransformCkpt of MindFormers re-slices with the engine of mindformers_ckpt")
+
+
+def join_early_in(loading: ModuleType) -> None:
+    """Let the ranks meet before the network is compiled by MindFormers' module that loads, where it can be replaced."""
+    join_before_compiling(loading, _join)
+
+
+def _join() -> Cluster | None:
+    """The ranks of this job by MindSpore's count, met in MindFormers' output dir."""
+    # MindSpore 2.7 cannot be imported after protobuf, which this imports: not at the head of this file.
+    from mindformers_ckpt.job.transform_ckpt import join
+
+    before = _current()
+    module = before.module
+    size = module.get_real_group_size()
+    if size == 1 or module.check_in_modelarts():
+        return None
+    return join(module.get_real_rank(), size, before.timeout, Path(module.get_output_root_path()))
 
 
 def uninstall() -> None:
@@ -91,6 +115,7 @@ def uninstall() -> None:
     global _installed
     if _installed is None:
         return
+    put_back()
     theirs = _installed.module.TransformCkpt
     theirs.__init__, theirs.__call__ = _installed.init, _installed.call
     log.removeHandler(_installed.handler)
@@ -246,7 +271,8 @@ def _transform(
         first_ranks=tuple(self.transform_rank_id_list),
         by_rank=self.transform_by_rank,
     )
-    transform_checkpoint(request, module.get_real_rank(), module.get_real_group_size(), before.timeout)
+    rank, size = module.get_real_rank(), module.get_real_group_size()
+    transform_checkpoint(request, rank, size, before.timeout, joined())
     return str(request.destination)
 
 

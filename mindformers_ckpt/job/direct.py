@@ -1,42 +1,99 @@
 """Weights without the detour (`auto_trans_save: False`): a rank reads just its own boxes from the source.
 
-Nothing is written, and no rank waits for another: every rank plans for itself and reads in its own process.
+Nothing is written. The main rank alone looks at the files of the source, thousands of them perhaps, and plans for all;
+it tells every rank what that one takes, and each reads in its own process.
+
+What is told goes through the coordinator, not through a file that ranks read: only ranks that have proved that they are
+of this job can say something there, nothing is left behind when a rank is killed, a failure of the main rank reaches
+those that wait for it, and it works on nodes that share no disk. A rank's share is 10 to 100 kB, and nobody gets those
+of others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mindformers_ckpt.disk.files import FileState
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES, empty_bytes
 from mindformers_ckpt.engine.copier import Copier, cut_into_tasks
 from mindformers_ckpt.engine.reader import ShardReader
 from mindformers_ckpt.engine.sinks import ArraySink
-from mindformers_ckpt.formats import TensorSpec
+from mindformers_ckpt.errors import TransferError
+from mindformers_ckpt.execution import check_unchanged, states_of
+from mindformers_ckpt.formats import Header, TensorSpec
 from mindformers_ckpt.geometry.box import blocks
-from mindformers_ckpt.planning.model import Plan, Transfer
+from mindformers_ckpt.job import MAIN_RANK
+from mindformers_ckpt.job.cluster.cluster import Cluster
+from mindformers_ckpt.planning.model import Plan, SourceFile, Transfer
 
 if TYPE_CHECKING:
     import numpy as np
 
+_ROUND_BYTES = 32 << 20  # of what all ranks are told at once
 
-def read_direct(plan: Plan, check: Callable[[], None]) -> Iterator[tuple[TensorSpec, np.ndarray[Any, Any]]]:
+
+def hand_out_plans(cluster: Cluster, texts: Iterable[str] | None) -> str | None:
+    """Tell every rank its text, which the main rank gives in rank order; the own one, None where there is none.
+
+    In as many rounds as they take, so that the texts of thousands of ranks are never in memory together.
+    """
+    rounds = _rounds(texts or (), cluster.size) if cluster.rank == MAIN_RANK else None
+    own, more = None, True
+    while more:
+        more, text = cluster.hand_out("own plan", None if rounds is None else next(rounds))
+        own = text if own is None else own
+    return own
+
+
+def _rounds(texts: Iterable[str], size: int) -> Iterator[list[tuple[bool, str | None]]]:
+    """What all ranks are told in a round: whether another one follows, and their text if it is their turn."""
+    told: list[tuple[bool, str | None]] = [(True, None)] * size
+    held = 0
+    for rank, text in zip(range(size), texts):
+        if held and held + len(text) > _ROUND_BYTES:
+            yield told
+            told, held = [(True, None)] * size, 0
+        told[rank] = (True, text)
+        held += len(text)
+    yield [(False, text) for _, text in told]
+
+
+def read_direct(
+    plan: Plan, check: Callable[[], None], headers: Mapping[int, Header] | None = None
+) -> Iterator[tuple[TensorSpec, np.ndarray[Any, Any]]]:
     """The tensors of the one target of `plan`, each as the bytes of its content in memory of its own.
 
-    `check` is called between blocks and may raise to stop. Raises TransferError when reading fails.
+    `check` is called between blocks and may raise to stop. `headers` are those of sources that need not be read again.
+    Raises TransferError when reading fails, or a file is not what it was when the plan was made, or when reading began.
     """
     (target,) = plan.targets
+    states = _states(plan.sources)
     sink = ArraySink(target, empty_bytes)
     plain = [transfer for transfer in plan.transfers if _is_plain(transfer)]
-    with closing(ShardReader(plan.sources)) as reader:
+    with closing(ShardReader(plan.sources, headers)) as reader:
         for transfer in plain:
             _read_plain(reader, transfer, sink.contents[transfer.name], check)
     others = replace(plan, transfers=tuple(transfer for transfer in plan.transfers if not _is_plain(transfer)))
-    _copy_others(others, sink, check)
+    _copy_others(others, sink, check, headers)
+    check_unchanged(states)
     for spec in target.tensors:
         yield spec, sink.contents.pop(spec.name)
+
+
+def _states(files: Iterable[SourceFile]) -> dict[Path, FileState]:
+    """What the sources are now. Raises TransferError where one has not the size that it was planned with."""
+    states = states_of(files)
+    for file in files:
+        if states[file.path].size != file.size:
+            raise TransferError(
+                f"{file.path} has {states[file.path].size} bytes, {file.size} when the work was planned: it was "
+                "changed meanwhile"
+            )
+    return states
 
 
 def _is_plain(transfer: Transfer) -> bool:
@@ -58,10 +115,10 @@ def _read_plain(
                 reader.read(place, transfer.name, dtype, block, tensor[block.relative_to(wanted).slices()])
 
 
-def _copy_others(plan: Plan, sink: ArraySink, check: Callable[[], None]) -> None:
+def _copy_others(plan: Plan, sink: ArraySink, check: Callable[[], None], headers: Mapping[int, Header] | None) -> None:
     """Make the tensors that are put together, turned or computed, as in a file."""
     if not plan.transfers:
         return
-    with closing(Copier(plan.sources, sink)) as copier:
+    with closing(Copier(plan.sources, sink, reader=ShardReader(plan.sources, headers))) as copier:
         for task in cut_into_tasks(plan):
             copier.run(task, check)

@@ -9,4 +9,9 @@ from mindformers_ckpt.sources.source import Source
 
 def find_checkpoint(config: Config) -> Source:
     """Find it, and of rank folders the files that `resume_training` asks for. Raises PlanError."""
-    return find_source(config.load_checkpoint, config.step_file, resume=config.resume_training is True)
+    return find_source(
+        config.load_checkpoint,
+        config.step_file,
+        resume=config.resume_training is True,
+        weights_only=config.run_mode not in ("train", "finetune"),
+    )

@@ -18,6 +18,7 @@ from mindformers_ckpt.job.cluster.messages import name_ranks
 from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.job.find import find_checkpoint
 from mindformers_ckpt.log import log
+from mindformers_ckpt.sources import checkpoint2
 from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.rank_folders import choose, last_file, recorded_file
 from mindformers_ckpt.sources.source import SUFFIXES, TORCH_SUFFIXES, Kind, Source
@@ -32,15 +33,17 @@ class OwnFiles(NamedTuple):
 
     Attributes:
         files: empty where the rank has no file of the step that the others are at.
-        source: the complete weights that they are of; None for those of a rank folder, which are this rank's alone.
+        source: the complete weights that they are of; None for those that are this rank's alone.
+        brings_strategy: whether the checkpoint has its own layouts (checkpoint 2.0).
     """
 
     files: tuple[Path, ...]
     source: Source | None = None
+    brings_strategy: bool = False
 
     @property
     def sharded(self) -> bool:
-        """Whether they are of a rank folder."""
+        """Whether they are this rank's alone."""
         return self.source is None
 
     def names(self) -> set[str]:
@@ -75,6 +78,9 @@ def find_own_files(config: Config, cluster: Cluster) -> OwnFiles:
         source = _mindspore(config)
         if cluster.rank == MAIN_RANK:
             _report(source, cluster)
+        if source.sharded:
+            brings = source.own_strategy is not None
+            return OwnFiles(source.by_rank.get(cluster.rank, ()), brings_strategy=brings)
         return OwnFiles(source.by_rank[0], source)
     held = {rank: [root / f"rank_{rank}" / name for name in about["names"] or ()] for rank, about in enumerate(told)}
     if config.resume_training is True:
@@ -185,6 +191,8 @@ def _report(source: Source, cluster: Cluster) -> None:
 def _has_weights(root: Path, rank: int, *, everywhere: bool) -> bool:
     """Whether a checkpoint's file is in the folder, or in a rank's folder: the own one, or any."""
     listing = Listing(root)
+    if checkpoint2.is_checkpoint(listing):
+        return True
     folders = listing.rank_folders
     others = folders.values() if everywhere else [folders[rank]] if rank in folders else []
     listings = [listing, *map(Listing, others)]

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+import os
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 
 from mindformers_ckpt.execution import Run
+from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import Config
+from mindformers_ckpt.job.direct import hand_out_plans
 from mindformers_ckpt.job.find import find_checkpoint
 from mindformers_ckpt.job.output_dir import OutputDir
 from mindformers_ckpt.job.work import Work
 from mindformers_ckpt.log import log
 from mindformers_ckpt.planning.build import Slices, build_plan, compare_slices
 from mindformers_ckpt.planning.model import Plan
+from mindformers_ckpt.planning.rank_plan import RankPlan, decode_rank, encode_ranks
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.source import Kind, Source
 from mindformers_ckpt.strategy.files import read_strategy
@@ -92,6 +97,7 @@ class Reslicing:
             return self.found.files
         return find_checkpoint(self.config)
 
+    @cached_property
     def source(self) -> Checkpoint:
         """The source and its strategy. Raises PlanError or StrategyError when they do not fit together."""
         if self.found is not None:
@@ -108,11 +114,11 @@ class Reslicing:
                     "load_checkpoint is the folder that holds the rank_<n> folders",
                     files.root,
                 )
-        return Checkpoint(files, strategy, self.names)
+        return Checkpoint(files, files.strategy(strategy), self.names)
 
     def plan(self) -> Plan | None:
         """The plan of the whole job, None when every rank's slices are those of the source already."""
-        plan = self._plan_for(None)
+        plan = self._plan()
         if plan is None:
             return None
         self.check(plan)
@@ -120,32 +126,47 @@ class Reslicing:
         targets = tuple(target._replace(path=f"{name}/{target.path}") for target in plan.targets)
         return replace(plan, targets=targets)
 
-    def own_plan(self) -> Plan | None:
-        """What this rank alone takes from the source, None when its slices are those of the source already."""
-        rank = min(self.cluster.rank, self.target.rank_count - 1)  # whole weights are alike on all ranks
-        plan = self._plan_for([rank])
-        if plan is not None:
-            self.check(plan)
-        return plan
+    def own_plan(self) -> RankPlan | None:
+        """What this rank takes from the source, None when its slices are those of the source already.
 
-    def _plan_for(self, ranks: Sequence[int] | None) -> Plan | None:
+        All ranks call it: the main rank looks and plans for all, and tells each what is its own.
+        """
+        plan = self._plan() if self.cluster.rank == MAIN_RANK else None
+        text = hand_out_plans(self.cluster, None if plan is None else self._texts(plan))
+        if text is None:
+            return None
+        own = decode_rank(text, self._root)
+        if plan is not None:
+            own = own._replace(plan=replace(own.plan, warnings=plan.warnings))
+        self.check(own.plan)
+        return own
+
+    def _texts(self, plan: Plan) -> Iterator[str]:
+        """What every rank is told of a plan; whole weights are alike on all ranks."""
+        is_model = self.found_files.kind is Kind.HUGGING_FACE
+        texts = encode_ranks(plan, self._root, read_header if is_model else self.source.header)
+        return repeat(next(texts), self.cluster.size) if len(plan.targets) == 1 else texts
+
+    @property
+    def _root(self) -> Path:
+        """Where this rank finds the source; nodes may have it in different places."""
+        return Path(os.path.abspath(self.config.load_checkpoint))
+
+    def _plan(self) -> Plan | None:
         format = self.config.load_ckpt_format
         if self.found_files.kind is Kind.HUGGING_FACE:
-            return self._plan_conversion(ranks, format)
-        source = self.source()
-        if compare_slices(source, self.target) is Slices.SAME:
+            return self._plan_conversion(format)
+        if compare_slices(self.source, self.target) is Slices.SAME:
             return None
-        looks = ranks is None or self.cluster.is_first_on_node
         return build_plan(
-            source,
+            self.source,
             self.target,
-            ranks=ranks,
             format=format,
-            contents=self.config.check_contents if looks else "off",
+            contents=self.config.check_contents,
             allow_missing=self.config.allow_missing,
         )
 
-    def _plan_conversion(self, ranks: Sequence[int] | None, format: str) -> Plan:
+    def _plan_conversion(self, format: str) -> Plan:
         """Convert and re-slice Hugging Face weights in one pass, to the names that the job's strategy has."""
         from mindformers_ckpt.convert.run import Request, plan_ranks, with_settings
 
@@ -153,7 +174,7 @@ class Reslicing:
         request = Request(None, Path(self.config.load_checkpoint), naming="mcore" if is_mcore else None)
         request = with_settings(request, dict(self.config.layout_settings))
         allowed = self.config.allow_missing
-        return plan_ranks(request, self.target, ranks=ranks, format=format, allow_missing=allowed)
+        return plan_ranks(request, self.target, format=format, allow_missing=allowed)
 
 
 def name_of(plan: Plan) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,6 +67,7 @@ class Request:
         strategy = Strategy.complete()
         if self.source_strategy is not None and files.sharded:
             strategy = read_strategy(self.source_strategy)
+        strategy = files.strategy(strategy)
         plans, held = {}, {}
         for name, part in _parts(files).items():
             checkpoint = Checkpoint(part, strategy)
@@ -101,27 +103,29 @@ class Request:
             (folder / f"transform_succeed_rank_{rank}.txt").touch()
 
 
-def transform_checkpoint(request: Request, rank: int, size: int, timeout: float) -> None:
+def transform_checkpoint(request: Request, rank: int, size: int, timeout: float, joined: Cluster | None = None) -> None:
     """Do what is asked for. In a job of `size` ranks by MindSpore's count all of them call this.
 
-    Returns when the results are in their places. Raises the errors of reading, planning and writing, on all
-    ranks alike; then the results that were there before are intact.
+    `joined`: the ranks, where they have met before; whoever joined them leaves them. Returns when the results are in
+    their places. Raises the errors of reading, planning and writing, on all ranks alike; then the results that were
+    there before are intact.
     """
-    with _cluster(request, rank, size, timeout) as cluster, cluster.step(_STEP):
+    if size not in (1, request.world_size):
+        raise ConfigError(f"world_size is {request.world_size}, but this job has {size} ranks; leave world_size out")
+    folder = request.destination if request.live_strategies is None else request.live_strategies.parent
+    meeting = join(rank, size, timeout, folder) if joined is None else nullcontext(joined)
+    with meeting as cluster, cluster.step(_STEP):
         if size > 1:
             _Job(request, cluster).run()
         else:
             _run_alone(request, cluster)
 
 
-def _cluster(request: Request, rank: int, size: int, timeout: float) -> Cluster:
+def join(rank: int, size: int, timeout: float, folder: Path) -> Cluster:
+    """Join the ranks of this job by MindSpore's count, however it was started; their secret is in `folder`."""
     if size == 1:
         return Cluster.from_environment(timeout, {})
-    if size != request.world_size:
-        raise ConfigError(f"world_size is {request.world_size}, but this job has {size} ranks; leave world_size out")
-    # MindSpore's rank counts, however the job was started.
     ours = {"MS_ROLE": "", "MS_WORKER_NUM": str(size), "RANK_ID": str(rank)}
-    folder = request.destination if request.live_strategies is None else request.live_strategies.parent
     return Cluster.from_environment(timeout, {**os.environ, **ours}, folder)
 
 

@@ -11,12 +11,11 @@ from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.look.arrays import numpy_type, to_part
+from mindformers_ckpt.look.whole import find_checkpoint
 from mindformers_ckpt.planning.build import held_boxes
 from mindformers_ckpt.planning.model import Place, SourceFile
 from mindformers_ckpt.sources.checkpoint import Checkpoint as Files
 from mindformers_ckpt.sources.checkpoint import LogicalTensor
-from mindformers_ckpt.sources.find import find_source, separate_checkpoints
-from mindformers_ckpt.strategy.files import read_strategy
 from mindformers_ckpt.strategy.model import Strategy
 
 if TYPE_CHECKING:
@@ -150,7 +149,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @property
     def kind(self) -> str:
-        """What it is: "complete weights", "rank folders" or "a Hugging Face model"."""
+        """What it is: "complete weights", "rank folders", "a Hugging Face model" or "a checkpoint 2.0"."""
         return self._source.files.kind.value
 
     @property
@@ -257,12 +256,4 @@ def open_checkpoint(
     Headers are read only. Raises PlanError when files and strategy do not go together, or a folder holds several
     checkpoints; FormatError for damaged files, StrategyError for the strategy.
     """
-    found = separate_checkpoints(find_source(path, step))
-    if len(found) > 1:
-        names = ", ".join(source.root.name for source in found[:20])
-        raise PlanError(f"{Path(path)} holds several checkpoints ({names}); give the file to open")
-    if strategy is None:
-        strategy = Strategy.complete()
-    elif not isinstance(strategy, Strategy):
-        strategy = read_strategy(strategy)
-    return Checkpoint(Files(found[0], strategy))
+    return Checkpoint(find_checkpoint(path, strategy, step))

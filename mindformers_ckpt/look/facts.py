@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.look.parameters import Parameter
 from mindformers_ckpt.look.words import counted, shortened
 from mindformers_ckpt.sources.checkpoint import Checkpoint
@@ -99,21 +100,26 @@ def step_facts(source: Source) -> dict[str, str]:
 def counter_facts(files: Checkpoint, parameters: Sequence[Parameter]) -> dict[str, str]:
     """The values of counters, which tell the step; the only contents that are read."""
     wanted = [one for one in parameters if one.kind == "counters" and one.nbytes <= _COUNTER_BYTES]
-    if not wanted:
-        return {}
-    values = []
+    values = [_value(spec, content) for spec, content in files.files.counters]
     for parameter in wanted[:_MOST_COUNTERS]:
         path, record = files.records_of(parameter.ranks[0])[parameter.name]
-        form = _FORMS.get(record.spec.dtype.name)
         try:
             with path.open("rb") as stream:
                 data = b"".join(_pieces(stream, record.segments))
         except OSError:
             continue  # what is wrong with the file is told where its contents are needed
-        if form is not None and len(data) == record.spec.nbytes > 0:
-            numbers = struct.unpack(f"<{record.spec.size}{form}", data)
-            values.append(f"{parameter.name} {numbers[0] if len(numbers) == 1 else list(numbers)}")
-    return {"counters": ", ".join(values)} if values else {}
+        values.append(_value(record.spec, data))
+    shown = list(dict.fromkeys(filter(None, values)))
+    return {"counters": ", ".join(shown)} if shown else {}
+
+
+def _value(spec: TensorSpec, data: bytes) -> str:
+    """A counter and its value; nothing where the bytes cannot be read as numbers."""
+    form = _FORMS.get(spec.dtype.name)
+    if form is None or len(data) != spec.nbytes or not data:
+        return ""
+    numbers = struct.unpack(f"<{spec.size}{form}", data)
+    return f"{spec.name} {numbers[0] if len(numbers) == 1 else list(numbers)}"
 
 
 def _pieces(stream: Any, segments: Sequence[Any]) -> Iterator[bytes]:

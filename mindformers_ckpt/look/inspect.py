@@ -15,6 +15,7 @@ from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.look.facts import counter_facts, manifest_facts, model_facts, step_facts, strategy_facts
 from mindformers_ckpt.look.odd import odd_things
 from mindformers_ckpt.look.parameters import KINDS, Parameter, find_parameters, kinds_of, read_quickly
+from mindformers_ckpt.look.whole import as_strategy
 from mindformers_ckpt.look.words import counted, shortened, spans
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source, separate_checkpoints
@@ -273,9 +274,11 @@ def _checkpoint(path: Path, strategy: PathLike | Strategy | None, step: str | No
     if len(found) > 1:
         names = shortened([part.root.name for part in found], 20)
         raise PlanError(f"{path} holds {len(found)} checkpoints ({names}); give the file to look at")
-    given = strategy if strategy is None or isinstance(strategy, Strategy) else read_strategy(strategy)
+    given = None if strategy is None else as_strategy(strategy)
     facts: dict[str, str] = {}
-    if given is None and found[0].sharded:
+    if found[0].own_strategy is not None:
+        given = found[0].strategy(given or Strategy.complete())
+    elif given is None and found[0].kind is Kind.RANK_FOLDERS:
         near = _strategy_beside(found[0])
         if near is not None:
             facts["strategy"] = f"{near.origin} (found there; --strategy gives another)"

@@ -11,12 +11,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindformers_ckpt.errors import CheckpointError, ConfigError, PlanError, StrategyError, StrategySaved
+from mindformers_ckpt.errors import ConfigError, PlanError, StrategyError, StrategySaved
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
@@ -257,10 +257,6 @@ class CheckpointHook:
                 source = self._look_at_source()
                 files = [file for files in source.files.by_rank.values() for file in files]
                 self._output.check_apart(config.load_checkpoint, config.src_strategy_path_or_dir, files)
-            elif not config.auto_trans_save:
-                # Every rank will plan for itself, and has nothing to do now. What is wrong the main rank tells.
-                with suppress(CheckpointError):
-                    self._look_at_source()
         elif config.only_save_strategy:
             self._output.check_apart(config.load_checkpoint, config.src_strategy_path_or_dir, strategy_only=True)
         elif config.load_checkpoint:
@@ -268,7 +264,7 @@ class CheckpointHook:
 
     def _look_at_source(self) -> Checkpoint:
         """Read the headers of the source and its strategy, and keep them for `load`. Raises what `Checkpoint` does."""
-        source = Reslicing(self.config, self.cluster, self._output, Strategy.complete()).source()
+        source = Reslicing(self.config, self.cluster, self._output, Strategy.complete()).source
         source.tensors()
         self._source = source
         return source

@@ -106,13 +106,18 @@ def compiled_layouts(cells: Sequence[Cell], shapes: Mapping[str, tuple[int, ...]
 def _layout_of(entry: Sequence[Any], shape: tuple[int, ...]) -> Layout | None:
     """A layout from an entry of `parameter_layout_dict`: device matrix, tensor map, slice, …, whole shape.
 
-    None where it cannot be told: a dimension cut along several axes, which the entry shows reshaped.
+    None where it cannot be told: a dimension cut along several axes, which the entry shows reshaped, and an optimizer
+    shard in a network from the compile cache, where the whole shape is empty.
     """
-    matrix, axes, whole = entry[0], entry[1], entry[6]
-    if len(axes) != len(shape) or len(whole) != len(shape):
+    matrix, axes, cut, group, whole = entry[0], entry[1], entry[2], entry[5], entry[6]
+    if len(axes) != len(shape):
         return None
     layout = Layout(tuple(matrix), tuple(() if axis < 0 else (axis,) for axis in axes))
-    if shape and entry[5]:  # the group of an optimizer shard, which cuts dimension 0 further
+    if not whole:
+        return layout if tuple(cut) == shape and not group else None
+    if len(whole) != len(shape):
+        return None
+    if shape and group:  # of an optimizer shard, which cuts dimension 0 further
         pieces = whole[0] // (layout.cuts[0] * shape[0])
         layout = Layout(layout.device_matrix, layout.tensor_map, pieces if pieces > 1 else 0)
     return layout if layout.full_shape(shape) == tuple(whole) else None

@@ -17,6 +17,7 @@ from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.job.direct import read_direct
 from mindformers_ckpt.job.find import find_checkpoint
 from mindformers_ckpt.job.modelarts import Exchange
+from mindformers_ckpt.job.names import names_of_all
 from mindformers_ckpt.job.output_dir import OutputDir
 from mindformers_ckpt.job.own_files import OwnFiles, find_own_files
 from mindformers_ckpt.job.remote_reslice import RemoteReslicing
@@ -26,6 +27,7 @@ from mindformers_ckpt.ms import live, weights
 from mindformers_ckpt.planning.build import Slices, compare_slices
 from mindformers_ckpt.planning.missing import Missing, missing_names
 from mindformers_ckpt.planning.model import Plan
+from mindformers_ckpt.planning.rank_plan import RankPlan
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.files import read_strategy
@@ -66,8 +68,8 @@ class Loading:
         elif self.config.auto_trans_save:
             return self._load_resliced()
         else:
-            plan = self._reslicing().own_plan()
-            loaded = self._read(None) if plan is None else self._read_direct(plan)
+            own = self._reslicing().own_plan()
+            loaded = self._read(None) if own is None else self._read_direct(own)
         self.cluster.barrier("loaded")
         return loaded
 
@@ -80,10 +82,16 @@ class Loading:
         """The shapes of this rank's parameters, by name."""
         return weights.own_shapes(self.cells)
 
-    def _reslicing(self, **about: Any) -> Reslicing:
-        names = None if self.for_training else self.target.names() | weights.wanted_names(self.cells)
-        made = Reslicing(self.config, self.cluster, self.output, self.target, names, self.source, self._check_plan)
-        return replace(made, **about)
+    def _reslicing(self) -> Reslicing:
+        names = self._names()
+        return Reslicing(self.config, self.cluster, self.output, self.target, names, self.source, self._check_plan)
+
+    def _names(self) -> set[str] | None:
+        """The parameters that any rank of the job wants, None for all that the source has. All ranks call it."""
+        if self.for_training:
+            return None
+        named = self.target.names()
+        return named | names_of_all(self.cluster, weights.wanted_names(self.cells) - named)
 
     def _load_resliced(self) -> dict[str, Any]:
         reslicing = self._reslicing()
@@ -110,7 +118,8 @@ class Loading:
 
     def _compare(self, own: OwnFiles, any_lacking: bool) -> Slices:
         """What the files of all ranks hold beside what the job needs. Raises PlanError for another strategy."""
-        is_known = bool(self.config.src_strategy_path_or_dir) and not self.target.is_complete
+        is_given = bool(self.config.src_strategy_path_or_dir) or own.brings_strategy
+        is_known = is_given and not self.target.is_complete
         if not own.sharded or not (any_lacking or is_known):
             return Slices.SAME
         files = find_checkpoint(self.config)
@@ -125,27 +134,35 @@ class Loading:
                 raise type(error)(f"{error}; {self._advice()}") from error
             return Slices.SAME  # whole on every rank, as data parallel jobs save them: other ranks hold no more
 
-    def _shares(self) -> tuple[Checkpoint, Strategy]:
-        """The files of all ranks under the strategy they were saved under, and the strategy of the job."""
+    def _shares(self, names: set[str] | None = None) -> tuple[Checkpoint, Strategy]:
+        """The files of all ranks under the strategy they were saved under, and the strategy of the job.
+
+        `names` are the tensors to look at, beside those of the strategy; by default those of this rank's network.
+        """
         target = self.whole_target()
         if target is None:
             raise PlanError("the strategy of the whole job is not known here")
         given = self.config.src_strategy_path_or_dir
         files = find_checkpoint(self.config)
-        names = None if self.for_training else target.names() | weights.wanted_names(self.cells)
-        return Checkpoint(files, read_strategy(given) if given else target, names), target
+        wanted = weights.wanted_names(self.cells) if names is None else names
+        looked_at = None if self.for_training else target.names() | wanted
+        own = files.own_strategy
+        return Checkpoint(files, own or (read_strategy(given) if given else target), looked_at), target
 
     def _load_shares(self) -> dict[str, Any]:
-        source, target = self._shares()
+        names = self._names()
+        reslicing = Reslicing(self.config, self.cluster, self.output, self.target, check=self._check_plan)
         if self.cluster.rank == MAIN_RANK:
+            source, target = self._shares(names)
             log.info(
                 "the files of %s hold each a part of what their ranks need (redundancy was removed when they were "
                 "saved, or files are lost): every rank reads the rest from those of others",
                 source.files.root,
             )
-        plan = self._reslicing(target=target, found=source).own_plan()
-        assert plan is not None  # they are not the same slices
-        return self._read_direct(plan)
+            reslicing = replace(reslicing, target=target, found=source)
+        own = reslicing.own_plan()
+        assert own is not None  # they are not the same slices
+        return self._read_direct(own)
 
     def _found_files(self) -> OwnFiles:
         """This rank's files of the source as it is. All ranks call it."""
@@ -172,10 +189,12 @@ class Loading:
             loaded.update(tensors)
         return self._put(loaded, files[0])
 
-    def _read_direct(self, plan: Plan) -> dict[str, Any]:
-        for warning in plan.warnings if self.cluster.rank == MAIN_RANK else ():
+    def _read_direct(self, own: RankPlan) -> dict[str, Any]:
+        if not self.for_training:
+            own = own.only(weights.wanted_names(self.cells))  # what other stages want has no place here
+        for warning in own.plan.warnings if self.cluster.rank == MAIN_RANK else ():
             log.warning("%s", warning)
-        loaded = weights.tensors_of(read_direct(plan, self.cluster.check))
+        loaded = weights.tensors_of(read_direct(own.plan, self.cluster.check, own.headers))
         return self._put(loaded, self.config.load_checkpoint)
 
     def _put(self, loaded: Mapping[str, Any], origin: object) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from enum import Enum
 
 from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
-from mindformers_ckpt.geometry.box import Box, hull, meets
-from mindformers_ckpt.planning.missing import missing_names, patterns_of, shortened
+from mindformers_ckpt.geometry.box import Box
+from mindformers_ckpt.planning.computations import Constant
+from mindformers_ckpt.planning.missing import has_states, missing_names, patterns_of, shortened
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, SourceFile, TargetFile, Transfer
+from mindformers_ckpt.planning.places import Places, target_boxes
 from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
 from mindformers_ckpt.sources.plausibility import check_contents, check_names
 from mindformers_ckpt.strategy.model import Strategy
@@ -56,7 +58,7 @@ def build_plan(
         )
         raise PlanError(describe_problems(headline, missing.required))
     warnings += missing.notes
-    plan = _assemble(source, target, tensors, chosen, prefix, format)
+    plan = _with_counters(_assemble(source, target, tensors, chosen, prefix, format), source, tensors)
     plan = replace(plan, warnings=tuple(warnings))
     plan.check()
     return plan
@@ -103,35 +105,60 @@ def _assemble(
     format: str,
 ) -> Plan:
     paths = source.used_files(tensors)
-    index = {path: number for number, path in enumerate(paths)}
-    position = {rank: number for number, rank in enumerate(ranks)}
+    found = Places(target, ranks, {path: number for number, path in enumerate(paths)})
     held: list[list[TensorSpec]] = [[] for _ in ranks]
     transfers, problems = [], []
     for name in _target_order(source.strategy, target, tensors):
         tensor = tensors[name]
         try:
-            boxes = target_boxes(tensor, target, ranks)
+            way = found.way(tensor)
         except StrategyError as error:
             problems.append(f"{name}: {error}")
             continue
-        if not boxes:
+        if not way.targets:
             continue
-        needed = hull([box for _, box in boxes])
-        sources = tuple(Place(index[shard.path], shard.box) for shard in tensor.shards if meets(shard.box, needed))
         problems += [
             f"{name}{list(tensor.spec.shape)}: the box {box} is held by ranks {list(holders)}, none of whose files "
             "is there"
             for box, holders in tensor.missing
-            if any(box.intersect(wanted) for _, wanted in boxes)
+            if any(box.intersect(place.box) for place in way.targets)
         ]
-        targets = tuple(Place(position[rank], box) for rank, box in boxes)
-        transfers.append(Transfer(name, tensor.spec.dtype, tensor.spec.shape, sources, targets))
-        for place in targets:
-            held[place.file].append(TensorSpec(name, tensor.spec.dtype, place.box.shape))
+        dtype, shape = tensor.spec.dtype, tensor.spec.shape
+        transfers.append(Transfer(name, dtype, shape, found.sources(tensor, way), way.targets))
+        specs = {shape: TensorSpec(name, dtype, shape) for shape in set(way.shapes)}
+        for place, shape in zip(way.targets, way.shapes):
+            held[place.file].append(specs[shape])
     if problems:
         raise PlanError(describe_problems(f"{source.files.root} cannot be re-sliced for {target.describe()}", problems))
     files = tuple(SourceFile(path, path.stat().st_size) for path in paths)
     return Plan(files, rank_targets(ranks, held, prefix, format), tuple(transfers))
+
+
+def _with_counters(plan: Plan, source: Checkpoint, tensors: Mapping[str, LogicalTensor]) -> Plan:
+    """The plan with the counters that the source keeps in a file of text, on every rank.
+
+    Only where states of an optimizer are there: weights alone are no training that goes on.
+    """
+    if not plan.sources or not has_states(tensors):
+        return plan
+    added = [
+        (spec, content)
+        for spec, content in source.files.counters
+        if spec.name not in tensors and (source.names is None or spec.name in source.names)
+    ]
+    transfers = [
+        Transfer(
+            spec.name,
+            spec.dtype,
+            spec.shape,
+            (Place(0, Box.whole(spec.shape), compute=Constant(spec.dtype, content)),),
+            tuple(Place(file, Box.whole(spec.shape)) for file in range(len(plan.targets))),
+        )
+        for spec, content in added
+    ]
+    specs = tuple(spec for spec, _ in added)
+    targets = tuple(target._replace(tensors=(*target.tensors, *specs)) for target in plan.targets)
+    return replace(plan, targets=targets, transfers=(*plan.transfers, *transfers))
 
 
 def rank_targets(
@@ -144,32 +171,6 @@ def rank_targets(
         key = tuple(specs)
         files.append(TargetFile(f"rank_{rank}/{prefix}{rank}.{format}", rank, format, shared.setdefault(key, key)))
     return tuple(files)
-
-
-def target_boxes(tensor: LogicalTensor, target: Strategy, ranks: Sequence[int]) -> list[tuple[int, Box]]:
-    """The target ranks that get a tensor, each with its box."""
-    name, shape = tensor.spec.name, tensor.spec.shape
-    owners = [stage for stage, layouts in enumerate(target.stages) if name in layouts]
-    if not owners:
-        whole = Box.whole(shape)
-        return [(rank, whole) for rank in ranks]
-    stages = set(owners)
-    if len(tensor.stages) > 1:
-        # Stages of the source share it, although a strategy file names it on one only: a tied embedding.
-        # MindSpore ties the first and the last stage.
-        stages.add(len(target.stages) - 1)
-    found = []
-    boxes: dict[int, tuple[Box, ...]] = {}
-    for rank in ranks:
-        stage, position = divmod(rank, target.stage_size)
-        if stage not in stages:
-            continue
-        if stage not in boxes:
-            layout = target.layout(name, stage)
-            assert layout is not None
-            boxes[stage] = layout.for_whole(shape).boxes(shape)
-        found.append((rank, boxes[stage][position]))
-    return found
 
 
 class Slices(Enum):

@@ -1,4 +1,4 @@
-"""The closed set of what a plan computes on the way: casts, dequantised FP8 blocks, merged LoRA branches."""
+"""The closed set of what a plan computes on the way: casts, dequantised FP8 blocks, merged LoRA branches, constants."""
 
 from __future__ import annotations
 
@@ -74,4 +74,16 @@ class Merge(NamedTuple):
     scaling: float
 
 
-Compute = Union[Cast, Dequantise, Merge]
+class Constant(NamedTuple):
+    """The elements are no tensor of a file: counters of the training that a checkpoint keeps as text.
+
+    Attributes:
+        dtype: of the elements.
+        content: their bytes.
+    """
+
+    dtype: DType
+    content: bytes
+
+
+Compute = Union[Cast, Dequantise, Merge, Constant]

@@ -29,7 +29,8 @@ from mindformers_ckpt.disk.files import replace_file
 from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.geometry.box import Box
-from mindformers_ckpt.planning.decode import DecodeError, decode_plan
+from mindformers_ckpt.planning.checked import DecodeError
+from mindformers_ckpt.planning.decode import decode_plan
 from mindformers_ckpt.planning.model import Place, Plan, SourceFile
 from mindformers_ckpt.text_files import MAX_OWN_BYTES, parse_json, read_regular, readable_json
 

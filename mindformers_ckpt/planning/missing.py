@@ -84,6 +84,16 @@ def missing_names(wanted: Collection[str], held: Collection[str], allowed: Seque
     return Missing(required, permitted, notes)
 
 
+def weight_names(names: Collection[str]) -> set[str]:
+    """The names without states of an optimizer and counters of the training."""
+    return {name for name in names if name not in COUNTERS and not _is_state(name, names) and not is_never_saved(name)}
+
+
+def has_states(names: Collection[str]) -> bool:
+    """Whether there are states of an optimizer among the names."""
+    return any(_is_state(name, names) for name in names)
+
+
 def patterns_of(allow_missing: bool | Sequence[str]) -> tuple[str, ...]:
     """The patterns of names that may be missing: all for True, none for False."""
     if isinstance(allow_missing, bool):

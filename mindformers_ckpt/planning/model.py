@@ -7,18 +7,21 @@ the source files and where its boxes go in the target files.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.formats import DType, TensorSpec
-from mindformers_ckpt.geometry.box import Box, are_disjoint, covered_volume, hull, meets
+from mindformers_ckpt.geometry.box import Box, BoxIndex, are_disjoint, covered_volume, hull, meets
 from mindformers_ckpt.planning.computations import Compute
 
 DEFAULT_PREFIX = "checkpoint_"
+
+Shared = TypeVar("Shared")
+Found = TypeVar("Found")
 
 
 class SourceFile(NamedTuple):
@@ -79,6 +82,22 @@ class Place(NamedTuple):
         return self.view is None and self.compute is None
 
 
+def once(function: Callable[[Shared], Found]) -> Callable[[Shared], Found]:
+    """A function that is called once for each object, however often it is asked.
+
+    For what the transfers of one plan share (see `places`), and for as long as the plan keeps it.
+    """
+    known: dict[int, Found] = {}
+
+    def found(shared: Shared) -> Found:
+        key = id(shared)
+        if key not in known:
+            known[key] = function(shared)
+        return known[key]
+
+    return found
+
+
 class Transfer(NamedTuple):
     """All that happens to one tensor. The source boxes are disjoint; equal target boxes are replicas."""
 
@@ -96,7 +115,7 @@ class Transfer(NamedTuple):
 
     @property
     def bytes_written(self) -> int:
-        return sum(place.box.volume for place in self.targets) * self.dtype.itemsize
+        return volume_of(self.targets) * self.dtype.itemsize
 
     @property
     def bytes_read(self) -> int:
@@ -117,7 +136,8 @@ class Plan:
     @cached_property
     def bytes_written(self) -> int:
         """Content bytes of all target files."""
-        return sum(transfer.bytes_written for transfer in self.transfers)
+        volume = once(volume_of)
+        return sum(volume(transfer.targets) * transfer.dtype.itemsize for transfer in self.transfers)
 
     @cached_property
     def bytes_read(self) -> int:
@@ -134,32 +154,76 @@ class Plan:
                 transfers.append(transfer.for_places(targets))
         return replace(self, transfers=tuple(transfers))
 
+    def by_target(self) -> list[list[Transfer]]:
+        """For every target file the parts of the transfers that it takes; in one pass, whatever their number."""
+        taken: list[list[Transfer]] = [[] for _ in self.targets]
+        known: dict[tuple[int, int], list[_Taken]] = {}
+        for transfer in self.transfers:
+            key = id(transfer.sources), id(transfer.targets)
+            if key not in known:
+                known[key] = _taken(transfer)
+            name, dtype, shape, _, _ = transfer
+            for file, sources, targets in known[key]:
+                taken[file].append(Transfer(name, dtype, shape, sources, targets))
+        return taken
+
     def check(self) -> None:
         """Check that every target box is in bounds and made, exactly once, of source bytes.
 
         Raises PlanError that lists all tensors for which this does not hold.
         """
         problems = []
+        known: dict[tuple[tuple[int, ...], int, int], str | None] = {}
         for transfer in self.transfers:
-            sources = tuple(place.box for place in transfer.sources)
-            targets = tuple(dict.fromkeys(place.box for place in transfer.targets))
-            fault = _cover_fault(transfer.shape, sources, targets)
-            if fault is not None:
-                problems.append(f"{transfer.name}: {fault}")
+            key = transfer.shape, id(transfer.sources), id(transfer.targets)
+            if key not in known:
+                known[key] = _cover_fault(transfer)
+            if known[key] is not None:
+                problems.append(f"{transfer.name}: {known[key]}")
         if problems:
             raise PlanError(describe_problems("the plan does not make whole tensors", problems))
 
 
-@lru_cache(maxsize=4096)
-def _cover_fault(shape: tuple[int, ...], sources: tuple[Box, ...], targets: tuple[Box, ...]) -> str | None:
-    whole = Box.whole(shape)
+class _Taken(NamedTuple):
+    """What a target file takes of a transfer."""
+
+    file: int
+    sources: tuple[Place, ...]
+    targets: tuple[Place, ...]
+
+
+def _taken(transfer: Transfer) -> list[_Taken]:
+    places: dict[int, list[Place]] = {}
+    for place in transfer.targets:
+        places.setdefault(place.file, []).append(place)
+    sources: dict[tuple[Box, ...], tuple[Place, ...]] = {}  # replicas take from the same ones
+    index = BoxIndex([place.box for place in transfer.sources])
+    found = []
+    for file, targets in places.items():
+        boxes = tuple(place.box for place in targets)
+        if boxes not in sources:
+            sources[boxes] = tuple(transfer.sources[number] for number in index.meeting(hull(boxes)))
+        found.append(_Taken(file, sources[boxes], tuple(targets)))
+    return found
+
+
+def volume_of(places: Sequence[Place]) -> int:
+    """How many elements places have together."""
+    return sum(place.box.volume for place in places)
+
+
+def _cover_fault(transfer: Transfer) -> str | None:
+    whole = Box.whole(transfer.shape)
+    sources = [place.box for place in transfer.sources]
+    targets = list(dict.fromkeys(place.box for place in transfer.targets))
     for box in (*sources, *targets):
         if not whole.contains(box):
-            return f"the box {box} lies outside of the shape {list(shape)}"
+            return f"the box {box} lies outside of the shape {list(transfer.shape)}"
     if sum(box.volume for box in sources) > whole.volume or not are_disjoint(sources):
         return "source shards overlap"
+    index = BoxIndex(sources)
     for box in targets:
-        held = covered_volume(box, sources)
+        held = covered_volume(box, [sources[number] for number in index.meeting(box)])
         if held != box.volume:
             return f"of the box {box}, {box.volume - held} of {box.volume} elements are in no source file"
     return None

@@ -1,7 +1,7 @@
 """Results come into being whole: written aside, described by a manifest, put in place in one step."""
 
 from mindformers_ckpt.publish.manifest import MANIFEST_FILE, read_manifest, read_manifests
-from mindformers_ckpt.publish.replace import recover
+from mindformers_ckpt.publish.replace import clear_waste, recover
 from mindformers_ckpt.publish.staging import Staging, check_free_space
 
-__all__ = ["MANIFEST_FILE", "Staging", "check_free_space", "read_manifest", "read_manifests", "recover"]
+__all__ = ["MANIFEST_FILE", "Staging", "check_free_space", "clear_waste", "read_manifest", "read_manifests", "recover"]

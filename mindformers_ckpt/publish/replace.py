@@ -93,7 +93,7 @@ def discard(path: Path, destination: Path) -> None:
 
 def recover(destination: Path) -> None:
     """Put right what a run left that was killed while it replaced the destination. Raises OSError."""
-    if any(path.exists() for path in (*_news(destination), _old_name(destination))):
+    if _is_interrupted(destination):
         gate = gate_of(destination)
         if gate.acquire(GATE_SECONDS):
             try:
@@ -119,6 +119,42 @@ def recover_held(destination: Path) -> None:
             os.rename(new, staging)
     if os.path.lexists(old):
         discard(old, destination)
+
+
+def waste_of(destination: Path) -> list[Path]:
+    """What is of no use to anybody: results that were replaced, and journals of results that are in place."""
+    found = sorted(destination.parent.glob(f"{escape(staging_prefix(destination))}*"))
+    return [path for path in found if _is_removed(path, destination) or _is_of_nothing(path)]
+
+
+def _is_removed(path: Path, destination: Path) -> bool:
+    return path.name.startswith(f"{staging_prefix(destination)}removed-")
+
+
+def _is_of_nothing(path: Path) -> bool:
+    folder, is_journal, _ = path.name.rpartition(".journal")
+    return bool(is_journal) and not path.with_name(folder).exists()
+
+
+def clear_waste(destination: Path) -> None:
+    """Remove what runs left that died around the moment at which their result took its name; `recover` where needed.
+
+    For who refuses a destination and begins no run, which would do so. Does nothing while another process publishes.
+    """
+    gate = gate_of(destination)
+    if not (os.path.lexists(gate.path) or waste_of(destination) or _is_interrupted(destination)):
+        return
+    if gate.acquire():
+        try:
+            recover_held(destination)
+            for path in waste_of(destination):
+                discard(path, destination)
+        finally:
+            gate.release()
+
+
+def _is_interrupted(destination: Path) -> bool:
+    return any(path.exists() for path in (*_news(destination), _old_name(destination)))
 
 
 def _news(destination: Path) -> list[Path]:

@@ -29,7 +29,7 @@ from mindformers_ckpt.publish.manifest import (
     without,
     write_manifest,
 )
-from mindformers_ckpt.publish.replace import GATE_SECONDS, discard, gate_of, put, recover_held, staging_prefix
+from mindformers_ckpt.publish.replace import GATE_SECONDS, discard, gate_of, put, recover_held, staging_prefix, waste_of
 
 _JOURNAL = "journal"
 _LOCK = "lock"
@@ -292,10 +292,8 @@ class Staging:
         """Remove what is of no use to anybody: results that were replaced, and what is left of one that is in place."""
         if is_made and files.is_real_folder(self.folder) and not self._is_alive(self.folder):
             discard(self.folder, self.destination)
-        for path in self.folder.parent.glob(f"{escape(self._prefix)}*"):
-            of_nothing = path.name.endswith(".journal") and not path.with_name(path.name[: -len(".journal")]).exists()
-            if of_nothing or path.name.startswith(f"{self._prefix}removed-"):
-                discard(path, self.destination)
+        for path in waste_of(self.destination):
+            discard(path, self.destination)
 
     def _clear_leftovers(self) -> None:
         """Remove the staging folders of runs that died; refuse when one is alive that would be in the way."""

@@ -12,7 +12,8 @@ from mindformers_ckpt.formats import Header, TensorRecord, TensorSpec, read_head
 from mindformers_ckpt.formats.headers import read_headers
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.geometry.layout import Layout
-from mindformers_ckpt.sources.source import Source
+from mindformers_ckpt.sources.checkpoint2 import contradictions
+from mindformers_ckpt.sources.source import Kind, Source
 from mindformers_ckpt.strategy.model import Strategy
 
 
@@ -72,6 +73,13 @@ class Checkpoint:
                 "name the strategy file or folder they were saved under"
                 + (f", which could be {near.origin} (it is for as many ranks)" if near is not None else "")
             )
+        named = len(ranks | set(self.files.absent))
+        if self.files.kind is Kind.CHECKPOINT2 and self.files.metadata is None and named != count:
+            raise PlanError(
+                f"{self.files.root} has no metadata.json, and files of {named} ranks by their names, but the strategy "
+                f"{self.strategy.origin} is for {count} ranks; where redundancy was removed the numbers are not those "
+                "of ranks: copy metadata.json from where the checkpoint was saved"
+            )
         surplus = sorted(rank for rank in ranks if rank >= count)
         if surplus:
             raise PlanError(
@@ -110,6 +118,7 @@ class Checkpoint:
 
     def _find_tensors(self) -> dict[str, LogicalTensor]:
         self._raise_damaged()
+        self._raise_other_content()
         found: dict[str, LogicalTensor] = {}
         problems: list[str] = []
         for stage in range(len(self.strategy.stages)):
@@ -139,7 +148,7 @@ class Checkpoint:
     def _read_headers(self, rank: int) -> dict[str, tuple[Path, TensorRecord]]:
         tensors: dict[str, tuple[Path, TensorRecord]] = {}
         for path in self.files.by_rank[rank]:
-            for name, record in self._header(path).tensors.items():
+            for name, record in self.header(path).tensors.items():
                 if not self.files.assigns(name, path):
                     continue
                 if name in tensors:
@@ -156,13 +165,14 @@ class Checkpoint:
 
     def size_of(self, path: Path) -> int:
         """The size of a file, in bytes, as its header was read."""
-        return self._header(path).size
+        return self.header(path).size
 
     def used_files(self, tensors: Mapping[str, LogicalTensor]) -> list[Path]:
         """The files that hold the chosen replicas, in order."""
         return sorted({shard.path for tensor in tensors.values() for shard in tensor.shards})
 
-    def _header(self, path: Path) -> Header:
+    def header(self, path: Path) -> Header:
+        """The header of one of the files, as it was when it was read first."""
         if path not in self._headers:
             self._headers[path] = self._last = read_header(path, self._last)
         return self._headers[path]
@@ -179,6 +189,18 @@ class Checkpoint:
             raise FormatError(problems[0])
         if problems:
             raise FormatError(describe_problems("checkpoint files cannot be read", problems))
+
+    def _raise_other_content(self) -> None:
+        """Compare the files with what the source itself records of them. Raises PlanError that lists what differs."""
+        if self.files.metadata is None:
+            return
+        problems = []
+        for path in self.files.files:
+            held = {name: record.spec.shape for name, record in self.header(path).tensors.items()}
+            problems += contradictions(self.files.metadata, path, held)
+        if problems:
+            headline = f"{self.files.root}: files and metadata.json do not belong together; copy the checkpoint again"
+            raise PlanError(describe_problems(headline, problems))
 
     def _ranks(self, stage: int) -> list[int]:
         first = stage * self.strategy.stage_size
@@ -219,6 +241,10 @@ class Checkpoint:
         return LogicalTensor(shard_spec._replace(shape=shape), tuple(shards), tuple(missing), layout, (stage,))
 
     def layout_of(self, name: str, stage: int, shard: TensorSpec) -> Layout | None:
+        """The layout of a tensor on a stage, fitted to the shape of its shards; None for one that is whole."""
+        return self._layout(name, stage, shard) or self._layout_of_weight(name, stage, shard)
+
+    def _layout(self, name: str, stage: int, shard: TensorSpec) -> Layout | None:
         """The layout of a tensor on a stage, fitted to the shape of its shards."""
         layout = self.strategy.layout(name, stage)
         if layout is None:
@@ -226,6 +252,21 @@ class Checkpoint:
         if name in self.strategy.stages[stage]:
             return layout.for_shard(shard.shape)
         return self._shared_layout(name, layout, shard)
+
+    def _layout_of_weight(self, name: str, stage: int, shard: TensorSpec) -> Layout | None:
+        """The layout of a state that metadata.json leaves out ("muon_m.<weight>"): that of its weight.
+
+        MindFormers itself reads such states so. Those of another shape than the weight's slice are whole (counters,
+        and placeholders of one element).
+        """
+        weight = name.partition(".")[2]
+        if self.files.metadata is None or not weight:
+            return None
+        layout = self.strategy.stages[stage].get(weight)
+        recorded = self.files.metadata.tensors.get(weight)
+        if layout is None or recorded is None:
+            return None
+        return layout if layout.box(recorded.shape, 0).shape == shard.shape else None
 
     def _shared_layout(self, name: str, layout: Layout, shard: TensorSpec) -> Layout | None:
         """The layout of a parameter shared with another stage, whose layout alone is recorded.

@@ -11,10 +11,11 @@ from itertools import islice
 from pathlib import Path
 
 from mindformers_ckpt.errors import PlanError, describe_problems
-from mindformers_ckpt.sources import complete, foreign, huggingface, rank_folders
+from mindformers_ckpt.sources import checkpoint2, complete, foreign, huggingface, rank_folders
 from mindformers_ckpt.sources.complete import at_step, separate_checkpoints
 from mindformers_ckpt.sources.listing import Listing, rank_of
 from mindformers_ckpt.sources.source import SUFFIXES, TORCH_SUFFIXES, Kind, Source
+from mindformers_ckpt.strategy.metadata import METADATA_FILE
 
 __all__ = ["SUFFIXES", "find_huggingface", "find_mindspore", "find_source", "separate_checkpoints"]
 
@@ -22,17 +23,23 @@ _LOOKED_INTO = 20  # folders of a folder, for advice
 _URL_SCHEMES = ("obs://", "s3://", "http://", "https://", "hf://")
 
 
-def find_source(path: str | os.PathLike[str], step: str | None = None, *, resume: bool = False) -> Source:
+def find_source(
+    path: str | os.PathLike[str], step: str | None = None, *, resume: bool = False, weights_only: bool = False
+) -> Source:
     """Find the weights at `path`.
 
     `step` chooses among the files of rank folders, or of a folder of complete weights: a file's name, or an epoch and
     step like "3_150". Of rank folders without it the last by default sort of the names is taken (guide), or with
-    `resume` the last that all ranks have saved whole.
+    `resume` the last that all ranks have saved whole. Of a save path of checkpoint 2.0 it chooses an iteration.
+    `weights_only` leaves the files of an optimizer aside, where it has files of its own.
 
     Raises PlanError when there are none, they cannot be told apart, or one shard was given in place of the whole.
     """
     path = _checked(path)
-    if path.is_dir() and (listing := Listing(path)).rank_folders:
+    if path.is_dir() and checkpoint2.is_checkpoint(listing := Listing(path)):
+        _refuse_two_kinds(listing)
+        return checkpoint2.read(listing, step, weights_only=weights_only)
+    if path.is_dir() and listing.rank_folders:
         return rank_folders.read_to_resume(listing) if resume and not step else rank_folders.read(listing, step)
     source = _folder(listing) if path.is_dir() else _file(path)
     return at_step(source, step) if step else source
@@ -55,9 +62,19 @@ def _folder(listing: Listing) -> Source:
     raise PlanError(_nothing(listing))
 
 
-def find_mindspore(path: str | os.PathLike[str], step: str | None = None) -> Source:
+def _refuse_two_kinds(listing: Listing) -> None:
+    """Refuse a checkpoint 2.0 beside rank folders that hold files: both could be meant."""
+    holding = [place.name for place in listing.rank_folders.values() if Listing(place).weight_files()]
+    if holding:
+        raise PlanError(
+            f"{listing.folder} holds a checkpoint 2.0, and rank folders with files ({', '.join(holding[:4])}); give "
+            "the folder of an iteration, or move the one that is not meant"
+        )
+
+
+def find_mindspore(path: str | os.PathLike[str], step: str | None = None, *, weights_only: bool = False) -> Source:
     """`find_source` where weights with MindSpore's names are needed. Raises PlanError for a Hugging Face model."""
-    source = find_source(path, step)
+    source = find_source(path, step, weights_only=weights_only)
     if source.kind is Kind.HUGGING_FACE:
         raise PlanError(
             f"{source.root} is a Hugging Face model, whose tensors have other names and forms than MindSpore's; "
@@ -81,6 +98,11 @@ def _huggingface(path: str | os.PathLike[str], step: str | None) -> Source:
         _refuse_shard(checked, checked.parent)
         return huggingface.read_file(checked)
     listing = Listing(checked)
+    if checkpoint2.is_checkpoint(listing):
+        raise PlanError(
+            f"{checked} is a checkpoint of MindFormers' own format (checkpoint 2.0), not a Hugging Face model; "
+            "--reversed converts from MindSpore to Hugging Face"
+        )
     if len(listing.rank_folders) > 1:
         raise PlanError(
             f"{checked} holds rank folders, as MindSpore saves them, not a Hugging Face model; --reversed converts "
@@ -118,11 +140,7 @@ def _file(path: Path) -> Source:
     if not path.exists():
         raise PlanError(f"there is no checkpoint at {path}{_instead(path)}")
     _refuse_shard(path, path.parent)
-    if foreign.is_checkpoint2_file(path.name):
-        raise PlanError(
-            f"{path} is by its name one shard of a checkpoint of MindFormers' own newer format (checkpoint 2.0), not "
-            "complete weights; it cannot be read yet"
-        )
+    _refuse_part(path)
     in_model = path.suffix == ".safetensors" and huggingface.is_model(Listing(path.parent))
     if path.suffix in (*TORCH_SUFFIXES, ".json") or in_model:
         return huggingface.read_file(path)
@@ -148,6 +166,16 @@ def _refuse_shard(path: Path, folder: Path) -> None:
         whole = f"for the checkpoint of all ranks give {folder.parent}, with the strategy it was saved under"
         headline = f"{path} is the part of one rank: {others} beside it hold files, too"
         raise PlanError(describe_problems(headline, [whole, alone]))
+
+
+def _refuse_part(path: Path) -> None:
+    """Refuse what is a part of a checkpoint 2.0. The two files of a job on one card are complete weights."""
+    found = checkpoint2.parse_name(path.name)
+    if (found is not None and found.total > 1) or path.name == METADATA_FILE:
+        raise PlanError(
+            f"{path} is by its name a part of a checkpoint of MindFormers' own format (checkpoint 2.0); give its "
+            f"folder, {path.parent}"
+        )
 
 
 def _instead(path: Path) -> str:
@@ -178,6 +206,7 @@ def _inside(listing: Listing) -> str:
 def _holds_weights(folder: Path) -> bool:
     try:
         listing = Listing(folder)
-        return bool(listing.rank_folders or listing.weight_files((*SUFFIXES, *TORCH_SUFFIXES)))
+        held = listing.rank_folders or listing.weight_files((*SUFFIXES, *TORCH_SUFFIXES))
+        return bool(held) or checkpoint2.is_checkpoint(listing)
     except PlanError:
         return False

@@ -45,7 +45,9 @@ def shapes_of_checkpoint(path: Path) -> Reference:
     """
     files = find_mindspore(path)
     strategy = Strategy.complete()
-    if files.sharded and len(files.by_rank) > 1:
+    if files.own_strategy is not None:
+        strategy = files.own_strategy
+    elif files.sharded and len(files.by_rank) > 1:
         strategy = _strategy_of(path, max(files.by_rank) + 1)
     parts = separate_checkpoints(files)
     if len(parts) > 1:

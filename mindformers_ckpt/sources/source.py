@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 
 from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.formats import TensorSpec
+from mindformers_ckpt.strategy.metadata import Metadata
+from mindformers_ckpt.strategy.model import Strategy
 
 SUFFIXES = (".ckpt", ".safetensors")
 TORCH_SUFFIXES = (".bin", ".pth", ".pt")
@@ -19,6 +23,7 @@ class Kind(Enum):
     COMPLETE = "complete weights"
     RANK_FOLDERS = "rank folders"
     HUGGING_FACE = "a Hugging Face model"
+    CHECKPOINT2 = "a checkpoint 2.0"
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Source:
         absent: rank -> why the source has nothing of it, of ranks whose folders are there.
         advice: what to do about absent ranks.
         warnings: what the user should know of the choice.
+        metadata: the layouts that the source has itself, None where it has none.
+        counters: of the training, where they are in a file of text: what each is as a tensor, and its bytes.
     """
 
     root: Path
@@ -42,11 +49,32 @@ class Source:
     absent: Mapping[int, str] = field(default_factory=dict)
     advice: str = ""
     warnings: tuple[str, ...] = ()
+    metadata: Metadata | None = None
+    counters: tuple[tuple[TensorSpec, bytes], ...] = ()
 
     @property
     def sharded(self) -> bool:
-        """Whether the files are in rank folders."""
-        return self.kind is Kind.RANK_FOLDERS
+        """Whether each file is one rank's."""
+        return self.kind in (Kind.RANK_FOLDERS, Kind.CHECKPOINT2)
+
+    @cached_property
+    def own_strategy(self) -> Strategy | None:
+        """The strategy that the source brings with it, None where it must be given."""
+        return None if self.metadata is None else self.metadata.strategy()
+
+    def strategy(self, given: Strategy) -> Strategy:
+        """The strategy to read it under: its own, or else the given one (that of complete weights where none is given).
+
+        Raises PlanError when it has one, and another is given.
+        """
+        own = self.own_strategy
+        if own is None:
+            return given
+        if not given.is_complete:
+            raise PlanError(
+                f"{self.root} brings its own layouts ({own.origin}); leave the source strategy out ({given.origin})"
+            )
+        return own
 
     @property
     def name(self) -> str:

@@ -18,6 +18,8 @@ from typing import Any
 from mindformers_ckpt.disk.files import replace_file
 from mindformers_ckpt.errors import StrategyError, describe_problems
 from mindformers_ckpt.geometry.layout import Layout
+from mindformers_ckpt.strategy.iterations import chosen_iteration, is_save_path
+from mindformers_ckpt.strategy.metadata import LARGEST, METADATA_FILE, Metadata, is_metadata, parse_metadata
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.strategy.parse import MERGED_MARK, SINGLE_MARK, StageFile, parse, read_data
 from mindformers_ckpt.strategy.schema import strategy_map_class
@@ -35,17 +37,36 @@ def rank_file_name(rank: int, suffix: str = "ckpt") -> str:
 def read_strategy(path: str | os.PathLike[str]) -> Strategy:
     """Read the strategy of a job: one file (no pipeline), a merged file, or the folder of all ranks' files.
 
-    Raises StrategyError when the file cannot be read, stages are missing, files of one stage differ, files
-    of different runs are mixed, or a parameter is split manually (unevenly).
+    A metadata.json of checkpoint 2.0, its folder and the save path of such folders are one, too. Raises StrategyError
+    when the file cannot be read, stages are missing, files of one stage differ, files of different runs are mixed, or
+    a parameter is split manually (unevenly).
     """
     path = Path(path)
     if path.is_dir():
-        return _read_folder(path)
+        metadata = _metadata_in(path)
+        return _read_folder(path) if metadata is None else read_metadata(metadata).strategy()
     data = read_data(path)
+    if is_metadata(data):
+        return parse_metadata(path, data).strategy()
     content = parse(path, data)
     if not content.merged:
         _check_alone(path, data, content)
     return _joined(content.stages, str(path))
+
+
+def read_metadata(path: Path) -> Metadata:
+    """Read a metadata.json of checkpoint 2.0. Raises StrategyError."""
+    return parse_metadata(path, read_data(path, LARGEST))
+
+
+def _metadata_in(folder: Path) -> Path | None:
+    """The metadata.json of an iteration's folder, or of the save path that holds it; None where there is none."""
+    names = _names(folder, folders=True)
+    if is_save_path(names):
+        folder, _ = chosen_iteration(folder, names, None, StrategyError)
+    elif METADATA_FILE not in names:
+        return None
+    return folder / METADATA_FILE
 
 
 def read_rank_file(path: str | os.PathLike[str]) -> dict[str, Layout]:
@@ -133,11 +154,11 @@ def _rank_files(folder: Path) -> dict[int, Path]:
     return found
 
 
-def _names(folder: Path) -> list[str]:
-    """The names in a folder, without those of folders in it."""
+def _names(folder: Path, *, folders: bool = False) -> list[str]:
+    """The names in a folder, without those of folders in it unless they are asked for."""
     try:
         with os.scandir(folder) as entries:
-            return [entry.name for entry in entries if not entry.is_dir()]
+            return [entry.name for entry in entries if folders or not entry.is_dir()]
     except OSError as error:
         raise StrategyError(f"the strategy folder {folder} cannot be read: {error.strerror}") from error
 

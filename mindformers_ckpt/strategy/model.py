@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -95,3 +96,9 @@ class Strategy:
         stages = f", {len(self.stages)} pipeline stages of {self.stage_size}" if len(self.stages) > 1 else ""
         count = math.prod((len(self.stages), self.stage_size))
         return f"{count} ranks{stages} ({self.origin})"
+
+
+def origin_of(description: str) -> str | None:
+    """Where the strategy was read that `describe` said a line of, None for complete weights or another line."""
+    match = re.fullmatch(r"\d+ ranks(?:, \d+ pipeline stages of \d+)? \((.+)\)", description, re.DOTALL)
+    return None if match is None else match[1]

@@ -29,10 +29,10 @@ class StageFile(NamedTuple):
     merged: bool
 
 
-def read_data(path: Path) -> bytes:
+def read_data(path: Path, limit: int = _LARGEST_FILE) -> bytes:
     """The bytes of a strategy file. Raises StrategyError when they cannot be read, or it cannot be one."""
     try:
-        data = read_regular(path, _LARGEST_FILE)
+        data = read_regular(path, limit)
     except FileNotFoundError:
         raise StrategyError(f"no strategy file or folder at {path}") from None
     except OSError as error:

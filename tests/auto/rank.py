@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,31 @@ def check_fit(cells: object, loaded: object, advice: str, lacking: Sequence[str]
     weights.raise_unfit((), (), lacking, advice)
 
 
+def count_requests(folder: str) -> dict[str, int]:
+    """Count what this process asks a file system from now on, of what is below a folder."""
+    counts = {"open": 0, "listing": 0, "stat": 0}
+
+    def count(kind: str, path: object) -> None:
+        if isinstance(path, (str, bytes, os.PathLike)) and os.path.abspath(os.fsdecode(path)).startswith(folder):
+            counts[kind] += 1
+
+    kinds = {"open": "open", "os.listdir": "listing", "os.scandir": "listing"}
+    sys.addaudithook(lambda event, arguments: count(kinds[event], arguments[0]) if event in kinds else None)
+    for name in ("stat", "lstat"):  # of which no event tells
+        setattr(os, name, counted(getattr(os, name), lambda path: count("stat", path)))
+    return counts
+
+
+def counted(ask: Callable[..., Any], count: Callable[[object], None]) -> Callable[..., Any]:
+    def look(path: Any, *arguments: Any, **options: Any) -> Any:
+        count(path)
+        return ask(path, *arguments, **options)
+
+    return look
+
+
 def main(job: dict[str, Any]) -> int:
+    counts = count_requests(job["counted"]) if job.get("counted") else None
     stand_in = types.ModuleType("mindspore")
     stand_in.set_auto_parallel_context = lambda **keys: None  # type: ignore[attr-defined]
     stand_in.get_auto_parallel_context = lambda key: None  # type: ignore[attr-defined]
@@ -45,6 +70,8 @@ def main(job: dict[str, Any]) -> int:
     config = Config.from_mapping(job["config"])
     weights.tensors_of = digests  # type: ignore[assignment]
     names = job.get("names", ())
+    if isinstance(names, dict):
+        names = names[os.environ["MS_NODE_ID"]]
     weights.wanted_names = lambda cells: set(names)
     weights.own_shapes = lambda cells: dict.fromkeys(names, ())
     weights.are_cut = weights.shares_stages = lambda cells: False
@@ -72,7 +99,7 @@ def main(job: dict[str, Any]) -> int:
         return 1
     except StrategySaved:
         return 0  # what the trainer makes of it
-    print(json.dumps({"loaded": loaded}), flush=True)
+    print(json.dumps({"loaded": loaded, "requests": counts}), flush=True)
     return 0
 
 

@@ -94,6 +94,22 @@ def test_slices_are_those_that_mindspore_cuts(tmp_path: Path, case: str) -> None
     assert all(said[0]["sliced"].values())
 
 
+def test_a_network_from_the_compile_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MindSpore then cuts nothing and writes no strategy, but keeps the layouts."""
+    monkeypatch.setenv("MS_COMPILER_CACHE_ENABLE", "1")
+    monkeypatch.setenv("MS_COMPILER_CACHE_PATH", str(tmp_path / "cache"))
+    whole = write(tmp_path / "whole.ckpt", {**WEIGHTS, **STATES})
+    for is_cached in (False, True):
+        codes, said, log = run(tmp_path, "plain", load_checkpoint=whole, auto_trans_ckpt=True)
+        assert ("Use the compilation cache" in log) == is_cached
+        assert_holds(said, {**WEIGHTS, **STATES}, log)
+        assert codes == [0, 0]
+        assert ("added from the compiled network" in log) == is_cached
+        strategy = read_strategy(tmp_path / "output" / "strategy")
+        layouts = [strategy.layout(name, 0) for name in ("w", "moment1.w", "b")]
+        assert [layout.cuts for layout in layouts if layout] == [(1, 2), (1, 2), (2,)]
+
+
 def test_a_parallel_network_without_strategy_is_not_taken_for_data_parallel(tmp_path: Path) -> None:
     whole = write(tmp_path / "whole.ckpt", WEIGHTS)
     codes, said, _ = run(tmp_path, "reset after prepare", load_checkpoint=whole, auto_trans_ckpt=True)

@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 
 import psutil
 import pytest
+from checkpoint2_files import COMMON, write_checkpoint2
 from recorded import STRATEGIES, Recorded, Tensor, random_model, recorded, slices_of, write_ranks, write_tensors
 
+from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.job.cluster.cluster import PORT_OFFSET
 from mindformers_ckpt.publish import read_manifest
-from mindformers_ckpt.strategy.files import read_strategy
+from mindformers_ckpt.strategy.files import read_strategy, write_strategy
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("rank.py")
@@ -39,6 +41,7 @@ class Outcome(NamedTuple):
     loaded: dict[str, str] | None
     error: str
     log: str
+    requests: dict[str, int] | None = None
 
 
 class Job:
@@ -77,7 +80,9 @@ class Job:
             output, log = process.communicate(timeout=max(until - time.monotonic(), 0.1))
             lines = [line for line in output.splitlines() if line.startswith("{")]
             said = json.loads(lines[-1]) if lines else {}
-            found.append(Outcome(process.returncode, said.get("loaded"), said.get("error", ""), log))
+            found.append(
+                Outcome(process.returncode, said.get("loaded"), said.get("error", ""), log, said.get("requests"))
+            )
         left = self.left()
         until = time.monotonic() + 5
         while left and time.monotonic() < until:
@@ -213,6 +218,43 @@ def test_without_the_detour_nothing_is_written(run: Any, source: Source, tmp_pat
     assert read_strategy(output / "strategy" / "merged_ckpt_strategy.ckpt").rank_count == 4
 
 
+def many_ranks(folder: Path, ranks: int) -> Source:
+    """A checkpoint of so many ranks, mp4, the files of which are four with many names."""
+    recorded_shapes = recorded(TARGET)
+    tensors = model_of(recorded_shapes)
+    layouts = {
+        name: Layout.on({"dp": ranks // 4, "mp": 4}, "mp", *[None] * (tensor.bits.ndim - 1))
+        for name, tensor in tensors.items()
+        if tensor.bits.shape[0] % 4 == 0
+    }
+    parts = {
+        rank: {
+            name: tensor.part(layouts[name].box(tensor.bits.shape, rank)) if name in layouts else tensor
+            for name, tensor in tensors.items()
+        }
+        for rank in range(4)
+    }
+    source = write_ranks(folder / "llama", parts)
+    for rank in range(4, ranks):
+        (file,) = (source / f"rank_{rank % 4}").iterdir()
+        (source / f"rank_{rank}").mkdir()
+        os.link(file, source / f"rank_{rank}" / file.name.replace(f"{rank % 4}", f"{rank}"))
+    write_strategy(layouts, folder / "strategy.ckpt", 0)
+    return Source(source, folder / "strategy.ckpt", tensors)
+
+
+def test_requests_of_a_rank_do_not_grow_with_the_source(run: Any, tmp_path: Path) -> None:
+    """`auto_trans_save: False`: one rank looks at the files of all, and tells the others what is theirs."""
+    source = many_ranks(tmp_path, 1024)
+    keys = {**source.keys, "output_dir": tmp_path / "output", "auto_trans_save": False}
+    outcomes = run(keys, counted=str(tmp_path)).outcomes()
+    assert_loaded(outcomes, expected(TARGET, source.tensors))
+    counted = [outcome.requests for outcome in outcomes]
+    main, *others = (sum(requests.values()) for requests in counted if requests is not None)
+    assert main > 2 * 1024
+    assert max(others) <= 40, counted
+
+
 def test_complete_weights_for_model_parallelism(run: Any, tmp_path: Path) -> None:
     """No pipeline: nothing is merged (guide). Of predict the network's parameters are taken alone."""
     config = recorded("mp4_infer")
@@ -228,6 +270,20 @@ def test_complete_weights_for_model_parallelism(run: Any, tmp_path: Path) -> Non
     ]
     result = tmp_path / "output" / "transformed_checkpoint" / "llama" / "rank_2" / "checkpoint_2.safetensors"
     assert result.stat().st_size < file.stat().st_size / 2
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_stage_that_has_a_parameter_in_no_strategy(run: Any, tmp_path: Path, saved: bool) -> None:
+    """The main rank, which plans for all, does not have it; nor does it know by the strategy that others do."""
+    config = recorded(TARGET)
+    tensors = {**model_of(config), **random_model({"table": (8,), "unwanted": (8,)})}
+    parts = slices_of(config, tensors, replicated=("table",))
+    wanted = [{name: parts[rank][name] for name in parts[rank] if name != "table" or rank == 3} for rank in range(4)]
+    file = write_tensors(tmp_path / "llama.ckpt", tensors)
+    keys = {"load_checkpoint": file, "auto_trans_ckpt": True, "run_mode": "predict", "auto_trans_save": saved}
+    names = {str(rank): list(held) for rank, held in enumerate(wanted)}
+    outcomes = run({**keys, "output_dir": tmp_path / "output"}, names=names).outcomes()
+    assert_loaded(outcomes, [digests(held) for held in wanted])
 
 
 @pytest.mark.parametrize("auto", [True, False])
@@ -287,6 +343,37 @@ def test_the_same_strategy_with_redundancy_removed(run: Any, tmp_path: Path, how
     outcomes = run({**keys, "output_dir": tmp_path / "output"}, live="dp2mp2_tied", names=names).outcomes()
     assert_loaded(outcomes, [digests(parts[rank]) for rank in range(4)])
     assert (tmp_path / "output" / "transformed_checkpoint").exists() == (how == "saved")
+
+
+@pytest.mark.parametrize("how", ["re-sliced", "as it is", "shares", "other strategy, as it is"])
+def test_checkpoint_2_brings_its_layouts(run: Any, tmp_path: Path, how: str) -> None:
+    """`load_checkpoint: save path` of MindFormers' own format; no source strategy is named."""
+    saved = "dp2mp2pp2" if how in ("re-sliced", "other strategy, as it is") else "dp2mp2_tied"
+    live = TARGET if saved == "dp2mp2pp2" else saved
+    tensors = model_of(recorded(saved))
+    counters = {"global_step": tensors.pop("global_step")}
+    strategy = recorded(saved).strategy
+
+    def writes(name: str, rank: int) -> bool:
+        """Of shares the last rank that holds a slice saves it."""
+        cells = strategy.stages[strategy.stage_of(rank)][name].cells
+        inner = rank % strategy.stage_size
+        return how != "shares" or cells[inner] not in cells[inner + 1 :]
+
+    write_checkpoint2(tmp_path / "saved", tensors, strategy, counters=counters, writes=writes)
+    keys = {"load_checkpoint": tmp_path / "saved", "auto_trans_ckpt": how == "re-sliced"}
+    names = list(slices_of(recorded(live), tensors)[0]) if live != TARGET else []
+    outcomes = run({**keys, "output_dir": tmp_path / "output"}, live=live, names=names).outcomes()
+    if how == "other strategy, as it is":
+        assert all("was saved under another strategy" in outcome.error for outcome in outcomes)
+        return
+    parts = slices_of(recorded(live), {**tensors, **counters}, replicated=("global_step",))
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.loaded is not None, outcome.error
+        added = set(COMMON) - {"global_step"} if how in ("re-sliced", "shares") else set()  # where a plan is run
+        assert outcome.loaded.keys() - digests(parts[rank]).keys() == added
+        assert outcome.loaded.items() >= digests(parts[rank]).items()
+    assert (tmp_path / "output" / "transformed_checkpoint").exists() == (how == "re-sliced")
 
 
 @pytest.mark.parametrize("auto", [True, False])

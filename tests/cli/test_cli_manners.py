@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import click
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from toy import command, environment, listing, write_toy
+from toy import Result, command, environment, listing, write_toy
 
 from mindformers_ckpt.cli.main import _COMMANDS, cli
 
@@ -36,6 +37,20 @@ def names(name: str) -> set[str]:
 def toy(tmp_path: Path) -> Path:
     write_toy(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def inside(toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Runs a command in the folder of the toy, in this process: many of them take a while to start."""
+    monkeypatch.chdir(toy)
+
+    def run(arguments: list[str]) -> Result:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments, prog_name="mindformers-ckpt")
+        said = capsys.readouterr()
+        return Result(int(stop.value.code or 0), said.out, said.err)
+
+    return run
 
 
 # ------------------------------------------------------------------------------------------- help
@@ -108,10 +123,12 @@ def test_reversed_as_the_guide_writes_it(given: list[str], reverse: bool) -> Non
         (["convert", "--model", "lama", "--input-path", "hf", "--output-path", "x"], "Did you mean 'llama'?"),
     ],
 )
-def test_misspelt_words_are_known(toy: Path, arguments: list[str], suggestion: str) -> None:
+def test_misspelt_words_are_known(
+    toy: Path, inside: Callable[..., Result], arguments: list[str], suggestion: str
+) -> None:
     (toy / "hf").mkdir()
     save_file({"model.norm.weight": np.zeros(8, np.float16)}, toy / "hf/model.safetensors")
-    done = command(arguments, toy)
+    done = inside(arguments)
     assert done.code in (1, 2)
     assert suggestion in done.err
 
@@ -136,9 +153,11 @@ SCHEMA: dict[str, Any] = {"error": {"kind": str, "message": str, "exit_code": in
         (["show", "x", "--src-checkpoint", "full.ckpt", "--json"], "PlanError", 1),
     ],
 )
-def test_an_error_has_one_shape(toy: Path, arguments: list[str], kind: str, code: int) -> None:
+def test_an_error_has_one_shape(
+    toy: Path, inside: Callable[..., Result], arguments: list[str], kind: str, code: int
+) -> None:
     (toy / "broken.ckpt").write_bytes((toy / "full.ckpt").read_bytes()[:-3])
-    done = command(arguments, toy)
+    done = inside(arguments)
     assert done.code == code, done
     (line,) = done.out.splitlines()
     content = json.loads(line)
@@ -146,7 +165,7 @@ def test_an_error_has_one_shape(toy: Path, arguments: list[str], kind: str, code
     assert {key: type(value) for key, value in content["error"].items()} == SCHEMA["error"]
     assert (content["error"]["kind"], content["error"]["exit_code"]) == (kind, code)
     assert content["error"]["message"].splitlines()[0][:20] in done.err.replace("\n", " ")
-    assert command([word for word in arguments if word != "--json"], toy).out == ""
+    assert inside([word for word in arguments if word != "--json"]).out == ""
 
 
 def test_reports_are_one_line_of_json(toy: Path) -> None:

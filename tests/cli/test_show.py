@@ -217,6 +217,7 @@ def test_the_page_is_one_file_that_names_cannot_break(toy: Path, tmp_path: Path)
     assert data["tensors"][0][0] == hostile
 
 
+@pytest.mark.slow
 def test_the_page_of_thousands_of_ranks_is_small(tmp_path: Path) -> None:
     source, target = (simulate_scale.strategy_of(simulate_scale.mesh_of(*size)) for size in ((256, 4), (128, 8)))
     simulate_scale.write_source(tmp_path / "ckpt", source)
@@ -228,6 +229,7 @@ def test_the_page_of_thousands_of_ranks_is_small(tmp_path: Path) -> None:
 CHROMIUM = browser()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
 def test_the_page_in_a_browser(job: mc.Job, tmp_path: Path) -> None:
     """What the page says after its script has run, in both themes, is what the plan says."""

@@ -59,10 +59,10 @@ def test_a_job_gets_what_the_command_makes(model: Path, tmp_path: Path) -> None:
 def test_the_same_without_the_detour(model: Path, tmp_path: Path) -> None:
     target = strategy_of(model, tmp_path)
     convert(Request(None, model), tmp_path / "ranks", target=target)
-    plan = reslicing(model, tmp_path, target).own_plan()
-    assert plan is not None
+    own = reslicing(model, tmp_path, target).own_plan()
+    assert own is not None
     expected = hf.read_file(tmp_path / "ranks" / "rank_0" / "checkpoint_0.ckpt")
-    found = {spec.name: content for spec, content in read_direct(plan, lambda: None)}
+    found = {spec.name: content for spec, content in read_direct(own.plan, lambda: None, own.headers)}
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], np.ascontiguousarray(array).reshape(-1).view(np.uint8))
@@ -108,8 +108,8 @@ def job_makes(model: Path, tmp_path: Path, yaml: dict[str, Any], request: Reques
     layouts = {name: Layout.on({"mp": 1}, *[None] * array.ndim) for name, array in expected.items()}
     target = Strategy.of_stages((layouts,), "one")
     config = Config.from_mapping({**yaml, "load_checkpoint": str(model), "auto_trans_ckpt": True})
-    plan = Reslicing(config, Cluster(0, 1, ("here",), 10, None), OutputDir(folder), target).own_plan()
-    assert plan is not None
-    found = {spec.name: content.tobytes() for spec, content in read_direct(plan, lambda: None)}
+    own = Reslicing(config, Cluster(0, 1, ("here",), 10, None), OutputDir(folder), target).own_plan()
+    assert own is not None
+    found = {spec.name: content.tobytes() for spec, content in read_direct(own.plan, lambda: None, own.headers)}
     assert found == {name: np.ascontiguousarray(array).tobytes() for name, array in expected.items()}
     return found

@@ -122,3 +122,18 @@ def test_errors_have_exit_code_1(source: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "missing: model.layers.0.self_attn.q_proj.bias" in result.output
     assert not (tmp_path / "a.ckpt").exists()
+
+
+def test_a_model_that_goes_there_and_back_is_the_same_by_diff_and_fingerprint(source: Path, tmp_path: Path) -> None:
+    """The files are cut in another way; as whole tensors both are one."""
+    assert run("--input-path", source, "--output-path", tmp_path / "llama.ckpt").exit_code == 0
+    back = ("--reversed", "--model", "llama", "--input-path", tmp_path / "llama.ckpt", "--hf-config", source)
+    made = run(*back, "--output-path", tmp_path / "back", "--fingerprint", "--json")
+    found = CliRunner().invoke(cli, ["diff", str(source), str(tmp_path / "back")])
+    assert found.exit_code == 0, found.output
+    assert "21 tensors are equal bit for bit, 0 differ; 0 only in A, 0 only in B" in found.output
+    printed = CliRunner().invoke(cli, ["fingerprint", str(source), "--quiet"]).output
+    assert json.loads(made.stdout)["fingerprints"] == {".": printed.split()[0]}
+    checked = CliRunner().invoke(cli, ["verify", str(tmp_path / "back")])
+    assert "21 of 21 tensors: fingerprint" in checked.output
+    assert checked.exit_code == 0

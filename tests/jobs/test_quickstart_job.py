@@ -92,6 +92,7 @@ def test_a_job_that_logged_nothing_has_failed(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(importlib.util.find_spec("mindspore") is None, reason="runs MindSpore jobs")
+@pytest.mark.timeout(900)
 def test_a_chain_of_real_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """2 workers, then 4 that take over: 3 + 3 steps give the losses of 6 on one card."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)])))

@@ -32,6 +32,7 @@ from recorded import assert_ranks, assert_same, read_tensors
 
 from mindformers_ckpt.cli.main import cli
 from mindformers_ckpt.cli.merge_lora import command
+from mindformers_ckpt.look.fingerprint import fingerprint
 from mindformers_ckpt.strategy.files import MERGED_FILE, read_strategy
 
 SPELLINGS = [
@@ -150,9 +151,10 @@ def test_cut_for_another_strategy_in_the_same_pass(processes: int, tmp_path: Pat
     whole = merged_file(tmp_path / "whole", *arguments)
     output = merge(
         *arguments, "--dst_ckpt_dir", tmp_path / "out", "--dst_strategy", target,
-        "--transform_process_num", processes,
+        "--transform_process_num", processes, "--fingerprint",
     )  # fmt: skip
     assert "warning" not in output
+    assert f"fingerprint {fingerprint(tmp_path / 'whole/merged_lora.ckpt').digest}" in output
     kept = layouts()
     expected: dict[int, Model] = {
         rank: {

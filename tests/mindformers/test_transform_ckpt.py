@@ -101,10 +101,11 @@ def assert_alike(theirs: Path, own: Path, *, bytewise: bool) -> None:
 
 def test_the_class_is_replaced_in_place_once_and_comes_back(module: ModuleType) -> None:
     from mindformers.models import modeling_utils
-    from mindformers.trainer import utils
+    from mindformers.trainer import base_trainer, utils
 
     theirs = module.TransformCkpt
     before = theirs.__init__, theirs.__call__
+    load = utils.transform_and_load_checkpoint
     signatures = inspect.signature(theirs), inspect.signature(theirs.__call__)
     replacement.install()
     try:
@@ -114,11 +115,13 @@ def test_the_class_is_replaced_in_place_once_and_comes_back(module: ModuleType) 
         assert during[0] is not before[0]
         assert during[1] is not before[1]
         assert (inspect.signature(theirs), inspect.signature(theirs.__call__)) == signatures
+        assert base_trainer.transform_and_load_checkpoint is utils.transform_and_load_checkpoint is not load
         replacement.install()
         assert (theirs.__init__, theirs.__call__) == during
     finally:
         replacement.uninstall()
     assert (theirs.__init__, theirs.__call__) == before
+    assert base_trainer.transform_and_load_checkpoint is utils.transform_and_load_checkpoint is load
     replacement.uninstall()
     assert not replacement.installed()
 
@@ -485,3 +488,33 @@ def test_their_loading_path_in_a_job_of_two_ranks(module: ModuleType, tmp_path: 
         (tmp_path / "damaged_1.txt").read_text().startswith("RankError: rank 0 failed in step 'transform checkpoint'")
     )
     assert "the engine of mindformers_ckpt" in logs
+
+
+def test_a_rank_that_dies_while_it_compiles_is_announced(module: ModuleType, tmp_path: Path) -> None:
+    """The ranks meet before they compile, so that nobody waits 7,200 s in `TransformCkpt` for one that is dead."""
+    source = write_tensors(tmp_path / "base.ckpt", random_model({"emb": (8, 6)}))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    environment = {
+        **os.environ,
+        "LOCAL_DEFAULT_PATH": str(tmp_path / "output"),
+        "LOG_MF_PATH": str(tmp_path / "log"),
+        "MINDFORMERS_CKPT_MASTER": address,
+        "RANK_SIZE": "2",
+    }
+    job = Path(__file__).with_name("compile_job.py")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(job), str(source), str(tmp_path)],
+            env={**environment, "RANK_ID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 9], outputs
+    told = (tmp_path / "told_0.txt").read_text()
+    assert told.startswith("RankError: rank 1 "), told

@@ -21,7 +21,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -138,7 +138,7 @@ class Cluster:
         meeting = meet(Job(address, size, job), rank, node, trust, timeout)
         cluster = cls(rank, size, (), timeout, meeting)
         try:
-            members = cluster._receive(meeting, JOIN)
+            members = cluster._values(meeting, JOIN)
             cluster.nodes = tuple(printable(str(member[0])) for member in members)
             trusted = [meeting.is_trusted and member[1] is True for member in members]
         except BaseException:
@@ -170,16 +170,38 @@ class Cluster:
         Raises RankError on every rank when one failed, died, left, came to another step, or did not come.
         """
         self.check()
+        encoded = self._encoded(value, step, MAX_VALUES // self.size)
+        if self._meeting is None:
+            return [json.loads(encoded)]
+        self._send(self._meeting, {"kind": "gather", "step": step, "value": value})
+        return self._values(self._meeting, step)
+
+    def hand_out(self, step: str, values: Sequence[object] | None = None) -> Any:
+        """Tell every rank a JSON value of its own: one rank gives `values`, in rank order, and each gets its own back.
+
+        All of them together may take 64 MiB. Raises as `gather` does.
+        """
+        self.check()
+        message: Message = {"kind": "gather", "step": step, "value": None}
+        if values is not None:
+            encoded = self._encoded(values, step, MAX_VALUES)
+            message = {"kind": "hand", "step": step, "values": values}
+        if self._meeting is None:
+            return None if values is None else json.loads(encoded)[0]
+        self._send(self._meeting, message)
+        answer = self._receive(self._meeting, step)
+        if answer.get("kind") != "handed" or "value" not in answer:
+            raise self._announced(answer)
+        return answer["value"]
+
+    def _encoded(self, value: object, step: str, limit: int) -> str:
+        """The JSON of what is to be sent. Raises RankError, on all ranks, where it is over the limit."""
         encoded = json.dumps(value)
-        limit = MAX_VALUES // self.size
         if len(encoded) > limit:
             error = RankError(f"a value of {len(encoded)} bytes, {limit} are allowed", self.rank, step)
             self.fail(error, step)
             raise error
-        if self._meeting is None:
-            return [json.loads(encoded)]
-        self._send(self._meeting, {"kind": "gather", "step": step, "value": value})
-        return self._receive(self._meeting, step)
+        return encoded
 
     def barrier(self, step: str) -> None:
         """Wait until all ranks have arrived at `step`; raises as `gather` does."""
@@ -273,20 +295,24 @@ class Cluster:
         except OSError:
             return  # the coordinator's last words, or its end, are found by whoever receives next
 
-    def _receive(self, meeting: Meeting, step: str) -> list[Any]:
-        """The values of the step."""
+    def _values(self, meeting: Meeting, step: str) -> list[Any]:
+        """The values of all ranks at the step."""
+        message = self._receive(meeting, step)
+        values = message.get("values")
+        if message.get("kind") != "gathered" or not isinstance(values, list) or len(values) != self.size:
+            raise self._announced(message)
+        return values
+
+    def _receive(self, meeting: Meeting, step: str) -> Message:
+        """The coordinator's answer at the step."""
         try:
-            message = meeting.link.receive(time.monotonic() + self.timeout + GRACE)
+            return meeting.link.receive(time.monotonic() + self.timeout + GRACE)
         except TimeoutError as error:
             text = f"step {step!r}: rank {meeting.host_rank}, which coordinates, does not answer"
             self._error = RankError(f"{text} ({self.timeout + GRACE:g} s)", meeting.host_rank, step)
             raise self._error from error
         except (ConnectionError, ProtocolError) as error:
             raise self._lost(error, step) from error
-        values = message.get("values")
-        if message.get("kind") != "gathered" or not isinstance(values, list) or len(values) != self.size:
-            raise self._announced(message)
-        return values
 
     def _announced(self, message: Message) -> RankError:
         rank, step, text = message.get("rank"), message.get("step"), message.get("text")

@@ -110,6 +110,7 @@ class Coordinator(threading.Thread):
         self._step: str | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._values: dict[int, Any] = {}
+        self._handed: list[Any] | None = None  # one value for each rank, where the step is one at which they are told
         self._failure: bytes | None = None
         self._lacks_files = False
         _allow_open_files(size + 4 * SPARE)
@@ -218,11 +219,18 @@ class Coordinator(threading.Thread):
             return True  # no step can begin any more; the peer finds the failure in its queue
         if kind == "gather" and isinstance(step, str) and "value" in message:
             self._arrive(rank, step, message["value"])
+        elif kind == "hand" and isinstance(step, str) and self._handed is None and self._is_for_all(message):
+            self._handed = message["values"]
+            self._arrive(rank, step, None)
         elif kind == "failed" and isinstance(step, (str, type(None))) and isinstance(message.get("text"), str):
             self._fail(rank, step, message["text"])
         else:
             raise ProtocolError("a message of an unknown form")
         return True
+
+    def _is_for_all(self, message: Message) -> bool:
+        values = message.get("values")
+        return isinstance(values, list) and len(values) == self._size
 
     # Who is there.
 
@@ -306,9 +314,13 @@ class Coordinator(threading.Thread):
             if self._step == JOIN:
                 self._have_joined = True
                 self._door.close()
-            values = [self._values[rank] for rank in range(self._size)]
+            values, handed = [self._values[rank] for rank in range(self._size)], self._handed
             self._close_step()
-            self._broadcast(encode({"kind": "gathered", "values": values}))
+            if handed is None:
+                self._broadcast(encode({"kind": "gathered", "values": values}))
+                return
+            for rank, peer in self._peers.items():
+                peer.post(encode({"kind": "handed", "value": handed[rank]}))
 
     def _expire(self) -> None:
         """The time of a step is over."""
@@ -329,7 +341,7 @@ class Coordinator(threading.Thread):
         if self._timer is not None:
             self._timer.cancel()
         self._step, self._timer = None, None
-        self._values = {}
+        self._values, self._handed = {}, None
 
     def _fail(self, rank: int | None, step: str | None, text: str) -> None:
         """Tell all ranks of a failure; the first one counts."""

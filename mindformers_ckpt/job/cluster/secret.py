@@ -2,7 +2,7 @@
 
 A file is named after a number that the coordinator draws and says to everybody, so a rank never takes the one of an
 earlier job for it. It is there from the moment that the coordinator listens until all ranks have joined. What a killed
-coordinator leaves is removed by the next one of the same node and address.
+coordinator leaves is removed by the next one on the same node.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from mindformers_ckpt.disk.locks import Owner
 from mindformers_ckpt.job.cluster.messages import Address
 from mindformers_ckpt.job.cluster.proof import NUMBER
 
@@ -119,14 +120,14 @@ def leave_secret(folder: Path, owner: str) -> tuple[bytes, bytes, Path] | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for other in folder.glob(f"{PREFIX}*"):
-            if (_read(other) or "").partition("\n")[2] == owner:
+            if _is_left(other, owner):
                 other.unlink(missing_ok=True)
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError:
         return None
     try:
         with open(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(f"{secret}\n{owner}")
+            stream.write(f"{secret}\n{owner}\n{Owner.myself()}")
             is_private = _is_private(os.fstat(descriptor))
         if is_private:
             return number, secret.encode(), file
@@ -134,6 +135,13 @@ def leave_secret(folder: Path, owner: str) -> tuple[bytes, bytes, Path] | None:
         pass
     file.unlink(missing_ok=True)
     return None
+
+
+def _is_left(file: Path, owner: str) -> bool:
+    """Whether a file is that of an earlier coordinator of this owner, or of a dead process."""
+    named, _, process = (_read(file) or "").partition("\n")[2].partition("\n")
+    left_by = Owner.parse(process)
+    return named == owner or (left_by is not None and left_by.is_dead())
 
 
 def read_secret(folder: Path, number: bytes, patience: float) -> bytes | None:

@@ -1,0 +1,35 @@
+"""One digest of a checkpoint, from the checksums of its whole tensors: whatever its files, format and strategy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class TensorChecksum(NamedTuple):
+    """CRC-64/NVME of the row-major bytes of a whole tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    crc64nvme: int
+
+    @property
+    def hex(self) -> str:
+        """The checksum as it is written: 16 hexadecimal digits."""
+        return f"{self.crc64nvme:016x}"
+
+
+def digest_of(tensors: Iterable[TensorChecksum]) -> str:
+    """SHA-256 over a line of JSON a tensor, [name, dtype, shape, checksum], in the order of the names.
+
+    Tensors without elements do not count: a `.ckpt` file cannot hold them.
+    """
+    whole = hashlib.sha256()
+    for tensor in sorted(tensors):
+        if 0 not in tensor.shape:
+            line = json.dumps([tensor.name, tensor.dtype, list(tensor.shape), tensor.hex])
+            whole.update(line.encode() + b"\n")
+    return whole.hexdigest()

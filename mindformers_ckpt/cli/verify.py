@@ -1,0 +1,121 @@
+"""`mindformers-ckpt verify`: is a result what its manifest says, or what its source gives?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mindformers_ckpt.cli.notices import complain, say, say_json, warn
+from mindformers_ckpt.cli.options import CONTENTS, STEP, LocalPath, StrategyPath, json_option
+from mindformers_ckpt.cli.progress import show_progress
+from mindformers_ckpt.look.verify import verify
+from mindformers_ckpt.look.verify_model import Difference, Verification
+
+_SHOWN = 20
+
+
+class Share(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+    """A share of all: "5%" or 0.05."""
+
+    name = "share"
+
+    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip()
+        try:
+            share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        except ValueError:
+            self.fail(f"{value!r} is no share; write it like 5% or 0.05", param, ctx)
+        if not 0 < share <= 1:
+            self.fail(f"{value!r} is not between 0 and 100%", param, ctx)
+        return share
+
+
+@click.command("verify")
+@click.argument("result", type=LocalPath())
+@click.option("--strategy", type=StrategyPath(), help="Strategy of the result; left out: what its manifest names.")
+@click.option("--against", type=LocalPath(), metavar="SOURCE", help="Compare with what this checkpoint gives.")
+@click.option("--src-strategy", type=StrategyPath(), help="Strategy of the source, for --against.")
+@STEP
+@CONTENTS
+@click.option("--sample", type=Share(), default="100%", show_default=True, help="Share of the tensors to read.")
+@json_option
+@click.option("--quiet", is_flag=True, help="Print differences and errors only.")
+def command(
+    result: Path,
+    strategy: Path | None,
+    against: Path | None,
+    src_strategy: Path | None,
+    step: str | None,
+    contents: str,
+    sample: float,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Check a RESULT of this program: files, sizes, ranks, hashes, CRC trailers, fingerprints, replicas.
+
+    With --against, compare every rank's file bit by bit with what the source gives under the result's --strategy.
+    Exits with 1 when something differs.
+    """
+    if against is None and (src_strategy is not None or step is not None):
+        raise click.UsageError("--src-strategy and --step are of the source; give it with --against.")
+    with show_progress("verify", quiet=quiet or as_json) as progress:
+        found = verify(
+            result,
+            strategy,
+            against=against,
+            src_strategy=src_strategy,
+            step=step,
+            sample=sample,
+            contents=contents,
+            progress=progress,
+        )
+    if not quiet:
+        warn(found.warnings)
+    if as_json:
+        say_json(_as_json(result, found))
+    else:
+        _report(result, found, quiet)
+    if not found.ok:
+        click.get_current_context().exit(1)
+
+
+def _report(result: Path, found: Verification, quiet: bool) -> None:
+    if not quiet:
+        for line in found.checked:
+            say(f"checked: {line}")
+        for line in found.unchecked:
+            say(f"not checked: {line}")
+    for difference in found.differences[:_SHOWN]:
+        complain(str(difference))
+    if len(found.differences) > _SHOWN:
+        complain(f"… and {len(found.differences) - _SHOWN} more (--json lists all)")
+    if found.ok and not quiet:
+        say(f"{result}: nothing differs")
+    elif not found.ok:
+        count = len(found.differences)
+        complain(f"{result}: {count} {'difference' if count == 1 else 'differences'}")
+
+
+def _as_json(result: Path, found: Verification) -> dict[str, Any]:
+    return {
+        "path": str(result),
+        "ok": found.ok,
+        "checked": found.checked,
+        "unchecked": found.unchecked,
+        "differences": [_difference(difference) for difference in found.differences],
+        "warnings": found.warnings,
+    }
+
+
+def _difference(difference: Difference) -> dict[str, Any]:
+    box = difference.box
+    return {
+        "what": difference.what,
+        "file": None if difference.file is None else str(difference.file),
+        "tensor": difference.tensor,
+        "rank": difference.rank,
+        "box": None if box is None else [box.start, box.stop],
+        "offset": difference.offset,
+    }

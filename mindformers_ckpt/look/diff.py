@@ -1,0 +1,259 @@
+"""Two checkpoints as whole tensors, whatever their strategies, formats and kinds: what differs, and by how much."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mindformers_ckpt.engine.buffers import BLOCK_BYTES
+from mindformers_ckpt.errors import ConfigError, PlanError, describe_problems
+from mindformers_ckpt.formats import DType, TensorSpec
+from mindformers_ckpt.geometry.box import Box, blocks
+from mindformers_ckpt.look.holders import first_difference
+from mindformers_ckpt.look.whole import PathLike, WholeReader, find_checkpoint
+from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
+from mindformers_ckpt.sources.plausibility import check_contents
+from mindformers_ckpt.strategy.model import Strategy
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+Progress = Callable[[int, int], None]
+# Elements that are computed with at a time: as double precision they stay in the cache.
+_STRIP = 64 << 10
+
+
+@dataclass(frozen=True)
+class TensorDiff:
+    """A tensor that both checkpoints have, and that is not the same in both.
+
+    Attributes:
+        name: of the tensor.
+        left, right: type and shape on both sides.
+        differing: elements whose values differ; None where they cannot be compared: shapes or kinds of types differ.
+        largest: the largest |difference|; infinite where one side is no number, or infinite.
+        where: the index of that element.
+        values: of that element, left and right.
+        relative: the norm of the difference by the norm of the left tensor.
+    """
+
+    name: str
+    left: TensorSpec
+    right: TensorSpec
+    differing: int | None = None
+    largest: float | None = None
+    where: tuple[int, ...] | None = None
+    values: tuple[float, float] | None = None
+    relative: float | None = None
+
+    def within(self, tolerance: float) -> bool:
+        """Whether type and shape are the same and no element differs by more; nothing is within 0, where bits count."""
+        is_same = tolerance > 0 and (self.left.dtype, self.left.shape) == (self.right.dtype, self.right.shape)
+        return is_same and self.largest is not None and self.largest <= tolerance
+
+
+@dataclass(frozen=True)
+class Diff:
+    """What differs between two checkpoints.
+
+    Attributes:
+        only_left, only_right: names of tensors that the other one lacks.
+        equal: how many tensors are the same, bit for bit.
+        tensors: those that are not, by name.
+        tolerance: what was allowed.
+        warnings: what you should know of the choice of files.
+    """
+
+    only_left: tuple[str, ...]
+    only_right: tuple[str, ...]
+    equal: int
+    tensors: tuple[TensorDiff, ...]
+    tolerance: float = 0.0
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def beyond(self) -> tuple[TensorDiff, ...]:
+        """The tensors that differ by more than the tolerance, or in type or shape."""
+        return tuple(tensor for tensor in self.tensors if not tensor.within(self.tolerance))
+
+    @property
+    def ok(self) -> bool:
+        """Whether both have the same tensors, and none differs by more than the tolerance."""
+        return not (self.only_left or self.only_right or self.beyond)
+
+
+def diff(
+    left: PathLike,
+    right: PathLike,
+    strategy: PathLike | Strategy | None = None,
+    right_strategy: PathLike | Strategy | None = None,
+    *,
+    step: str | None = None,
+    right_step: str | None = None,
+    tolerance: float = 0.0,
+    contents: str = "error",
+    progress: Progress | None = None,
+) -> Diff:
+    """Compare two checkpoints as whole tensors.
+
+    `strategy` and `step` are of the left one, the others of the right one (see `fingerprint`). `tolerance` is the
+    largest |difference| of an element that is allowed. `progress` is told the bytes that were compared and the total.
+    Memory does not grow with the tensors. Raises PlanError, FormatError, StrategyError, TransferError.
+    """
+    if not tolerance >= 0 or math.isinf(tolerance):
+        raise ConfigError(f"a tolerance of {tolerance:g} makes no sense; give a number from 0 on")
+    first, second = find_checkpoint(left, strategy, step), find_checkpoint(right, right_strategy, right_step)
+    ours, theirs = _tensors(first), _tensors(second)
+    warnings = [
+        *first.warnings,
+        *second.warnings,
+        *check_contents(first, first.tensors(), contents),
+        *check_contents(second, second.tensors(), contents),
+    ]
+    common = sorted(ours.keys() & theirs.keys())
+    total, done = sum(ours[name].spec.nbytes for name in common), 0
+    found: list[TensorDiff] = []
+    with closing(WholeReader(first)) as one, closing(WholeReader(second)) as other:
+        for name in common:
+            compared = _compare(name, (one, ours[name]), (other, theirs[name]))
+            if compared is not None:
+                found.append(compared)
+            done += ours[name].spec.nbytes
+            if progress is not None:
+                progress(done, total)
+    return Diff(
+        tuple(sorted(ours.keys() - theirs.keys())),
+        tuple(sorted(theirs.keys() - ours.keys())),
+        len(common) - len(found),
+        tuple(found),
+        tolerance,
+        tuple(warnings),
+    )
+
+
+def _tensors(checkpoint: Checkpoint) -> Mapping[str, LogicalTensor]:
+    """The tensors with elements, which a .ckpt file can hold. Raises PlanError for those that are not all there."""
+    tensors = checkpoint.tensors()
+    lost = [
+        f"{name}: the box {box} of ranks {list(ranks[:8])}"
+        for name, tensor in tensors.items()
+        for box, ranks in tensor.missing
+    ]
+    if lost:
+        raise PlanError(describe_problems(f"{checkpoint.files.root}: of some tensors not all is there", lost))
+    return {name: tensor for name, tensor in tensors.items() if tensor.spec.size}
+
+
+def _compare(
+    name: str, left: tuple[WholeReader, LogicalTensor], right: tuple[WholeReader, LogicalTensor]
+) -> TensorDiff | None:
+    """What differs in a tensor, None when it is the same bit for bit."""
+    ours, theirs = left[1].spec, right[1].spec
+    if ours.shape != theirs.shape:
+        return TensorDiff(name, ours, theirs)
+    is_same_type, sums = ours.dtype == theirs.dtype, _Sums(ours, theirs)
+    limit = max(1, BLOCK_BYTES // max(ours.dtype.itemsize, theirs.dtype.itemsize))
+    is_equal = is_same_type
+    for block in blocks(Box.whole(ours.shape), limit):
+        a, b = left[0].read(left[1], block).reshape(-1), right[0].read(right[1], block).reshape(-1)
+        if is_same_type and first_difference(a.view("u1"), b.view("u1")) is None:
+            sums.add_equal(a)
+            continue
+        is_equal = False
+        sums.add(a, b, block)
+    return None if is_equal else sums.result(name)
+
+
+class _Sums:
+    """What is counted over the blocks of a tensor: differences, and the squares for the norms."""
+
+    def __init__(self, ours: TensorSpec, theirs: TensorSpec) -> None:
+        self.ours, self.theirs = ours, theirs
+        self.left_type, self.right_type = _number_type(ours.dtype), _number_type(theirs.dtype)
+        self.differing, self.largest = 0, -1.0
+        self.squares = self.norm = 0.0
+        self.where: tuple[int, ...] | None = None
+        self.values = (0.0, 0.0)
+
+    def add_equal(self, a: Array) -> None:
+        """A block that is the same on both sides; it counts for the norm."""
+        if self.left_type is not None:
+            for first in range(0, len(a), _STRIP):
+                self.norm += _square(_as_numbers(a[first : first + _STRIP], self.left_type))
+
+    def add(self, a: Array, b: Array, block: Box) -> None:
+        """A block that is not."""
+        if self.left_type is None or self.right_type is None:
+            return
+        for first in range(0, len(a), _STRIP):
+            strip = slice(first, first + _STRIP)
+            self._add_strip(_as_numbers(a[strip], self.left_type), _as_numbers(b[strip], self.right_type), block, first)
+
+    def _add_strip(self, a: Array, b: Array, block: Box, first: int) -> None:
+        import numpy as np
+
+        with np.errstate(all="ignore"):
+            delta = np.abs(a - b)
+        delta[(a == b) | (np.isnan(a) & np.isnan(b))] = 0
+        delta[np.isnan(delta)] = np.inf
+        self.norm += _square(a)
+        self.squares += _square(delta)
+        self.differing += int(np.count_nonzero(delta))
+        at = int(np.argmax(delta))
+        if float(delta[at]) > self.largest:
+            self.largest = float(delta[at])
+            inside = np.unravel_index(first + at, block.shape)
+            self.where = tuple(int(index) + start for index, start in zip(inside, block.start))
+            self.values = (_told(a[at]), _told(b[at]))
+
+    def result(self, name: str) -> TensorDiff:
+        if self.left_type is None or self.right_type is None:
+            return TensorDiff(name, self.ours, self.theirs)
+        if self.where is None:
+            return TensorDiff(name, self.ours, self.theirs, 0, 0.0, None, None, 0.0)
+        norm, error = math.sqrt(self.norm), math.sqrt(self.squares)
+        relative = error / norm if norm else (math.inf if error else 0.0)
+        return TensorDiff(name, self.ours, self.theirs, self.differing, self.largest, self.where, self.values, relative)
+
+
+def _square(numbers: Array) -> float:
+    """The sum of squares; what is infinite or no number counts in differences only."""
+    import numpy as np
+
+    magnitude = np.abs(numbers)
+    total = float(np.vdot(magnitude, magnitude).real)
+    if math.isfinite(total):
+        return total
+    magnitude = magnitude[np.isfinite(magnitude)].astype(np.float64)
+    with np.errstate(over="ignore"):
+        return float(np.vdot(magnitude, magnitude))
+
+
+def _told(value: Any) -> float:
+    return float(abs(value)) if isinstance(value, complex) else float(value)
+
+
+def _number_type(dtype: DType) -> np.dtype[Any] | None:
+    """The numpy type whose values the bytes are, None for those that are compared as bits only."""
+    import ml_dtypes
+    import numpy as np
+
+    if dtype.name in ("str", "qint4x2", "hifloat8"):
+        return None
+    return np.dtype(getattr(ml_dtypes, dtype.name, dtype.name))
+
+
+def _as_numbers(carried: Array, dtype: np.dtype[Any]) -> Array:
+    """The values in a precision that holds all of them, and their differences."""
+    import numpy as np
+
+    wide = (
+        np.complex128 if dtype.kind == "c" else np.longdouble if dtype.kind in "iu" and dtype.itemsize == 8 else float
+    )
+    values: Array = carried.view(dtype).astype(wide)
+    return values

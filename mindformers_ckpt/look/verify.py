@@ -1,0 +1,163 @@
+"""Is a result what it should be: by its own manifest, or by the source that it was made of?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from mindformers_ckpt.errors import CheckpointError, ConfigError, FormatError, PlanError
+from mindformers_ckpt.look.verify_manifest import (
+    Choose,
+    Manifest,
+    check_files,
+    check_hashes,
+    check_ranks,
+    check_trailers,
+    read_result,
+    sampler,
+)
+from mindformers_ckpt.look.verify_model import Difference, Verification
+from mindformers_ckpt.look.verify_replicas import verify_checksums
+from mindformers_ckpt.look.whole import PathLike, as_strategy, find_checkpoint
+from mindformers_ckpt.publish.fingerprints import folder_of, recorded_checksums
+from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.sources.source import Kind, Source
+from mindformers_ckpt.strategy.model import Strategy, origin_of
+
+Progress = Callable[[int, int], None]
+
+
+def verify(
+    path: PathLike,
+    strategy: PathLike | Strategy | None = None,
+    *,
+    against: PathLike | None = None,
+    src_strategy: PathLike | Strategy | None = None,
+    step: str | None = None,
+    sample: float = 1.0,
+    contents: str = "error",
+    progress: Progress | None = None,
+) -> Verification:
+    """Check a result, by its manifest or against a source.
+
+    By the manifest: files and their sizes, ranks, and all that was recorded of the contents: hashes (`--hash`), CRC-32
+    trailers (`--crc-check`), fingerprints (`--fingerprint`); replicas are compared. `strategy` is that of the result,
+    by default the one that the manifest names. With `against`, a checkpoint under `src_strategy` (`step` chooses among
+    several files): every rank of the result is compared with what the source gives it, bit by bit.
+
+    `sample` is the share of tensors whose contents are read. `contents` says what samples of the source that contradict
+    its strategy are: "error", "warn" or "off". `progress` is told bytes read and the total.
+    Raises PlanError when there is nothing to go by, and what reading the source raises; all that is wrong with the
+    result is in `differences`.
+    """
+    if not 0 < sample <= 1:
+        raise ConfigError(f"a sample of {sample:g} makes no sense; give a share of the tensors like 0.05 (5%)")
+    found, chosen = Verification(), sampler(sample)
+    if against is not None:
+        _verify_against(path, strategy, against, src_strategy, step, chosen, contents, progress, found)
+    else:
+        _verify_manifest(Path(os.path.abspath(path)), strategy, sample, chosen, progress, found)
+    return found
+
+
+def _verify_against(
+    path: PathLike,
+    strategy: PathLike | Strategy | None,
+    against: PathLike,
+    src_strategy: PathLike | Strategy | None,
+    step: str | None,
+    chosen: Choose,
+    contents: str,
+    progress: Progress | None,
+    found: Verification,
+) -> None:
+    from mindformers_ckpt.look.verify_against import verify_against
+
+    source = find_checkpoint(against, src_strategy, step)
+    source.tensors()
+    try:
+        result = find_checkpoint(path, strategy)
+        for rank in result.files.by_rank:
+            result.records_of(rank)
+    except FormatError as error:
+        found.differences.append(Difference(str(error)))
+        return
+    verify_against(result, source, chosen, contents=contents, progress=progress, found=found)
+
+
+def _verify_manifest(
+    folder: Path,
+    strategy: PathLike | Strategy | None,
+    sample: float,
+    chosen: Choose,
+    progress: Progress | None,
+    found: Verification,
+) -> None:
+    if not folder.is_dir():
+        raise PlanError(f"{folder} is no folder of a result; a file is compared with its source (--against SOURCE)")
+    manifest = read_result(folder)
+    known = _known_strategy(manifest, strategy, found)
+    headers = check_files(folder, manifest, found)
+    check_ranks(manifest, known, found)
+    check_trailers(headers, sample, chosen, found)
+    check_hashes(folder, manifest, headers, chosen, found)
+    is_whole = len(headers) == len(manifest.entries)
+    for part, entry in manifest.fingerprints.items():
+        if is_whole:
+            _verify_fingerprint(folder, part, entry, manifest, known, chosen, progress, found)
+        else:
+            found.unchecked.append("fingerprints: not all files can be read")
+    if not manifest.fingerprints and not any(entry.hashes for entry in manifest.entries):
+        found.unchecked.append(
+            "the contents: the run recorded neither hashes (--hash) nor fingerprints (--fingerprint); --against SOURCE "
+            "compares them with what they were made of"
+        )
+
+
+def _known_strategy(manifest: Manifest, strategy: PathLike | Strategy | None, found: Verification) -> Strategy | None:
+    """The strategy that is given, or that the manifest names; None where its file is gone."""
+    if strategy is not None or manifest.target is None:
+        return None if strategy is None else as_strategy(strategy)
+    origin = origin_of(manifest.target)
+    if origin is None:
+        return Strategy.complete()
+    try:
+        return as_strategy(origin)
+    except (CheckpointError, OSError) as error:
+        found.warnings.append(f"the strategy that the manifest names cannot be used: {error}; give it with --strategy")
+        return None
+
+
+def _verify_fingerprint(
+    folder: Path,
+    part: str,
+    entry: Mapping[str, object],
+    manifest: Manifest,
+    strategy: Strategy | None,
+    chosen: Choose,
+    progress: Progress | None,
+    found: Verification,
+) -> None:
+    """Compare the whole tensors of a checkpoint in a result with what is recorded of them."""
+    if strategy is None and len(manifest.entries) > 1 and manifest.target is not None:
+        found.unchecked.append("fingerprints: the strategy of the result is not known; give it with --strategy")
+        return
+    try:
+        recorded = {told.name: told for told in recorded_checksums(entry)}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        found.differences.append(Difference(f"the manifest has no legible fingerprint ({error!r})", folder))
+        return
+    checkpoint = Checkpoint(_source(folder, part, manifest), strategy or Strategy.complete())
+    try:
+        verify_checksums(checkpoint, recorded, chosen(list(recorded)), found, progress)
+    except (PlanError, FormatError) as error:
+        found.differences.append(Difference(str(error)))
+
+
+def _source(folder: Path, part: str, manifest: Manifest) -> Source:
+    """The files of a checkpoint in a result, by rank."""
+    entries = [entry for entry in manifest.entries if folder_of(entry.path) == part]
+    if not all("rank_" in Path(entry.path).parent.name for entry in entries):
+        return Source(folder, {0: tuple(folder / entry.path for entry in entries)})
+    return Source(folder / part, {entry.rank: (folder / entry.path,) for entry in entries}, Kind.RANK_FOLDERS)

@@ -1,0 +1,192 @@
+"""A proof that a result holds the tensors of a source under its own strategy, bit for bit: all is read and compared.
+
+The plan that would make the result is run once more, on a sink that compares where it should write.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+from mindformers_ckpt.engine.copier import Copier, Task, cut_into_tasks
+from mindformers_ckpt.errors import TransferError
+from mindformers_ckpt.formats import TensorRecord
+from mindformers_ckpt.look.holders import ContentReader, first_difference
+from mindformers_ckpt.look.verify_model import Difference, Verification
+from mindformers_ckpt.planning.build import build_plan
+from mindformers_ckpt.planning.model import Plan
+from mindformers_ckpt.sources.checkpoint import Checkpoint
+
+Progress = Callable[[int, int], None]
+Records = Mapping[str, "tuple[Path, TensorRecord]"]
+
+
+def verify_against(
+    result: Checkpoint,
+    source: Checkpoint,
+    chosen: Callable[[Sequence[str]], set[str]],
+    *,
+    contents: str,
+    progress: Progress | None,
+    found: Verification,
+) -> None:
+    """Compare a result with what its source gives under the result's strategy; `chosen` picks the tensors to read."""
+    plan = build_plan(source, result.strategy, contents=contents)
+    found.warnings += plan.warnings
+    held = {rank: result.records_of(rank) for rank in sorted(result.files.by_rank)}
+    unfit = _compare_headers(plan, held, result, found)
+    names = list(dict.fromkeys(transfer.name for transfer in plan.transfers))
+    taken = chosen(names)
+    plan = _without(plan, taken, unfit)
+    found.checked.append(
+        f"{len(taken)} of {len(names)} tensors in the files of {len(held)} ranks: read, and compared with the source "
+        "bit by bit"
+    )
+    compared = _Comparison(plan, held)
+    _run(plan, compared, progress)
+    found.differences += compared.differences()
+
+
+def _compare_headers(
+    plan: Plan, held: Mapping[int, Records], result: Checkpoint, found: Verification
+) -> set[tuple[int, str]]:
+    """Note ranks and tensors that are missing, too many, or of another form; the (rank, name) that cannot be read."""
+    unfit = set()
+    wanted = {target.rank: target for target in plan.targets}
+    for rank, target in wanted.items():
+        if rank not in held:
+            found.differences.append(Difference("there are no files of this rank", result.files.root, rank=rank))
+        records = held.get(rank, {})
+        expected = {spec.name: spec for spec in target.tensors if spec.size}
+        for name, spec in expected.items():
+            if name not in records:
+                unfit.add((rank, name))
+                if rank in held:
+                    files = result.files.by_rank[rank]
+                    found.differences.append(Difference("it is not in the file", files[0], name, rank))
+                continue
+            path, record = records[name]
+            if (record.spec.dtype, record.spec.shape) != (spec.dtype, spec.shape):
+                unfit.add((rank, name))
+                what = (
+                    f"it is {record.spec.dtype.name}{list(record.spec.shape)}, the source gives "
+                    f"{spec.dtype.name}{list(spec.shape)}"
+                )
+                found.differences.append(Difference(what, path, name, rank))
+        for name, (path, record) in records.items():
+            if name not in expected and record.spec.size:
+                found.differences.append(Difference("the source gives nothing of it to this rank", path, name, rank))
+    for rank in held.keys() - wanted.keys():
+        found.differences.append(Difference("the strategy has no such rank", result.files.root, rank=rank))
+    return unfit
+
+
+def _without(plan: Plan, chosen: set[str], unfit: set[tuple[int, str]]) -> Plan:
+    """The plan for the chosen tensors, without places that cannot be read."""
+    transfers = []
+    for transfer in plan.transfers:
+        ranks = [plan.targets[place.file].rank for place in transfer.targets]
+        places = [place for place, rank in zip(transfer.targets, ranks) if (rank, transfer.name) not in unfit]
+        if transfer.name in chosen and places:
+            transfers.append(transfer.for_places(places))
+    return replace(plan, transfers=tuple(transfers))
+
+
+class _Comparison:
+    """What was found to differ so far, of all threads."""
+
+    def __init__(self, plan: Plan, held: Mapping[int, Records]) -> None:
+        self.plan, self.held = plan, held
+        self._lock = threading.Lock()
+        self._bytes: dict[tuple[int, str], int] = {}
+        self._first: dict[tuple[int, str], int] = {}
+        self._boxes = {
+            (place.file, transfer.name): place.box for transfer in plan.transfers for place in transfer.targets
+        }
+
+    def note(self, file: int, name: str, start: int, count: int) -> None:
+        """Bytes of a tensor of a target file differ, the first one at `start`."""
+        with self._lock:
+            key = file, name
+            self._bytes[key] = self._bytes.get(key, 0) + count
+            self._first[key] = min(start, self._first.get(key, start))
+
+    def record(self, file: int, name: str) -> tuple[Path, TensorRecord]:
+        return self.held[self.plan.targets[file].rank][name]
+
+    def differences(self) -> list[Difference]:
+        found = []
+        for file, name in sorted(self._first):
+            path, record = self.record(file, name)
+            start = self._first[file, name]
+            offset = _Sink.place(record, start)
+            what = f"{self._bytes[file, name]} of {record.spec.nbytes} bytes differ from the source"
+            rank = self.plan.targets[file].rank
+            found.append(Difference(what, path, name, rank, self._boxes[file, name], offset))
+        return found
+
+
+class _Sink:
+    """Compares what it should write with what is there."""
+
+    def __init__(self, found: _Comparison) -> None:
+        self._found = found
+        self._reader = ContentReader()
+
+    def write(self, file: int, name: str, start: int, data: memoryview) -> None:
+        import numpy as np
+
+        path, record = self._found.record(file, name)
+        there, expected = self._reader.read(path, record.segments, start, len(data)), np.frombuffer(data, np.uint8)
+        first = first_difference(there, expected)
+        if first is not None:
+            self._found.note(file, name, start + first, int(np.count_nonzero(there != expected)))
+
+    def offset(self, file: int, name: str, start: int) -> int:
+        return self.place(self._found.record(file, name)[1], start)
+
+    @staticmethod
+    def place(record: TensorRecord, start: int) -> int:
+        """Where in its file a byte of a tensor is."""
+        for segment in record.segments:
+            if start < segment.length:
+                return segment.offset + start
+            start -= segment.length
+        return 0
+
+    def proof(self) -> str:
+        return ""
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+def _run(plan: Plan, compared: _Comparison, progress: Progress | None) -> None:
+    """Run all tasks of a plan in two threads: while one waits for a read, the other compares."""
+    tasks = cut_into_tasks(plan)
+    total, done = sum(task.bytes_written for task in tasks), 0
+    lock, stop = threading.Lock(), threading.Event()
+
+    def check() -> None:
+        if stop.is_set():
+            raise TransferError("the work was stopped")
+
+    def run(share: Sequence[Task]) -> None:
+        nonlocal done
+        with closing(Copier(plan.sources, _Sink(compared))) as copier:
+            for task in share:
+                copier.repeat(task, check)
+                with lock:
+                    done += task.bytes_written
+                    if progress is not None:
+                        progress(done, total)
+
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            list(pool.map(run, (tasks[::2], tasks[1::2])))
+        finally:
+            stop.set()

@@ -1,0 +1,194 @@
+"""Is a result what its manifest says? Files, sizes, ranks, hashes and CRC trailers, file by file."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mindformers_ckpt.engine.buffers import BLOCK_BYTES
+from mindformers_ckpt.errors import FormatError, PlanError, TransferError
+from mindformers_ckpt.formats import Header, TensorRecord
+from mindformers_ckpt.formats.ckpt import verify_crc
+from mindformers_ckpt.formats.headers import read_headers
+from mindformers_ckpt.look.holders import ContentReader
+from mindformers_ckpt.look.verify_model import Difference, Verification
+from mindformers_ckpt.publish.fingerprints import folder_of
+from mindformers_ckpt.publish.manifest import read_manifests
+from mindformers_ckpt.sources.source import SUFFIXES
+from mindformers_ckpt.strategy.model import Strategy
+
+Choose = Callable[[Sequence[str]], set[str]]
+
+
+class Entry(NamedTuple):
+    """A file that a manifest names, and the hashes that are recorded of its tensors."""
+
+    path: str
+    rank: int
+    size: int
+    tensors: int | None
+    hashes: Mapping[str, str]
+
+
+class Manifest(NamedTuple):
+    """What the manifests of a result say together."""
+
+    entries: tuple[Entry, ...]
+    target: str | None
+    fingerprints: Mapping[str, Any]
+    parts: int
+
+
+def read_result(folder: Path) -> Manifest:
+    """What the manifests of a result say. Raises PlanError when there is none, or it is none of ours."""
+    manifests = read_manifests(folder)
+    if not manifests:
+        raise PlanError(
+            f"{folder} has no manifest.json, so that nothing tells what it should be: it is no result of this program, "
+            "or not a whole one; compare it with what it was made of (--against SOURCE)"
+        )
+    entries: list[Entry] = []
+    for name, manifest in manifests.items():
+        try:
+            entries += [_entry(file) for file in manifest["files"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"{folder / name}: it does not say which files the result has ({error!r})") from None
+    told = [manifest.get("target") for manifest in manifests.values()]
+    kept = [manifest.get("fingerprints") for manifest in manifests.values()]
+    fingerprints = kept[0] if len(kept) == 1 and isinstance(kept[0], dict) else {}
+    return Manifest(tuple(entries), told[0] if isinstance(told[0], str) else None, fingerprints, len(manifests))
+
+
+def _entry(file: Mapping[str, Any]) -> Entry:
+    path = file["path"]
+    if not isinstance(path, str) or os.path.isabs(path) or ".." in path.split("/"):
+        raise ValueError(f"path {path!r}")
+    hashes = file.get("xxh3_128", {})
+    return Entry(path, int(file["rank"]), int(file["bytes"]), file.get("tensors"), dict(hashes))
+
+
+def check_files(folder: Path, manifest: Manifest, found: Verification) -> dict[str, Header]:
+    """Check that all files are there, whole and readable, and no others; the headers of those that are, by path."""
+    listed: list[Entry] = []
+    for entry in manifest.entries:
+        path = folder / entry.path
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            found.differences.append(Difference(f"it cannot be read: {error.strerror}", path, rank=entry.rank))
+            continue
+        if size != entry.size:
+            what = f"it has {size} bytes, the manifest says {entry.size}"
+            found.differences.append(Difference(what, path, rank=entry.rank))
+        else:
+            listed.append(entry)
+    headers: dict[str, Header] = {}
+    for entry, (path, header) in zip(listed, read_headers([folder / entry.path for entry in listed])):
+        if isinstance(header, FormatError):
+            found.differences.append(Difference(str(header), rank=entry.rank))
+        elif entry.tensors not in (None, len(header.tensors)) and _loses_nothing(header):
+            what = f"it holds {len(header.tensors)} tensors, the manifest says {entry.tensors}"
+            found.differences.append(Difference(what, path, rank=entry.rank))
+        else:
+            headers[entry.path] = header
+    _check_surplus(folder, manifest, found)
+    found.checked.append(f"{len(manifest.entries)} files: there, in their sizes, and readable; no others")
+    return headers
+
+
+def _loses_nothing(header: Header) -> bool:
+    """Whether a file has all tensors that it was made of: a .ckpt file leaves those without elements out."""
+    return header.format != "ckpt"
+
+
+def _check_surplus(folder: Path, manifest: Manifest, found: Verification) -> None:
+    """Note weight files that are not of the result: the last one by name would be loaded."""
+    own = {folder / entry.path for entry in manifest.entries}
+    there = [path for path in own if path.exists()]
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path not in own):
+        if not any(path.samefile(other) for other in there if path.exists()):
+            found.differences.append(Difference("it is not of this result", path))
+
+
+def check_ranks(manifest: Manifest, strategy: Strategy | None, found: Verification) -> None:
+    """Check that the ranks of every checkpoint in a result are complete."""
+    for folder in dict.fromkeys(folder_of(entry.path) for entry in manifest.entries):
+        entries = [entry for entry in manifest.entries if folder_of(entry.path) == folder]
+        if not all("rank_" in Path(entry.path).parent.name for entry in entries):
+            continue
+        ranks = {entry.rank for entry in entries}
+        count = max(ranks) + 1 if strategy is None else strategy.rank_count
+        absent = sorted(set(range(count)) - ranks)
+        if absent:
+            shown = f"{absent[:20]}{' and more' if len(absent) > 20 else ''}"
+            found.differences.append(Difference(f"the manifests have no files of the ranks {shown} of {count}"))
+        unsure = " (the highest rank there is taken for the last one: no strategy is known)" * (strategy is None)
+        found.checked.append(f"{count} ranks: complete{unsure}" if not absent else f"{count} ranks: looked for{unsure}")
+
+
+def check_hashes(
+    folder: Path, manifest: Manifest, headers: Mapping[str, Header], chosen: Choose, found: Verification
+) -> None:
+    """Read the contents of which hashes are recorded, or of those that `chosen` picks, and compare."""
+    known = [(entry, name) for entry in manifest.entries for name in entry.hashes if entry.path in headers]
+    if not known:
+        return
+    taken = chosen([name for _, name in known])
+    count = 0
+    with closing(ContentReader()) as reader:
+        for entry, name in known:
+            if name not in taken:
+                continue
+            count += 1
+            path, record = folder / entry.path, headers[entry.path].tensors.get(name)
+            if record is None:
+                found.differences.append(Difference("it is not in the file", path, name, entry.rank))
+            elif _hash(reader, path, record) != entry.hashes[name]:
+                what = "its bytes are not those that were written (xxh3-128 differs)"
+                offset = record.segments[0].offset if record.segments else None
+                found.differences.append(Difference(what, path, name, entry.rank, offset=offset))
+    found.checked.append(f"{count} of {len(known)} tensors in files: xxh3-128 of their bytes")
+
+
+def _hash(reader: ContentReader, path: Path, record: TensorRecord) -> str:
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for start in range(0, record.spec.nbytes, BLOCK_BYTES):
+        length = min(BLOCK_BYTES, record.spec.nbytes - start)
+        digest.update(reader.read(path, record.segments, start, length).data)
+    return digest.hexdigest()
+
+
+def check_trailers(headers: Mapping[str, Header], share: float, chosen: Choose, found: Verification) -> None:
+    """Compare the CRC-32 that files store with their bytes."""
+    stored = {str(header.path): header for header in headers.values() if header.crc is not None}
+    taken = chosen(list(stored)) if share < 1 else set(stored)
+    for path in stored:
+        if path not in taken:
+            continue
+        try:
+            verify_crc(stored[path])
+        except (FormatError, TransferError) as error:
+            found.differences.append(Difference(str(error)))
+    if stored:
+        found.checked.append(f"{len(taken)} of {len(stored)} files: the CRC-32 that they store")
+
+
+def sampler(share: float, seed: int | None = None) -> Choose:
+    """Picks a share of names at random, at least one; all of them with 1."""
+    import random
+
+    chance = random.Random(seed)
+
+    def chosen(names: Sequence[str]) -> set[str]:
+        distinct = list(dict.fromkeys(names))
+        if share >= 1 or not distinct:
+            return set(distinct)
+        return set(chance.sample(distinct, max(1, math.ceil(share * len(distinct)))))
+
+    return chosen

@@ -1,0 +1,272 @@
+"""What one rank takes of a plan, as text: its tensors, and at which bytes of which files their parts are.
+
+One rank of a job looks at the source and tells every other one this. It then reads contents alone: no folder is listed
+and no header is read again.
+
+    {"target": [path, rank, format], "tensors": [[name, element type, [shape]], …],
+     "files": [[number, name from the root, bytes, [[tensor, element type, [shape], [offset, length, …]], …]], …],
+     "transfers": [[name, element type, [shape], [place, …], [place, …]], …]}
+
+    place:   [file, start, stop, name in the file, view, computation], from its end without what is not there
+    view:    [shape, start, stop, order]
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import zlib
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mindformers_ckpt.errors import FormatError, PlanError, TransferError
+from mindformers_ckpt.formats import Header, Segment, TensorRecord, TensorSpec
+from mindformers_ckpt.formats.dtypes import by_name
+from mindformers_ckpt.formats.tensor_file import Malformed
+from mindformers_ckpt.planning.checked import DecodeError, box_of, list_of, number_of, numbers_of, spec_of, text_of
+from mindformers_ckpt.planning.computations import Cast, Compute, Dequantise
+from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer, View, once
+from mindformers_ckpt.text_files import parse_json
+
+_dump = json.JSONEncoder(separators=(",", ":")).encode
+_MAX_BYTES = 1 << 30  # of the text of one rank: that of a rank with all of 100,000 tensors has 20 MB
+_PLAIN = ("", None, None)  # name, view and computation of a place that is a box of the file's tensor of that name
+
+
+class RankPlan(NamedTuple):
+    """A plan with one target, and the headers of its sources as far as it reads them, by their number."""
+
+    plan: Plan
+    headers: Mapping[int, Header]
+
+    def only(self, names: Container[str]) -> RankPlan:
+        """The plan of some of the tensors."""
+        target = self.plan.targets[0]
+        target = target._replace(tensors=tuple(spec for spec in target.tensors if spec.name in names))
+        transfers = tuple(transfer for transfer in self.plan.transfers if transfer.name in names)
+        return self._replace(plan=replace(self.plan, targets=(target,), transfers=transfers))
+
+
+def encode_ranks(plan: Plan, root: Path, header_of: Callable[[Path], Header]) -> Iterator[str]:
+    """The text of every target, in their order. Source files are named from `root`.
+
+    `header_of` gives what was read of a file when the plan was made. Raises TransferError for a file that was written
+    since.
+    """
+    encoder = _Encoder(plan, root, header_of)
+    for target, transfers in zip(plan.targets, plan.by_target()):
+        yield encoder.text(target, transfers)
+
+
+class _Encoder:
+    """Makes the texts of targets out of pieces that many of them share."""
+
+    def __init__(self, plan: Plan, root: Path, header_of: Callable[[Path], Header]) -> None:
+        self._plan, self._root, self._header_of = plan, root, header_of
+        self._headers: dict[int, Header] = {}
+        self._names: dict[int, str] = {}
+        self._heads: dict[str, str] = {}
+        # Files of a stage, tensors that are cut alike, and ranks of a stage have many objects in common.
+        self._record = once(_record_text)
+        self._sources, self._targets, self._specs = once(_sources_text), once(_targets_text), once(_specs_text)
+
+    def text(self, target: TargetFile, transfers: Sequence[Transfer]) -> str:
+        read: dict[int, dict[str, None]] = {}
+        for transfer in transfers:
+            for place in transfer.sources:
+                for file, tensor in _tensors_of(place, transfer.name):
+                    read.setdefault(file, {})[tensor] = None
+        files = ",".join(self._file(file, read[file]) for file in sorted(read))
+        parts = ",".join(map(self._transfer, transfers))
+        about = _dump([target.path, target.rank, target.format])
+        text = f'{{"target":{about},"tensors":{self._specs(target.tensors)},"files":[{files}],"transfers":[{parts}]}}'
+        return base64.b64encode(zlib.compress(text.encode("ascii"), 1)).decode("ascii")
+
+    def _transfer(self, transfer: Transfer) -> str:
+        if transfer.name not in self._heads:
+            name, dtype, shape, _, _ = transfer
+            self._heads[name] = _dump([name, dtype.name, shape])[:-1]
+        return f"{self._heads[transfer.name]},{self._sources(transfer.sources)},{self._targets(transfer.targets)}]"
+
+    def _file(self, number: int, tensors: Mapping[str, None]) -> str:
+        if number not in self._headers:
+            file = self._plan.sources[number]
+            self._headers[number] = self._current(file)
+            name = os.fsencode(os.path.relpath(file.path, self._root)).decode("latin-1")  # names may be any bytes
+            self._names[number] = f"[{number},{_dump(name)},{file.size}"
+        held = self._headers[number].tensors
+        return f"{self._names[number]},[{','.join([self._record(held[tensor]) for tensor in tensors])}]]"
+
+    def _current(self, file: SourceFile) -> Header:
+        header = self._header_of(file.path)
+        try:
+            status = file.path.stat()
+        except OSError as error:
+            raise TransferError(f"{file.path}: cannot be read: {error.strerror}") from error
+        if (status.st_size, status.st_mtime_ns) != (header.size, header.modified):
+            raise TransferError(f"{file.path} was written after the job looked at it; start the job again")
+        return header
+
+
+def _record_text(record: TensorRecord) -> str:
+    segments = [value for segment in record.segments for value in segment]
+    return _dump([*_spec_to_json(record.spec), segments])
+
+
+def _sources_text(places: Sequence[Place]) -> str:
+    return _dump([_place_to_json(place) for place in places])
+
+
+def _targets_text(places: Sequence[Place]) -> str:
+    return _dump([_place_to_json(place._replace(file=0)) for place in places])
+
+
+def _specs_text(specs: Sequence[TensorSpec]) -> str:
+    return _dump([_spec_to_json(spec) for spec in specs])
+
+
+def decode_rank(text: str, root: Path) -> RankPlan:
+    """What a text says that another rank wrote; every type, number and name in it is checked.
+
+    Raises PlanError where it is not a plan, or names a file outside of the root (or of its folder, where it is a file).
+    """
+    try:
+        body = parse_json(_unpacked(text))
+        headers: dict[int, Header] = {}
+        numbers: dict[int, int] = {}
+        for entry in list_of(body["files"]):
+            number, *rest = list_of(entry, 4)
+            position = numbers.setdefault(number_of(number), len(numbers))
+            headers[position] = _header(rest, root)
+        path, rank, format = list_of(body["target"], 3)
+        specs = tuple(spec_of(entry) for entry in list_of(body["tensors"]))
+        target = TargetFile(text_of(path), number_of(rank), text_of(format), specs)
+        transfers = tuple(_transfer(entry, numbers) for entry in list_of(body["transfers"]))
+        sources = tuple(SourceFile(header.path, header.size) for header in headers.values())
+        if any(place.file for transfer in transfers for place in transfer.targets):
+            raise DecodeError("a place in another target")
+    except KeyError as error:
+        raise PlanError(f"what another rank told of its plan lacks {error}") from None
+    except (TypeError, ValueError, Malformed, FormatError, zlib.error) as error:
+        raise PlanError(f"what another rank told of its plan cannot be read: {str(error)[:300]}") from None
+    plan = Plan(sources, (target,), transfers)
+    plan.check()
+    return RankPlan(plan, headers)
+
+
+def _unpacked(text: str) -> bytes:
+    unpacker = zlib.decompressobj()
+    data = unpacker.decompress(base64.b64decode(text, validate=True), _MAX_BYTES)
+    if not unpacker.eof:
+        raise ValueError(f"it has more than {_MAX_BYTES:,} bytes, or is cut off")
+    return data
+
+
+def _header(entry: Sequence[Any], root: Path) -> Header:
+    name, size, records = entry
+    tensors = {}
+    for record in list_of(records):
+        tensor, dtype, shape, flat = list_of(record, 4)
+        spec = spec_of([tensor, dtype, shape])
+        numbers = numbers_of(flat)
+        segments = tuple(map(Segment, numbers[::2], numbers[1::2]))
+        if len(numbers) % 2 or sum(segment.length for segment in segments) != spec.nbytes:
+            raise DecodeError(f"{tensor!r} is not where it should be")
+        tensors[spec.name] = TensorRecord(spec, segments)
+    return Header(_path_in(root, text_of(name)), "", number_of(size), tensors, {}, None)
+
+
+def _path_in(root: Path, name: str) -> Path:
+    """The file of that name, below the root or (where the root is a file) beside it."""
+    path = Path(os.path.normpath(root / os.fsdecode(name.encode("latin-1"))))
+    if os.path.isabs(name) or not path.is_relative_to(root.parent):
+        raise DecodeError(f"the file {name!r} is not one of {root}")
+    return path
+
+
+def _tensors_of(place: Place, name: str) -> Iterator[tuple[int, str]]:
+    """The tensors of files that a place reads: file, name there."""
+    yield place.file, place.tensor or name
+    if isinstance(place.compute, Dequantise):
+        yield place.compute.scale_file, place.compute.scale
+
+
+def _transfer(entry: Any, numbers: Mapping[int, int]) -> Transfer:
+    name, dtype, shape, sources, targets = list_of(entry, 5)
+    spec = spec_of([name, dtype, shape])
+    return Transfer(
+        spec.name,
+        spec.dtype,
+        spec.shape,
+        tuple(_place(place, numbers) for place in list_of(sources)),
+        tuple(_place(place, {0: 0}) for place in list_of(targets)),
+    )
+
+
+def _place_to_json(place: Place) -> list[Any]:
+    values: list[Any] = [
+        place.file,
+        *place.box,
+        place.tensor,
+        _view_to_json(place.view),
+        _compute_to_json(place.compute),
+    ]
+    while len(values) > 3 and values[-1] == _PLAIN[len(values) - 4]:
+        values.pop()
+    return values
+
+
+def _place(entry: Any, numbers: Mapping[int, int]) -> Place:
+    values = list_of(entry)
+    if len(values) < 3 or len(values) > 6:
+        raise DecodeError(f"a place of {len(values)} values")
+    file, start, stop, tensor, view, compute = values + list(_PLAIN[len(values) - 3 :])
+    return Place(
+        numbers[number_of(file)],
+        box_of([start, stop]),
+        text_of(tensor),
+        None if view is None else _view(view),
+        None if compute is None else _compute(compute, numbers),
+    )
+
+
+def _view_to_json(view: View | None) -> list[Any] | None:
+    return None if view is None else [view.shape, *view.box, view.order]
+
+
+def _view(entry: Any) -> View:
+    shape, start, stop, order = list_of(entry, 4)
+    return View(numbers_of(shape), box_of([start, stop]), numbers_of(order))
+
+
+def _spec_to_json(spec: TensorSpec) -> list[Any]:
+    return [spec.name, spec.dtype.name, spec.shape]
+
+
+def _compute_to_json(compute: Compute | None) -> list[Any] | None:
+    if compute is None:
+        return None
+    if isinstance(compute, Cast):
+        return ["cast", compute.dtype.name]
+    if isinstance(compute, Dequantise):
+        dtype, file, name, matrix, block, scale_dtype = compute
+        return ["dequantise", dtype.name, file, name, matrix, block, scale_dtype.name]
+    raise PlanError("a plan that merges LoRA branches is not one of a job")
+
+
+def _compute(entry: Any, numbers: Mapping[int, int]) -> Compute:
+    kind, dtype, *rest = list_of(entry)
+    of_type = by_name(text_of(dtype))
+    if kind == "cast":
+        list_of(rest, 0)
+        return Cast(of_type)
+    if kind != "dequantise":
+        raise DecodeError(f"a computation {kind!r:.40}")
+    file, name, matrix, block, scale_dtype = list_of(rest, 5)
+    rows, columns = numbers_of(list_of(matrix, 2))
+    block_rows, block_columns = (number_of(extent, least=1) for extent in list_of(block, 2))
+    scale = numbers[number_of(file)], text_of(name)
+    return Dequantise(of_type, *scale, (rows, columns), (block_rows, block_columns), by_name(text_of(scale_dtype)))

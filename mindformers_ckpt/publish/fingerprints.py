@@ -1,0 +1,94 @@
+"""Fingerprints in a manifest: the checksums of the whole tensors of a result, counted while they were copied."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mindformers_ckpt.checksums.digest import TensorChecksum, digest_of
+from mindformers_ckpt.checksums.shares import checksum
+from mindformers_ckpt.engine.copier import TensorShare
+from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.geometry.box import Box, covered_volume, hull
+from mindformers_ckpt.planning.model import Plan, Transfer
+
+KEY = "fingerprints"
+_RANK_FOLDER = re.compile(r"rank_\d+")
+
+
+def check_countable(plan: Plan) -> None:
+    """Refuse a plan that does not pass every element of every tensor on. Raises PlanError."""
+    parts = [
+        transfer.name
+        for transfer in plan.transfers
+        if hull([place.box for place in transfer.targets]) != Box.whole(transfer.shape)
+        or covered_volume(Box.whole(transfer.shape), [place.box for place in transfer.sources])
+        != math.prod(transfer.shape)
+    ]
+    if parts:
+        raise PlanError(
+            describe_problems(
+                "a fingerprint is that of whole tensors, but of these the target takes a part only; leave "
+                "--fingerprint out",
+                parts,
+            )
+        )
+
+
+def describe_fingerprints(
+    plan: Plan, shares: Iterable[TensorShare], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, dict[str, Any]]:
+    """What a manifest says of the fingerprints: folder of a checkpoint in the result ("." for all) -> fingerprint.
+
+    `shapes` are those of target tensors whose transfers have another form (a view of them).
+    """
+    found: dict[tuple[int, str], list[int]] = {}
+    for file, name, share in shares:
+        found.setdefault((file, name), []).append(share)
+    folders: dict[str, list[TensorChecksum]] = {}
+    for transfer in plan.transfers:
+        file = transfer.targets[0].file
+        nbytes = math.prod(transfer.shape) * transfer.dtype.itemsize
+        value = checksum(found[file, transfer.name], nbytes) if nbytes else 0
+        shape = shapes.get(transfer.name) or _shape(plan, transfer)
+        folder = folder_of(plan.targets[file].path)
+        folders.setdefault(folder, []).append(TensorChecksum(transfer.name, transfer.dtype.name, shape, value))
+    return {folder: _as_json(tensors) for folder, tensors in folders.items()}
+
+
+def folder_of(path: str) -> str:
+    """The folder of the checkpoint that a file of a result belongs to, "." for the result itself."""
+    *folders, _ = path.split("/")
+    if folders and _RANK_FOLDER.fullmatch(folders[-1]):
+        folders.pop()
+    return "/".join(folders) or "."
+
+
+def recorded_checksums(entry: Mapping[str, Any]) -> list[TensorChecksum]:
+    """The checksums of a fingerprint in a manifest. Raises KeyError, TypeError and ValueError for what is none."""
+    return [
+        TensorChecksum(str(name), str(told["dtype"]), tuple(map(int, told["shape"])), int(told["crc64nvme"], 16))
+        for name, told in entry["tensors"].items()
+    ]
+
+
+def _shape(plan: Plan, transfer: Transfer) -> tuple[int, ...]:
+    """The shape of a target tensor: that in a file which has all of it, else that of the transfer."""
+    place = transfer.targets[0]
+    if place.view is None and place.box == Box.whole(transfer.shape):
+        for spec in plan.targets[place.file].tensors:
+            if spec.name == transfer.name:
+                return spec.shape
+    return transfer.shape
+
+
+def _as_json(tensors: list[TensorChecksum]) -> dict[str, Any]:
+    return {
+        "digest": digest_of(tensors),
+        "tensors": {
+            tensor.name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "crc64nvme": tensor.hex}
+            for tensor in sorted(tensors)
+        },
+    }

@@ -1,0 +1,77 @@
+"""`mindformers-ckpt verify`, as a user calls it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from toy import command
+
+from mindformers_ckpt.formats import read_header
+
+TRANSFORM = ["transform", "--src-checkpoint", "full.ckpt", "--dst-strategy", "mp2pp2", "--dst-checkpoint-dir", "out"]
+AGAINST = ["verify", "out", "--strategy", "mp2pp2", "--against", "full.safetensors"]
+
+
+def _damage(toy: Path) -> int:
+    """Change the last byte of a tensor of rank 1; where it is in the file."""
+    file = toy / "out/rank_1/checkpoint_1.ckpt"
+    segment = read_header(file).tensors["layers.0.weight"].segments[0]
+    place = segment.offset + segment.length - 1
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
+    return place
+
+
+def test_a_result_by_its_manifest(toy: Path) -> None:
+    made = command([*TRANSFORM, "--fingerprint", "--hash", "--crc-check", "--quiet"], toy)
+    assert made.code == 0, made
+    whole = command(["verify", "out"], toy)
+    assert whole.code == 0, whole
+    assert whole.out.splitlines() == [
+        "checked: 4 files: there, in their sizes, and readable; no others",
+        "checked: 4 ranks: complete",
+        "checked: 4 of 4 files: the CRC-32 that they store",
+        "checked: 12 of 12 tensors in files: xxh3-128 of their bytes",
+        "checked: 5 of 5 tensors: fingerprint of the whole, and replicas",
+        "out: nothing differs",
+    ]
+    place = _damage(toy)
+    found = command(["verify", "out"], toy)
+    assert found.code == 1, found
+    assert "CRC-32" in found.err
+    assert "layers.0.weight (rank 1, from byte" in found.err
+    assert "CRC-64" in found.err
+    assert "3 differences" in found.err
+    report = json.loads(command([*AGAINST, "--json"], toy).out)
+    (difference,) = report["differences"]
+    assert difference == {
+        "what": "1 of 96 bytes differ from the source",
+        "file": str(toy / "out/rank_1/checkpoint_1.ckpt"),
+        "tensor": "layers.0.weight",
+        "rank": 1,
+        "box": [[4, 0], [8, 6]],
+        "offset": place,
+    }
+
+
+def test_a_result_against_its_source(toy: Path) -> None:
+    assert command([*TRANSFORM, "--quiet"], toy).code == 0
+    whole = command(AGAINST, toy)
+    assert (whole.code, whole.out.splitlines()[-1]) == (0, "out: nothing differs")
+    assert command([*AGAINST, "--sample", "5%"], toy).code == 0
+    not_read = command(["verify", "out"], toy)
+    assert not_read.code == 0
+    assert "not checked: the contents" in not_read.out
+    _damage(toy)
+    assert command(["verify", "out"], toy).code == 0
+    found = command([*AGAINST, "--quiet"], toy)
+    assert (found.code, found.out) == (1, "")
+    assert found.err.splitlines()[-1] == "error: out: 1 difference"
+
+
+def test_options_of_no_sense_are_usage_errors(toy: Path) -> None:
+    for words in (["--sample", "0"], ["--sample", "many"], ["--sample", "101%"], ["--src-strategy", "dp2mp2"]):
+        found = command(["verify", "out", *words], toy)
+        assert found.code == 2, found

@@ -1,0 +1,218 @@
+"""Measure re-slicing on storage with latency: the best raw read of the same bytes, `cat`, `cp -r` and ours.
+
+    python tools/bench_storage.py --gb 2
+
+Makes a Llama-like checkpoint cut as mp4, shows it through a slow file system that it compiles and mounts itself
+(tools/slow_mount.py), and re-slices it to mp8 into memory (`--result`). For every latency, and for storage that is
+limited to 200 MB/s, it prints
+
+- T_io: the quickest raw read of the source's bytes, of 1 to 64 threads, through the page cache or past it (O_DIRECT);
+- the seconds of every way and their ratio to T_io; what the file system was asked for: opens, reads, and how many
+  reads were in flight at most.
+
+The files below are warm, so that only the added latency counts; every run has a mount of its own, for what was read
+once stays in the page cache above it. Ways are measured in turn, `--repeats` times; the least times count.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+
+sys.path.insert(0, str(Path(__file__).parent))
+from bench_transform import machine, ours, shapes, specs, strategy_argument, write_complete, write_strategies
+from slow_mount import mounted, why_not
+
+_REQUEST = 1 << 20
+_THROTTLED = 200e6
+
+
+class Case(NamedTuple):
+    """How a file system behaves."""
+
+    name: str
+    latency_ms: float
+    bytes_per_s: float
+
+
+class Run(NamedTuple):
+    """What a way took, and what it asked of the file system."""
+
+    seconds: float
+    counters: dict[str, int]
+
+
+class Bench:
+    """A checkpoint, and the ways of reading it through a slow file system."""
+
+    def __init__(self, folder: Path, result: Path, case: Case) -> None:
+        self._folder, self._result, self._case = folder, result, case
+
+    def run(self, way: Callable[[Path], None]) -> Run:
+        """Run one way on a mount of its own, that of the folder of data."""
+        shutil.rmtree(self._result, ignore_errors=True)
+        case, scratch = self._case, self._folder / "scratch"
+        with mounted(
+            self._folder / "data",
+            self._folder / "mount",
+            scratch=scratch,
+            latency_ms=case.latency_ms,
+            bytes_per_s=case.bytes_per_s,
+        ) as mount:
+            started = time.perf_counter()
+            way(mount.mountpoint)
+            seconds = time.perf_counter() - started
+            counters = mount.counters()
+        shutil.rmtree(self._result, ignore_errors=True)
+        return Run(seconds, counters)
+
+    def raw(self, readers: int, direct: bool, limit: float) -> Run:
+        """A raw read by some threads; it may end early when it takes longer than `limit` seconds."""
+        return self.run(lambda mount: read_all(sorted((mount / "source").rglob("*.ckpt")), readers, direct, limit))
+
+    def cat(self, mount: Path) -> None:
+        """One reader after the other."""
+        with open(os.devnull, "wb") as nothing:
+            subprocess.run(["cat", *sorted((mount / "source").rglob("*.ckpt"))], check=True, stdout=nothing)
+
+    def copy(self, mount: Path) -> None:
+        """`cp -r` of the source."""
+        subprocess.run(["cp", "-r", str(mount / "source"), str(self._result)], check=True)
+
+    def transform(self, processes: int, *options: str) -> Callable[[Path], None]:
+        """Ours: mp4 -> mp8."""
+
+        def way(mount: Path) -> None:
+            src, dst = (strategy_argument(self._folder / "data" / "strategy", name) for name in ("mp4", "mp8"))
+            words = ("--transform_process_num", str(processes), *options)
+            subprocess.run(ours(mount / "source", src, self._result, dst, *words), check=True)
+
+        return way
+
+
+def read_all(files: list[Path], readers: int, direct: bool, limit: float = float("inf")) -> None:
+    """Read files by requests of 1 MiB, several at a time, and drop what is read."""
+    end = time.perf_counter() + limit
+    descriptors = [os.open(file, os.O_RDONLY | (os.O_DIRECT if direct else 0)) for file in files]
+    jobs: Iterator[tuple[int, int]] = itertools.chain.from_iterable(
+        ((descriptor, start) for start in range(0, os.fstat(descriptor).st_size, _REQUEST))
+        for descriptor in descriptors
+    )
+    lock = threading.Lock()
+
+    def read() -> None:
+        buffer = mmap.mmap(-1, _REQUEST)
+        while time.perf_counter() < end:
+            with lock:
+                job = next(jobs, None)
+            if job is None:
+                return
+            os.preadv(job[0], [buffer], job[1])
+
+    threads = [threading.Thread(target=read) for _ in range(readers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def best_raw(bench: Bench, readers: list[int]) -> tuple[Run, str]:
+    """T_io: the quickest raw read, and how it was done."""
+    best: tuple[Run, str] | None = None
+    for count in sorted(readers, reverse=True):
+        for direct in (True, False):
+            limit = float("inf") if best is None else best[0].seconds + 1
+            found = bench.raw(count, direct, limit)
+            if best is None or found.seconds < best[0].seconds:
+                best = found, f"{count} readers{', O_DIRECT' if direct else ''}"
+    assert best is not None
+    return best
+
+
+def make_checkpoint(folder: Path, gb: float) -> None:
+    """The source, cut as mp4, under data/source, and the strategies."""
+    weights = shapes(gb)
+    write_strategies(folder / "data" / "strategy", weights)
+    write_complete(folder / "complete" / "rank_0" / "full.ckpt", specs(weights))
+    target = strategy_argument(folder / "data" / "strategy", "mp4")
+    subprocess.run(ours(folder / "complete", "None", folder / "data" / "source", target), check=True)
+    shutil.rmtree(folder / "complete")
+
+
+def report(case: Case, bench: Bench, repeats: int, readers: list[int], options: tuple[str, ...]) -> None:
+    """Measure one case and print its rows."""
+    t_io, how = best_raw(bench, readers)
+    ways: dict[str, Callable[[Path], None]] = {"cat": bench.cat, "cp -r": bench.copy}
+    ways |= {f"ours, {count} process{'es' if count > 1 else ''}": bench.transform(count, *options) for count in (1, 2)}
+    runs: dict[str, list[Run]] = {way: [] for way in ways}
+    for _ in range(repeats):
+        for way, work in ways.items():
+            runs[way].append(bench.run(work))
+    best = {f"T_io ({how})": t_io} | {way: min(found, key=lambda run: run.seconds) for way, found in runs.items()}
+    for way, run in best.items():
+        counted = run.counters
+        click.echo(
+            f"{case.name:<9} {way:<28} {run.seconds:8.2f} {run.seconds / t_io.seconds:8.2f} {counted['opens']:6d} "
+            f"{counted['stats'] + counted['listings']:6d} {counted['reads']:7d} {counted['most_in_flight']:10d}"
+        )
+
+
+@click.command()
+@click.option("--gb", default=2.0, show_default=True, help="Bytes of the checkpoint, in GB.")
+@click.option("--latency", "latencies", multiple=True, type=float, help="Milliseconds a request. Default: 0, 1, 5, 30.")
+@click.option("--throttled/--not-throttled", default=True, show_default=True, help="Also storage of 200 MB/s.")
+@click.option("--readers", default="1,8,16,32,64", show_default=True, help="Threads of the raw reads.")
+@click.option("--repeats", default=2, show_default=True)
+@click.option("--option", "options", multiple=True, help="Further options of ours, e.g. --option=--hash.")
+@click.option("--folder", type=click.Path(path_type=Path), default=Path("output/bench_storage"), show_default=True)
+@click.option("--result", type=click.Path(path_type=Path), help="Where results go. Default: memory (/dev/shm).")
+def main(
+    gb: float,
+    latencies: tuple[float, ...],
+    throttled: bool,
+    readers: str,
+    repeats: int,
+    options: tuple[str, ...],
+    folder: Path,
+    result: Path | None,
+) -> None:
+    """Measure re-slicing on slow storage and print a table."""
+    reason = why_not()
+    if reason is not None:
+        raise click.ClickException(f"no slow file system can be mounted here: {reason}")
+    folder = folder.absolute()
+    shutil.rmtree(folder, ignore_errors=True)
+    make_checkpoint(folder, gb)
+    size = sum(path.stat().st_size for path in (folder / "data" / "source").rglob("*.ckpt"))
+    click.echo(f"{size / 1e9:.2f} GB, mp4 -> mp8; {machine()}")
+    header = "case      way                           seconds   x T_io  opens  names   reads  in flight"
+    click.echo(f"{header}\n{'-' * len(header)}")
+    cases = [Case(f"{latency:g} ms", latency, 0) for latency in latencies or (0, 1, 5, 30)]
+    cases += [Case("200 MB/s", 1, _THROTTLED)] if throttled else []
+    target = result or Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+    try:
+        for case in cases:
+            for path in (folder / "data" / "source").rglob("*.ckpt"):
+                read_all([path], 1, False)  # warm
+            report(case, Bench(folder, target / "result", case), repeats, [int(n) for n in readers.split(",")], options)
+    finally:
+        shutil.rmtree(target / "result" if result else target, ignore_errors=True)
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
