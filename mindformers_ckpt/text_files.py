@@ -24,6 +24,7 @@ from mindformers_ckpt.errors import CheckpointError
 MAX_DEPTH = 64
 MAX_BYTES = 1 << 28  # an index of 100,000 tensors has about 10 MB
 MAX_OWN_BYTES = 1 << 32  # of plans and manifests, which name every tensor of every rank
+MAX_PARTS = 1 << 22  # lists and objects in JSON from outside: each is three bytes there, and some seventy in memory
 MAX_YAML_BYTES = 1 << 22  # yaml is parsed slowly; the yaml files of MindFormers have up to 17 kB
 MAX_YAML_NODES = 100_000  # with aliases counted wherever they stand
 MAX_DIGITS = 100
@@ -47,7 +48,8 @@ def read_json(path: Path, error: type[CheckpointError], *, limit: int = MAX_BYTE
     `infinite` lets NaN and Infinity pass, which transformers writes into some config.json.
     """
     try:
-        return parse_json(read_regular(path, limit), infinite=infinite)
+        most_parts = MAX_PARTS if limit <= MAX_BYTES else None
+        return parse_json(read_regular(path, limit), infinite=infinite, most_parts=most_parts)
     except OSError as cause:
         raise error(f"{path} cannot be read: {cause.strerror or cause}") from cause
     except ValueError as cause:
@@ -116,13 +118,12 @@ def readable_json(value: Any, *, indent: int | None = None, separators: tuple[st
     return _UNPRINTABLE.sub(lambda match: json.dumps(match[0]).strip('"').replace("\x7f", "\\u007f"), text)
 
 
-def parse_json(data: bytes, *, infinite: bool = False) -> Any:
-    """The value of a JSON text. Raises ValueError saying what is wrong with it."""
+def parse_json(data: bytes, *, infinite: bool = False, most_parts: int | None = MAX_PARTS) -> Any:
+    """The value of a JSON text of at most `most_parts` lists and objects. Raises ValueError: what is wrong with it."""
     text = _decoded(data)
     if not text.strip():
         raise ValueError("it is empty")
-    if is_too_deep(data):
-        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    check_structure(data, most_parts)
     hooks: dict[str, Any] = {} if infinite else {"parse_float": _finite, "parse_constant": _refused}
     if _LONG_NUMBER.search(data):
         hooks["parse_int"] = _whole
@@ -171,14 +172,22 @@ def _decoded(data: bytes) -> str:
         raise ValueError(f"it is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
 
 
-def is_too_deep(data: bytes) -> bool:
-    """Whether brackets are nested too deep: to be known before a parser that recurses.
+def check_structure(data: bytes, most_parts: int | None) -> None:
+    """Refuse JSON of too many lists and objects, or with a deep nest of them: before a parser makes them, and recurses.
 
-    What is no bracket is taken out, then the innermost pairs, once a level.
+    Raises ValueError.
     """
     if b"\\" in data:
         data = _ESCAPE.sub(b"", data)
-    data = _STRING.sub(b"", data.translate(_AS_SQUARE, _NOT_STRUCTURE))
+    brackets = _STRING.sub(b"", data.translate(_AS_SQUARE, _NOT_STRUCTURE))
+    if _is_too_deep(brackets):
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    if most_parts is not None and brackets.count(b"[") > most_parts:
+        raise ValueError(f"it has more than {most_parts:,} lists and objects")
+
+
+def _is_too_deep(data: bytes) -> bool:
+    """Whether brackets are nested too deep. The innermost pairs are taken out, once a level."""
     for _ in range(MAX_DEPTH):
         rest = data.replace(b"[]", b"")
         if len(rest) == len(data):

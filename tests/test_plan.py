@@ -314,3 +314,36 @@ def test_a_stage_without_any_file(tmp_path: Path) -> None:
 def test_folders_that_are_not_there_do_no_harm_where_replicas_are(tmp_path: Path) -> None:
     plan = build_plan(sharded(tmp_path, DP2MP2, MODEL, lost=(2, 3)), COMPLETE)
     assert held(plan) == {name: {0: Box.whole(MODEL[name].bits.shape)} for name in MODEL}
+
+
+def grid(rows: int, columns: int) -> tuple[Place, ...]:
+    """The shards of a matrix of 64 x 64."""
+    high, wide = 64 // rows, 64 // columns
+    return tuple(
+        Place(0, Box((row * high, column * wide), ((row + 1) * high, (column + 1) * wide)))
+        for row in range(rows)
+        for column in range(columns)
+    )
+
+
+def plan_of_cuts(*cuts: tuple[tuple[Place, ...], tuple[Place, ...]]) -> Plan:
+    file, target = SourceFile(Path("/a"), 1), TargetFile("rank_0/checkpoint_0.ckpt", 0, "ckpt", ())
+    transfers = (Transfer(f"w{number}", by_name("int8"), (64, 64), *cut) for number, cut in enumerate(cuts))
+    return Plan((file,), (target,), tuple(transfers))
+
+
+def test_a_plan_from_outside_is_checked_in_bounded_time() -> None:
+    """Rows against columns: each of the boxes meets each of the others."""
+    plan = plan_of_cuts((grid(64, 1), grid(1, 64)))
+    plan.check()
+    with pytest.raises(PlanError, match="it takes over 4,000 comparisons to check the boxes of the plan; make it"):
+        plan.check(4000)
+
+
+def test_tensors_that_are_cut_alike_are_checked_once() -> None:
+    cut = (grid(8, 8), grid(4, 4))
+    alike, equal = plan_of_cuts(*[cut] * 1000), plan_of_cuts(*((grid(8, 8), grid(4, 4)) for _ in range(10)))
+    alike.check(1000)
+    equal.check(3000)
+    with pytest.raises(PlanError, match="w0: of the box"):
+        plan_of_cuts((grid(8, 8)[1:], grid(4, 4))).check(1000)

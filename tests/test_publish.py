@@ -578,6 +578,27 @@ def test_what_cannot_be_removed_is_said(
     assert siblings(destination) == {"result"}
 
 
+def test_a_lock_that_cannot_be_removed_is_not_published(
+    source: Checkpoint, destination: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network disk that answers ESTALE for a moment. What is finished is kept."""
+    transform(build_plan(source, strategy(8)), destination)
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "lock":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patched, pytest.raises(PublishError, match="would be in the result"):
+        patched.setattr(Path, "unlink", refuse)
+        transform(build_plan(source, strategy(2)), destination, Options(overwrite=True))
+    assert_result(destination, slices(8))
+    transform(build_plan(source, strategy(2)), destination, Options(overwrite=True, resume=True))
+    assert_result(destination, slices(2))
+    assert siblings(destination) == {"result"}
+
+
 def test_a_result_that_lost_a_file_is_made_again(plan: Plan, destination: Path) -> None:
     transform(plan, destination)
     shutil.rmtree(destination / "rank_1")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import json
 import os
+import struct
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 
 from mindformers_ckpt.convert.config import read_config
 from mindformers_ckpt.errors import CheckpointError, ConfigError, FormatError, PlanError, StrategyError
+from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.lora_settings import read_settings
 from mindformers_ckpt.planning.file import read_plan
@@ -165,6 +168,20 @@ def test_files_have_a_bounded_size(tmp_path: Path) -> None:
         read_yaml_mapping(tmp_path / "a", ConfigError)
     with pytest.raises(ValueError, match="it has more than"):
         read_regular("/proc/self/maps", 10)  # says that it has no bytes
+
+
+def test_lists_are_counted_before_they_are_made(tmp_path: Path) -> None:
+    """Three bytes of text are seventy in memory."""
+    data = b'{"a":[' + b"[]," * 5_000_000 + b"0]}"
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"it has more than 4,194,304 lists and objects"):
+        parse_json(data)
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(data)) + data)
+    with pytest.raises(FormatError, match="it has more than 1,000 lists and objects"):
+        read_header(tmp_path / "x.safetensors")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 6 * len(data)
 
 
 def test_an_object_is_wanted(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ class Campaign:
             said, cause = process.communicate()
             cause += f"\nit does not end within {seconds + MORE:g} s"
         self.seconds[kind] += time.monotonic() - began
-        self._gather(kind, said, cause, process.returncode)
+        self.gather(kind, said, cause, process.returncode)
         shutil.rmtree(folder, ignore_errors=True)
 
     def _environment(self, kind: str) -> dict[str, str]:
@@ -78,19 +78,26 @@ class Campaign:
             own["LD_PRELOAD"] = str(self._shim)
         return {**os.environ, **own}
 
-    def _gather(self, kind: str, said: str, cause: str, code: int) -> None:
+    def gather(self, kind: str, said: str, cause: str, code: int) -> None:
+        """Take in the lines of a worker, its last words and its exit code."""
         lines: list[dict[str, Any]] = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
         for line in lines:
             if "what" in line:
                 self.counts[kind][line["what"]] += line["executions"]
-                self.faults[kind] += [(line["what"], line["seed"], fault) for fault in line["faults"]]
+                for fault in line["faults"]:
+                    self._note(kind, line["what"], line["seed"], fault)
         if code != 0:
             begun = next((line["begin"] for line in reversed(lines) if "begin" in line), None)
             last = cause.strip().splitlines()[-1:] or [f"exit {code}"]
             if "CannotMountError" in last[0]:
                 self.skipped[kind] = last[0].partition(": ")[2]
             else:
-                self.faults[kind].append(("the process itself", begun or 0, last[0]))
+                self._note(kind, "the process itself", begun or 0, last[0])
+
+    def _note(self, kind: str, what: str, seed: int, fault: str) -> None:
+        self.faults[kind].append((what, seed, fault))
+        if len(self.faults[kind]) <= SHOWN:
+            print(f"FAULT {kind}: {what}: {fault}\n  {_command(kind, seed)}", flush=True)
 
     def table(self) -> str:
         """What was attacked, how often, and how many faults there were."""
@@ -118,15 +125,10 @@ class Campaign:
     def fault_count(self) -> int:
         return sum(map(len, self.faults.values()))
 
-    def details(self) -> str:
-        """Each fault, with the command that shows it again."""
-        lines = []
-        for kind, found in self.faults.items():
-            for what, seed, fault in found[:SHOWN]:
-                lines += [f"{kind}: {what}: {fault}", f"  python tools/campaign.py --only {kind} --round {seed}"]
-            if len(found) > SHOWN:
-                lines.append(f"{kind}: and {len(found) - SHOWN} more")
-        return "\n".join(lines)
+
+def _command(kind: str, seed: int) -> str:
+    """What shows a fault again."""
+    return f"python tools/campaign.py --only {kind} --round {seed}"
 
 
 def main() -> int:
@@ -150,8 +152,6 @@ def main() -> int:
         else:
             _in_turn(campaign, kinds, options.minutes * 60)
     print(f"{campaign.table()}\n\n{campaign.totals()}")
-    if campaign.fault_count:
-        print(f"\n{campaign.details()}")
     return 1 if campaign.fault_count else 0
 
 

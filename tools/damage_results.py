@@ -29,7 +29,7 @@ from mindformers_ckpt.formats import read_header  # noqa: E402
 from mindformers_ckpt.formats.dtypes import by_name  # noqa: E402
 from mindformers_ckpt.geometry.layout import Layout  # noqa: E402
 from mindformers_ckpt.look.verify import verify  # noqa: E402
-from mindformers_ckpt.look.whole import find_checkpoint  # noqa: E402
+from mindformers_ckpt.look.whole import checkpoint_at  # noqa: E402
 from mindformers_ckpt.planning.build import build_plan  # noqa: E402
 from mindformers_ckpt.strategy.files import read_strategy, write_strategy  # noqa: E402
 from mindformers_ckpt.strategy.model import Strategy  # noqa: E402
@@ -68,7 +68,7 @@ def make(folder: Path, format: str = "ckpt", **options: bool) -> Path:
     """Write source.ckpt, the strategy, and a result for its 4 ranks."""
     source, target = write_tensors(folder / "source.ckpt", MODEL), strategy_of(folder)
     about = {"source": "complete weights", "target": target.describe()}
-    plan = build_plan(find_checkpoint(source), target, format=format)
+    plan = build_plan(checkpoint_at(source), target, format=format)
     return transform(plan, folder / "result", Options(**options), about=about).destination
 
 

@@ -6,9 +6,10 @@
 
 The files are sparse: their headers are real, their contents are holes, and the ranks of a stage share one by hard
 links. Nothing is copied; what is measured is the way up to the first byte: opening the source, the plan of one target
-rank, the whole plan, its digest, the cut into tasks of equal size and by rank, what all ranks are told of it
-(`auto_trans_save: False`) and the most kB that one of them is, and memory. Seconds are those of the processor (user and
-system): time on the clock tells more of what else the machine does.
+rank (`--ranks`), the whole plan, its digest, the cut into tasks of equal size and by rank, making what all ranks are
+told of the plan (`auto_trans_save: False`), the reading of the longest share by its rank, the kB of that share, and
+memory. Seconds are those of the processor (user and system): time on the clock tells more of what else the machine
+does.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.planning.digest import digest_of
 from mindformers_ckpt.planning.model import TargetFile
-from mindformers_ckpt.planning.rank_plan import encode_ranks
+from mindformers_ckpt.planning.rank_plan import decode_rank, encode_ranks
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.files import merge_strategies, rank_file_name, write_strategy
@@ -174,7 +175,9 @@ def measure(folder: Path, source: tuple[int, int], target: tuple[int, int], stac
     clock.lap()
     cut_into_tasks(plan, by_rank=True)
     clock.lap()
-    told = [len(text) for text in encode_ranks(plan, folder, checkpoint.header)]
+    longest = max(encode_ranks(plan, folder, checkpoint.header), key=len)
+    clock.lap()
+    decode_rank(longest, folder)
     clock.lap()
     shutil.rmtree(folder)
     size = sum(tensor.spec.nbytes for tensor in tensors.values()) / 1e12
@@ -182,7 +185,7 @@ def measure(folder: Path, source: tuple[int, int], target: tuple[int, int], stac
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return (
         f"{source[0]:6d} ({source[1]:2d}) -> {target[0]:5d} ({target[1]:2d})  {len(tensors):6d}  {size:6.2f}"
-        f"{''.join(f'{seconds:9.2f}' for seconds in clock.laps)}  {max(told) / 1e3:6.0f}  {peak:6.2f}"
+        f"{''.join(f'{seconds:9.2f}' for seconds in clock.laps)}  {len(longest) / 1e3:6.0f}  {peak:6.2f}"
         f"  {pairs:9d}"
     )
 
@@ -202,7 +205,7 @@ class Clock:
 
 HEADER = (
     "source ranks (stages) -> target  tensors      TB     open   1 rank     plan   digest    tasks  by rank     told"
-    "      kB      GB     pieces"
+    "      own      kB      GB     pieces"
 )
 
 

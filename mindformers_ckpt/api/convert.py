@@ -44,7 +44,7 @@ def convert(
         naming: "legacy" or "mcore" names on the MindSpore side; None for the model's usual.
         qkv_concat: query, key and value in one tensor, gate and up too; None for the model's usual.
         hf_config: folder of config.json and tokenizer, if it is not the source's own.
-        format: "ckpt" or "safetensors", of MindSpore files.
+        format: "ckpt", "safetensors" or "checkpoint2", of MindSpore files.
         dst_strategy: cut for this strategy in the same pass.
         step: with `reverse`, the file of a rank folder to read.
         strip_prefix: text in front of the source's names that the model's do not have.

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mindformers_ckpt.api.request import check_outside, default_format, read_optional_strategy
+from mindformers_ckpt.api.request import (
+    CHECKPOINT2,
+    check_outside,
+    checkpoint2_prefix,
+    default_format,
+    read_optional_strategy,
+)
 from mindformers_ckpt.api.transform import PathLike, StrategyLike, given_strategy
 from mindformers_ckpt.convert.adapters import locator
 from mindformers_ckpt.errors import ConfigError, PlanError, PublishError, StrategyError
@@ -24,6 +32,7 @@ from mindformers_ckpt.sources.find import find_source, separate_checkpoints
 from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies
 from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.targets.checkpoint2 import as_checkpoint2
 from mindformers_ckpt.transform import transform
 
 _NO_SCALING = Scaling(None, None, None, False)
@@ -65,7 +74,7 @@ class MergeRequest:
             adapter=None if found is None else _adapter(found.files, strategy),
             locator=lambda weights: locator(weights, self.model, self.hf_config),
             prefix=self.prefix,
-            format=self.format or default_format(files),
+            format="safetensors" if self.format == CHECKPOINT2 else self.format or default_format(files),
         )
         about = {
             "lora": _record(branches, scaling, found),
@@ -74,7 +83,10 @@ class MergeRequest:
             "source_path": str(self.source),
         }
         plan = replace(plan, warnings=(*plan.warnings, *notes))
-        return Merge(plan, about, self.destination, target.is_complete)
+        companions: Callable[[Path], None] = partial(_add_familiar_name, plan=plan, target=target)
+        if self.format == CHECKPOINT2:
+            plan, companions = as_checkpoint2(plan, target, checkpoint2_prefix(self.prefix))
+        return Merge(plan, about, self.destination, companions)
 
 
 @dataclass(frozen=True)
@@ -84,17 +96,12 @@ class Merge:
     plan: Plan
     about: dict[str, Any]
     destination: Path
-    is_complete: bool
+    companions: Callable[[Path], None]
 
     def run(self, options: Options, progress: Progress | None) -> Report:
         """Merge, and put the result in place."""
-
-        def add_familiar_name(folder: Path) -> None:
-            if self.is_complete:
-                _link(folder, self.plan)
-
         report = transform(
-            self.plan, self.destination, options, about=self.about, progress=progress, companions=add_familiar_name
+            self.plan, self.destination, options, about=self.about, progress=progress, companions=self.companions
         )
         return replace(report, warnings=self.plan.warnings)
 
@@ -221,11 +228,13 @@ def _adapter(files: Source, strategy: Strategy) -> Checkpoint:
     return Checkpoint(files, files.own_strategy or (strategy if files.sharded else Strategy.complete()))
 
 
-def _link(folder: Path, plan: Plan) -> None:
-    """The name under which MindFormers' script leaves its result, for the same file."""
-    (target,) = plan.targets
-    name = folder / f"merged_lora.{target.format}"
+def _add_familiar_name(folder: Path, plan: Plan, target: Strategy) -> None:
+    """The name under which MindFormers' script leaves its result of complete weights, for the same file."""
+    if not target.is_complete:
+        return
+    (made,) = plan.targets
+    name = folder / f"merged_lora.{made.format}"
     try:
-        os.link(folder / target.path, name)
+        os.link(folder / made.path, name)
     except OSError:  # a file system without hard links
-        name.symlink_to(target.path)
+        name.symlink_to(made.path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mindformers_ckpt.errors import ConfigError, PlanError
 from mindformers_ckpt.planning.build import build_plan
@@ -18,6 +18,11 @@ from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.shapes import Reference, check_shapes, shapes_of_checkpoint
 from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.strategy.model import Strategy
+
+if TYPE_CHECKING:
+    from mindformers_ckpt.targets.checkpoint2 import Made
+
+CHECKPOINT2 = "checkpoint2"
 
 
 class Prepared(NamedTuple):
@@ -56,7 +61,7 @@ class Request:
         source = files.strategy(read_optional_strategy(self.src_strategy))
         target = read_optional_strategy(self.dst_strategy)
         ranks = self._ranks(target)
-        format = self.format or default_format(files)
+        format = self._file_format(files)
         plans = {}
         for part in separate_checkpoints(files):
             checkpoint = Checkpoint(part, source)
@@ -74,10 +79,32 @@ class Request:
             )
             plans[part.name] = replace(plan, warnings=(*plan.warnings, *notes))
         plan = next(iter(plans.values())) if len(plans) == 1 else _joined(plans)
+        made = None if self.format != CHECKPOINT2 else self._as_checkpoint2(plans, target)
+        plan = plan if made is None else made.plan
         about = {"source": source.describe(), "target": target.describe(), "source_path": str(files.root)}
         partial = ranks is not None and len(set(ranks)) < target.rank_count
         destination = None if self.destination is None else self.destination.absolute()
-        return Prepared(Job(plan, about, partial, destination), source, target)
+        job = Job(plan, about, partial, destination)
+        return Prepared(job if made is None else replace(job, companions=made.companions), source, target)
+
+    def _file_format(self, files: Source) -> str:
+        """The format of the target files, which those of checkpoint 2.0 are, too."""
+        if self.format != CHECKPOINT2:
+            return self.format or default_format(files)
+        if self.ranks is not None or self.rank_id is not None:
+            raise ConfigError("a checkpoint 2.0 is made of all ranks at once; leave ranks out")
+        return "safetensors"
+
+    def _as_checkpoint2(self, plans: Mapping[str, Plan], target: Strategy) -> Made:
+        from mindformers_ckpt.targets.checkpoint2 import as_checkpoint2
+
+        if len(plans) > 1:
+            raise PlanError(
+                f"{self.src_checkpoint} holds several checkpoints ({', '.join(list(plans)[:20])}); give the file to "
+                "make a checkpoint 2.0 of"
+            )
+        (plan,) = plans.values()
+        return as_checkpoint2(plan, target, checkpoint2_prefix(self.prefix))
 
     def _ranks(self, target: Strategy) -> Sequence[int] | None:
         """The target ranks to make, None for all."""
@@ -130,6 +157,11 @@ def read_optional_strategy(path: Path | Strategy | None) -> Strategy:
     from mindformers_ckpt.strategy.files import read_strategy
 
     return read_strategy(path.absolute())
+
+
+def checkpoint2_prefix(prefix: str) -> str:
+    """The prefix of the files of a checkpoint 2.0: what was given in place of the one that rank files have."""
+    return "CKP" if prefix == DEFAULT_PREFIX else prefix.rstrip("-_")
 
 
 def default_format(files: Source) -> str:

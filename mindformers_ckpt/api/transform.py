@@ -45,7 +45,7 @@ def plan(
         step: of several files, the epoch and step to read, like "3_150", or a file's name.
         ranks: make these target ranks only.
         prefix: target files are `rank_<n>/<prefix><n>.<format>`.
-        format: "ckpt" or "safetensors"; None for that of the source (ckpt for a mixture).
+        format: "ckpt", "safetensors" or "checkpoint2"; None for that of the source (ckpt for a mixture).
         allow_missing: parameters that the source may lack: names and patterns, or True for all.
         weights_only: leave optimizer states and counters aside.
         contents: what is done when samples of the source contradict its strategy: "error", "warn" or "off".
@@ -155,7 +155,7 @@ def run_job(job: Job, destination: Path | None, options: Options, progress: Prog
     if folder is None:
         raise ConfigError("no folder is given for the result: give dst")
     options = replace(options, partial=job.partial)
-    report = run(job.plan, folder, options, about=job.about, progress=progress)
+    report = run(job.plan, folder, options, about=job.about, progress=progress, companions=job.companions)
     return replace(report, warnings=job.plan.warnings)
 
 

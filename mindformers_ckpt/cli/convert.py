@@ -85,7 +85,11 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
     "--use-interleaved-weight-layout-mlp", type=bool, help="Fused tensors: false for all of gate, then all of up."
 )
 @click.option(
-    "--format", "--save-format", "format", type=click.Choice(["ckpt", "safetensors"]), help="Of the MindSpore files."
+    "--format",
+    "--save-format",
+    "format",
+    type=click.Choice(["ckpt", "safetensors", "checkpoint2"]),
+    help="Of the MindSpore files.",
 )
 @click.option("--naming", type=click.Choice(["legacy", "mcore"]), help="MindSpore names; left out: the model's usual.")
 @click.option(

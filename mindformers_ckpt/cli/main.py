@@ -103,7 +103,7 @@ class _LazyGroup(click.Group):
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with self._told(), _as_failures(), _printable_usage_errors():
+        with self._told(), _as_failures(), signals.work(), _printable_usage_errors():
             return super().invoke(ctx)
 
     @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mindformers_ckpt.api.merge_lora import MergeRequest
+from mindformers_ckpt.api.request import CHECKPOINT2
 from mindformers_ckpt.cli.dry import say_plan
 from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
 from mindformers_ckpt.cli.options import (
@@ -127,8 +128,9 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
     "--save-format",
     "--format",
     "save_format",
-    type=click.Choice(["ckpt", "safetensors"]),
-    help="Format of the result.  [default: safetensors if all source files are, else ckpt]",
+    type=click.Choice(["ckpt", "safetensors", CHECKPOINT2]),
+    help="Format of the result; checkpoint2 is MindFormers' own.  "
+    "[default: safetensors if all source files are, else ckpt]",
 )
 @STEP
 @PROCESSES

@@ -119,8 +119,9 @@ _REQUEST_OPTIONS = (
         "--format",
         "--save-format",
         "format",
-        type=click.Choice(["ckpt", "safetensors"]),
-        help="Format of the target files.  [default: safetensors if all source files are, else ckpt]",
+        type=click.Choice(["ckpt", "safetensors", "checkpoint2"]),
+        help="Format of the target files; checkpoint2 is MindFormers' own, which its 2.x releases resume from.  "
+        "[default: safetensors if all source files are, else ckpt]",
     ),
     click.option("--ranks", type=Ranks(), help="Make these target ranks only, like 0-7,12."),
     click.option("--world-size", type=click.IntRange(min=1), help="Ranks of the target; checked against its strategy."),
@@ -189,6 +190,8 @@ def request_of(asked: Mapping[str, Any]) -> Request:
         raise click.UsageError("Missing option '--src-checkpoint'.")
     if asked["ranks"] is not None and asked["rank_id"] is not None:
         raise click.UsageError("--ranks and --rank-id both say which ranks to make; give one of them.")
+    if asked["format"] == "checkpoint2" and (asked["ranks"] is not None or asked["rank_id"] is not None):
+        raise click.UsageError("A checkpoint 2.0 is made of all ranks at once; leave --ranks and --rank-id out.")
     return Request(**asked)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from mindformers_ckpt.api.request import Prepared
+from mindformers_ckpt.api.request import CHECKPOINT2, Prepared
 from mindformers_ckpt.cli.dry import file_bytes, free_bytes, refusals
 from mindformers_ckpt.cli.notices import amount, say, say_json, warn
 from mindformers_ckpt.cli.options import OVERWRITE_ANYTHING, LocalPath, json_option, request_of, request_options
@@ -79,6 +79,8 @@ def command(out: Path | None, overwrite_anything: bool, as_json: bool, **asked: 
     Parameters are those of transform.
     """
     request = request_of(asked)
+    if out is not None and request.format == CHECKPOINT2:
+        raise click.UsageError("A plan file cannot hold the texts of a checkpoint 2.0; run transform instead.")
     prepared = request.prepare()
     job = prepared.job
     if job.destination is not None:

@@ -7,10 +7,12 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _received: list[int] = []
+_at_work: list[bool] = []  # not empty while a command runs
 
 
 def quiet_start() -> None:
@@ -20,14 +22,28 @@ def quiet_start() -> None:
 
 
 def handle() -> None:
-    """From now on the first signal raises KeyboardInterrupt, so that work is left in order; a second ends at once."""
+    """From now on the first signal raises KeyboardInterrupt in a command's work, so that it is left in order.
+
+    A second one ends the program at once, and so does one outside of `work`, where nothing has been begun.
+    """
     if threading.current_thread() is not threading.main_thread():
         return
     _received.clear()
+    _at_work.clear()
     for number in HANDLED:
         # What a parent has had ignored stays so: nohup, or a shell's job in the background.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
+
+
+@contextlib.contextmanager
+def work() -> Iterator[None]:
+    """While a command runs. Whoever enters this turns KeyboardInterrupt into the end of the program."""
+    _at_work.append(True)
+    try:
+        yield
+    finally:
+        _at_work.pop()
 
 
 def exit_code() -> int:
@@ -37,7 +53,7 @@ def exit_code() -> int:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     _received.append(number)
-    if len(_received) == 1 and not _is_importing(frame):
+    if len(_received) == 1 and _at_work and not _is_importing(frame):
         raise KeyboardInterrupt
     # Workers end with this process; what is finished is in the journal.
     with contextlib.suppress(OSError):

@@ -15,7 +15,6 @@ from mindformers_ckpt.convert.misfit import Misfit, describe
 from mindformers_ckpt.convert.model import Facts
 from mindformers_ckpt.convert.pieces import pieces_of
 from mindformers_ckpt.convert.rules import PART, Bound, Rule, Side, Table, Tensor, flat, measure, parse_axes
-from mindformers_ckpt.convert.states import find_states
 from mindformers_ckpt.convert.weights import Found, Weights
 from mindformers_ckpt.engine.compute import FLOATS
 from mindformers_ckpt.errors import ConfigError
@@ -23,6 +22,7 @@ from mindformers_ckpt.formats import DType, TensorSpec
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.planning.computations import Cast, Dequantise
 from mindformers_ckpt.planning.model import Place, SourceFile, Transfer, View
+from mindformers_ckpt.state_names import find_states
 
 _SCALE = "_scale_inv"
 _FACTORS = ("float32", "bfloat16", "float16")

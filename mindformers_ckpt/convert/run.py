@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
 from mindformers_ckpt.sources.find import find_huggingface
 from mindformers_ckpt.sources.source import SUFFIXES, Source
 from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.targets.checkpoint2 import Made, as_checkpoint2
 from mindformers_ckpt.transform import transform
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -41,6 +43,7 @@ _OWN_OPTIONS = (
     *("is_pretrain", "telechat_type", "mlp_concat", "use_rearrange_rope", "use_gmm", "use_gmm_training"),
     *("use_contiguous_weight_layout_attention", "use_interleaved_weight_layout_mlp"),
 )
+CHECKPOINT2 = "checkpoint2"
 _PLAIN = Options()
 
 
@@ -100,6 +103,11 @@ class Prepared:
     config: ModelConfig
     config_folder: Path | None
     conversion: Conversion
+
+    @property
+    def record(self) -> tuple[tuple[str, str], ...]:
+        """What files say of themselves: two layouts have gone by the same names in the past."""
+        return (("model", self.model.name), ("naming", self.naming))
 
     @property
     def dtype(self) -> str | None:
@@ -196,14 +204,13 @@ def convert(
     folder, which `from_pretrained` loads. What was at `output` before stays as it is until the end.
     """
     started = time.monotonic()
-    prepared, plan = _planned(request, output, format, target, shard_bytes)
+    prepared, plan, companions = _planned(request, output, format, target, shard_bytes)
     output = Path(os.path.abspath(output))
-    if not request.reverse and target is None and output.suffix in SUFFIXES:
-        report = transform(
-            plan, output, options, progress=progress, check=check, file=True, shapes=_shapes(prepared.conversion)
-        )
+    shapes = _shapes(prepared.conversion)
+    if not request.reverse and target is None and output.suffix in SUFFIXES and format != CHECKPOINT2:
+        report = transform(plan, output, options, progress=progress, check=check, file=True, shapes=shapes)
     else:
-        report = _write_folder(prepared, plan, output, options, progress, check, target)
+        report = _write_folder(prepared, plan, output, options, progress, check, target, companions)
     return ConversionReport(
         prepared.model.name,
         prepared.naming,
@@ -231,13 +238,19 @@ def plan_conversion(
 
 def _planned(
     request: Request, output: Path, format: str | None, target: Strategy | None, shard_bytes: int
-) -> tuple[Prepared, Plan]:
-    if request.reverse and (target is not None or format == "ckpt"):
-        raise ConfigError("a strategy and the format ckpt are of the MindSpore side; leave them out with --reversed")
+) -> tuple[Prepared, Plan, Callable[[Path], None]]:
+    """The conversion, its plan, and what puts further files into the folder of the result."""
+    if request.reverse and (target is not None or format not in (None, "safetensors")):
+        raise ConfigError("a strategy and that format are of the MindSpore side; leave them out with --reversed")
     prepared = prepare(request, target.names() if target is not None else ())
-    plan = _targets(prepared, output, format, target, shard_bytes)
+    companions: Callable[[Path], None]
+    if format == CHECKPOINT2:
+        plan, companions = _checkpoint2(prepared, target or Strategy.complete())
+    else:
+        plan = _targets(prepared, Path(os.path.abspath(output)), format, target, shard_bytes)
+        companions = partial(_add_companions, prepared=prepared, plan=plan)
     plan.check()
-    return prepared, plan
+    return prepared, plan, companions
 
 
 def with_settings(request: Request, settings: Mapping[str, bool]) -> Request:
@@ -288,11 +301,9 @@ def _targets(prepared: Prepared, output: Path, format: str | None, target: Strat
     suffix = output.suffix.lstrip(".") if output.suffix in SUFFIXES else ""
     if suffix and format and suffix != format:
         raise ConfigError(f"--format {format} contradicts the name {output.name}")
-    # Two layouts have gone by the same names in the past; a file that can should say which it has.
-    metadata = (("model", prepared.model.name), ("naming", prepared.naming))
     if suffix:
-        return whole_files(conversion, output.name, suffix, metadata=metadata)
-    return whole_files(conversion, "ms-model", format or "ckpt", limit=shard_bytes, metadata=metadata)
+        return whole_files(conversion, output.name, suffix, metadata=prepared.record)
+    return whole_files(conversion, "ms-model", format or "ckpt", limit=shard_bytes, metadata=prepared.record)
 
 
 def _write_folder(
@@ -303,6 +314,7 @@ def _write_folder(
     progress: Progress | None,
     check: Callable[[], None],
     target: Strategy | None,
+    companions: Callable[[Path], None],
 ) -> Report:
     request = prepared.request
     if output.suffix in (*SUFFIXES, ".bin", ".pt", ".pth"):
@@ -313,22 +325,35 @@ def _write_folder(
         "direction": "to Hugging Face" if request.reverse else "to MindSpore",
         **({} if target is None else {"target": target.describe()}),
     }
-
-    def add_companions(folder: Path) -> None:
-        if request.reverse:
-            write_index(plan, folder)
-            copy_companions(prepared.config_folder, folder, prepared.dtype, plain=True)
-        elif all(target.format == "safetensors" and "/" not in target.path for target in plan.targets):
-            write_name_map(plan, folder)
-
-    shapes = _shapes(prepared.conversion)
     return transform(
-        plan, output, options, about=about, progress=progress, check=check, companions=add_companions, shapes=shapes
+        plan,
+        output,
+        options,
+        about=about,
+        progress=progress,
+        check=check,
+        companions=companions,
+        shapes=_shapes(prepared.conversion),
     )
 
 
 def _shapes(conversion: Conversion) -> dict[str, tuple[int, ...]]:
     return {item.spec.name: item.spec.shape for item in conversion.tensors}
+
+
+def _add_companions(folder: Path, prepared: Prepared, plan: Plan) -> None:
+    """Put indexes, and the model's other files, beside converted weights."""
+    if prepared.request.reverse:
+        write_index(plan, folder)
+        copy_companions(prepared.config_folder, folder, prepared.dtype, plain=True)
+    elif all(target.format == "safetensors" and "/" not in target.path for target in plan.targets):
+        write_name_map(plan, folder)
+
+
+def _checkpoint2(prepared: Prepared, target: Strategy) -> Made:
+    """The plan of a checkpoint 2.0, and what puts its texts into the folder."""
+    plan = rank_files(prepared.conversion, target, format="safetensors", origin=str(prepared.request.input_path))
+    return as_checkpoint2(plan, target, metadata=prepared.record)
 
 
 def _stripped(found: Source, canonical: Callable[[str], str], prefix: str | None) -> Weights:

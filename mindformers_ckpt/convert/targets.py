@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from mindformers_ckpt.convert.planning import Conversion, Converted
-from mindformers_ckpt.convert.states import find_states
 from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.geometry.box import Box, hull
@@ -17,6 +16,7 @@ from mindformers_ckpt.planning.missing import missing_names, patterns_of
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, TargetFile, Transfer, View
 from mindformers_ckpt.planning.places import target_boxes
 from mindformers_ckpt.sources.checkpoint import LogicalTensor
+from mindformers_ckpt.state_names import find_states
 from mindformers_ckpt.strategy.model import Strategy
 
 Metadata = tuple[tuple[str, str], ...]

@@ -27,13 +27,14 @@ from mindformers_ckpt.formats.tensor_file import (
     describe_foreign_file,
     open_to_read,
 )
-from mindformers_ckpt.text_files import MAX_DEPTH, is_too_deep
+from mindformers_ckpt.text_files import check_structure
 
 if TYPE_CHECKING:
     from typing import TypeGuard  # since Python 3.10
 
 HEADER_LIMIT = 100_000_000
 
+_OTHER_PARTS = 1000  # the header itself, its metadata, and what is told better of one that is not
 _METADATA = "__metadata__"
 _LENGTH_SIZE = 8
 _ALIGNMENT = 8
@@ -123,8 +124,9 @@ def _read_header_text(descriptor: int, size: int) -> bytes:
 
 def _parse_json(text: bytes) -> dict[str, Any]:
     try:
-        if is_too_deep(text):  # before a parser that recurses looks at it; MindSpore raises Python's own bound
-            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+        # Before a parser that recurses looks at it; MindSpore raises Python's own bound. A tensor has one object and
+        # two lists.
+        check_structure(text, 3 * text.count(b'"data_offsets"') + _OTHER_PARTS)
         fields = json.loads(text.decode(), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
         if b"\\u" in text:
             json.dumps(fields, ensure_ascii=False).encode()  # an escape may be half of a surrogate pair

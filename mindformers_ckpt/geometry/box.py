@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 
@@ -77,16 +77,18 @@ def hull(boxes: Sequence[Box]) -> Box:
     return Box(start, stop)
 
 
-def are_disjoint(boxes: Sequence[Box]) -> bool:
+def are_disjoint(boxes: Sequence[Box], compared: Callable[[int], None] = lambda count: None) -> bool:
     """Whether the boxes are disjoint: no element is in two of them.
 
-    Sweeps along the dimension with the most distinct starts, where few boxes are side by side.
+    Sweeps along the dimension with the most distinct starts, where few boxes are side by side. `compared` is told with
+    how many others a box is compared; it may raise.
     """
     if not boxes or not boxes[0].start:
         return len(boxes) < 2
     axis = max(range(len(boxes[0].start)), key=lambda axis: len({box.start[axis] for box in boxes}))
     beside: list[Box] = []
     for box in sorted(boxes, key=lambda box: box.start[axis]):
+        compared(len(beside))
         beside = [other for other in beside if other.stop[axis] > box.start[axis]]
         if any(box.intersect(other) is not None for other in beside):
             return False
@@ -190,10 +192,15 @@ class BoxIndex:
             self._starts = [boxes[number].start[axis] for number in self._order]
             self._longest = max(box.stop[axis] - box.start[axis] for box in boxes)
 
-    def meeting(self, box: Box) -> list[int]:
-        """The numbers of the boxes that share an element with `box`, in order (see `meets`)."""
+    def meeting(self, box: Box, compared: Callable[[int], None] = lambda count: None) -> list[int]:
+        """The numbers of the boxes that share an element with `box`, in order (see `meets`).
+
+        `compared` is told with how many boxes it is compared; it may raise.
+        """
         if self._axis is None:
+            compared(len(self._boxes))
             return [number for number, own in enumerate(self._boxes) if meets(own, box)]
         first = bisect_left(self._starts, box.start[self._axis] - self._longest)
         last = bisect_right(self._starts, box.stop[self._axis])
+        compared(last - first)
         return sorted(number for number in self._order[first:last] if meets(self._boxes[number], box))

@@ -236,6 +236,37 @@ class Layout:
 
 
 @lru_cache(maxsize=4096)
+def without_optimizer_shards(layout: Layout) -> Layout:
+    """The same cuts with the optimizer shard as further axes of dimension 0, the last ones that cut nothing yet.
+
+    An axis of which a part is enough becomes two. Raises StrategyError where the pieces are no product of axes.
+    """
+    left = layout.optimizer_pieces
+    if left == 1:
+        return replace(layout, optimizer_shards=0, optimizer_step=0)
+    used = {len(layout.device_matrix) - 1 - axis for axes in layout.tensor_map for axis in axes}
+    matrix: list[int] = []  # from the last axis on
+    taken: list[int] = []
+    moved: dict[int, int] = {}  # value of the tensor map -> that in the new matrix
+    for position in reversed(range(len(layout.device_matrix))):
+        extent = layout.device_matrix[position]
+        part = 1 if position in used else math.gcd(extent, left)
+        if 1 < part < extent:
+            taken.append(len(matrix))
+            matrix += [part, extent // part]
+        else:
+            moved[len(layout.device_matrix) - 1 - position] = len(matrix)
+            taken += [len(matrix)] if part > 1 else []
+            matrix.append(extent)
+        left //= part
+    rows = [tuple(moved[axis] for axis in axes) for axes in layout.tensor_map]
+    plain = Layout(tuple(reversed(matrix)), ((*rows[0], *reversed(taken)), *rows[1:]))
+    if not plain.same_slices(layout):
+        raise StrategyError(f"its optimizer shard ({layout.describe()}) is no cut along axes of the device matrix")
+    return plain
+
+
+@lru_cache(maxsize=4096)
 def _cells(layout: Layout) -> tuple[tuple[int, ...], ...]:
     matrix, count = layout.device_matrix, layout.rank_count
     coordinates = [_coordinates(rank, matrix) for rank in range(count)]

@@ -52,6 +52,8 @@ class Config:
         load_ckpt_format: format of the transformed checkpoint, "ckpt" or "safetensors".
         check_contents: what contents that contradict the source strategy are, "error" or "warn"; "off" does not look
             (our key).
+        verify_checkpoint: compare files with the CRC-32 or hashes that are recorded of them, before they are loaded
+            (our key).
         transform_timeout: seconds that ranks wait for each other at a step (our key).
         remote_save_url: obs:// or s3:// folder through which nodes without a shared disk exchange strategies
             and weights; "" for none.
@@ -75,6 +77,7 @@ class Config:
     only_save_strategy: bool = False
     load_ckpt_format: str = "ckpt"
     check_contents: str = "error"
+    verify_checkpoint: bool = False
     transform_timeout: float = 7200.0
     remote_save_url: str = ""
     npu_num_per_node: int = 8
@@ -313,6 +316,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "only_save_strategy": parse_bool,
     "load_ckpt_format": _choice("ckpt", "safetensors"),
     "check_contents": _parse_contents,
+    "verify_checkpoint": parse_bool,
     "transform_timeout": _parse_seconds,
     "remote_save_url": _parse_url,
     "npu_num_per_node": _parse_positive,

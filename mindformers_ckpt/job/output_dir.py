@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -52,9 +52,11 @@ class OutputDir:
         """
         cleared = (self.strategy,) if strategy_only else (self.strategy, self.transformed)
         problems = []
+        real = _Resolved()
         for key, value in (("load_checkpoint", load_checkpoint), ("src_strategy_path_or_dir", src_strategy)):
             if value:
-                paths = [Path(value), *(files if key == "load_checkpoint" else ())]
+                paths = {Path(value): Path(value).resolve()}
+                paths.update((file, real.path(file)) for file in (files if key == "load_checkpoint" else ()))
                 problems += [problem for folder in cleared for problem in self._overlap(key, value, paths, folder)]
         if problems:
             headline = "the source is in a folder that automatic conversion clears; nothing was touched"
@@ -65,15 +67,17 @@ class OutputDir:
                 "or set output_dir to a folder on the disk where the results should lie"
             )
 
-    def _overlap(self, key: str, value: str, paths: list[Path], folder: Path) -> Iterator[str]:
-        """What is wrong with the paths of a source if `folder` is cleared: the first fault, or nothing."""
+    def _overlap(self, key: str, value: str, paths: Mapping[Path, Path], folder: Path) -> Iterator[str]:
+        """What is wrong with a source if `folder` is cleared: the first fault, or nothing.
+
+        `paths` are those of the source, and what they lead to; the first is the one that was given.
+        """
         real_folder = folder.resolve()
         content = "the last run's strategy" if folder == self.strategy else "a transformed checkpoint"
         aim = self.root.parent / "checkpoint_source" / Path(value).name
-        for path in paths:
-            real = path.resolve()
+        for number, (path, real) in enumerate(paths.items()):
             if real.is_relative_to(real_folder):
-                what = f"{value} lies in" if path == paths[0] else f"{path} is a file in"
+                what = f"{value} lies in" if number == 0 else f"{path} is a file in"
                 advice = f"move it away first, e.g. mkdir -p {aim.parent} && mv {value} {aim}, and set {key} to that"
                 yield f"{key}: {what} {folder}, which is cleared of {content}; {advice}"
                 return
@@ -206,6 +210,21 @@ class OutputDir:
             _remove(waste)
             os.rename(path, waste)
             _remove(waste)
+
+
+class _Resolved:
+    """Files with all symbolic links on their way resolved; the folders that many have in common are asked for once."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, Path] = {}
+
+    def path(self, path: Path) -> Path:
+        """What an absolute path without ".." leads to."""
+        if path not in self._known:
+            above = path.parent
+            inside = path if above == path else self.path(above) / path.name
+            self._known[path] = inside.resolve() if inside.is_symlink() else inside
+        return self._known[path]
 
 
 def _is_there(path: Path) -> bool:

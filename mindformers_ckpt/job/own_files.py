@@ -20,12 +20,11 @@ from mindformers_ckpt.job.find import find_checkpoint
 from mindformers_ckpt.log import log
 from mindformers_ckpt.sources import checkpoint2
 from mindformers_ckpt.sources.listing import Listing
-from mindformers_ckpt.sources.rank_folders import choose, last_file, recorded_file
+from mindformers_ckpt.sources.rank_folders import choose, choose_to_resume, recorded_file
 from mindformers_ckpt.sources.source import SUFFIXES, TORCH_SUFFIXES, Kind, Source
-from mindformers_ckpt.sources.steps import moments, parse
 
 _SHARED = 100  # names of files that a rank shares: the last ones
-_ATTEMPTS = 10  # steps that are tried when the last ones are not whole
+_TEXT = 500  # characters of what is wrong with a file
 
 
 class OwnFiles(NamedTuple):
@@ -84,8 +83,13 @@ def find_own_files(config: Config, cluster: Cluster) -> OwnFiles:
         return OwnFiles(source.by_rank[0], source)
     held = {rank: [root / f"rank_{rank}" / name for name in about["names"] or ()] for rank, about in enumerate(told)}
     if config.resume_training is True:
-        held = _to_resume(held, {rank: about["recorded"] for rank, about in enumerate(told)}, cluster)
-    source = choose(root, held, config.step_file)
+        recorded_files = {
+            rank: next((file for file in held[rank] if file.name == about["recorded"]), None)
+            for rank, about in enumerate(told)
+        }
+        source = choose_to_resume(root, held, recorded_files, lambda files: _unreadable(own, files, cluster))
+    else:
+        source = choose(root, held, config.step_file)
     if cluster.rank == MAIN_RANK:
         _report(source, cluster)
     chosen = source.by_rank.get(cluster.rank, ())
@@ -140,43 +144,19 @@ def _mindspore(config: Config) -> Source:
     return source
 
 
-def _to_resume(
-    held: Mapping[int, list[Path]], recorded: Mapping[int, str | None], cluster: Cluster
-) -> dict[int, list[Path]]:
-    """The files to choose among when a job goes on: of the last step that all ranks have saved whole.
-
-    MindFormers' meta.json is believed where it is there. Each rank looks whether its own file is whole.
-    """
-    by_name = {
-        rank: [file for file in files if recorded[rank] in (None, file.name)] for rank, files in held.items() if files
-    }
-    last = {rank: file for rank, files in by_name.items() if (file := last_file(files)) is not None}
-    steps = {None if name is None else name.moment for name in moments(last).values()}
-    if len(steps) <= 1 and all(cluster.gather("is whole", _is_whole(last.get(cluster.rank)))):
-        return {rank: [last[rank]] if rank in last else [] for rank in held}
-    latest = min((name.moment for rank in last if recorded[rank] and (name := parse(last[rank].name))), default=None)
-    of_ranks = [
-        {name.moment: file for file in files if (name := parse(file.name)) is not None and not name.moment.mark}
-        for files in held.values()
-        if files
-    ]
-    common = set.intersection(*map(set, of_ranks)) if of_ranks else set()
-    for moment in sorted((moment for moment in common if latest is None or moment <= latest), reverse=True)[:_ATTEMPTS]:
-        files = {rank: of_rank[moment] for rank, of_rank in zip((rank for rank in held if held[rank]), of_ranks)}
-        if all(cluster.gather(f"is {moment} whole", _is_whole(files.get(cluster.rank)))):
-            if cluster.rank == MAIN_RANK:
-                log.warning(
-                    "the last files are cut off or of different steps; step %s is resumed, which is whole", moment
-                )
-            return {rank: [files[rank]] if rank in files else [] for rank in held}
-    return dict(held)
+def _unreadable(own: Path | None, files: Mapping[int, Path], cluster: Cluster) -> str | None:
+    """What keeps one of the files from being read: each rank looks at that in its own folder."""
+    file = files.get(cluster.rank)
+    faults = cluster.gather("is readable", None if own is None or file is None else _fault_of(own / file.name))
+    return next((str(fault) for fault in faults if fault is not None), None)
 
 
-def _is_whole(file: Path | None) -> bool:
+def _fault_of(file: Path) -> str | None:
     try:
-        return file is None or not file.is_file() or bool(read_header(file).tensors)
-    except FormatError:
-        return False
+        read_header(file)
+    except FormatError as error:
+        return str(error)[:_TEXT]
+    return None
 
 
 def _report(source: Source, cluster: Cluster) -> None:

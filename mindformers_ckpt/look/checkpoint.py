@@ -11,7 +11,7 @@ from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.look.arrays import numpy_type, to_part
-from mindformers_ckpt.look.whole import find_checkpoint
+from mindformers_ckpt.look.whole import checkpoint_at
 from mindformers_ckpt.planning.build import held_boxes
 from mindformers_ckpt.planning.model import Place, SourceFile
 from mindformers_ckpt.sources.checkpoint import Checkpoint as Files
@@ -256,4 +256,4 @@ def open_checkpoint(
     Headers are read only. Raises PlanError when files and strategy do not go together, or a folder holds several
     checkpoints; FormatError for damaged files, StrategyError for the strategy.
     """
-    return Checkpoint(find_checkpoint(path, strategy, step))
+    return Checkpoint(checkpoint_at(path, strategy, step))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES
-from mindformers_ckpt.errors import ConfigError, PlanError, describe_problems
+from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.formats import DType, TensorSpec
 from mindformers_ckpt.geometry.box import Box, blocks
 from mindformers_ckpt.look.holders import first_difference
-from mindformers_ckpt.look.whole import PathLike, WholeReader, find_checkpoint
+from mindformers_ckpt.look.whole import PathLike, WholeReader, checkpoint_at, whole_tensors
 from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
 from mindformers_ckpt.sources.plausibility import check_contents
 from mindformers_ckpt.strategy.model import Strategy
@@ -107,7 +107,7 @@ def diff(
     """
     if not tolerance >= 0 or math.isinf(tolerance):
         raise ConfigError(f"a tolerance of {tolerance:g} makes no sense; give a number from 0 on")
-    first, second = find_checkpoint(left, strategy, step), find_checkpoint(right, right_strategy, right_step)
+    first, second = checkpoint_at(left, strategy, step), checkpoint_at(right, right_strategy, right_step)
     ours, theirs = _tensors(first), _tensors(second)
     warnings = [
         *first.warnings,
@@ -137,16 +137,8 @@ def diff(
 
 
 def _tensors(checkpoint: Checkpoint) -> Mapping[str, LogicalTensor]:
-    """The tensors with elements, which a .ckpt file can hold. Raises PlanError for those that are not all there."""
-    tensors = checkpoint.tensors()
-    lost = [
-        f"{name}: the box {box} of ranks {list(ranks[:8])}"
-        for name, tensor in tensors.items()
-        for box, ranks in tensor.missing
-    ]
-    if lost:
-        raise PlanError(describe_problems(f"{checkpoint.files.root}: of some tensors not all is there", lost))
-    return {name: tensor for name, tensor in tensors.items() if tensor.spec.size}
+    """The tensors with elements, which are those that a .ckpt file can hold."""
+    return {name: tensor for name, tensor in whole_tensors(checkpoint).items() if tensor.spec.size}
 
 
 def _compare(
@@ -156,17 +148,24 @@ def _compare(
     ours, theirs = left[1].spec, right[1].spec
     if ours.shape != theirs.shape:
         return TensorDiff(name, ours, theirs)
-    is_same_type, sums = ours.dtype == theirs.dtype, _Sums(ours, theirs)
-    limit = max(1, BLOCK_BYTES // max(ours.dtype.itemsize, theirs.dtype.itemsize))
-    is_equal = is_same_type
-    for block in blocks(Box.whole(ours.shape), limit):
-        a, b = left[0].read(left[1], block).reshape(-1), right[0].read(right[1], block).reshape(-1)
-        if is_same_type and first_difference(a.view("u1"), b.view("u1")) is None:
-            sums.add_equal(a)
-            continue
-        is_equal = False
+    if ours.dtype == theirs.dtype and all(
+        first_difference(a.view("u1"), b.view("u1")) is None for _, a, b in _both(left, right)
+    ):
+        return None
+    sums = _Sums(ours, theirs)
+    for block, a, b in _both(left, right):
         sums.add(a, b, block)
-    return None if is_equal else sums.result(name)
+    return sums.result(name)
+
+
+def _both(
+    left: tuple[WholeReader, LogicalTensor], right: tuple[WholeReader, LogicalTensor]
+) -> Iterator[tuple[Box, Array, Array]]:
+    """The blocks of a tensor on both sides, flat."""
+    ours, theirs = left[1].spec, right[1].spec
+    limit = max(1, BLOCK_BYTES // max(ours.dtype.itemsize, theirs.dtype.itemsize))
+    for block in blocks(Box.whole(ours.shape), limit):
+        yield block, left[0].read(left[1], block).reshape(-1), right[0].read(right[1], block).reshape(-1)
 
 
 class _Sums:
@@ -180,14 +179,8 @@ class _Sums:
         self.where: tuple[int, ...] | None = None
         self.values = (0.0, 0.0)
 
-    def add_equal(self, a: Array) -> None:
-        """A block that is the same on both sides; it counts for the norm."""
-        if self.left_type is not None:
-            for first in range(0, len(a), _STRIP):
-                self.norm += _square(_as_numbers(a[first : first + _STRIP], self.left_type))
-
     def add(self, a: Array, b: Array, block: Box) -> None:
-        """A block that is not."""
+        """Add what both sides have of a block."""
         if self.left_type is None or self.right_type is None:
             return
         for first in range(0, len(a), _STRIP):
@@ -255,5 +248,6 @@ def _as_numbers(carried: Array, dtype: np.dtype[Any]) -> Array:
     wide = (
         np.complex128 if dtype.kind == "c" else np.longdouble if dtype.kind in "iu" and dtype.itemsize == 8 else float
     )
-    values: Array = carried.view(dtype).astype(wide)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        values: Array = carried.view(dtype).astype(wide)
     return values

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 from mindformers_ckpt.checksums.crc64 import finished, raw
 from mindformers_ckpt.checksums.digest import TensorChecksum, digest_of
-from mindformers_ckpt.errors import PlanError, describe_problems
-from mindformers_ckpt.look.whole import PathLike, WholeReader, find_checkpoint
-from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
+from mindformers_ckpt.look.whole import PathLike, WholeReader, checkpoint_at, whole_tensors
+from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.plausibility import check_contents
 from mindformers_ckpt.strategy.model import Strategy
 
@@ -48,15 +47,12 @@ def fingerprint(
     Raises PlanError when files and strategy do not go together or some box is in no file, FormatError for damaged
     files, StrategyError, TransferError.
     """
-    return fingerprint_of(find_checkpoint(path, strategy, step), contents, progress)
+    return fingerprint_of(checkpoint_at(path, strategy, step), contents, progress)
 
 
 def fingerprint_of(checkpoint: Checkpoint, contents: str = "error", progress: Progress | None = None) -> Fingerprint:
     """The fingerprint of a checkpoint whose files were found."""
-    tensors = checkpoint.tensors()
-    lost = [f"{name}: the box {box} of ranks {list(ranks[:8])}" for name, box, ranks in lost_boxes(tensors)]
-    if lost:
-        raise PlanError(describe_problems(f"{checkpoint.files.root}: of some tensors not all is there", lost))
+    tensors = whole_tensors(checkpoint)
     warnings = (*checkpoint.warnings, *check_contents(checkpoint, tensors, contents))
     total, done = sum(tensor.spec.nbytes for tensor in tensors.values()), 0
     found = []
@@ -72,8 +68,3 @@ def fingerprint_of(checkpoint: Checkpoint, contents: str = "error", progress: Pr
             found.append(TensorChecksum(name, spec.dtype.name, spec.shape, finished(value, spec.nbytes)))
     found.sort()
     return Fingerprint(digest_of(found), tuple(found), warnings)
-
-
-def lost_boxes(tensors: dict[str, LogicalTensor]) -> list[tuple[str, object, tuple[int, ...]]]:
-    """What no file holds: names, boxes, and the ranks that should hold them."""
-    return [(name, box, ranks) for name, tensor in tensors.items() for box, ranks in tensor.missing]

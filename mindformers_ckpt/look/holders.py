@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -66,12 +68,17 @@ class ContentReader:
 
 
 def first_difference(left: Bytes, right: Bytes) -> int | None:
-    """The first place at which two runs of bytes of one length differ, None when they are equal."""
+    """The first place at which two contiguous runs of bytes of one length differ, None when they are equal."""
     import numpy as np
 
-    whole = len(left) // 8 * 8
-    if np.array_equal(left[:whole].view(np.uint64), right[:whole].view(np.uint64)) and np.array_equal(
-        left[whole:], right[whole:]
-    ):
+    # numpy would make an array of truth values first; this takes a third of the time.
+    addresses = (ctypes.c_void_p(run.__array_interface__["data"][0]) for run in (left, right))
+    if _memcmp()(*addresses, ctypes.c_size_t(len(left))) == 0:
         return None
     return int(np.argmax(left != right))
+
+
+@lru_cache(maxsize=1)
+def _memcmp() -> Callable[..., int]:
+    function: Callable[..., int] = ctypes.CDLL(None).memcmp
+    return function

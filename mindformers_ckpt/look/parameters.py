@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from mindformers_ckpt.convert.states import find_states
 from mindformers_ckpt.errors import FormatError, PlanError, StrategyError
 from mindformers_ckpt.formats import DType, Header, TensorRecord, TensorSpec
 from mindformers_ckpt.formats.tensor_file import scan
@@ -18,6 +17,7 @@ from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.lora_names import is_adapter_name
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.source import Source
+from mindformers_ckpt.state_names import find_states
 
 # Records of a .ckpt at which a file is compared with one of its size that was read whole.
 _SAMPLES = 8

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from mindformers_ckpt.checksums.digest import digest_of
 from mindformers_ckpt.errors import CheckpointError, ConfigError, FormatError, PlanError
 from mindformers_ckpt.look.verify_manifest import (
     Choose,
@@ -14,12 +15,13 @@ from mindformers_ckpt.look.verify_manifest import (
     check_hashes,
     check_ranks,
     check_trailers,
+    has_manifest,
     read_result,
     sampler,
 )
 from mindformers_ckpt.look.verify_model import Difference, Verification
 from mindformers_ckpt.look.verify_replicas import verify_checksums
-from mindformers_ckpt.look.whole import PathLike, as_strategy, find_checkpoint
+from mindformers_ckpt.look.whole import PathLike, as_strategy, checkpoint_at
 from mindformers_ckpt.publish.fingerprints import folder_of, recorded_checksums
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.source import Kind, Source
@@ -43,7 +45,7 @@ def verify(
 
     By the manifest: files and their sizes, ranks, and all that was recorded of the contents: hashes (`--hash`), CRC-32
     trailers (`--crc-check`), fingerprints (`--fingerprint`); replicas are compared. `strategy` is that of the result,
-    by default the one that the manifest names. With `against`, a checkpoint under `src_strategy` (`step` chooses among
+    by default the one that its manifest names. With `against`, a checkpoint under `src_strategy` (`step` chooses among
     several files): every rank of the result is compared with what the source gives it, bit by bit.
 
     `sample` is the share of tensors whose contents are read. `contents` says what samples of the source that contradict
@@ -74,15 +76,22 @@ def _verify_against(
 ) -> None:
     from mindformers_ckpt.look.verify_against import verify_against
 
-    source = find_checkpoint(against, src_strategy, step)
+    source = checkpoint_at(against, src_strategy, step)
     source.tensors()
+    if strategy is None and has_manifest(Path(path)):
+        strategy = _known_strategy(read_result(Path(path)), None, found)
     try:
-        result = find_checkpoint(path, strategy)
+        result = checkpoint_at(path, strategy)
         for rank in result.files.by_rank:
             result.records_of(rank)
     except FormatError as error:
         found.differences.append(Difference(str(error)))
         return
+    if (source.files.kind is Kind.HUGGING_FACE) != (result.files.kind is Kind.HUGGING_FACE):
+        raise PlanError(
+            f"one of {source.files.root} and {result.files.root} is a Hugging Face model, the other is not: names and "
+            "forms of tensors differ; convert the source once more and compare the two results (diff)"
+        )
     verify_against(result, source, chosen, contents=contents, progress=progress, found=found)
 
 
@@ -119,9 +128,12 @@ def _known_strategy(manifest: Manifest, strategy: PathLike | Strategy | None, fo
     """The strategy that is given, or that the manifest names; None where its file is gone."""
     if strategy is not None or manifest.target is None:
         return None if strategy is None else as_strategy(strategy)
+    if manifest.target == Strategy.complete().describe():
+        return Strategy.complete()
     origin = origin_of(manifest.target)
     if origin is None:
-        return Strategy.complete()
+        found.warnings.append(f"the manifest does not tell where the strategy is: {manifest.target}")
+        return None
     try:
         return as_strategy(origin)
     except (CheckpointError, OSError) as error:
@@ -148,6 +160,8 @@ def _verify_fingerprint(
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         found.differences.append(Difference(f"the manifest has no legible fingerprint ({error!r})", folder))
         return
+    if entry.get("digest") != digest_of(recorded.values()):
+        found.differences.append(Difference("the fingerprint in the manifest is not that of its tensors", folder))
     checkpoint = Checkpoint(_source(folder, part, manifest), strategy or Strategy.complete())
     try:
         verify_checksums(checkpoint, recorded, chosen(list(recorded)), found, progress)

@@ -43,6 +43,11 @@ class Manifest(NamedTuple):
     parts: int
 
 
+def has_manifest(folder: Path) -> bool:
+    """Whether a folder is a result of this program, by its manifests."""
+    return folder.is_dir() and bool(read_manifests(folder))
+
+
 def read_result(folder: Path) -> Manifest:
     """What the manifests of a result say. Raises PlanError when there is none, or it is none of ours."""
     manifests = read_manifests(folder)

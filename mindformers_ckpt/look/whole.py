@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES, empty_bytes
 from mindformers_ckpt.engine.reader import ShardReader
-from mindformers_ckpt.errors import PlanError
+from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.geometry.box import Box, blocks
 from mindformers_ckpt.planning.model import Place, SourceFile
 from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PathLike = Union[str, "os.PathLike[str]"]
 
 
-def find_checkpoint(path: PathLike, strategy: PathLike | Strategy | None = None, step: str | None = None) -> Checkpoint:
+def checkpoint_at(path: PathLike, strategy: PathLike | Strategy | None = None, step: str | None = None) -> Checkpoint:
     """The one checkpoint at a path, under its strategy. Headers are read when they are needed.
 
     Raises PlanError when there are several, or files and strategy do not go together, and StrategyError.
@@ -47,6 +47,19 @@ def as_strategy(strategy: PathLike | Strategy | None) -> Strategy:
     return read_strategy(Path(os.path.abspath(strategy)))
 
 
+def whole_tensors(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
+    """The tensors of a checkpoint. Raises PlanError that lists what of them no file holds."""
+    tensors = checkpoint.tensors()
+    lost = [
+        f"{name}: the box {box} of ranks {list(ranks[:8])}"
+        for name, tensor in tensors.items()
+        for box, ranks in tensor.missing
+    ]
+    if lost:
+        raise PlanError(describe_problems(f"{checkpoint.files.root}: of some tensors not all is there", lost))
+    return tensors
+
+
 class WholeReader:
     """Reads the blocks of a checkpoint's whole tensors, for one thread at a time."""
 
@@ -59,12 +72,9 @@ class WholeReader:
     def blocks(self, tensor: LogicalTensor) -> Iterator[tuple[Box, Array]]:
         """The blocks of a tensor in its row-major order, each contiguous, in memory that the next one uses again.
 
-        The arrays are of the type's carrier. Raises TransferError, and PlanError when no file holds some of it.
+        The arrays are of the type's carrier. Raises TransferError.
         """
         spec = tensor.spec
-        if tensor.missing:
-            box, ranks = tensor.missing[0]
-            raise PlanError(f"{spec.name}: the box {box} is in none of the files of ranks {list(ranks[:8])}")
         for block in blocks(Box.whole(spec.shape), max(1, BLOCK_BYTES // spec.dtype.itemsize)):
             yield block, self.read(tensor, block)
 

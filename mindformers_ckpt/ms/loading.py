@@ -23,6 +23,7 @@ from mindformers_ckpt.job.own_files import OwnFiles, find_own_files
 from mindformers_ckpt.job.remote_reslice import RemoteReslicing
 from mindformers_ckpt.job.reslice import Reslicing
 from mindformers_ckpt.log import log
+from mindformers_ckpt.look.verify_files import verify_files
 from mindformers_ckpt.ms import live, weights
 from mindformers_ckpt.planning.build import Slices, compare_slices
 from mindformers_ckpt.planning.missing import Missing, missing_names
@@ -63,6 +64,8 @@ class Loading:
 
     def load(self) -> dict[str, Any]:
         """Load this rank's parameters; all that was loaded, by name. `transformed`: whether there is a new result."""
+        if self.config.verify_checkpoint:
+            self._verify()
         if not self.config.auto_trans_ckpt:
             loaded = self._load_own()
         elif self.config.auto_trans_save:
@@ -81,6 +84,29 @@ class Loading:
     def _own(self) -> dict[str, tuple[int, ...]]:
         """The shapes of this rank's parameters, by name."""
         return weights.own_shapes(self.cells)
+
+    def _verify(self) -> None:
+        """Compare the files with what is recorded of them, each by one rank. Raises FormatError on all ranks."""
+        if self.config.has_remote_source or self.exchange is not None:
+            if self.cluster.rank == MAIN_RANK:
+                log.warning("verify_checkpoint: files of an object storage are not checked; verify them before")
+            return
+        if self.config.auto_trans_ckpt:
+            found = find_checkpoint(self.config).files if self.cluster.rank == MAIN_RANK else []
+            told = self.cluster.gather("files to verify", [str(path) for path in found])[MAIN_RANK]
+            paths, is_own = [Path(path) for path in told], False
+        else:
+            own = self._found_files()
+            paths, is_own = list(own.files), own.sharded
+        share = paths if is_own else paths[self.cluster.rank :: self.cluster.size]
+        unrecorded = verify_files(share, self.cluster.check)
+        if unrecorded:
+            log.warning(
+                "verify_checkpoint: nothing is recorded of %d of %d files that rank %d looked at, which were not "
+                "checked (%s); transform --hash and save_checkpoint(crc_check=True) record it",
+                *(len(unrecorded), len(share), self.cluster.rank, unrecorded[0]),
+            )
+        self.cluster.barrier("verified")
 
     def _reslicing(self) -> Reslicing:
         names = self._names()

@@ -221,10 +221,8 @@ def held_boxes(source: Checkpoint, name: str, tensor: LogicalTensor) -> dict[int
 def _target_order(source: Strategy, target: Strategy, tensors: Iterable[str]) -> list[str]:
     """Tensors that both strategies name first, then the rest: the order that MindSpore's tool writes."""
 
-    def named(strategy: Strategy, name: str) -> bool:
-        return strategy.is_complete or any(name in layouts for layouts in strategy.stages)
-
-    return sorted(tensors, key=lambda name: not (named(source, name) and named(target, name)))
+    named = [strategy.names() for strategy in (source, target) if not strategy.is_complete]
+    return sorted(tensors, key=lambda name: not all(name in names for names in named))
 
 
 def _one_sided(source: Strategy, target: Strategy, tensors: Iterable[str]) -> list[str]:

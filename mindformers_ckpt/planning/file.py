@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,8 +36,14 @@ from mindformers_ckpt.text_files import MAX_OWN_BYTES, parse_json, read_regular,
 
 VERSION = 1
 _MARK = "mindformers_ckpt_plan"
+# A plan of 16,384 ranks for 8,192 takes some 10 million; boxes that are made for it take the square of their number.
+_MOST_COMPARISONS = 200_000_000
 
 Entry = TypeVar("Entry", bound=Hashable)
+
+
+def _no_companions(folder: Path) -> None:
+    """What most results have beside their files."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +55,14 @@ class Job:
         about: source and target in words, for the manifest of the result.
         partial: whether the plan makes some of the target's ranks only.
         destination: folder for the result, absolute; None when it is not known yet.
+        companions: puts the texts that belong to the result into its folder; a plan file has none.
     """
 
     plan: Plan
     about: dict[str, Any]
     partial: bool
     destination: Path | None
+    companions: Callable[[Path], None] = field(default=_no_companions, compare=False, repr=False)
 
 
 def write_plan(job: Job, path: Path, *, anything: bool = False) -> None:
@@ -93,7 +101,7 @@ def read_plan(path: Path) -> Job:
     Raises PlanError when the file is damaged, of another version or no plan, or a source was changed.
     """
     try:
-        content = parse_json(read_regular(path, MAX_OWN_BYTES))
+        content = parse_json(read_regular(path, MAX_OWN_BYTES), most_parts=None)
     except OSError as error:
         raise PlanError(f"cannot read the plan file {path}: {error.strerror}") from error
     except ValueError as error:
@@ -113,7 +121,7 @@ def read_plan(path: Path) -> Job:
     except DecodeError as error:
         raise PlanError(f"{path} holds no plan that can be run ({error}); make it again") from None
     _check_sources(path, job.plan.sources, [entry[2] for entry in body["sources"]])
-    job.plan.check()
+    job.plan.check(_MOST_COMPARISONS)
     return job
 
 

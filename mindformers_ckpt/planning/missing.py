@@ -16,17 +16,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from mindformers_ckpt.lora_names import is_adapter_name
-
-_NEVER_SAVED = ("accu_grads.",)
-_CACHES = frozenset({"key_cache", "value_cache"})
-# What the checkpoint callbacks of MindSpore and MindFormers, and their optimizers, save beside the weights.
-COUNTERS = frozenset(
-    {
-        *("epoch_num", "step_num", "global_step", "global_batch_size", "learning_rate", "loss_scale", "scale_sense"),
-        *("current_iterator_step", "last_overflow_iterator_step", "beta1_power", "beta2_power", "momentum"),
-        *("scale_window", "scale_window_up_count", "scale_window_down_count", "consumed_samples"),
-    }
-)
+from mindformers_ckpt.state_names import COUNTERS, is_never_saved, state_of
 
 
 class Missing(NamedTuple):
@@ -53,17 +43,18 @@ def missing_names(wanted: Collection[str], held: Collection[str], allowed: Seque
     states: dict[str, list[str]] = {}
     required, adapters, counters, frozen, permitted = [], [], [], [], []
     known = held | wanted
-    held_states = [name for name in held if _is_state(name, known)]
-    present_kinds = {_kind(name) for name in held_states}
-    trained = {_weight(name) for name in held_states}
+    held_states = [state for name in held if (state := state_of(name, known)) is not None]
+    present_kinds = {state.kind for state in held_states}
+    trained = {state.weight for state in held_states}
     for name in absent:
+        state = state_of(name, wanted)
         if is_adapter_name(name):
             adapters.append(name)
         elif name in COUNTERS:
             counters += [name] if present_kinds else []
-        elif _is_state(name, wanted) and _kind(name) not in present_kinds:
-            states.setdefault(_kind(name), []).append(name)
-        elif _is_state(name, wanted) and _weight(name) in held and _weight(name) not in trained:
+        elif state is not None and state.kind not in present_kinds:
+            states.setdefault(state.kind, []).append(name)
+        elif state is not None and state.weight in held and state.weight not in trained:
             frozen.append(name)
         elif any(fnmatchcase(name, pattern) for pattern in allowed):
             permitted.append(name)
@@ -86,12 +77,14 @@ def missing_names(wanted: Collection[str], held: Collection[str], allowed: Seque
 
 def weight_names(names: Collection[str]) -> set[str]:
     """The names without states of an optimizer and counters of the training."""
-    return {name for name in names if name not in COUNTERS and not _is_state(name, names) and not is_never_saved(name)}
+    return {
+        name for name in names if name not in COUNTERS and state_of(name, names) is None and not is_never_saved(name)
+    }
 
 
 def has_states(names: Collection[str]) -> bool:
     """Whether there are states of an optimizer among the names."""
-    return any(_is_state(name, names) for name in names)
+    return any(state_of(name, names) for name in names)
 
 
 def patterns_of(allow_missing: bool | Sequence[str]) -> tuple[str, ...]:
@@ -101,26 +94,8 @@ def patterns_of(allow_missing: bool | Sequence[str]) -> tuple[str, ...]:
     return tuple(allow_missing)
 
 
-def is_never_saved(name: str) -> bool:
-    """Whether a parameter is in no checkpoint: MindSpore makes it anew as it needs it."""
-    return name.startswith(_NEVER_SAVED) or name.rpartition(".")[2] in _CACHES
-
-
 def shortened(names: Iterable[str], limit: int = 5) -> str:
     """Names in one line, the first of them and how many more."""
     names = list(names)
     listed = ", ".join(names[:limit])
     return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"
-
-
-def _is_state(name: str, names: Collection[str]) -> bool:
-    """Whether a parameter is the state of another one ("adam_m.<weight>")."""
-    return _weight(name) in names
-
-
-def _kind(name: str) -> str:
-    return name.partition(".")[0]
-
-
-def _weight(name: str) -> str:
-    return name.partition(".")[2]

@@ -7,7 +7,7 @@ so that `once` works for whatever else is made of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,34 +18,40 @@ from mindformers_ckpt.sources.checkpoint import LogicalTensor, Shard
 from mindformers_ckpt.strategy.model import Strategy
 
 
-def target_layouts(tensor: LogicalTensor, target: Strategy) -> dict[int, Layout] | None:
-    """The stages that get a tensor, each with its layout; None where no strategy names it, and all get it whole."""
+def target_boxes(tensor: LogicalTensor, target: Strategy, ranks: Sequence[int]) -> list[tuple[int, Box]]:
+    """The target ranks that get a tensor, each with its box. Raises StrategyError where it cannot be cut."""
     name, shape = tensor.spec.name, tensor.spec.shape
-    stages = {stage for stage, layouts in enumerate(target.stages) if name in layouts}
-    if not stages:
+    size = target.stage_size
+    named = [stage for stage, layouts in enumerate(target.stages) if name in layouts]
+    layouts = _layouts(tensor, target, named, {rank // size for rank in ranks})
+    if layouts is None:
+        whole = Box.whole(shape)
+        return [(rank, whole) for rank in ranks]
+    boxes = {stage: layout.boxes(shape) for stage, layout in layouts.items()}
+    return [(rank, boxes[rank // size][rank % size]) for rank in ranks if rank // size in boxes]
+
+
+def _layouts(
+    tensor: LogicalTensor, target: Strategy, named: Sequence[int], wanted: Container[int]
+) -> dict[int, Layout] | None:
+    """The stages that get a tensor, of those that are wanted, each with its layout.
+
+    `named` are the stages whose strategy names it. None where there are none: then all get it whole.
+    """
+    if not named:
         return None
+    stages = {*named}
     if len(tensor.stages) > 1:
         # Stages of the source share it, although a strategy file names it on one only: a tied embedding.
         # MindSpore ties the first and the last stage.
         stages.add(len(target.stages) - 1)
     found = {}
     for stage in sorted(stages):
-        layout = target.layout(name, stage)
-        assert layout is not None
-        found[stage] = layout.for_whole(shape)
+        if stage in wanted:
+            layout = target.layout(tensor.spec.name, stage)
+            assert layout is not None
+            found[stage] = layout.for_whole(tensor.spec.shape)
     return found
-
-
-def target_boxes(tensor: LogicalTensor, target: Strategy, ranks: Sequence[int]) -> list[tuple[int, Box]]:
-    """The target ranks that get a tensor, each with its box."""
-    shape = tensor.spec.shape
-    layouts = target_layouts(tensor, target)
-    if layouts is None:
-        whole = Box.whole(shape)
-        return [(rank, whole) for rank in ranks]
-    boxes = {stage: layout.boxes(shape) for stage, layout in layouts.items()}
-    size = target.stage_size
-    return [(rank, boxes[rank // size][rank % size]) for rank in ranks if rank // size in boxes]
 
 
 @dataclass
@@ -75,11 +81,16 @@ class Places:
         for number, rank in enumerate(ranks):
             stage, position = divmod(rank, target.stage_size)
             self._ranks.setdefault(stage, []).append((number, position))
+        self._named: dict[str, list[int]] = {}  # the stages that name a tensor
+        for stage, layouts in enumerate(target.stages):
+            for name in layouts:
+                self._named.setdefault(name, []).append(stage)
         self._ways: dict[tuple[tuple[int, ...], tuple[tuple[int, Layout], ...] | None], Way] = {}
 
     def way(self, tensor: LogicalTensor) -> Way:
         """How a tensor is cut. Raises StrategyError where it cannot be."""
-        layouts = target_layouts(tensor, self._target)
+        named = self._named.get(tensor.spec.name, ())
+        layouts = _layouts(tensor, self._target, named, self._ranks)
         key = tensor.spec.shape, None if layouts is None else tuple(layouts.items())
         if key not in self._ways:
             self._ways[key] = self._found(tensor.spec.shape, layouts)

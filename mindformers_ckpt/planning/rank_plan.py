@@ -27,7 +27,7 @@ from mindformers_ckpt.formats import Header, Segment, TensorRecord, TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.formats.tensor_file import Malformed
 from mindformers_ckpt.planning.checked import DecodeError, box_of, list_of, number_of, numbers_of, spec_of, text_of
-from mindformers_ckpt.planning.computations import Cast, Compute, Dequantise
+from mindformers_ckpt.planning.computations import Cast, Compute, Constant, Dequantise
 from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer, View, once
 from mindformers_ckpt.text_files import parse_json
 
@@ -189,6 +189,8 @@ def _path_in(root: Path, name: str) -> Path:
 
 def _tensors_of(place: Place, name: str) -> Iterator[tuple[int, str]]:
     """The tensors of files that a place reads: file, name there."""
+    if isinstance(place.compute, Constant):
+        return
     yield place.file, place.tensor or name
     if isinstance(place.compute, Dequantise):
         yield place.compute.scale_file, place.compute.scale
@@ -224,12 +226,13 @@ def _place(entry: Any, numbers: Mapping[int, int]) -> Place:
     if len(values) < 3 or len(values) > 6:
         raise DecodeError(f"a place of {len(values)} values")
     file, start, stop, tensor, view, compute = values + list(_PLAIN[len(values) - 3 :])
+    computation = None if compute is None else _compute(compute, numbers)
     return Place(
-        numbers[number_of(file)],
+        0 if isinstance(computation, Constant) else numbers[number_of(file)],
         box_of([start, stop]),
         text_of(tensor),
         None if view is None else _view(view),
-        None if compute is None else _compute(compute, numbers),
+        computation,
     )
 
 
@@ -251,6 +254,8 @@ def _compute_to_json(compute: Compute | None) -> list[Any] | None:
         return None
     if isinstance(compute, Cast):
         return ["cast", compute.dtype.name]
+    if isinstance(compute, Constant):
+        return ["constant", compute.dtype.name, compute.content.hex()]
     if isinstance(compute, Dequantise):
         dtype, file, name, matrix, block, scale_dtype = compute
         return ["dequantise", dtype.name, file, name, matrix, block, scale_dtype.name]
@@ -263,6 +268,9 @@ def _compute(entry: Any, numbers: Mapping[int, int]) -> Compute:
     if kind == "cast":
         list_of(rest, 0)
         return Cast(of_type)
+    if kind == "constant":
+        (content,) = list_of(rest, 1)
+        return Constant(of_type, bytes.fromhex(text_of(content)))
     if kind != "dequantise":
         raise DecodeError(f"a computation {kind!r:.40}")
     file, name, matrix, block, scale_dtype = list_of(rest, 5)

@@ -161,6 +161,8 @@ class Staging:
             if manifest is not None:
                 write_manifest(self.folder / name, manifest)
             self._lock.release()
+            if self.kind is not Kind.FILE and os.path.lexists(self._lock.path):
+                raise PublishError(f"{self._lock.path} cannot be removed, and would be in the result")
             os.rename(self._journal, self._journal_aside)
             try:
                 if fsync:
@@ -185,7 +187,12 @@ class Staging:
             put(self.folder, self.destination)
 
     def _put_part(self, fsync: bool) -> None:
-        """Put a folder in place that has the ranks that were there, and those of this run."""
+        """Put a folder in place that has the ranks that were there, and those of this run.
+
+        A link for every file that is there, in every run that adds some. Moving the new rank folders into the
+        destination would be fewer steps, but readers that know no manifests (MindSpore) would find what a killed run
+        has moved, or a mixture of old and new ranks: the destination would not change as a whole.
+        """
         joined = self.folder.with_name(f"{self.folder.name}-joined")
         if os.path.lexists(joined):
             files.remove(joined)

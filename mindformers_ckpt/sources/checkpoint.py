@@ -218,7 +218,8 @@ class Checkpoint:
     def _tensor(self, name: str, stage: int, holders: Mapping[int, tuple[Path, TensorSpec]]) -> LogicalTensor:
         shard_spec = next(iter(holders.values()))[1]
         for rank, (path, spec) in holders.items():
-            if (spec.dtype, spec.shape) != (shard_spec.dtype, shard_spec.shape):
+            # Files with equal headers have the same specs.
+            if spec is not shard_spec and (spec.dtype, spec.shape) != (shard_spec.dtype, shard_spec.shape):
                 raise PlanError(
                     f"{path} holds {spec.dtype.name}{list(spec.shape)}, but other ranks of the stage hold "
                     f"{shard_spec.dtype.name}{list(shard_spec.shape)} (rank {rank} differs)"

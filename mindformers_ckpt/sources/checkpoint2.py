@@ -36,7 +36,9 @@ COUNTERS: Mapping[str, tuple[str, tuple[int, ...]]] = {
     "global_step": ("int32", (1,)),
     "loss_scale": ("float32", ()),
     "global_batch_size": ("int64", ()),
+    "consumed_samples": ("int64", ()),
 }
+COMMON_NAMES = frozenset(COUNTERS)
 _CODES = {"int32": "<i", "int64": "<q", "float32": "<f"}
 _UNHEALTHY = 1  # `ckpt_status` of a checkpoint that was saved after a fault
 

@@ -101,6 +101,11 @@ class Listing:
             raise PlanError(describe_problems(headline, problems))
         return dict(sorted(found.items()))
 
+    @cached_property
+    def of_ranks(self) -> dict[int, Listing]:
+        """Rank -> what its folder holds. Raises what `rank_folders` raises."""
+        return {rank: Listing(folder) for rank, folder in self.rank_folders.items()}
+
     def check_rank_folders(self) -> None:
         """Raise what `rank_folders` raises."""
         _ = self.rank_folders

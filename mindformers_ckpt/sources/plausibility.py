@@ -32,6 +32,7 @@ from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
 from mindformers_ckpt.sources.numbers import Comparison, are_constant, compare
 from mindformers_ckpt.sources.sampling import SMALLEST, Chosen, Pair, Samples, choose, read_samples, repeats_itself
+from mindformers_ckpt.state_names import state_of
 
 # What is done about contents that contradict the strategy.
 MODES = ("error", "warn", "off")
@@ -173,8 +174,8 @@ def _is_matrix(source: Checkpoint, tensor: LogicalTensor) -> bool:
 
 def _weight_of(name: str, tensors: Mapping[str, LogicalTensor]) -> str | None:
     """The weight of the same shape that a tensor is a state of ("adam_m.<weight>"), None when it is none."""
-    weight = name.partition(".")[2]
-    return weight if weight in tensors and tensors[weight].spec.shape == tensors[name].spec.shape else None
+    state = state_of(name, tensors)
+    return state.weight if state and tensors[state.weight].spec.shape == tensors[name].spec.shape else None
 
 
 def _replica_warnings(differences: Iterable[_Difference]) -> list[str]:

@@ -7,7 +7,7 @@ between them is for the strategy to say.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
@@ -19,6 +19,7 @@ from mindformers_ckpt.sources.source import Kind, Source
 from mindformers_ckpt.sources.steps import Moment, SavedName, alike, matching, moments, natural, parse
 
 _LISTED = 8
+_ATTEMPTS = 10  # steps that are tried when the last ones are not whole
 
 
 def read(listing: Listing, wanted: str | None = None) -> Source:
@@ -40,21 +41,43 @@ def read_to_resume(listing: Listing) -> Source:
     """
     held = files_by_rank(listing)
     recorded = {rank: recorded_file(listing.rank_folders[rank], files) for rank, files in held.items()}
-    last = _chosen(listing.folder, {rank: files for rank, files in held.items() if recorded[rank] is None}, None)
-    chosen = {**last, **{rank: file for rank, file in recorded.items() if file is not None}}
-    fault = _fault(chosen)
-    warnings: list[str] = []
-    if fault is not None:
-        latest = [
-            name.moment for rank, name in moments(chosen).items() if recorded[rank] is not None and name is not None
-        ]
-        earlier = _last_whole(held, min(latest, default=None))
-        if earlier is not None:
-            chosen, moment = earlier
-            warnings.append(f"{listing.folder}: {fault}; {moment}, the last whole step that all ranks have, is resumed")
-    elif not any(recorded.values()):
-        warnings += [*_unnatural(held, chosen), *_several_models(held, chosen)]
+    chosen, warnings = _resumed(listing.folder, held, recorded, _fault)
     return _source(listing, held, chosen, warnings, "no checkpoint file")
+
+
+def choose_to_resume(
+    root: Path,
+    held: Mapping[int, Sequence[Path]],
+    recorded: Mapping[int, Path | None],
+    unreadable: Callable[[Mapping[int, Path]], str | None],
+) -> Source:
+    """`read_to_resume` for who has not looked into all folders.
+
+    `recorded` are the files that meta.json names, `unreadable` says what keeps chosen files from being read.
+    """
+    chosen, warnings = _resumed(root, held, recorded, lambda files: _different_steps(files) or unreadable(files))
+    return _by_names(root, held, chosen, warnings, "no checkpoint file")
+
+
+def _resumed(
+    root: Path,
+    held: Mapping[int, Sequence[Path]],
+    recorded: Mapping[int, Path | None],
+    fault_of: Callable[[Mapping[int, Path]], str | None],
+) -> tuple[dict[int, Path], list[str]]:
+    """The files that a job resumes from, with warnings; `fault_of` says why it cannot be resumed from some."""
+    last = _chosen(root, {rank: files for rank, files in held.items() if recorded[rank] is None}, None)
+    named = {rank: file for rank, file in recorded.items() if file is not None}
+    chosen = {**last, **named}
+    fault = fault_of(chosen)
+    if fault is None:
+        return chosen, [] if named else [*_unnatural(held, chosen), *_several_models(held, chosen)]
+    latest = min((name.moment for name in moments(named).values() if name is not None), default=None)
+    earlier = _last_whole(held, latest, fault_of)
+    if earlier is None:
+        return chosen, []
+    chosen, moment = earlier
+    return chosen, [f"{root}: {fault}; {moment}, the last whole step that all ranks have, is resumed"]
 
 
 def _chosen(root: Path, held: Mapping[int, Sequence[Path]], wanted: str | None) -> dict[int, Path]:
@@ -78,11 +101,16 @@ def _chosen(root: Path, held: Mapping[int, Sequence[Path]], wanted: str | None) 
 def choose(root: Path, held: Mapping[int, Sequence[Path]], wanted: str | None) -> Source:
     """The source that files of rank folders are, by their names alone; `read` for who has looked into all folders."""
     chosen = _chosen(root, held, wanted)
+    warnings = [] if wanted else [*_unnatural(held, chosen), *_several_models(held, chosen)]
+    return _by_names(root, held, chosen, warnings, f"no file for {wanted!r}" if wanted else "no checkpoint file")
+
+
+def _by_names(
+    root: Path, held: Mapping[int, Sequence[Path]], chosen: Mapping[int, Path], warnings: list[str], lacking: str
+) -> Source:
     older, advice = _older(root, held, chosen) if chosen else ({}, "")
-    lacking = f"no file for {wanted!r}" if wanted else "no checkpoint file"
     absent = {rank: f"{lacking} in {root / f'rank_{rank}'}" for rank in held if rank not in chosen}
     taken = {rank: (file,) for rank, file in chosen.items() if rank not in older}
-    warnings = [] if wanted else [*_unnatural(held, chosen), *_several_models(held, chosen)]
     source = Source(
         root,
         taken,
@@ -111,7 +139,7 @@ def _source(
         Kind.RANK_FOLDERS,
         absent={**absent, **older},
         advice=advice,
-        warnings=(*_beside(listing, chosen), *_almost(folders), *_formats(taken), *_other_ranks(chosen), *warnings),
+        warnings=(*_beside(listing, chosen), *_almost(listing), *_formats(taken), *_other_ranks(chosen), *warnings),
     )
     if not chosen:
         source.raise_absent()
@@ -138,9 +166,9 @@ def recorded_file(folder: Path, files: Sequence[Path]) -> Path | None:
 
 def _fault(chosen: Mapping[int, Path]) -> str | None:
     """Why files cannot be resumed from: they are of different moments, or one cannot be read."""
-    parsed = moments(chosen)
-    if len({_moment(name) for name in parsed.values()}) > 1:
-        return "the last files of the ranks are of different steps"
+    different = _different_steps(chosen)
+    if different is not None:
+        return different
     for file in chosen.values():
         try:
             read_header(file)
@@ -149,7 +177,16 @@ def _fault(chosen: Mapping[int, Path]) -> str | None:
     return None
 
 
-def _last_whole(held: Mapping[int, Sequence[Path]], latest: Moment | None) -> tuple[dict[int, Path], Moment] | None:
+def _different_steps(chosen: Mapping[int, Path]) -> str | None:
+    several = len({_moment(name) for name in moments(chosen).values()}) > 1
+    return "the last files of the ranks are of different steps" if several else None
+
+
+def _last_whole(
+    held: Mapping[int, Sequence[Path]],
+    latest: Moment | None,
+    fault_of: Callable[[Mapping[int, Path]], str | None],
+) -> tuple[dict[int, Path], Moment] | None:
     """The files of the last moment (up to `latest`) of which all ranks have one that can be read."""
     by_moment = {
         rank: {name.moment: file for file in files if (name := parse(file.name)) is not None and not name.moment.mark}
@@ -157,16 +194,16 @@ def _last_whole(held: Mapping[int, Sequence[Path]], latest: Moment | None) -> tu
         if files
     }
     common = set.intersection(*map(set, by_moment.values())) if by_moment else set()
-    for moment in sorted(common, reverse=True):
+    for moment in sorted((moment for moment in common if latest is None or moment <= latest), reverse=True)[:_ATTEMPTS]:
         files = {rank: of_rank[moment] for rank, of_rank in by_moment.items()}
-        if (latest is None or moment <= latest) and _fault(files) is None:
+        if fault_of(files) is None:
             return files, moment
     return None
 
 
 def files_by_rank(listing: Listing) -> dict[int, list[Path]]:
     """The checkpoint files of every rank folder, in the default sort of their names."""
-    return {rank: Listing(folder).weight_files() for rank, folder in listing.rank_folders.items()}
+    return {rank: own.weight_files() for rank, own in listing.of_ranks.items()}
 
 
 def last_file(files: Sequence[Path]) -> Path | None:
@@ -278,9 +315,9 @@ def _is_same(file: Path, other: Path) -> bool:
         return False
 
 
-def _almost(folders: Mapping[int, Path]) -> list[str]:
+def _almost(listing: Listing) -> list[str]:
     """Warn of what has almost the name of a weight file: it could be the last one."""
-    found = [f"{folder.name}/{name}" for folder in folders.values() for name in Listing(folder).almost_weights]
+    found = [f"{own.folder.name}/{name}" for own in listing.of_ranks.values() for name in own.almost_weights]
     return [f"left aside, since they are no weight files by their names: {listed(found)}"] if found else []
 
 

@@ -103,7 +103,7 @@ class Metadata:
 
     def is_in_place(self, slice: Stored) -> bool:
         """Whether the rank that wrote a slice holds it by the layout of its tensor."""
-        return _cell(self.tensors[slice.name].layout, slice.rank) == slice.cell
+        return number_of(self.tensors[slice.name].layout, slice.rank) == slice.cell
 
 
 def is_metadata(data: bytes) -> bool:
@@ -191,7 +191,7 @@ def _checked(metadata: Metadata) -> Metadata:
         if tensor is None:
             problems[slice.name] = "it is stored, but not described"
         elif tensor.first // size == slice.rank // size and not metadata.is_in_place(slice):
-            cell = _cell(tensor.layout, slice.rank)
+            cell = number_of(tensor.layout, slice.rank)
             problems[slice.name] = f"rank {slice.rank} wrote its slice {slice.cell}, but holds slice {cell}"
     if problems:
         listed = [f"{name}: {fault}" for name, fault in problems.items()]
@@ -199,7 +199,7 @@ def _checked(metadata: Metadata) -> Metadata:
     return metadata
 
 
-def _cell(layout: Layout | None, rank: int) -> int:
+def number_of(layout: Layout | None, rank: int) -> int:
     """The number of the slice that a rank holds: that of its cell in row-major order."""
     if layout is None:
         return 0

@@ -27,6 +27,7 @@ DEFAULTS = {
     "only_save_strategy": False,
     "load_ckpt_format": "ckpt",
     "check_contents": "error",
+    "verify_checkpoint": False,
     "transform_timeout": 7200.0,
 }
 
@@ -76,6 +77,7 @@ def test_a_key_without_a_value_has_its_default(key: str) -> None:
         ("check_contents", "warn", "warn"),
         ("check_contents", "off", "off"),
         ("check_contents", False, "off"),  # what yaml reads of a bare off
+        ("verify_checkpoint", "True", True),
         ("transform_timeout", "90", 90.0),
     ],
 )

@@ -24,7 +24,7 @@ from mindformers_ckpt.job.cluster.cluster import Address, RankError
 from mindformers_ckpt.job.direct import hand_out_plans, read_direct
 from mindformers_ckpt.job.names import names_of_all
 from mindformers_ckpt.planning.build import build_plan
-from mindformers_ckpt.planning.computations import Cast, Dequantise
+from mindformers_ckpt.planning.computations import Cast, Constant, Dequantise
 from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer, View
 from mindformers_ckpt.planning.rank_plan import decode_rank, encode_ranks
 from mindformers_ckpt.sources.checkpoint import Checkpoint
@@ -172,7 +172,23 @@ def test_views_and_computations_are_told(tmp_path: Path) -> None:
         (text,) = encode_ranks(plan, file, read_header)  # the root is a file
         own = decode_rank(text, file)
         assert own.plan == plan
-        assert own.headers[0].tensors.keys() == {"w", "s"} if compute is fp8 else {"w"}
+        assert own.headers[0].tensors.keys() == ({"w", "s"} if compute is fp8 else {"w"})
+
+
+def test_a_constant_is_told_of_no_file(tmp_path: Path) -> None:
+    file = write_tensors(tmp_path / "a.ckpt", random_model({"w": (2,)}))
+    spec = read_header(file).tensors["w"].spec._replace(name="step_num")
+    box = Box.whole(spec.shape)
+    content = bytes(range(spec.nbytes))
+    place = Place(0, box, compute=Constant(spec.dtype, content))
+    transfer = Transfer(spec.name, spec.dtype, spec.shape, (place,), (Place(0, box),))
+    target = TargetFile("rank_0/checkpoint_0.ckpt", 0, "ckpt", (spec,))
+    plan = Plan((SourceFile(file, file.stat().st_size),), (target,), (transfer,))
+    own = decode_rank(next(encode_ranks(plan, tmp_path, read_header)), tmp_path)
+    assert own.plan == Plan((), plan.targets, plan.transfers)
+    assert [(found, held.tobytes()) for found, held in read_direct(own.plan, lambda: None, own.headers)] == [
+        (spec, content)
+    ]
 
 
 def changed(text: str, change: Callable[[dict[str, Any]], None]) -> str:

@@ -93,7 +93,7 @@ def test_a_restarted_job_goes_on_at_the_last_step_that_all_ranks_have(
     root = saved(tmp_path / "ck", {**STEPS, 1: [f"llama_rank_1-1_{step}.ckpt" for step in (2, 4)]})
     wanted = [[f"rank_{rank}/llama_rank_{rank}-1_4.ckpt"] for rank in range(3)]
     assert chosen(root, 3, resume_training=True) == wanted
-    assert "step 1_4 is resumed" in caplog.text
+    assert "1_4, the last whole step that all ranks have, is resumed" in caplog.text
     # A last file that is cut off is no step to go on at.
     cut = root / "rank_2" / "llama_rank_2-1_4.ckpt"
     cut.write_bytes(cut.read_bytes()[:-3])

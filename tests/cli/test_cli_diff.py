@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 from recorded import Tensor, write_tensors
-from toy import MODEL, command
+from toy import MODEL, command, invoke
 
 
 def test_the_same_and_not_the_same(toy: Path) -> None:
-    same = command(["diff", "full.safetensors", "sharded", "--strategy-b", "dp2mp2"], toy)
+    same = invoke(["diff", "full.safetensors", "sharded", "--strategy-b", "dp2mp2"], toy)
     assert same.code == 0, same
     assert same.out == "5 tensors are equal bit for bit, 0 differ; 0 only in A, 0 only in B\n"
     dtype, bits = MODEL["layers.0.weight"]
@@ -21,7 +21,7 @@ def test_the_same_and_not_the_same(toy: Path) -> None:
     other["layers.0.weight"] = Tensor(dtype, numbers.view(np.uint32))
     write_tensors(toy / "other.ckpt", other)
     words = ["diff", "full.ckpt", "other.ckpt"]
-    found = command(words, toy)
+    found = invoke(words, toy)
     assert found.code == 1, found
     only, changed, end = found.out.splitlines()
     assert only == "only in A: norm.bias"
@@ -29,7 +29,7 @@ def test_the_same_and_not_the_same(toy: Path) -> None:
     assert "at [3, 2] (A " in changed
     assert ", B 8)" in changed
     assert end == "3 tensors are equal bit for bit, 1 differ; 1 only in A, 0 only in B"
-    report = json.loads(command([*words, "--json"], toy).out)
+    report = json.loads(invoke([*words, "--json"], toy).out)
     assert (report["ok"], report["only_in_a"], report["equal"]) == (False, ["norm.bias"], 3)
     (tensor,) = report["tensors"]
     assert tensor["where"] == [3, 2]

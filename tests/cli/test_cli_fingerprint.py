@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from toy import MODEL, command, write_toy
+from toy import MODEL, command, invoke, write_toy
 
 from mindformers_ckpt.checksums.crc64 import crc64
 from mindformers_ckpt.checksums.digest import TensorChecksum, digest_of
@@ -19,7 +19,7 @@ def test_it_is_one_for_whole_and_sharded_checkpoints(tmp_path: Path) -> None:
     digest = digest_of(checksums)
     whole = command(["fingerprint", "full.ckpt", "--quiet"], tmp_path)
     assert (whole.code, whole.out.split()[0], whole.err) == (0, digest, "")
-    sharded = command(["fingerprint", "sharded", "--strategy", "dp2mp2", "--json"], tmp_path)
+    sharded = invoke(["fingerprint", "sharded", "--strategy", "dp2mp2", "--json"], tmp_path)
     report = json.loads(sharded.out)
     assert report["digest"] == digest
     assert report["tensors"]["norm.bias"] == {
@@ -27,8 +27,8 @@ def test_it_is_one_for_whole_and_sharded_checkpoints(tmp_path: Path) -> None:
         "shape": [6],
         "crc64nvme": f"{crc64(MODEL['norm.bias'].bits.tobytes()):016x}",
     }
-    lines = command(["fingerprint", "full.safetensors", "--tensors"], tmp_path).out.splitlines()
+    lines = invoke(["fingerprint", "full.safetensors", "--tensors"], tmp_path).out.splitlines()
     assert [line.split()[-1] for line in lines[:-1]] == sorted(MODEL)
-    without = command(["fingerprint", "sharded"], tmp_path)
+    without = invoke(["fingerprint", "sharded"], tmp_path)
     assert without.code == 1
     assert "no source strategy is given" in without.err

@@ -107,6 +107,19 @@ def test_an_interrupt_while_it_starts_is_no_traceback(large: Path, module: str, 
     assert command([*ARGUMENTS, "--resume"], large).code == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_options_are_read(number: signal.Signals) -> None:
+    """click's own answer is "Aborted!" and exit code 1, for any of them."""
+    script = f"""
+import os, click
+from mindformers_ckpt.cli.main import main
+click.Command.parse_args = lambda *arguments: os.kill(os.getpid(), {int(number)})
+main(["plan", "--src-checkpoint", "x"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "error: interrupted\n")
+
+
 def test_an_old_result_survives_and_the_next_run_clears_up(large: Path) -> None:
     assert command([*ARGUMENTS, "--prefix", "old_"], large).code == 0
     code, _ = _stop(large, signal.SIGKILL, 1, "--overwrite", tasks=2)

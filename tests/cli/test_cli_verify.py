@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from toy import command
+from toy import command, invoke
 
 from mindformers_ckpt.formats import read_header
 
@@ -25,9 +25,9 @@ def _damage(toy: Path) -> int:
 
 
 def test_a_result_by_its_manifest(toy: Path) -> None:
-    made = command([*TRANSFORM, "--fingerprint", "--hash", "--crc-check", "--quiet"], toy)
+    made = invoke([*TRANSFORM, "--fingerprint", "--hash", "--crc-check", "--quiet"], toy)
     assert made.code == 0, made
-    whole = command(["verify", "out"], toy)
+    whole = invoke(["verify", "out"], toy)
     assert whole.code == 0, whole
     assert whole.out.splitlines() == [
         "checked: 4 files: there, in their sizes, and readable; no others",
@@ -38,13 +38,13 @@ def test_a_result_by_its_manifest(toy: Path) -> None:
         "out: nothing differs",
     ]
     place = _damage(toy)
-    found = command(["verify", "out"], toy)
+    found = invoke(["verify", "out"], toy)
     assert found.code == 1, found
     assert "CRC-32" in found.err
     assert "layers.0.weight (rank 1, from byte" in found.err
     assert "CRC-64" in found.err
     assert "3 differences" in found.err
-    report = json.loads(command([*AGAINST, "--json"], toy).out)
+    report = json.loads(invoke([*AGAINST, "--json"], toy).out)
     (difference,) = report["differences"]
     assert difference == {
         "what": "1 of 96 bytes differ from the source",
@@ -57,15 +57,15 @@ def test_a_result_by_its_manifest(toy: Path) -> None:
 
 
 def test_a_result_against_its_source(toy: Path) -> None:
-    assert command([*TRANSFORM, "--quiet"], toy).code == 0
-    whole = command(AGAINST, toy)
+    assert invoke([*TRANSFORM, "--quiet"], toy).code == 0
+    whole = invoke(AGAINST, toy)
     assert (whole.code, whole.out.splitlines()[-1]) == (0, "out: nothing differs")
-    assert command([*AGAINST, "--sample", "5%"], toy).code == 0
-    not_read = command(["verify", "out"], toy)
+    assert invoke([*AGAINST, "--sample", "5%"], toy).code == 0
+    not_read = invoke(["verify", "out"], toy)
     assert not_read.code == 0
     assert "not checked: the contents" in not_read.out
     _damage(toy)
-    assert command(["verify", "out"], toy).code == 0
+    assert invoke(["verify", "out"], toy).code == 0
     found = command([*AGAINST, "--quiet"], toy)
     assert (found.code, found.out) == (1, "")
     assert found.err.splitlines()[-1] == "error: out: 1 difference"
@@ -73,5 +73,5 @@ def test_a_result_against_its_source(toy: Path) -> None:
 
 def test_options_of_no_sense_are_usage_errors(toy: Path) -> None:
     for words in (["--sample", "0"], ["--sample", "many"], ["--sample", "101%"], ["--src-strategy", "dp2mp2"]):
-        found = command(["verify", "out", *words], toy)
+        found = invoke(["verify", "out", *words], toy)
         assert found.code == 2, found

@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from recorded import Tensor, random_bits, write_ranks, write_tensors
@@ -122,6 +124,22 @@ def command(arguments: Iterable[str | Path], folder: Path) -> Result:
         timeout=120,
     )
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def invoke(arguments: Iterable[str | Path], folder: Path) -> Result:
+    """`command` in this process, which is quicker."""
+    from click.testing import CliRunner
+
+    from mindformers_ckpt.cli.main import cli
+
+    before = Path.cwd()
+    apart: dict[str, Any] = {"mix_stderr": False} if "mix_stderr" in signature(CliRunner).parameters else {}
+    os.chdir(folder)
+    try:
+        done = CliRunner(**apart).invoke(cli, list(map(str, arguments)))
+    finally:
+        os.chdir(before)
+    return Result(done.exit_code, done.stdout, done.stderr)
 
 
 def listing(folder: Path) -> list[str]:

@@ -137,3 +137,6 @@ def test_a_model_that_goes_there_and_back_is_the_same_by_diff_and_fingerprint(so
     checked = CliRunner().invoke(cli, ["verify", str(tmp_path / "back")])
     assert "21 of 21 tensors: fingerprint" in checked.output
     assert checked.exit_code == 0
+    other = CliRunner().invoke(cli, ["verify", str(tmp_path / "llama.ckpt"), "--against", str(source)])
+    assert other.exit_code == 1
+    assert "convert the source once more" in other.output

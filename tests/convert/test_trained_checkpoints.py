@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from mindformers_ckpt.convert.run import Request, convert, plan_ranks
-from mindformers_ckpt.convert.states import find_states
 from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.geometry.layout import Layout
+from mindformers_ckpt.state_names import find_states
 from mindformers_ckpt.strategy.model import Strategy
 
 NORM = "model.norm_out.weight"

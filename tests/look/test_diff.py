@@ -15,7 +15,7 @@ from recorded import Tensor, random_bits, write_tensors
 from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.look.diff import Diff, diff
-from mindformers_ckpt.look.whole import find_checkpoint
+from mindformers_ckpt.look.whole import checkpoint_at
 from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import transform
@@ -38,7 +38,7 @@ def test_the_same_tensors_under_other_strategies_are_equal(tmp_path: Path) -> No
     result, strategy = make(tmp_path), strategy_of(tmp_path)
     found = diff(tmp_path / "source.ckpt", result, None, strategy)
     assert (found.ok, found.equal, found.tensors) == (True, len(MODEL), ())
-    plan = build_plan(find_checkpoint(result, strategy), Strategy.complete(), format="safetensors")
+    plan = build_plan(checkpoint_at(result, strategy), Strategy.complete(), format="safetensors")
     transform(plan, tmp_path / "back")
     assert diff(result, tmp_path / "back", strategy).ok
 

@@ -16,7 +16,7 @@ from mindformers_ckpt.execution import Options, Report
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.look.fingerprint import fingerprint
-from mindformers_ckpt.look.whole import find_checkpoint
+from mindformers_ckpt.look.whole import checkpoint_at
 from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import transform
@@ -61,7 +61,7 @@ def write_cut(root: Path, strategy: Strategy, tensors: dict[str, Tensor] = MODEL
 
 def run(source: str, target: str, folder: Path, **options: Any) -> tuple[Path, Report]:
     path = write_cut(folder / "source", STRATEGIES[source])
-    plan = build_plan(find_checkpoint(path, STRATEGIES[source]), STRATEGIES[target])
+    plan = build_plan(checkpoint_at(path, STRATEGIES[source]), STRATEGIES[target])
     return path, transform(plan, folder / "result", Options(fingerprints=True, **options))
 
 
@@ -96,7 +96,7 @@ def test_worker_processes_report_their_shares(tmp_path: Path, monkeypatch: pytes
 
 def test_a_run_that_is_resumed_has_the_shares_of_before(tmp_path: Path) -> None:
     path = write_cut(tmp_path / "source", STRATEGIES["columns"])
-    plan = build_plan(find_checkpoint(path, STRATEGIES["columns"]), STRATEGIES["rows"])
+    plan = build_plan(checkpoint_at(path, STRATEGIES["columns"]), STRATEGIES["rows"])
     options = Options(fingerprints=True, resume=True)
     tasks = iter(range(100))
 
@@ -116,7 +116,7 @@ def test_a_run_that_is_resumed_has_the_shares_of_before(tmp_path: Path) -> None:
 
 def test_ways_that_see_no_whole_tensors_are_refused(tmp_path: Path) -> None:
     path = write_cut(tmp_path / "source", STRATEGIES["rows"])
-    checkpoint = find_checkpoint(path, STRATEGIES["rows"])
+    checkpoint = checkpoint_at(path, STRATEGIES["rows"])
     plan = build_plan(checkpoint, STRATEGIES["columns"])
     with pytest.raises(ConfigError, match="--transform-by-rank"):
         transform(plan, tmp_path / "result", Options(fingerprints=True, by_rank=True))
@@ -130,6 +130,6 @@ def test_ways_that_see_no_whole_tensors_are_refused(tmp_path: Path) -> None:
 
 def test_without_the_option_nothing_is_recorded(tmp_path: Path) -> None:
     path = write_cut(tmp_path / "source", STRATEGIES["complete"])
-    report = transform(build_plan(find_checkpoint(path), STRATEGIES["rows"]), tmp_path / "result")
+    report = transform(build_plan(checkpoint_at(path), STRATEGIES["rows"]), tmp_path / "result")
     assert report.fingerprints == {}
     assert "fingerprints" not in json.loads((tmp_path / "result/manifest.json").read_bytes())

@@ -138,6 +138,22 @@ def test_against_finds_lost_ranks_and_tensors(result: Path) -> None:
     ]
 
 
+def test_the_strategy_is_that_of_the_manifest(result: Path) -> None:
+    assert verify(result, against=result.parent / "source.ckpt").ok
+    flip(result / "rank_1/checkpoint_1.ckpt", content_of(result / "rank_1/checkpoint_1.ckpt", "matrix"))
+    (found,) = verify(result, against=result.parent / "source.ckpt").differences
+    assert (found.rank, found.tensor) == (1, "matrix")
+
+
+def test_a_fingerprint_that_was_changed_in_the_manifest(result: Path) -> None:
+    text = (result / "manifest.json").read_text()
+    digest = json.loads(text)["fingerprints"]["."]["digest"]
+    (result / "manifest.json").write_text(text.replace(digest, "0" * 64))
+    assert [found.what for found in verify(result).differences] == [
+        "the fingerprint in the manifest is not that of its tensors"
+    ]
+
+
 def test_a_sample_reads_a_share(result: Path) -> None:
     assert "1 of 4 tensors" in against(result, sample=0.05).checked[0]
     assert any("1 of 4 tensors: fingerprint" in line for line in verify(result, sample=0.05).checked)

@@ -63,9 +63,9 @@ class Jobs:
         victim, event, moment = _fault(chance)
         where = f"rank {victim}, {event}" if moment is None else f"rank {victim} killed after {moment:.2f} s"
         try:
-            ended = self._job(DISKS[disk][0], victim, event, moment)
+            ended = self._job(DISKS[disk].lacks, victim, event, moment)
             faults = [f"{where}: {fault}" for fault in self._faults(ended, victim)]
-            again = self._job(DISKS[disk][0])
+            again = self._job(DISKS[disk].lacks)
             faults += [f"{where}, the next job: {fault}" for fault in self._faults(again, -1)]
         except TimeoutError as error:
             faults = [f"{where}: {error}"]

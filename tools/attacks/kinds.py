@@ -22,7 +22,7 @@ class Attack(Protocol):
 
 
 class Kind(NamedTuple):
-    """A kind, by where it is.
+    """A kind, by the module and the name of what makes the attack.
 
     Attributes:
         share: of the time of a campaign.
@@ -41,14 +41,15 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "kills": Kind("files", "Kills", 2),
-    "moments": Kind("files", "Moments", 2),
-    "calls": Kind("files", "Calls", 2),
-    "signals": Kind("files", "Signals", 1.5),
-    "room": Kind("files", "Room", 1),
+    "kills": Kind("files", "kills", 2),
+    "moments": Kind("files", "moments", 2),
+    "calls": Kind("files", "calls", 2),
+    "signals": Kind("files", "signals", 1.5),
+    "room": Kind("files", "room", 1),
+    "mounts": Kind("files", "mounts", 1.5),
     "resumes": Kind("resumes", "Resumes", 1.5),
     "writers": Kind("writers", "Writers", 1),
     "jobs": Kind("jobs", "Jobs", 2),
     "meeting": Kind("meeting", "Meeting", 1, shim=False),
-    "readers": Kind("readers", "Readers", 16, shim=False),
+    "readers": Kind("readers", "Readers", 15, shim=False),
 }

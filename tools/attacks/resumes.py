@@ -20,7 +20,7 @@ class Resumes:
     """The result of `--resume` is always the one that a run without a kill gives."""
 
     def __init__(self, folder: Path) -> None:
-        self._benches = Benches(folder)
+        self._benches = Benches.below(folder)
 
     def round(self, seed: int) -> Round:
         chance = random.Random(seed)
@@ -29,6 +29,7 @@ class Resumes:
         for _ in range(chance.choice([1, 1, 1, 2, 3])):
             at = chance.randint(bench.operations // 4, bench.operations)
             words = [*bench.case.words, "--resume"]
+            bench.age()
             done = bench.run(words, Event(Act.KILL, at, at))
             if done.code not in (-signal.SIGKILL, 0):
                 faults.append(f"before operation {at}: {done}")
@@ -47,7 +48,9 @@ class Resumes:
 
 def damage(work: Path, result: Path, chance: random.Random) -> str:
     """Change one of the files that a killed run has left beside the result; says what was done."""
-    files = [path for path in sorted(work.rglob("*")) if path.is_file() and not path.is_relative_to(result)]
+    published = {path.stat().st_ino for path in result.rglob("*")}  # ranks have a second name in the result
+    files = [path for path in sorted(work.rglob("*")) if path.is_file() and path.stat().st_ino not in published]
+    files = [path for path in files if "lock" not in path.name and path != result]  # what it says of others is believed
     if not files:
         return "nothing"
     file = chance.choice(files)

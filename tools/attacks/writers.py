@@ -37,7 +37,7 @@ class Writers:
         chance = random.Random(seed)
         self._reset()
         disk = chance.choice(list(DISKS))
-        lacks = DISKS[disk][0]
+        lacks = DISKS[disk].lacks
         pair = chance.choice(PAIRS)
         names = chance.sample(pair, len(pair))
         victim = chance.randrange(len(names)) if chance.random() < 0.3 else -1

@@ -1,13 +1,21 @@
-"""What a training run keeps beside the weights of its model: optimizer states, counters and buffers."""
+"""The names of what a training run keeps beside the weights of its model: optimizer states, counters and buffers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Container, Iterable
 from typing import NamedTuple
 
-from mindformers_ckpt.planning.missing import COUNTERS
-
+# What the checkpoint callbacks of MindSpore and MindFormers, and their optimizers, save beside the weights.
+COUNTERS = frozenset(
+    {
+        *("epoch_num", "step_num", "global_step", "global_batch_size", "learning_rate", "loss_scale", "scale_sense"),
+        *("current_iterator_step", "last_overflow_iterator_step", "beta1_power", "beta2_power", "momentum"),
+        *("scale_window", "scale_window_up_count", "scale_window_down_count", "consumed_samples"),
+    }
+)
+_NEVER_SAVED = ("accu_grads.",)
+_CACHES = frozenset({"key_cache", "value_cache"})
 _GROUP_COUNTER = re.compile(r"(?:learning_rate|weight_decay)(?:_group)?_\d+")
 # "<word>.<weight>": the states that the optimizers of MindSpore, mint and MindFormers (Muon, CAME) keep of a weight,
 # gradients that are summed up over steps, and copies of the weights in single precision.
@@ -30,6 +38,13 @@ _BUFFER = re.compile(
     r")"
     r"|_device_local_(?:norm|loss)\w*"
 )
+
+
+class State(NamedTuple):
+    """A state: what it is ("adam_m"), and the name of the weight that it is one of."""
+
+    kind: str
+    weight: str
 
 
 class States(NamedTuple):
@@ -57,7 +72,7 @@ class States(NamedTuple):
         return {name for names in self for name in names}
 
 
-def find_states(names: Iterable[str], weights: Collection[str]) -> States:
+def find_states(names: Iterable[str], weights: Container[str]) -> States:
     """Which of the names are no weights but states of a training run, given the names of the model's weights."""
     found = States([], [], [])
     for name in names:
@@ -65,14 +80,33 @@ def find_states(names: Iterable[str], weights: Collection[str]) -> States:
             found.counters.append(name)
         elif _BUFFER.fullmatch(name):
             found.buffers.append(name)
-        elif _PLACEHOLDER.fullmatch(name) or _is_state_of(name, weights):
+        elif _PLACEHOLDER.fullmatch(name) or _is_known_state(name, weights):
             found.optimizer.append(name)
     return found
 
 
-def _is_state_of(name: str, weights: Collection[str]) -> bool:
+def state_of(name: str, weights: Container[str], *, known: bool = False) -> State | None:
+    """The state that a name is of one of the weights, None when it is none.
+
+    That of an optimizer nobody knows is one, too ("<word>.<weight>"), unless only `known` ones count: for who leaves
+    states out, since what stands before a weight may also say that it is another copy of the weights.
+    """
     match = _STATE.fullmatch(name)
-    return match is not None and (match[2] in weights or _BUFFER.fullmatch(match[2]) is not None)
+    if match is not None and match[2] in weights:
+        return State(match[1], match[2])
+    word, _, weight = name.partition(".")
+    return State(word, weight) if weight in weights and not known else None
+
+
+def is_never_saved(name: str) -> bool:
+    """Whether a parameter is in no checkpoint: MindSpore makes it anew as it needs it."""
+    return name.startswith(_NEVER_SAVED) or name.rpartition(".")[2] in _CACHES
+
+
+def _is_known_state(name: str, weights: Container[str]) -> bool:
+    match = _STATE.fullmatch(name)
+    of_a_buffer = match is not None and _BUFFER.fullmatch(match[2]) is not None
+    return of_a_buffer or state_of(name, weights, known=True) is not None
 
 
 def _word(name: str) -> str:
