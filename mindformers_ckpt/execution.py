@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from mindformers_ckpt.disk.files import FileState
+from mindformers_ckpt.engine import page_cache
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES, PIECE_BYTES, TRANSPOSE_BYTES
 from mindformers_ckpt.engine.copier import Done, Task, cut_into_tasks
 from mindformers_ckpt.engine.pool import copy_tasks
@@ -63,6 +64,7 @@ class Options:
             when the destination holds its whole result.
         partial: the plan makes some of the ranks only; they are put beside the ones that are there.
         may_fork: start processes by fork where that is safe. Not for a process with connections to others.
+        drop_cache: leave nothing of what is read and written in the page cache.
         keep: keep what is finished when the run fails, for `resume`.
     """
 
@@ -77,6 +79,7 @@ class Options:
     resume: bool = False
     partial: bool = False
     may_fork: bool = False
+    drop_cache: bool = False
     keep: bool = True
 
 
@@ -231,6 +234,8 @@ class Run:
         if not self.already_made:
             if self.options.crc:
                 _append_crcs(self.plan, self.folder)
+                if self.options.drop_cache:
+                    _drop(self.folder / target.path for target in self.plan.targets)
             self._add_companions(companions)
             is_file = self._staging.kind is Kind.FILE
             content = None if is_file else manifest or self._describe()
@@ -324,6 +329,7 @@ def copy_into(
         processes=options.processes,
         hashes=options.hashes,
         proofs=proofs,
+        drops=options.drop_cache,
         fingerprints=options.fingerprints,
         may_fork=options.may_fork,
         check=check,
@@ -494,6 +500,13 @@ def _is_checkpoint(path: Path) -> bool:
         return bool(read_header(path).tensors)
     except FormatError:
         return False
+
+
+def _drop(files: Iterable[Path]) -> None:
+    """Put files on the disk, and have the system forget what it holds of them."""
+    for file in files:
+        with file.open("rb") as stream:
+            page_cache.write_back(stream.fileno())
 
 
 def _check_countable(plan: Plan, options: Options) -> None:

@@ -104,7 +104,7 @@ def test_the_oracles_notice_other_contents(reader: str, tmp_path: Path) -> None:
 def test_many_inputs_are_whole(reader: str, tmp_path: Path) -> None:
     """What is never accepted is never compared."""
     chance, accepted = random.Random(1), 0
-    for number in range(100):
+    for number in range(200):
         file = tmp_path / f"{number}.{reader.replace('torch', 'bin')}"
         file.write_bytes(new_input(chance, reader))
         try:

@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -124,14 +125,6 @@ def test_the_stand_in_is_said_once(
     assert caplog.text.count("is on a file system without locks") == 1
 
 
-def test_a_lock_file_that_was_never_signed(no_locks: None, tmp_path: Path) -> None:
-    """A kill between making and signing it."""
-    (tmp_path / "lock").touch()
-    assert not Lock(tmp_path / "lock").acquire()
-    os.utime(tmp_path / "lock", (1, 1))
-    assert Lock(tmp_path / "lock").acquire()
-
-
 @pytest.mark.parametrize("umask", [0o077, 0o022, 0o000])
 def test_a_replaced_file_has_the_mode_of_the_umask(umask: int, tmp_path: Path) -> None:
     before = os.umask(umask)
@@ -151,3 +144,19 @@ def test_parts_of_dead_writers_are_removed_and_others_kept(tmp_path: Path) -> No
     replace_file(tmp_path / "file", b"new", tidy=True)
     assert {path.name for path in tmp_path.iterdir()} == {"file", ".file.part-alive", ".file.part-alive.lock"}
     alive.release()
+
+
+def test_a_lock_of_a_process_that_died_before_it_signed_is_waited_for(
+    no_locks: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is believed for some seconds, in which a process that lives would have written its name."""
+    monkeypatch.setattr(locks, "_UNSIGNED_SECONDS", 0.5)
+    (tmp_path / "lock").touch()
+    lock = Lock(tmp_path / "lock")
+    assert lock.acquire()
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+    lasting = tmp_path / "lock"
+    lasting.touch()
+    os.utime(lasting, (time.time() + 100, time.time() + 100))  # a clock that is ahead: the wait ends all the same
+    assert not Lock(lasting).acquire()

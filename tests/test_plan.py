@@ -342,8 +342,6 @@ def test_a_plan_from_outside_is_checked_in_bounded_time() -> None:
 
 def test_tensors_that_are_cut_alike_are_checked_once() -> None:
     cut = (grid(8, 8), grid(4, 4))
-    alike, equal = plan_of_cuts(*[cut] * 1000), plan_of_cuts(*((grid(8, 8), grid(4, 4)) for _ in range(10)))
-    alike.check(1000)
-    equal.check(3000)
+    plan_of_cuts(*[cut] * 1000).check(1000)
     with pytest.raises(PlanError, match="w0: of the box"):
         plan_of_cuts((grid(8, 8)[1:], grid(4, 4))).check(1000)

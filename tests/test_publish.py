@@ -16,11 +16,11 @@ from mindformers_ckpt.disk import files
 from mindformers_ckpt.engine import copier
 from mindformers_ckpt.engine.copier import Copier
 from mindformers_ckpt.errors import PlanError, PublishError, TransferError
-from mindformers_ckpt.execution import Options
+from mindformers_ckpt.execution import Options, Run
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.planning.model import Plan
-from mindformers_ckpt.publish import MANIFEST_FILE, Staging, read_manifest, read_manifests
+from mindformers_ckpt.publish import MANIFEST_FILE, Staging, find_strays, read_manifest, read_manifests, recover
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.model import Strategy
@@ -265,9 +265,11 @@ def tasks_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     numbers: list[int] = []
     original = Copier.run
 
-    def run(self: Copier, task: copier.Task, check: Callable[[], None] = lambda: None) -> copier.Done:
+    def run(
+        self: Copier, task: copier.Task, check: Callable[[], None] = lambda: None, following: copier.Task | None = None
+    ) -> copier.Done:
         numbers.append(task.number)
-        return original(self, task, check)
+        return original(self, task, check, following)
 
     monkeypatch.setattr(Copier, "run", run)
     return numbers
@@ -398,8 +400,8 @@ def overwrite(folder: Path) -> None:
     ("spoil", "kept"),
     [
         *((spoil_end, {1}), (spoil_all, {0}), (spoil_text, {2}), (remove, {0})),
-        # Tasks that wrote nothing to the spoilt file are kept.
-        *((change_number, {1}), (shorten, {0, 1}), (unlink, {0, 1}), (overwrite, {0})),
+        # Tasks that wrote nothing to the spoilt file are kept: both, where one thread came to none of the file's.
+        *((change_number, {1}), (shorten, {0, 1, 2}), (unlink, {0, 1, 2}), (overwrite, {0})),
     ],
 )
 def test_what_a_resumed_run_keeps_is_proved(
@@ -700,3 +702,37 @@ def test_a_dead_part_can_be_resumed_after_others(source: Checkpoint, destination
     transform(other, destination, Options(partial=True, resume=True))
     assert transform(dead, destination, Options(partial=True, resume=True)).resumed_bytes > 0
     assert siblings(destination) == {"result"}
+
+
+def test_strays_are_named(source: Checkpoint, plan: Plan, destination: Path, many_tasks: None) -> None:
+    """Those of a run that is alive with its process; what is not of ours is not among them."""
+    folder = destination.parent
+    folder.mkdir()
+    for name in (".bashrc.old", ".other.lock", ".result.part-xyz", "result.old"):
+        (folder / name).touch()
+    assert find_strays(folder) == []
+    with Run(plan, destination) as run:
+        (found,) = find_strays(folder)
+        assert found.path == run.folder
+        assert found.holder == f"process {os.getpid()} on {os.uname().nodename}"
+        run.prepare()
+        run.copy()
+        run.publish()
+    assert find_strays(folder) == []
+    stopped = Stopped()
+    with pytest.raises(KeyboardInterrupt):
+        transform(build_plan(source, strategy(8)), destination, Options(overwrite=True), progress=stopped)
+    (found,) = find_strays(folder)
+    assert (found.what.endswith("--resume goes on with it"), found.holder) == (True, "")
+    destination.rename(folder / ".result.old")
+    assert next(stray.what for stray in find_strays(folder)) == "an old result that was being replaced"
+    recover(destination)
+    transform(build_plan(source, strategy(8)), destination, Options(overwrite=True))
+    assert find_strays(folder) == []
+
+
+class Stopped:
+    """Progress that ends the run after its first task."""
+
+    def __call__(self, done: int, total: int) -> None:
+        raise KeyboardInterrupt

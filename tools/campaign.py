@@ -10,6 +10,7 @@ again: `--only KIND --round SEED`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -68,6 +69,9 @@ class Campaign:
             process.kill()
             said, cause = process.communicate()
             cause += f"\nit does not end within {seconds + MORE:g} s"
+        except BaseException:
+            process.kill()
+            raise
         self.seconds[kind] += time.monotonic() - began
         self.gather(kind, said, cause, process.returncode)
         shutil.rmtree(folder, ignore_errors=True)
@@ -150,22 +154,22 @@ def main() -> int:
         if options.round is not None:
             campaign.run(kinds[0], 0, options.round)
         else:
-            _in_turn(campaign, kinds, options.minutes * 60)
+            with contextlib.suppress(KeyboardInterrupt):  # what was found until then is shown
+                _in_turn(campaign, kinds, options.minutes * 60)
     print(f"{campaign.table()}\n\n{campaign.totals()}")
     return 1 if campaign.fault_count else 0
 
 
 def _in_turn(campaign: Campaign, kinds: list[str], seconds: float) -> None:
-    """Give every kind its share of the time, in slices."""
-    whole = sum(KINDS[kind].share for kind in kinds)
+    """Give every kind its share of the time, in slices. What one takes longer, the others have less."""
     slices = max(1, round(seconds / (SLICE * len(kinds))))
-    began = time.monotonic()
-    for number in range(slices):
-        for kind in kinds:
-            campaign.run(kind, seconds * KINDS[kind].share / whole / slices)
-        if number + 1 < slices:
-            minutes = (time.monotonic() - began) / 60
-            print(f"after {minutes:.1f} minutes\n{campaign.totals()}", flush=True)
+    turns = [kind for _ in range(slices) for kind in kinds]
+    until = time.monotonic() + seconds
+    for number, kind in enumerate(turns):
+        shares = sum(KINDS[other].share for other in turns[number:])
+        campaign.run(kind, max(0.0, until - time.monotonic()) * KINDS[kind].share / shares)
+        if kind == kinds[-1] and number + 1 < len(turns):
+            print(f"{(seconds - until + time.monotonic()) / 60:.1f} minutes\n{campaign.totals()}", flush=True)
 
 
 if __name__ == "__main__":

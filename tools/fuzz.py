@@ -2,8 +2,9 @@
 
 Each reader runs in a process of its own, with 2 GiB of memory and 10 s an input. It may give a result or a
 CheckpointError; anything else is a fault: the input is kept in the folder that --keep names, and the exit code is 1.
-Where the safetensors library is installed, what it refuses may not be accepted. The inputs are mutations of
-tests/data/broken and of the whole files that its script makes; with atheris installed coverage guides them.
+What is accepted has to be what protobuf, safetensors and, where it is installed, PyTorch find in the file. The inputs
+are whole files drawn at random, mutations of them, and of tests/data/broken. With atheris installed coverage guides
+them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 
 from fuzz_inputs import READERS, new_input, seeds_of  # noqa: E402
-from fuzz_oracles import compare  # noqa: E402
+from fuzz_oracles import compare, load  # noqa: E402
 
 from mindformers_ckpt.errors import CheckpointError  # noqa: E402
 
@@ -79,7 +80,8 @@ class Case:
 
 
 def limit_memory() -> None:
-    """This process, as it is, may take some memory more."""
+    """This process, as it is with the other libraries, may take some memory more."""
+    load()
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     limit = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import zipfile
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import make_broken as made
@@ -115,7 +118,10 @@ def _torch(chance: random.Random) -> bytes:
     small = [b"K" + bytes([chance.choice([0, 1, 2, 3, 6])]) for _ in range(5)]
     shape, stride = small[0] + small[1] + b"\x86", small[2] + small[3] + b"\x86"
     given = made.tensor(shape, stride, small[4]) if chance.random() < 0.6 else made.tensor()
-    return made.torch_zip(made.torch_dict(given))
+    stream = io.BytesIO(made.torch_zip(made.torch_dict(given)))
+    with zipfile.ZipFile(stream, "a") as archive:  # which PyTorch wants, and we do not
+        archive.writestr(zipfile.ZipInfo("a/version"), b"3\n")
+    return stream.getvalue()
 
 
 def _layout(chance: random.Random, ranks: int = 8) -> tuple[list[int], list[int]]:
@@ -169,9 +175,9 @@ def _change(chance: random.Random, value: Any) -> None:
             continue
         draw = chance.random()
         if draw < 0.7:
-            value[key] = chance.choice(VALUES)
+            value[key] = deepcopy(chance.choice(VALUES))
         elif draw < 0.85 and isinstance(value, list):
-            value.append(value[key])
+            value.append(deepcopy(value[key]))
         else:
             del value[key]
         return

@@ -10,6 +10,7 @@ import click
 
 from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
 from mindformers_ckpt.cli.options import (
+    CACHE,
     FINGERPRINT,
     RESUME,
     STEP,
@@ -68,6 +69,7 @@ _PATH = LocalPath()
 @FINGERPRINT
 @replace_options
 @RESUME
+@CACHE
 @json_option
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED)
@@ -84,6 +86,7 @@ def command(
     overwrite: bool,
     overwrite_anything: bool,
     resume: bool,
+    drop_cache: bool,
     as_json: bool,
     quiet: bool,
     extra: tuple[str, ...],
@@ -116,6 +119,7 @@ def command(
         overwrite_anything=overwrite_anything,
         resume=resume,
         may_fork=True,
+        drop_cache=drop_cache,
     )
     with resumable(output_path), show_progress("convert", quiet=quiet or as_json) as progress:
         result = convert(

@@ -14,6 +14,7 @@ import click
 
 from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
 from mindformers_ckpt.cli.options import (
+    CACHE,
     FINGERPRINT,
     PROCESSES,
     RESUME,
@@ -139,6 +140,7 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
 @PROCESSES
 @FINGERPRINT
 @RESUME
+@CACHE
 @json_option
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 def command(
@@ -156,6 +158,7 @@ def command(
     processes: int,
     fingerprints: bool,
     resume: bool,
+    drop_cache: bool,
     as_json: bool,
     quiet: bool,
     **scaling: Any,
@@ -199,7 +202,11 @@ def command(
         "source_path": str(source),
     }
     options = Options(
-        processes=affordable_processes(processes), fingerprints=fingerprints, resume=resume, may_fork=True
+        processes=affordable_processes(processes),
+        fingerprints=fingerprints,
+        resume=resume,
+        may_fork=True,
+        drop_cache=drop_cache,
     )
 
     with resumable(destination), show_progress("merge", quiet=quiet) as progress:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from mindformers_ckpt.engine.page_cache import CAN_DROP
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX
 from mindformers_ckpt.sources.plausibility import MODES
 
@@ -172,6 +173,23 @@ FINGERPRINT = click.option(
 )
 RESUME = click.option(
     "--resume", is_flag=True, help="Go on after what an interrupted run of the same command has done."
+)
+
+
+def _drops(ctx: click.Context, param: click.Parameter, value: str) -> bool:
+    if value == "drop" and not CAN_DROP:
+        raise click.BadParameter("this system cannot be told to forget pages; leave the option out")
+    return value == "drop"
+
+
+CACHE = click.option(
+    "--cache",
+    "drop_cache",
+    type=click.Choice(["keep", "drop"]),
+    default="keep",
+    show_default=True,
+    callback=_drops,
+    help="Whether what is read and written may stay in the page cache; `drop` spares the pages of other programs.",
 )
 
 

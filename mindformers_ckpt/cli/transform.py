@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
 from mindformers_ckpt.cli.options import (
+    CACHE,
     FINGERPRINT,
     RESUME,
     LocalPath,
@@ -50,6 +51,7 @@ from mindformers_ckpt.transform import transform
 @click.option("--hash", "hashes", is_flag=True, help="Take xxh3-128 of every written tensor into the manifest.")
 @FINGERPRINT
 @click.option("--fsync", is_flag=True, help="Force the result to the disk before it gets its name.")
+@CACHE
 @click.option(
     "--crc-check", is_flag=True, help="Verify the CRC-32 that source .ckpt files store, and append one to target files."
 )
@@ -64,6 +66,7 @@ def command(
     hashes: bool,
     fingerprints: bool,
     fsync: bool,
+    drop_cache: bool,
     crc_check: bool,
     as_json: bool,
     quiet: bool,
@@ -88,6 +91,7 @@ def command(
         hashes=hashes,
         fingerprints=fingerprints,
         fsync=fsync,
+        drop_cache=drop_cache,
         crc=crc_check,
         overwrite=overwrite,
         overwrite_anything=overwrite_anything,

@@ -68,6 +68,7 @@ class Lock:
         self.path = path
         self._descriptor: int | None = None
         self._mark = ""  # what this lock wrote into its file, where that is the lock
+        self._is_unsigned = False  # the file that is in the way says nothing yet, where that is the lock
 
     @property
     def is_held(self) -> bool:
@@ -77,11 +78,13 @@ class Lock:
     def acquire(self, patience: float = 0.0) -> bool:
         """Take the lock; False when another process still holds it after `patience` seconds.
 
+        A file without an owner in it, which a process may have left that was killed just there, is waited for longer.
         Raises OSError when the file cannot be made.
         """
         until = time.monotonic() + patience
+        until_signed = max(until, time.monotonic() + _UNSIGNED_SECONDS + 2)
         while not self._try():
-            if time.monotonic() >= until:
+            if time.monotonic() >= (until_signed if self._is_unsigned else until):
                 return False
             time.sleep(_POLL)
         return True
@@ -105,6 +108,7 @@ class Lock:
         return owner.described if owner is not None else "unknown"
 
     def _try(self) -> bool:
+        self._is_unsigned = False
         try:
             descriptor, is_new = self._open()
         except FileNotFoundError:
@@ -162,6 +166,7 @@ class Lock:
         if owner.is_dead() if owner is not None else age > _UNSIGNED_SECONDS:
             self._remove_stale(text)
             return self._try()
+        self._is_unsigned = owner is None
         return False
 
     def _remove_stale(self, text: str) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mindformers_ckpt.checksums.shares import share_of_run
+from mindformers_ckpt.engine.ahead import Fetcher
 from mindformers_ckpt.engine.buffers import ALIGNMENT, BLOCK_BYTES, PIECE_BYTES, TRANSPOSE_BYTES, empty_bytes
-from mindformers_ckpt.engine.reader import Reader, ShardReader
+from mindformers_ckpt.engine.reader import Read, Reader, ShardReader
 from mindformers_ckpt.engine.sinks import Sink
 from mindformers_ckpt.engine.views import target_runs
 from mindformers_ckpt.formats import DType
@@ -191,6 +192,67 @@ def _row_meetings(transfer: Transfer, takers: Mapping[tuple[Box, View | None], S
     return found
 
 
+class _Piece:
+    """A slice of a transfer while it is copied: who takes what, and the digests of what was taken."""
+
+    def __init__(self, piece: Slice, hashes: bool) -> None:
+        self._slice = piece
+        self.transfer = transfer = piece.transfer
+        self.takers: dict[tuple[Box, View | None], list[int]] = {}
+        for place in transfer.targets:
+            self.takers.setdefault((place.box, place.view), []).append(place.file)
+        # A tensor in several places of a file is not written in its order, so it has no digest.
+        self.digests: dict[tuple[Box, View | None], Any] = {}
+        if hashes:
+            self.digests = {taker: _new_hash() for taker in self.takers if taker[1] is None}
+        self.share = 0  # of what was copied, where fingerprints are taken
+        by_rows = not hashes and _is_cut_by_rows(transfer)
+        self.meetings = _row_meetings(transfer, self.takers) if by_rows else None
+
+    def blocks(self) -> Iterator[Box]:
+        """The blocks of the slice."""
+        first, count = self._slice.first, self._slice.blocks
+        limit = _block_elements(self.transfer)
+        return itertools.islice(blocks(_wanted(self.transfer), limit), first, first + count)
+
+    def parts(self, block: Box) -> Iterator[tuple[Place, Box]]:
+        """What is read of the sources to copy a block."""
+        if self.meetings is not None:
+            boxes = ((meeting.place, meeting.common) for meeting in self.meetings)
+        else:
+            boxes = ((place, place.box) for place in self.transfer.sources)
+        for place, box in boxes:
+            part = box.intersect(block)
+            if part is not None:
+                yield place, part
+
+    def tensor_share(self) -> TensorShare:
+        return TensorShare(self.transfer.targets[0].file, self.transfer.name, self.share)
+
+    def hashes(self) -> Iterator[TensorHash]:
+        for taker, digest in self.digests.items():
+            for file in self.takers[taker]:
+                yield TensorHash(file, self.transfer.name, digest.hexdigest())
+
+
+class _Step(NamedTuple):
+    """A block that is to be copied."""
+
+    piece: _Piece
+    block: Box
+
+    def reads(self) -> Iterator[Read]:
+        transfer = self.piece.transfer
+        for place, part in self.piece.parts(self.block):
+            yield Read(place, transfer.name, transfer.dtype, part)
+
+
+def _steps(pieces: Sequence[_Piece]) -> Iterator[_Step]:
+    for piece in pieces:
+        for block in piece.blocks():
+            yield _Step(piece, block)
+
+
 class Copier:
     """Copies slices of transfers from source shards to a sink. Holds the buffers and the open files."""
 
@@ -202,28 +264,43 @@ class Copier:
         hashes: bool = False,
         fingerprints: bool = False,
         reader: Reader | None = None,
+        fetcher: Fetcher | None = None,
     ) -> None:
-        self._reader = ShardReader(sources) if reader is None else reader
+        self._reader = ShardReader(sources, fetcher) if reader is None else reader
         self._sink = sink
         self._hashes = hashes
         self._fingerprints = fingerprints
-        self._share = 0  # of what was copied of the present slice
+        self._pieces: dict[int, list[_Piece]] = {}  # of the task that comes next
         self._buffers: dict[str, np.ndarray[Any, np.dtype[np.uint8]]] = {}
 
-    def run(self, task: Task, check: Callable[[], None] = lambda: None) -> Done:
-        """Copy all blocks of a task; `check` is called between blocks and may raise to stop."""
-        return self.repeat(task, check)
+    def run(self, task: Task, check: Callable[[], None] = lambda: None, following: Task | None = None) -> Done:
+        """Copy all blocks of a task; `check` is called between blocks and may raise to stop.
 
-    def repeat(self, task: Task, check: Callable[[], None]) -> Done:
+        `following` is the task that is likely to be run next: some of it may be read already.
+        """
+        return self.repeat(task, check, following)
+
+    def repeat(self, task: Task, check: Callable[[], None], following: Task | None = None) -> Done:
         """`run`, under another name where nothing is copied: with a reader or a sink that only stands in for one."""
-        hashes: list[TensorHash] = []
-        shares: list[TensorShare] = []
-        for piece in task.slices:
-            self._share = 0
-            hashes += self._copy(piece, check)
-            if self._fingerprints:
-                shares.append(TensorShare(piece.transfer.targets[0].file, piece.transfer.name, self._share))
-        return Done(task.number, task.bytes_written, tuple(hashes), self._sink.proof(), tuple(shares))
+        pieces = self._pieces.pop(task.number, None) or self._pieces_of(task)
+        self._pieces.clear()
+        ahead = None
+        if following is not None:
+            self._pieces[following.number] = self._pieces_of(following)
+            ahead = following.number, _steps(self._pieces[following.number])
+        for step in self._reader.ahead(task.number, _steps(pieces), ahead):
+            check()
+            if step.piece.meetings is not None:
+                self._copy_rows(step.piece, step.block, step.piece.meetings)
+            else:
+                self._copy_block(step.piece, step.block)
+        self._sink.end_task()
+        hashes = tuple(found for piece in pieces for found in piece.hashes())
+        shares = tuple(piece.tensor_share() for piece in pieces) if self._fingerprints else ()
+        return Done(task.number, task.bytes_written, hashes, self._sink.proof(), shares)
+
+    def _pieces_of(self, task: Task) -> list[_Piece]:
+        return [_Piece(piece, self._hashes) for piece in task.slices]
 
     def forget(self) -> None:
         """Forget what a task that failed wrote."""
@@ -234,35 +311,9 @@ class Copier:
         self._reader.close()
         self._sink.close()
 
-    def _copy(self, piece: Slice, check: Callable[[], None]) -> list[TensorHash]:
-        transfer = piece.transfer
-        takers: dict[tuple[Box, View | None], list[int]] = {}
-        for place in transfer.targets:
-            takers.setdefault((place.box, place.view), []).append(place.file)
-        # A tensor in several places of a file is not written in its order, so it has no digest.
-        digests: dict[tuple[Box, View | None], Any] = {}
-        if self._hashes:
-            digests = {taker: _new_hash() for taker in takers if taker[1] is None}
-        meetings = _row_meetings(transfer, takers) if not self._hashes and _is_cut_by_rows(transfer) else None
-        wanted, limit = _wanted(transfer), _block_elements(transfer)
-        for number, block in enumerate(blocks(wanted, limit)):
-            if number < piece.first:
-                continue
-            if number >= piece.first + piece.blocks:
-                break
-            check()
-            if meetings is not None:
-                self._copy_rows(transfer, block, meetings)
-            else:
-                self._copy_block(transfer, block, takers, digests)
-        return [
-            TensorHash(file, transfer.name, digest.hexdigest())
-            for taker, digest in digests.items()
-            for file in takers[taker]
-        ]
-
-    def _copy_rows(self, transfer: Transfer, block: Box, meetings: Sequence[_Meeting]) -> None:
+    def _copy_rows(self, piece: _Piece, block: Box, meetings: Sequence[_Meeting]) -> None:
         """Copy what each target takes of each source as one run, in pieces small enough to stay in a core's cache."""
+        transfer = piece.transfer
         for box, files, place, common in meetings:
             part = common.intersect(block)
             if part is None:
@@ -270,39 +321,41 @@ class Copier:
             position = offset_in(part, box) * transfer.dtype.itemsize
             in_whole = offset_in(part, Box.whole(transfer.shape)) * transfer.dtype.itemsize
             lead = PIECE_BYTES - self._sink.offset(files[0], transfer.name, position) % PIECE_BYTES
-            for piece in self._reader.stream(place, transfer.name, transfer.dtype, part, lead):
+            for data in self._reader.stream(place, transfer.name, transfer.dtype, part, lead):
                 for file in files:
-                    self._sink.write(file, transfer.name, position, piece)
-                self._count(transfer, in_whole, piece)
-                position, in_whole = position + len(piece), in_whole + len(piece)
+                    self._sink.write(file, transfer.name, position, data)
+                self._count(piece, in_whole, data)
+                position, in_whole = position + len(data), in_whole + len(data)
 
-    def _copy_block(
-        self,
-        transfer: Transfer,
-        block: Box,
-        takers: dict[tuple[Box, View | None], list[int]],
-        digests: dict[tuple[Box, View | None], Any],
-    ) -> None:
-        dtype = transfer.dtype
+    def _copy_block(self, piece: _Piece, block: Box) -> None:
+        transfer = piece.transfer
         held = self._read_parts(transfer, block)
         if self._fingerprints:
-            held = self._counted(transfer, block, held)
-        for (box, view), files in takers.items():
+            held = self._counted(piece, block, held)
+        for (box, view), files in piece.takers.items():
             part = box.intersect(block)
             if part is None:
                 continue
-            data = self._gathered(part, held, dtype).reshape(-1).view("u1").data
-            if (box, view) in digests:
-                digests[box, view].update(data)
-            for start, count in target_runs(view, offset_in(part, box), part.volume):
-                piece, data = data[: count * dtype.itemsize], data[count * dtype.itemsize :]
-                for file in files:
-                    self._sink.write(file, transfer.name, start * dtype.itemsize, piece)
+            data = self._gathered(part, held, transfer.dtype).reshape(-1).view("u1").data
+            if (box, view) in piece.digests:
+                piece.digests[box, view].update(data)
+            self._write_block(piece, (box, view), part, data, files)
+
+    def _write_block(
+        self, piece: _Piece, taker: tuple[Box, View | None], part: Box, data: memoryview, files: Sequence[int]
+    ) -> None:
+        """Give a part of a tensor to the files that take it, run by run."""
+        (box, view), itemsize = taker, piece.transfer.dtype.itemsize
+        for start, count in target_runs(view, offset_in(part, box), part.volume):
+            run, data = data[: count * itemsize], data[count * itemsize :]
+            for file in files:
+                self._sink.write(file, piece.transfer.name, start * itemsize, run)
 
     def _counted(
-        self, transfer: Transfer, block: Box, held: list[tuple[Box, np.ndarray[Any, np.dtype[Any]]]]
+        self, piece: _Piece, block: Box, held: list[tuple[Box, np.ndarray[Any, np.dtype[Any]]]]
     ) -> list[tuple[Box, np.ndarray[Any, np.dtype[Any]]]]:
         """Count a block, which is one run of the whole tensor; its parts are put together for that."""
+        transfer = piece.transfer
         if len(held) > 1:
             (content,) = self._arrays("counted", transfer.dtype, [block.shape])
             for box, array in held:
@@ -310,13 +363,14 @@ class Copier:
             held = [(block, content)]
         for box, array in held:
             start = offset_in(box, Box.whole(transfer.shape)) * transfer.dtype.itemsize
-            self._count(transfer, start, array.reshape(-1).view("u1").data)
+            self._count(piece, start, array.reshape(-1).view("u1").data)
         return held
 
-    def _count(self, transfer: Transfer, start: int, data: memoryview) -> None:
+    def _count(self, piece: _Piece, start: int, data: memoryview) -> None:
         """Add a run of bytes of the whole tensor to its checksum."""
         if self._fingerprints:
-            self._share ^= share_of_run(data, start, math.prod(transfer.shape) * transfer.dtype.itemsize)
+            transfer = piece.transfer
+            piece.share ^= share_of_run(data, start, math.prod(transfer.shape) * transfer.dtype.itemsize)
 
     def _read_parts(self, transfer: Transfer, block: Box) -> list[tuple[Box, np.ndarray[Any, np.dtype[Any]]]]:
         """What the sources hold of a block, each part contiguous in memory."""

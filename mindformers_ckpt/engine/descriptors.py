@@ -12,6 +12,7 @@ import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from mindformers_ckpt.errors import TransferError
@@ -63,37 +64,76 @@ def _start_anew() -> None:
 os.register_at_fork(after_in_child=_start_anew)
 
 
+class _File:
+    """A file that is open, or about to be: its threads, and the lock under which the first of them opens it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.descriptor: int | None = None
+
+
 class Descriptors:
     """Open file descriptors of one reader or sink, the least recently used ones closed beyond its share of the room.
 
-    For one thread at a time. Raises TransferError when a file cannot be opened.
+    Several threads may borrow them at once. Raises TransferError when a file cannot be opened.
     """
 
     def __init__(self, flags: int) -> None:
         self._flags = flags | os.O_CLOEXEC
-        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._files: OrderedDict[Path, _File] = OrderedDict()
+        self._changed = threading.Condition()
         self._has_entered = False
 
     def get(self, path: Path) -> int:
-        """The descriptor of a file, until the next one is asked for."""
-        descriptor = self._open.get(path)
-        if descriptor is not None:
-            self._open.move_to_end(path)
-        else:
+        """The descriptor of a file, until the next one is asked for. For an object that one thread uses."""
+        file = self._files.get(path)
+        if file is not None and file.descriptor is not None and len(self._files) <= _room.share:
+            self._files.move_to_end(path)
+            return file.descriptor
+        with self.borrowed(path) as descriptor:
+            return descriptor
+
+    @contextmanager
+    def borrowed(self, path: Path) -> Iterator[int]:
+        """The descriptor of a file, which nobody closes meanwhile."""
+        file = self._entry(path)
+        try:
+            with file.lock:
+                if file.descriptor is None:
+                    file.descriptor = self._opened(path)
+            yield file.descriptor
+        finally:
+            with self._changed:
+                file.users -= 1
+                if file.descriptor is None and not file.users:
+                    self._files.pop(path, None)
+                self._close_down_to(_room.share)
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Close all files; none is borrowed any more."""
+        with self._changed:
+            self._close_down_to(0)
+            if self._has_entered:
+                _room.leave()
+                self._has_entered = False
+
+    def _entry(self, path: Path) -> _File:
+        """A file with one user more. Waits while all that may be open are in use."""
+        with self._changed:
             if not self._has_entered:
                 _room.enter()
                 self._has_entered = True
-            self._close_down_to(_room.share - 1)
-            descriptor = self._open[path] = self._opened(path)
-        if len(self._open) > _room.share:  # others have come since
-            self._close_down_to(_room.share)
-        return descriptor
-
-    def close(self) -> None:
-        self._close_down_to(0)
-        if self._has_entered:
-            _room.leave()
-            self._has_entered = False
+            while path not in self._files:
+                self._close_down_to(_room.share - 1)
+                if len(self._files) < _room.share or not any(file.users for file in self._files.values()):
+                    self._files[path] = _File()
+                else:
+                    self._changed.wait()
+            self._files.move_to_end(path)
+            self._files[path].users += 1
+            return self._files[path]
 
     def _opened(self, path: Path) -> int:
         while True:
@@ -102,15 +142,31 @@ class Descriptors:
             except OSError as error:
                 if error.errno not in (errno.EMFILE, errno.ENFILE):
                     raise TransferError(f"{path}: cannot be opened: {error.strerror}") from error
-                if not self._open:
+                if not self._make_room():
                     advice = "allow the process more of them (ulimit -n)"
                     raise TransferError(f"{path}: cannot be opened: {error.strerror}; {advice}") from error
-                _room.shrink(len(self._open))
-                self._close_down_to(len(self._open) // 2)
 
-    def _close_down_to(self, count: int) -> None:
-        while len(self._open) > count:
-            os.close(self._open.popitem(last=False)[1])
+    def _make_room(self) -> bool:
+        """Close half of the open files, after the limit was met; wait for one where all are in use."""
+        with self._changed:
+            while True:
+                held = [file for file in self._files.values() if file.descriptor is not None]
+                if not held:
+                    return False
+                _room.shrink(len(held))
+                if self._close_down_to(len(held) // 2):
+                    return True
+                self._changed.wait()
+
+    def _close_down_to(self, count: int) -> bool:
+        """Close the files that nobody uses, the least recently used ones first, until so many are left; any closed?"""
+        idle = [path for path, file in self._files.items() if not file.users]
+        surplus = idle[: max(0, len(self._files) - count)]
+        for path in surplus:
+            descriptor = self._files.pop(path).descriptor
+            if descriptor is not None:
+                os.close(descriptor)
+        return bool(surplus)
 
 
 def _files_at_once() -> int:

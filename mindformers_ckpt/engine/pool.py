@@ -18,6 +18,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mindformers_ckpt.engine.ahead import Fetcher
 from mindformers_ckpt.engine.copier import Copier, Done, Task
 from mindformers_ckpt.engine.proof import ProvingSink
 from mindformers_ckpt.engine.sinks import FileSink
@@ -42,6 +43,7 @@ def copy_tasks(
     processes: int = 1,
     hashes: bool = False,
     proofs: bool = False,
+    drops: bool = False,
     fingerprints: bool = False,
     may_fork: bool = False,
     check: Callable[[], None] = lambda: None,
@@ -51,16 +53,20 @@ def copy_tasks(
     A single process copies in two threads; `check` is called in the calling one. With more than one process,
     `processes - 1` workers are started and this process works as well, each in one thread. Workers are
     spawned; with `may_fork` they are forked where that is safe, and start sooner.
+    With `drops` nothing that is read or written stays in the page cache.
     The first failure stops everything, and so does closing the generator. Raises TransferError, also when a
     worker dies; what `check` raises goes through.
     """
-    arguments = (plan.sources, folder, plan.targets, hashes, proofs, fingerprints)
-    with contextlib.closing(_copier(*arguments)) as copier:
+    arguments = (plan.sources, folder, plan.targets, hashes, proofs, drops, fingerprints)
+    two_threads = processes <= 1 and len(tasks) > 1
+    with contextlib.ExitStack() as stack:
+        fetcher = stack.enter_context(contextlib.closing(Fetcher(readers=2 if two_threads else 1, drops=drops)))
+        copier = stack.enter_context(contextlib.closing(_copier(*arguments, fetcher)))
         if len(tasks) <= 1:
             for task in tasks:
                 yield copier.run(task, check)
-        elif processes <= 1:
-            with contextlib.closing(_copier(*arguments)) as helper:
+        elif two_threads:
+            with contextlib.closing(_copier(*arguments, fetcher)) as helper:
                 yield from _copy_with_thread(helper, tasks, copier, check)
         else:
             workers = min(processes, len(tasks)) - 1
@@ -73,10 +79,12 @@ def _copier(
     targets: Sequence[TargetFile],
     hashes: bool,
     proofs: bool,
+    drops: bool,
     fingerprints: bool,
+    fetcher: Fetcher,
 ) -> Copier:
-    sink = (ProvingSink if proofs else FileSink)(folder, targets)
-    return Copier(sources, sink, hashes=hashes, fingerprints=fingerprints)
+    sink = (ProvingSink if proofs else FileSink)(folder, targets, drops=drops)
+    return Copier(sources, sink, hashes=hashes, fingerprints=fingerprints, fetcher=fetcher)
 
 
 def _copy_with_thread(
@@ -87,8 +95,8 @@ def _copy_with_thread(
 
     stop = threading.Event()
 
-    def run(task: Task) -> Done:
-        return helper.run(task, lambda: _end_if(stop.is_set()))
+    def run(task: Task, following: Task | None) -> Done:
+        return helper.run(task, lambda: _end_if(stop.is_set()), following)
 
     pool = ThreadPoolExecutor(1)
     try:
@@ -108,9 +116,9 @@ def _copy_with_workers(
 ) -> Iterator[Done]:
     """Run tasks in workers and, with `copier`, in this process; yield each as it is done.
 
-    `arguments` are those of a worker's copier: sources, folder, targets, hashes, proofs, fingerprints. `may_fork` is
-    for a process without connections, which a forked worker would keep open. Raises TransferError, also when a worker
-    dies; what `check` raises goes through.
+    `arguments` are those of a worker's copier: sources, folder, targets, hashes, proofs, drops, fingerprints.
+    `may_fork` is for a process without connections, which a forked worker would keep open. Raises TransferError, also
+    when a worker dies; what `check` raises goes through.
     """
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
@@ -147,7 +155,7 @@ def _start_method(may_fork: bool) -> Literal["fork", "spawn"]:
 def _work_along(
     pool: Executor,
     workers: int,
-    run: Callable[[Task], Done],
+    run: Callable[[Task, Task | None], Done],
     tasks: Sequence[Task],
     copier: Copier,
     check: Callable[[], None],
@@ -161,8 +169,11 @@ def _work_along(
 
     left = deque(tasks)
     given: set[Future[Done]] = set()
+    own: Task | None = None  # what this process, or the worker, reads ahead, nobody else takes
+    theirs: Task | None = None
 
     def feed() -> None:
+        nonlocal theirs
         check()
         unfinished = 0
         for future in given:
@@ -171,14 +182,22 @@ def _work_along(
             elif future.exception() is not None:
                 future.result()
         while left and unfinished < 2 * workers:
+            task = left.popleft()
+            # A single worker takes them in this order; which of several takes one, nobody knows.
+            theirs = left[0] if left and workers == 1 else None
             with _blank_main():
-                given.add(pool.submit(run, left.popleft()))
+                given.add(pool.submit(run, task, theirs))
             unfinished += 1
 
-    while left or given:
+    while left or given or own:
         feed()
-        if left:
-            yield copier.run(left.pop(), feed)
+        task, own = own, None
+        if task is None and left and left[-1] is not theirs:
+            task = left.pop()
+        if task is not None:
+            if len(left) > 2 * workers:
+                own = left.pop()
+            yield copier.run(task, feed, own)
         else:
             wait(given, _SECONDS_BETWEEN_CHECKS, return_when=FIRST_COMPLETED)
         for done in [future for future in given if future.done()]:
@@ -196,11 +215,13 @@ def _start_worker(
     targets: tuple[TargetFile, ...],
     hashes: bool,
     proofs: bool,
+    drops: bool,
     fingerprints: bool,
     stop: ctypes.c_bool,
 ) -> None:
     global _worker, _stop
-    _worker, _stop = _copier(sources, folder, targets, hashes, proofs, fingerprints), stop
+    _worker = _copier(sources, folder, targets, hashes, proofs, drops, fingerprints, Fetcher(drops=drops))
+    _stop = stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -214,9 +235,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _run_in_worker(task: Task) -> Done:
+def _run_in_worker(task: Task, following: Task | None) -> Done:
     assert _worker is not None
-    return _worker.run(task, lambda: _end_if(_stop is not None and _stop.value))
+    return _worker.run(task, lambda: _end_if(_stop is not None and _stop.value), following)
 
 
 def _end_if(stopped: bool) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mindformers_ckpt.engine.buffers import PIECE_BYTES, empty_bytes
 from mindformers_ckpt.engine.copier import Copier, Task
 from mindformers_ckpt.engine.descriptors import Descriptors, file_ranges, fill
+from mindformers_ckpt.engine.reader import S
 from mindformers_ckpt.engine.sinks import FileSink
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.formats import DType
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 class ProvingSink(FileSink):
     """Writes target files, and takes a digest of what it writes, for `proof`."""
 
-    def __init__(self, folder: Path, files: Sequence[TargetFile]) -> None:
-        super().__init__(folder, files)
+    def __init__(self, folder: Path, files: Sequence[TargetFile], *, drops: bool = False) -> None:
+        super().__init__(folder, files, drops=drops)
         self._digest = _new_digest()
         self._last: tuple[memoryview, int] | None = None
 
@@ -72,6 +73,10 @@ class _ReadBackSink(ProvingSink):
 
 class _NoReader:
     """Stands in for the source where contents do not matter."""
+
+    def ahead(self, task: int, steps: Iterator[S], following: tuple[int, Iterator[S]] | None) -> Iterator[S]:
+        """The steps of a task as they are."""
+        return steps
 
     def read(self, place: Place, name: str, dtype: DType, part: Box, out: np.ndarray[Any, Any]) -> None:
         """Leave the array as it is."""

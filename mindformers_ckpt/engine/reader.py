@@ -8,20 +8,21 @@ sequential calls.
 from __future__ import annotations
 
 import math
-import os
 from collections import OrderedDict
 from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
+from mindformers_ckpt.engine.ahead import Ahead, Extent, Fetcher
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES, PIECE_BYTES, empty_bytes
 from mindformers_ckpt.engine.compute import DOWN_TILE, UP_TILE, cast, dequantise, factor_values, merge, scale_values
-from mindformers_ckpt.engine.descriptors import Descriptors, file_ranges, fill
-from mindformers_ckpt.engine.views import copy_transposed, in_view, last_element, runs_of
+from mindformers_ckpt.engine.descriptors import file_ranges
+from mindformers_ckpt.engine.views import box_in_view, copy_transposed, in_view, reads_of, span_in
 from mindformers_ckpt.errors import FormatError, TransferError
-from mindformers_ckpt.formats import DType, Header, Segment, TensorSpec, read_header
-from mindformers_ckpt.geometry.box import Box, is_one_run, offset_in, run_length
-from mindformers_ckpt.planning.computations import Cast, Constant, Dequantise, Factor, Merge
+from mindformers_ckpt.formats import DType, Header, Segment, TensorRecord, TensorSpec, read_header
+from mindformers_ckpt.geometry.box import Box, offset_in
+from mindformers_ckpt.planning.computations import Cast, Compute, Constant, Dequantise, Factor, Merge
 from mindformers_ckpt.planning.model import Place, SourceFile, View
 
 if TYPE_CHECKING:
@@ -29,14 +30,34 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-# Shorter runs of a shard are read together with what lies between them, longer ones by themselves.
-_RUN_BYTES = 16 << 10
 _SCALES = 64
 _FACTORS = 4
 
 
+class Read(NamedTuple):
+    """A part of a tensor that is to be read, as the arguments of `ShardReader.read`."""
+
+    place: Place
+    name: str
+    dtype: DType
+    part: Box
+
+
+class Step(Protocol):
+    """A step of copying, which knows what it reads."""
+
+    def reads(self) -> Iterator[Read]:
+        """What is read when the step is made."""
+
+
+S = TypeVar("S", bound=Step)
+
+
 class Reader(Protocol):
     """Where contents come from, as `ShardReader` gives them."""
+
+    def ahead(self, task: int, steps: Iterator[S], following: tuple[int, Iterator[S]] | None) -> Iterator[S]:
+        """The steps of a task; what they read may be on its way before they come."""
 
     def read(self, place: Place, name: str, dtype: DType, part: Box, out: Array) -> None:
         """Read a part into an array of its shape."""
@@ -56,15 +77,27 @@ class ShardReader:
     `headers` are those that need not be read, by the number of the file.
     """
 
-    def __init__(self, files: Sequence[SourceFile], headers: Mapping[int, Header] | None = None) -> None:
+    def __init__(
+        self,
+        files: Sequence[SourceFile],
+        fetcher: Fetcher | None = None,
+        headers: Mapping[int, Header] | None = None,
+    ) -> None:
+        """`fetcher` has the files open, for all readers of the process; whoever made it closes it, after these."""
         self._files = files
+        self._fetcher = Fetcher() if fetcher is None else fetcher
+        self._has_own = fetcher is None
+        self._ahead: Ahead[Any] = Ahead(self._needs, self._fetcher)
         self._headers: dict[int, Header] = dict(headers or {})
         self._last: Header | None = None
-        self._descriptors = Descriptors(os.O_RDONLY)
         self._scratch: Array | None = None
         self._piece: memoryview | None = None
         self._scales: OrderedDict[tuple[int, str], Array] = OrderedDict()
         self._factors: OrderedDict[Factor, Array] = OrderedDict()
+
+    def ahead(self, task: int, steps: Iterator[S], following: tuple[int, Iterator[S]] | None) -> Iterator[S]:
+        """The steps of a task, with what they read on its way; `following` is the task that is likely to be next."""
+        return self._ahead.steps(task, steps, following)
 
     def read(self, place: Place, name: str, dtype: DType, part: Box, out: Array) -> None:
         """Read `part` (a box of the whole tensor, inside the place's) into an array of its shape.
@@ -100,10 +133,13 @@ class ShardReader:
         if self._piece is None:
             self._piece = empty_bytes(PIECE_BYTES).data
         while start < stop:
-            piece = self._piece[: min(lead, stop - start)]
-            self._read_bytes(path, segments, start, piece)
+            length = min(lead, stop - start)
+            piece = self._held(path, segments, start, length)
+            if piece is None:
+                piece = self._piece[:length]
+                self._read_bytes(path, segments, start, piece)
             yield piece
-            start, lead = start + len(piece), PIECE_BYTES
+            start, lead = start + length, PIECE_BYTES
 
     def _read_computed(self, place: Place, name: str, dtype: DType, part: Box, out: Array) -> None:
         """Read elements of another type, and compute those of `dtype` from them."""
@@ -136,13 +172,12 @@ class ShardReader:
 
         key = (compute.scale_file, compute.scale)
         if key not in self._scales:
-            box = Box.whole(compute.scale_shape)
-            dtype = compute.scale_dtype
-            factors = np.empty(box.shape, dtype.carrier)
-            self.read(Place(compute.scale_file, box, compute.scale), compute.scale, dtype, box, factors)
+            wanted = _scale_read(compute)
+            factors = np.empty(compute.scale_shape, wanted.dtype.carrier)
+            self.read(*wanted, factors)
             if len(self._scales) >= _SCALES:
                 self._scales.popitem(last=False)
-            self._scales[key] = scale_values(factors, dtype)
+            self._scales[key] = scale_values(factors, wanted.dtype)
         return self._scales[key]
 
     def _factor(self, factor: Factor, tile: tuple[int, int]) -> Array:
@@ -151,12 +186,8 @@ class ShardReader:
 
         if factor not in self._factors:
             values = np.zeros(factor.view, factor.dtype.carrier)
-            for piece in factor.pieces:
-                shape = piece.box.shape
-                # A matrix of a file must have its very shape, a reshaped one at least its size.
-                view = View(shape, Box.whole(shape), tuple(range(len(shape)))) if len(factor.view) > 2 else None
-                place = Place(piece.file, piece.box, piece.tensor, view)
-                self.read(place, piece.tensor, factor.dtype, piece.box, values[piece.box.slices()])
+            for wanted in _factor_reads(factor):
+                self.read(*wanted, values[wanted.part.slices()])
             if len(self._factors) >= _FACTORS:
                 self._factors.popitem(last=False)
             self._factors[factor] = factor_values(values, factor, tile)
@@ -165,13 +196,48 @@ class ShardReader:
     def _read_part(
         self, path: Path, segments: Sequence[Segment], dtype: DType, part: Box, outer: Box, out: Array
     ) -> None:
-        if is_one_run(part.shape, outer.shape):
-            self._read_run(path, segments, dtype, part, outer, out)
-        else:
-            self._read_runs(path, segments, dtype, part, outer, out)
+        for box in reads_of(part, outer, dtype.itemsize):
+            array = out[box.relative_to(part).slices()]
+            first, length = span_in(box, outer)
+            if length == box.volume and array.flags.c_contiguous:
+                self._read_bytes(path, segments, first * dtype.itemsize, _flat_bytes(array))
+            else:
+                self._read_strided(path, segments, dtype, box, outer, array)
 
     def close(self) -> None:
-        self._descriptors.close()
+        if self._has_own:
+            self._fetcher.close()
+
+    def _needs(self, step: Step) -> list[Extent]:
+        """The bytes of files that a step reads."""
+        return [extent for read in step.reads() for extent in self._extents(*read)]
+
+    def _extents(self, place: Place, name: str, dtype: DType, part: Box) -> Iterator[Extent]:
+        compute = place.compute
+        if isinstance(compute, Constant):
+            return
+        if compute is not None:
+            for other in self._operands(compute):
+                yield from self._extents(*other)
+            dtype = compute.dtype
+        segments, path = self._segments(place, place.tensor or name, dtype), self._files[place.file].path
+        outer = place.box
+        if place.view is not None:
+            part, outer = box_in_view(part.relative_to(place.box), place.view), Box.whole(place.view.shape)
+        for box in reads_of(part, outer, dtype.itemsize):
+            first, length = span_in(box, outer)
+            for offset, count in file_ranges(segments, first * dtype.itemsize, length * dtype.itemsize):
+                yield Extent(path, offset, offset + count)
+
+    def _operands(self, compute: Compute) -> Iterator[Read]:
+        """What else a computation reads, of which nothing is there yet."""
+        if isinstance(compute, Dequantise):
+            if (compute.scale_file, compute.scale) not in self._scales:
+                yield _scale_read(compute)
+        elif isinstance(compute, Merge):
+            for factor in (compute.up, compute.down):
+                if factor not in self._factors:
+                    yield from _factor_reads(factor)
 
     def _segments(self, place: Place, name: str, dtype: DType) -> tuple[Segment, ...]:
         header = self._headers.get(place.file)
@@ -200,58 +266,47 @@ class ShardReader:
             )
         return record.segments
 
-    def _read_runs(
-        self, path: Path, segments: Sequence[Segment], dtype: DType, part: Box, outer: Box, out: Array
-    ) -> None:
-        """Read a part that is several runs of its shard: run by run, or with the bytes between them."""
-        if run_length(part.shape, outer.shape) * dtype.itemsize >= _RUN_BYTES:
-            for run, index in runs_of(part, outer):
-                self._read_run(path, segments, dtype, run, outer, out[index])
-            return
-        span = (offset_in(last_element(part), outer) - offset_in(part, outer) + 1) * dtype.itemsize
-        if span <= BLOCK_BYTES:
-            self._read_strided(path, segments, dtype, part, outer, out)
-            return
-        axis = next(axis for axis, extent in enumerate(part.shape) if extent > 1)
-        middle = part.shape[axis] // 2
-        for first, last in ((0, middle), (middle, part.shape[axis])):
-            start = (*part.start[:axis], part.start[axis] + first, *part.start[axis + 1 :])
-            stop = (*part.stop[:axis], part.start[axis] + last, *part.stop[axis + 1 :])
-            index = (slice(None),) * axis + (slice(first, last),)
-            self._read_runs(path, segments, dtype, Box(start, stop), outer, out[index])
-
-    def _read_run(
-        self, path: Path, segments: Sequence[Segment], dtype: DType, run: Box, outer: Box, out: Array
-    ) -> None:
-        """Read a single run of a shard into an array that need not be contiguous."""
-        if out.flags.c_contiguous:
-            start = offset_in(run, outer) * dtype.itemsize
-            self._read_bytes(path, segments, start, _flat_bytes(out))
-        else:
-            self._read_strided(path, segments, dtype, run, outer, out)
-
     def _read_strided(
         self, path: Path, segments: Sequence[Segment], dtype: DType, part: Box, outer: Box, out: Array
     ) -> None:
         """Read all bytes from the first to the last element of a part, and pick its elements out of them."""
         import numpy as np
 
-        first = offset_in(part, outer)
-        span = (offset_in(last_element(part), outer) - first + 1) * dtype.itemsize
-        if self._scratch is None or len(self._scratch) < span:
-            self._scratch = empty_bytes(span)
-        self._read_bytes(path, segments, first * dtype.itemsize, self._scratch.data[:span])
+        first, length = span_in(part, outer)
+        start, span = first * dtype.itemsize, length * dtype.itemsize
+        held = self._held(path, segments, start, span)
+        if held is None:
+            if self._scratch is None or len(self._scratch) < span:
+                self._scratch = empty_bytes(span)
+            held = self._scratch.data[:span]
+            self._read_bytes(path, segments, start, held)
         strides, step = [], dtype.itemsize
         for extent in reversed(outer.shape):
             strides.append(step)
             step *= extent
-        out[...] = np.ndarray(part.shape, dtype.carrier, self._scratch, 0, tuple(reversed(strides)))
+        out[...] = np.ndarray(part.shape, dtype.carrier, held, 0, tuple(reversed(strides)))
+
+    def _held(self, path: Path, segments: Sequence[Segment], start: int, length: int) -> memoryview | None:
+        """Bytes of a tensor's content that were read ahead, None where they were not, or not in one range of a file."""
+        ranges = file_ranges(segments, start, length)
+        offset, count = next(ranges, (0, 0))
+        return self._ahead.bytes(path, offset, count) if count == length else None
 
     def _read_bytes(self, path: Path, segments: Sequence[Segment], start: int, view: memoryview) -> None:
         """Fill `view` with the bytes of a tensor's content from `start` on."""
         for offset, length in file_ranges(segments, start, len(view)):
-            fill(self._descriptors.get(path), path, offset, view[:length])
+            self._ahead.fill(path, offset, view[:length])
             view = view[length:]
+
+
+class _FilePiece(NamedTuple):
+    """Bytes of a tensor of a file, and the memory for them and for the whole tensor."""
+
+    start: int
+    memory: memoryview
+    spec: TensorSpec
+    content: Array
+    is_last: bool
 
 
 def read_file(path: Path, names: Container[str] | None = None) -> Iterator[tuple[TensorSpec, Array]]:
@@ -260,18 +315,43 @@ def read_file(path: Path, names: Container[str] | None = None) -> Iterator[tuple
         header = read_header(path)
     except FormatError as error:
         raise TransferError(str(error)) from error
-    descriptors = Descriptors(os.O_RDONLY)
-    try:
-        for name, record in header.tensors.items():
-            if names is None or name in names:
-                content = empty_bytes(record.spec.nbytes)
-                view = content.data
-                for segment in record.segments:
-                    fill(descriptors.get(path), path, segment.offset, view[: segment.length])
-                    view = view[segment.length :]
-                yield record.spec, content
-    finally:
-        descriptors.close()
+    records = [record for name, record in header.tensors.items() if names is None or name in names]
+    with closing(Fetcher(is_shared=True)) as fetcher:
+        ahead: Ahead[_FilePiece] = Ahead(
+            lambda piece: [Extent(path, piece.start, piece.start + len(piece.memory))], fetcher
+        )
+        for piece in ahead.steps(0, _file_pieces(records), None):
+            ahead.fill(path, piece.start, piece.memory)
+            if piece.is_last:
+                yield piece.spec, piece.content
+
+
+def _file_pieces(records: Sequence[TensorRecord]) -> Iterator[_FilePiece]:
+    for spec, segments in records:
+        content = empty_bytes(spec.nbytes)
+        at = 0
+        for segment in segments:
+            for start in range(0, segment.length, BLOCK_BYTES):
+                count = min(BLOCK_BYTES, segment.length - start)
+                memory, at = content.data[at : at + count], at + count
+                yield _FilePiece(segment.offset + start, memory, spec, content, at == spec.nbytes)
+        if not spec.nbytes:
+            yield _FilePiece(0, content.data, spec, content, True)
+
+
+def _scale_read(compute: Dequantise) -> Read:
+    """All factors of an FP8 tensor."""
+    box = Box.whole(compute.scale_shape)
+    return Read(Place(compute.scale_file, box, compute.scale), compute.scale, compute.scale_dtype, box)
+
+
+def _factor_reads(factor: Factor) -> Iterator[Read]:
+    """The pieces of a factor of a LoRA branch."""
+    for piece in factor.pieces:
+        shape = piece.box.shape
+        # A matrix of a file must have its very shape, a reshaped one at least its size.
+        view = View(shape, Box.whole(shape), tuple(range(len(shape)))) if len(factor.view) > 2 else None
+        yield Read(Place(piece.file, piece.box, piece.tensor, view), piece.tensor, factor.dtype, piece.box)
 
 
 def _flat_bytes(array: Array) -> memoryview:

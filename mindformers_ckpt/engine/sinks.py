@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mindformers_ckpt.engine import page_cache
 from mindformers_ckpt.engine.buffers import PIECE_BYTES
 from mindformers_ckpt.engine.descriptors import Descriptors, file_ranges
 from mindformers_ckpt.errors import TransferError
@@ -34,6 +35,9 @@ class Sink(Protocol):
     def proof(self) -> str:
         """A digest of all that was written since it was asked for last, "" where none is taken."""
 
+    def end_task(self) -> None:
+        """All of a task was written."""
+
     def close(self) -> None:
         """Close what was opened."""
 
@@ -44,7 +48,10 @@ class FileSink:
     Raises TransferError when the disk is full or cannot be written.
     """
 
-    def __init__(self, folder: Path, files: Sequence[TargetFile]) -> None:
+    def __init__(self, folder: Path, files: Sequence[TargetFile], *, drops: bool = False) -> None:
+        """`drops`: what is written is not to stay in the page cache."""
+        self._drops = drops
+        self._written: set[Path] = set()
         self._paths = [folder / file.path for file in files]
         self._files = files
         self._layouts: dict[tuple[str, int], FileLayout] = {}
@@ -100,6 +107,8 @@ class FileSink:
     def write(self, file: int, name: str, start: int, data: memoryview) -> None:
         path = self.path(file)
         descriptor = self._descriptors.get(path)
+        if self._drops:
+            self._written.add(path)
         for offset, length in file_ranges(self.layout(file).tensors[name].segments, start, len(data)):
             piece, data = data[:length], data[length:]
             while piece:
@@ -115,6 +124,14 @@ class FileSink:
 
     def proof(self) -> str:
         return ""
+
+    def end_task(self) -> None:
+        for path in self._written:
+            try:
+                page_cache.write_back(self._descriptors.get(path))
+            except OSError as error:
+                raise TransferError(f"{path}: writing failed: {error.strerror}") from error
+        self._written.clear()
 
     def close(self) -> None:
         self._descriptors.close()
@@ -140,6 +157,9 @@ class ArraySink:
 
     def proof(self) -> str:
         return ""
+
+    def end_task(self) -> None:
+        """It stays in memory."""
 
     def close(self) -> None:
         """Nothing was opened; the contents stay."""

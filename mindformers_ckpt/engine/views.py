@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from mindformers_ckpt.engine.buffers import BLOCK_BYTES
 from mindformers_ckpt.geometry.box import Box, blocks, offset_in, run_length
 from mindformers_ckpt.planning.model import View
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 _STRIP = 64
+# Shorter runs of a shard are read together with what lies between them, longer ones by themselves.
+_RUN_BYTES = 16 << 10
 
 
 def target_runs(view: View | None, start: int, count: int) -> Iterator[tuple[int, int]]:
@@ -36,12 +39,17 @@ def target_runs(view: View | None, start: int, count: int) -> Iterator[tuple[int
 
 def in_view(part: Box, view: View, out: Array) -> tuple[Box, Array]:
     """A part of a place's box as a part of the view, and the array for it with the axes of the view."""
+    inverse = sorted(range(len(view.order)), key=view.order.__getitem__)
+    return box_in_view(part, view), out.transpose(inverse)
+
+
+def box_in_view(part: Box, view: View) -> Box:
+    """A part of a place's box as a part of the view."""
     start, stop = list(view.box.start), list(view.box.start)
     for axis, first, last in zip(view.order, part.start, part.stop):
         start[axis] += first
         stop[axis] += last
-    inverse = sorted(range(len(view.order)), key=view.order.__getitem__)
-    return Box(tuple(start), tuple(stop)), out.transpose(inverse)
+    return Box(tuple(start), tuple(stop))
 
 
 def copy_transposed(straight: Array, out: Array) -> None:
@@ -56,12 +64,27 @@ def copy_transposed(straight: Array, out: Array) -> None:
         out[strip] = np.ascontiguousarray(straight[strip])
 
 
-def last_element(box: Box) -> Box:
-    """The box of the last element."""
-    return Box(tuple(stop - 1 for stop in box.stop), box.stop)
+def span_in(part: Box, outer: Box) -> tuple[int, int]:
+    """Where a part lies in its shard: the first element, and the number of elements up to the last."""
+    first = offset_in(part, outer)
+    return first, offset_in(Box(tuple(stop - 1 for stop in part.stop), part.stop), outer) - first + 1
 
 
-def runs_of(part: Box, outer: Box) -> Iterator[tuple[Box, tuple[Any, ...]]]:
-    """The runs of a part in its shard, each with its index in an array of the part."""
-    for run in blocks(part, run_length(part.shape, outer.shape)):
-        yield run, run.relative_to(part).slices()
+def reads_of(part: Box, outer: Box, itemsize: int) -> Iterator[Box]:
+    """The boxes of a part that are read at once: its runs in the shard, or more where these are short.
+
+    What lies between short runs is read with them, at most BLOCK_BYTES in all.
+    """
+    length = run_length(part.shape, outer.shape)
+    if length == part.volume or length * itemsize >= _RUN_BYTES:
+        yield from blocks(part, length)
+    elif span_in(part, outer)[1] * itemsize <= BLOCK_BYTES:
+        yield part
+    else:
+        axis = next(axis for axis, extent in enumerate(part.shape) if extent > 1)
+        middle = part.start[axis] + part.shape[axis] // 2
+        for first, last in ((part.start[axis], middle), (middle, part.stop[axis])):
+            half = Box(
+                (*part.start[:axis], first, *part.start[axis + 1 :]), (*part.stop[:axis], last, *part.stop[axis + 1 :])
+            )
+            yield from reads_of(half, outer, itemsize)

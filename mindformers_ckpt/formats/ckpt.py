@@ -18,12 +18,14 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from mindformers_ckpt.errors import FormatError, TransferError
 from mindformers_ckpt.formats.dtypes import from_ckpt
+from mindformers_ckpt.formats.guesses import Pieces
 from mindformers_ckpt.formats.tensor_file import (
     FileLayout,
     Header,
@@ -71,8 +73,8 @@ def scan(path: Path, like: Header | None = None) -> Header:
     `str` is its bytes (MindSpore ignores the dims of one). A file cut off exactly between two tensors
     cannot be told from a complete one. Raises FormatError.
     """
-    with open_to_read(path, scattered=True) as (descriptor, size):
-        scanner = _Scanner(path, descriptor, size)
+    with open_to_read(path, scattered=True) as (descriptor, size), closing(Pieces(descriptor)) as pieces:
+        scanner = _Scanner(path, pieces, size)
         if like is not None and scanner.has_heads_of(like):
             return Header(path, "ckpt", size, like.tensors, {}, scanner.trailer(), like.frames)
         scanner.check_start()
@@ -152,11 +154,11 @@ class _Head(NamedTuple):
 class _Scanner:
     """One pass over the records of an open file."""
 
-    __slots__ = ("_base", "_descriptor", "_last_good", "_path", "_position", "_size", "_window", "frames")
+    __slots__ = ("_base", "_last_good", "_path", "_pieces", "_position", "_size", "_window", "frames")
 
-    def __init__(self, path: Path, descriptor: int, size: int) -> None:
+    def __init__(self, path: Path, pieces: Pieces, size: int) -> None:
         self._path = path
-        self._descriptor = descriptor
+        self._pieces = pieces
         self._size = size
         self._window = b""
         self._base = 0
@@ -168,8 +170,9 @@ class _Scanner:
         """Whether the records begin as those of another file of the same size; then they count as read."""
         if (other.format, other.size) != ("ckpt", self._size):
             return False
-        for start, length, heads in _spans(other.frames):
-            data = os.pread(self._descriptor, length, start)
+        spans = _spans(other.frames)
+        contents = self._pieces.read_all([(start, length) for start, length, _ in spans])
+        for (_, _, heads), data in zip(spans, contents):
             if any(data[at : at + len(head)] != head for at, head in heads):
                 return False
         end = self._size - (0 if other.crc is None else _TRAILER_SIZE)
@@ -180,7 +183,7 @@ class _Scanner:
 
     def check_start(self) -> None:
         """Refuse encrypted and foreign files by their first bytes."""
-        start = os.pread(self._descriptor, _WINDOW, 0)
+        start = self._pieces.read(0, _WINDOW)
         if start.startswith(_CIPHER_MARKS):
             raise FormatError(
                 f"{self._path}: the file is encrypted; load it with mindspore.load_checkpoint(..., "
@@ -228,7 +231,7 @@ class _Scanner:
         """The CRC-32 that stands after the records, None when the records fill the file."""
         if self._position == self._size:
             return None
-        stored = os.pread(self._descriptor, _TRAILER_SIZE, self._position)[len(_TRAILER_MARK) :]
+        stored = self._pieces.read(self._position, _TRAILER_SIZE)[len(_TRAILER_MARK) :]
         crc = int.from_bytes(stored, "big")
         if crc >> 32:
             raise self._error("the CRC-32 in the trailer is over 32 bits")
@@ -240,12 +243,13 @@ class _Scanner:
             first, last = self._position - self._base, head.content.offset - self._base
             self.frames.append((self._position, self._window[first:last]))
             yield head
-            self._position = head.content.offset + head.content.length
+            start, self._position = self._position, head.content.offset + head.content.length
+            self._pieces.met(head.name, start, head.content.offset, self._position)
 
     def _is_trailer(self, position: int) -> bool:
         if self._size - position != _TRAILER_SIZE:
             return False
-        return os.pread(self._descriptor, len(_TRAILER_MARK), position) == _TRAILER_MARK
+        return self._pieces.read(position, len(_TRAILER_MARK)) == _TRAILER_MARK
 
     def _head(self) -> _Head:
         """Parse the head at the position, from the present window where it lies in it whole."""
@@ -264,7 +268,9 @@ class _Scanner:
         if known >= _HEAD_LIMIT:
             raise Malformed(f"the name and dims of a record take over {_HEAD_LIMIT} bytes")
         self._base = self._position
-        self._window = os.pread(self._descriptor, max(_WINDOW, 8 * known), self._base)
+        self._window = b"" if known else self._pieces.window(self._base)
+        if not self._window:
+            self._window = self._pieces.read(self._base, max(self._pieces.least, 8 * known))
         if len(self._window) <= known:
             raise Malformed("the file ends inside a record: it is truncated")
 

@@ -11,24 +11,26 @@ of others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mindformers_ckpt.disk.files import FileState
+from mindformers_ckpt.engine.ahead import Fetcher
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES, empty_bytes
 from mindformers_ckpt.engine.copier import Copier, cut_into_tasks
-from mindformers_ckpt.engine.reader import ShardReader
+from mindformers_ckpt.engine.reader import Read, ShardReader
 from mindformers_ckpt.engine.sinks import ArraySink
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.execution import check_unchanged, states_of
 from mindformers_ckpt.formats import Header, TensorSpec
-from mindformers_ckpt.geometry.box import blocks
+from mindformers_ckpt.geometry.box import Box, blocks
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
-from mindformers_ckpt.planning.model import Plan, SourceFile, Transfer
+from mindformers_ckpt.planning.model import Place, Plan, SourceFile, Transfer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,11 +76,14 @@ def read_direct(
     states = _states(plan.sources)
     sink = ArraySink(target, empty_bytes)
     plain = [transfer for transfer in plan.transfers if _is_plain(transfer)]
-    with closing(ShardReader(plan.sources, headers)) as reader:
-        for transfer in plain:
-            _read_plain(reader, transfer, sink.contents[transfer.name], check)
     others = replace(plan, transfers=tuple(transfer for transfer in plan.transfers if not _is_plain(transfer)))
-    _copy_others(others, sink, check, headers)
+    # Other ranks of the node read the same files, often the same bytes: so through the page cache.
+    with closing(Fetcher(is_shared=True)) as fetcher:
+        reader = ShardReader(plan.sources, fetcher, headers)
+        for block in reader.ahead(0, _blocks(plain), None):
+            check()
+            reader.read(*block.read(), block.array(sink.contents[block.transfer.name]))
+        _copy_others(others, sink, ShardReader(plan.sources, fetcher, headers), check)
     check_unchanged(states)
     for spec in target.tensors:
         yield spec, sink.contents.pop(spec.name)
@@ -101,24 +106,41 @@ def _is_plain(transfer: Transfer) -> bool:
     return len(transfer.targets) == 1 and all(place.is_plain for place in (*transfer.sources, *transfer.targets))
 
 
-def _read_plain(
-    reader: ShardReader, transfer: Transfer, content: np.ndarray[Any, Any], check: Callable[[], None]
-) -> None:
-    """Read every source box to its place in the tensor, without a buffer in between where it is contiguous there."""
-    dtype, wanted = transfer.dtype, transfer.targets[0].box
-    tensor = content.view(dtype.carrier).reshape(wanted.shape)
-    for place in transfer.sources:
-        part = place.box.intersect(wanted)
-        if part is not None:
-            for block in blocks(part, max(1, BLOCK_BYTES // dtype.itemsize)):
-                check()
-                reader.read(place, transfer.name, dtype, block, tensor[block.relative_to(wanted).slices()])
+class _Block(NamedTuple):
+    """A block of what a tensor takes of a source, read to its place without a buffer where it is contiguous there."""
+
+    transfer: Transfer
+    place: Place
+    box: Box
+
+    def read(self) -> Read:
+        return Read(self.place, self.transfer.name, self.transfer.dtype, self.box)
+
+    def reads(self) -> Iterator[Read]:
+        yield self.read()
+
+    def array(self, content: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Where the block lies in the content of its tensor."""
+        wanted = self.transfer.targets[0].box
+        tensor = content.view(self.transfer.dtype.carrier).reshape(wanted.shape)
+        block: np.ndarray[Any, Any] = tensor[self.box.relative_to(wanted).slices()]
+        return block
 
 
-def _copy_others(plan: Plan, sink: ArraySink, check: Callable[[], None], headers: Mapping[int, Header] | None) -> None:
+def _blocks(transfers: Sequence[Transfer]) -> Iterator[_Block]:
+    for transfer in transfers:
+        for place in transfer.sources:
+            part = place.box.intersect(transfer.targets[0].box)
+            if part is not None:
+                for box in blocks(part, max(1, BLOCK_BYTES // transfer.dtype.itemsize)):
+                    yield _Block(transfer, place, box)
+
+
+def _copy_others(plan: Plan, sink: ArraySink, reader: ShardReader, check: Callable[[], None]) -> None:
     """Make the tensors that are put together, turned or computed, as in a file."""
     if not plan.transfers:
         return
-    with closing(Copier(plan.sources, sink, reader=ShardReader(plan.sources, headers))) as copier:
-        for task in cut_into_tasks(plan):
-            copier.run(task, check)
+    with closing(Copier(plan.sources, sink, reader=reader)) as copier:
+        tasks = cut_into_tasks(plan)
+        for task, following in zip_longest(tasks, tasks[1:]):
+            copier.run(task, check, following)

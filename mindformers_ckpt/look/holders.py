@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -71,14 +69,8 @@ def first_difference(left: Bytes, right: Bytes) -> int | None:
     """The first place at which two contiguous runs of bytes of one length differ, None when they are equal."""
     import numpy as np
 
-    # numpy would make an array of truth values first; this takes a third of the time.
-    addresses = (ctypes.c_void_p(run.__array_interface__["data"][0]) for run in (left, right))
-    if _memcmp()(*addresses, ctypes.c_size_t(len(left))) == 0:
+    words = len(left) // 8 * 8  # as words they are compared in a fraction of the time
+    is_equal = np.array_equal(left[:words].view(np.uint64), right[:words].view(np.uint64))
+    if is_equal and np.array_equal(left[words:], right[words:]):
         return None
     return int(np.argmax(left != right))
-
-
-@lru_cache(maxsize=1)
-def _memcmp() -> Callable[..., int]:
-    function: Callable[..., int] = ctypes.CDLL(None).memcmp
-    return function

@@ -112,7 +112,7 @@ def _verify_manifest(
     headers = check_files(folder, manifest, found)
     check_ranks(manifest, known, found)
     check_trailers(headers, sample, chosen, found)
-    check_hashes(folder, manifest, headers, chosen, found)
+    check_hashes(folder, manifest, headers, chosen, found, progress)
     is_whole = len(headers) == len(manifest.entries)
     for part, entry in manifest.fingerprints.items():
         if is_whole:

@@ -16,7 +16,7 @@ from mindformers_ckpt.engine.copier import Copier, Task, cut_into_tasks
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.formats import TensorRecord
 from mindformers_ckpt.look.holders import ContentReader, first_difference
-from mindformers_ckpt.look.verify_model import Difference, Verification
+from mindformers_ckpt.look.verify_model import Difference, Verification, counted
 from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.sources.checkpoint import Checkpoint
@@ -44,8 +44,8 @@ def verify_against(
     taken = chosen(names)
     plan = _without(plan, taken, unfit)
     found.checked.append(
-        f"{len(taken)} of {len(names)} tensors in the files of {len(held)} ranks: read, and compared with the source "
-        "bit by bit"
+        f"{counted(len(taken), 'tensor', len(names))} in the files of {counted(len(held), 'rank')}: read, and compared "
+        "with the source bit by bit"
     )
     compared = _Comparison(plan, held)
     _run(plan, compared, progress)
@@ -171,6 +171,9 @@ class _Sink:
 
     def proof(self) -> str:
         return ""
+
+    def end_task(self) -> None:
+        """Nothing was written."""
 
     def close(self) -> None:
         self._reader.close()

@@ -15,7 +15,7 @@ from mindformers_ckpt.formats import Header, TensorRecord
 from mindformers_ckpt.formats.ckpt import verify_crc
 from mindformers_ckpt.formats.headers import read_headers
 from mindformers_ckpt.look.holders import ContentReader
-from mindformers_ckpt.look.verify_model import Difference, Verification
+from mindformers_ckpt.look.verify_model import Difference, Verification, counted
 from mindformers_ckpt.publish.fingerprints import folder_of
 from mindformers_ckpt.publish.manifest import read_manifests
 from mindformers_ckpt.sources.source import SUFFIXES
@@ -101,7 +101,7 @@ def check_files(folder: Path, manifest: Manifest, found: Verification) -> dict[s
         else:
             headers[entry.path] = header
     _check_surplus(folder, manifest, found)
-    found.checked.append(f"{len(manifest.entries)} files: there, in their sizes, and readable; no others")
+    found.checked.append(f"{counted(len(manifest.entries), 'file')}: there, in their sizes, and readable; no others")
     return headers
 
 
@@ -132,31 +132,37 @@ def check_ranks(manifest: Manifest, strategy: Strategy | None, found: Verificati
             shown = f"{absent[:20]}{' and more' if len(absent) > 20 else ''}"
             found.differences.append(Difference(f"the manifests have no files of the ranks {shown} of {count}"))
         unsure = " (the highest rank there is taken for the last one: no strategy is known)" * (strategy is None)
-        found.checked.append(f"{count} ranks: complete{unsure}" if not absent else f"{count} ranks: looked for{unsure}")
+        found.checked.append(f"{counted(count, 'rank')}: {'looked for' if absent else 'complete'}{unsure}")
 
 
 def check_hashes(
-    folder: Path, manifest: Manifest, headers: Mapping[str, Header], chosen: Choose, found: Verification
+    folder: Path,
+    manifest: Manifest,
+    headers: Mapping[str, Header],
+    chosen: Choose,
+    found: Verification,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Read the contents of which hashes are recorded, or of those that `chosen` picks, and compare."""
     known = [(entry, name) for entry in manifest.entries for name in entry.hashes if entry.path in headers]
     if not known:
         return
     taken = chosen([name for _, name in known])
-    count = 0
+    looked_at = [(entry, name, headers[entry.path].tensors.get(name)) for entry, name in known if name in taken]
+    done, total = 0, sum(record.spec.nbytes for _, _, record in looked_at if record is not None)
     with closing(ContentReader()) as reader:
-        for entry, name in known:
-            if name not in taken:
-                continue
-            count += 1
-            path, record = folder / entry.path, headers[entry.path].tensors.get(name)
+        for entry, name, record in looked_at:
+            path = folder / entry.path
             if record is None:
                 found.differences.append(Difference("it is not in the file", path, name, entry.rank))
             elif _hash(reader, path, record) != entry.hashes[name]:
                 what = "its bytes are not those that were written (xxh3-128 differs)"
                 offset = record.segments[0].offset if record.segments else None
                 found.differences.append(Difference(what, path, name, entry.rank, offset=offset))
-    found.checked.append(f"{count} of {len(known)} tensors in files: xxh3-128 of their bytes")
+            done += 0 if record is None else record.spec.nbytes
+            if progress is not None:
+                progress(done, total)
+    found.checked.append(f"{counted(len(looked_at), 'tensor', len(known))} in files: xxh3-128 of their bytes")
 
 
 def _hash(reader: ContentReader, path: Path, record: TensorRecord) -> str:
@@ -181,7 +187,7 @@ def check_trailers(headers: Mapping[str, Header], share: float, chosen: Choose, 
         except (FormatError, TransferError) as error:
             found.differences.append(Difference(str(error)))
     if stored:
-        found.checked.append(f"{len(taken)} of {len(stored)} files: the CRC-32 that they store")
+        found.checked.append(f"{counted(len(taken), 'file', len(stored))}: the CRC-32 that they store")
 
 
 def sampler(share: float, seed: int | None = None) -> Choose:

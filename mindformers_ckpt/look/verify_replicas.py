@@ -11,7 +11,7 @@ from mindformers_ckpt.checksums.digest import TensorChecksum
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES, empty_bytes
 from mindformers_ckpt.geometry.box import Box, blocks, offset_in
 from mindformers_ckpt.look.holders import ContentReader, Holder, first_difference, holders_of
-from mindformers_ckpt.look.verify_model import Difference, Verification
+from mindformers_ckpt.look.verify_model import Difference, Verification, counted
 from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
 
 Progress = Callable[[int, int], None]
@@ -47,7 +47,7 @@ def verify_checksums(
             done += tensor.spec.nbytes
             if progress is not None:
                 progress(done, total)
-    found.checked.append(f"{len(taken)} of {len(recorded)} tensors: fingerprint of the whole, and replicas")
+    found.checked.append(f"{counted(len(taken), 'tensor', len(recorded))}: fingerprint of the whole, and replicas")
 
 
 def _compare_names(

@@ -25,7 +25,7 @@ PathLike = Union[str, "os.PathLike[str]"]
 
 
 def checkpoint_at(path: PathLike, strategy: PathLike | Strategy | None = None, step: str | None = None) -> Checkpoint:
-    """The one checkpoint at a path, under its strategy. Headers are read when they are needed.
+    """The one checkpoint at a path, under its strategy, which some kinds bring along. Headers are read when needed.
 
     Raises PlanError when there are several, or files and strategy do not go together, and StrategyError.
     """

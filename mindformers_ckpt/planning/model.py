@@ -174,13 +174,31 @@ class Plan:
         outside, whose boxes may be such that this never ends.
         """
         problems = []
-        cuts = _Cuts(most_comparisons)
+        effort = _Effort(most_comparisons)
+        known: dict[tuple[tuple[int, ...], int, int], str | None] = {}
         for transfer in self.transfers:
-            fault = cuts.fault_of(transfer)
-            if fault is not None:
-                problems.append(f"{transfer.name}: {fault}")
+            key = transfer.shape, id(transfer.sources), id(transfer.targets)
+            if key not in known:
+                known[key] = _cover_fault(transfer, effort.spend)
+            if known[key] is not None:
+                problems.append(f"{transfer.name}: {known[key]}")
         if problems:
             raise PlanError(describe_problems("the plan does not make whole tensors", problems))
+
+
+class _Effort:
+    """The comparisons that a check may still make."""
+
+    def __init__(self, most: int | None) -> None:
+        self._most = self._left = most
+
+    def spend(self, count: int) -> None:
+        """Raises PlanError when there are not so many left."""
+        if self._left is None:
+            return
+        self._left -= count
+        if self._left < 0:
+            raise PlanError(f"it takes over {self._most:,} comparisons to check the boxes of the plan; make it again")
 
 
 class _Taken(NamedTuple):
@@ -211,48 +229,19 @@ def volume_of(places: Sequence[Place]) -> int:
     return sum(place.box.volume for place in places)
 
 
-class _Cuts:
-    """The ways in which tensors are cut, each checked once: thousands of tensors are cut alike."""
-
-    def __init__(self, most_comparisons: int | None) -> None:
-        self._most = self._left = most_comparisons
-        self._by_object: dict[tuple[object, int, int], str | None] = {}
-        self._by_boxes: dict[tuple[object, ...], str | None] = {}
-
-    def fault_of(self, transfer: Transfer) -> str | None:
-        """What is wrong with the boxes of a transfer. Raises PlanError when it takes too many comparisons to say."""
-        places = (transfer.shape, id(transfer.sources), id(transfer.targets))
-        if places not in self._by_object:
-            self._compared(len(transfer.sources) + len(transfer.targets))
-            sources = tuple(place.box for place in transfer.sources)
-            targets = tuple(dict.fromkeys(place.box for place in transfer.targets))
-            boxes = (transfer.shape, sources, targets)
-            if boxes not in self._by_boxes:
-                self._by_boxes[boxes] = _cover_fault(transfer.shape, sources, targets, self._compared)
-            self._by_object[places] = self._by_boxes[boxes]
-        return self._by_object[places]
-
-    def _compared(self, count: int) -> None:
-        if self._left is None:
-            return
-        self._left -= count
-        if self._left < 0:
-            raise PlanError(f"it takes over {self._most:,} comparisons to check the boxes of the plan; make it again")
-
-
-def _cover_fault(
-    shape: tuple[int, ...], sources: tuple[Box, ...], targets: tuple[Box, ...], compared: Callable[[int], None]
-) -> str | None:
-    whole = Box.whole(shape)
+def _cover_fault(transfer: Transfer, compared: Callable[[int], None]) -> str | None:
+    compared(len(transfer.sources) + len(transfer.targets))
+    whole = Box.whole(transfer.shape)
+    sources = [place.box for place in transfer.sources]
+    targets = list(dict.fromkeys(place.box for place in transfer.targets))
     for box in (*sources, *targets):
         if not whole.contains(box):
-            return f"the box {box} lies outside of the shape {list(shape)}"
+            return f"the box {box} lies outside of the shape {list(transfer.shape)}"
     if sum(box.volume for box in sources) > whole.volume or not are_disjoint(sources, compared):
         return "source shards overlap"
     index = BoxIndex(sources)
     for box in targets:
-        near = [sources[number] for number in index.meeting(box, compared)]
-        held = covered_volume(box, near)
+        held = covered_volume(box, [sources[number] for number in index.meeting(box, compared)])
         if held != box.volume:
             return f"of the box {box}, {box.volume - held} of {box.volume} elements are in no source file"
     return None

@@ -42,12 +42,14 @@ def describe_fingerprints(
 ) -> dict[str, dict[str, Any]]:
     """What a manifest says of the fingerprints: folder of a checkpoint in the result ("." for all) -> fingerprint.
 
+    Where nothing is computed or renamed, `source_digest` says that the tensors had the same one in the source.
     `shapes` are those of target tensors whose transfers have another form (a view of them).
     """
     found: dict[tuple[int, str], list[int]] = {}
     for file, name, share in shares:
         found.setdefault((file, name), []).append(share)
     folders: dict[str, list[TensorChecksum]] = {}
+    changed: set[str] = set()
     for transfer in plan.transfers:
         file = transfer.targets[0].file
         nbytes = math.prod(transfer.shape) * transfer.dtype.itemsize
@@ -55,7 +57,9 @@ def describe_fingerprints(
         shape = shapes.get(transfer.name) or _shape(plan, transfer)
         folder = folder_of(plan.targets[file].path)
         folders.setdefault(folder, []).append(TensorChecksum(transfer.name, transfer.dtype.name, shape, value))
-    return {folder: _as_json(tensors) for folder, tensors in folders.items()}
+        if any(not place.is_plain or place.tensor not in ("", transfer.name) for place in transfer.sources):
+            changed.add(folder)
+    return {folder: _as_json(tensors, folder not in changed) for folder, tensors in folders.items()}
 
 
 def folder_of(path: str) -> str:
@@ -84,9 +88,11 @@ def _shape(plan: Plan, transfer: Transfer) -> tuple[int, ...]:
     return transfer.shape
 
 
-def _as_json(tensors: list[TensorChecksum]) -> dict[str, Any]:
+def _as_json(tensors: list[TensorChecksum], as_in_source: bool) -> dict[str, Any]:
+    digest = digest_of(tensors)
     return {
-        "digest": digest_of(tensors),
+        "digest": digest,
+        **({"source_digest": digest} if as_in_source else {}),
         "tensors": {
             tensor.name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "crc64nvme": tensor.hex}
             for tensor in sorted(tensors)

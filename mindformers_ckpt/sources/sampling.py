@@ -6,14 +6,15 @@ The number of files that are opened and of samples that are read is bounded, wha
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.formats import TensorRecord
+from mindformers_ckpt.formats.guesses import Pieces
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
 
@@ -199,12 +200,12 @@ def _windows(record: TensorRecord) -> Iterator[tuple[int, int]]:
         yield offset + length // 2 // unit * unit, _WINDOW
 
 
-def _read(path: Path, windows: Iterable[tuple[int, int]]) -> list[bytes]:
+def _read(path: Path, windows: Sequence[tuple[int, int]]) -> list[bytes]:
     try:
-        with path.open("rb", buffering=0) as stream:
-            contents = [(os.pread(stream.fileno(), length, offset), length) for offset, length in windows]
+        with path.open("rb", buffering=0) as stream, closing(Pieces(stream.fileno())) as pieces:
+            contents = list(pieces.read_all(windows))
     except OSError as error:
         raise TransferError(f"{path}: reading samples of its tensors failed: {error.strerror or error}") from error
-    if any(len(content) < length for content, length in contents):
+    if any(len(content) < length for content, (_, length) in zip(contents, windows)):
         raise TransferError(f"{path} has become shorter while it was read; is it still being written?")
-    return [content for content, _ in contents]
+    return contents

@@ -12,7 +12,7 @@ import pytest
 from recorded import Tensor, write_tensors
 
 from mindformers_ckpt.errors import FormatError
-from mindformers_ckpt.formats import Header, ckpt, read_header
+from mindformers_ckpt.formats import Header, ckpt, guesses, read_header
 from mindformers_ckpt.formats import headers as headers_module
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.formats.headers import read_headers
@@ -45,6 +45,7 @@ class Requests:
 def requests(monkeypatch: pytest.MonkeyPatch) -> Requests:
     counted = Requests()
     monkeypatch.setattr(headers_module, "_WAIT", 0.001)
+    monkeypatch.setattr(guesses, "_slow_devices", set())
     monkeypatch.setattr(os, "pread", counted.pread)
     return counted
 
@@ -72,7 +73,7 @@ def test_few_requests_and_several_at_once(
     headers = dict(read_headers(paths))
     assert list(headers) == paths
     assert requests.count <= FILES * most + 9 * 30
-    assert 2 <= requests.most <= 8
+    assert 2 <= requests.most <= 64 + 8
     requests.count = 0
     first = headers[paths[0]]
     assert isinstance(first, Header)
@@ -124,5 +125,7 @@ def test_no_thread_is_left_when_nobody_wants_the_rest(tmp_path: Path, monkeypatc
 
 def test_a_quick_disk_needs_no_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(headers_module, "_WAIT", 60.0)
+    monkeypatch.setattr(guesses, "_QUICK_SECONDS", 60.0)
+    monkeypatch.setattr(guesses, "_slow_devices", set())
     monkeypatch.setattr(threading.Thread, "start", lambda self: pytest.fail("a thread was started"))
     assert len(list(read_headers(write_files(tmp_path, "ckpt", 64)))) == FILES

@@ -82,7 +82,7 @@ def test_it_is_that_of_the_source_and_of_the_result(source: str, target: str, tm
     assert fingerprint(tmp_path / "result", STRATEGIES[target], contents="off") == known
     manifest = json.loads((tmp_path / "result/manifest.json").read_bytes())
     (entry,) = manifest["fingerprints"].values()
-    assert entry["digest"] == known.digest
+    assert entry["digest"] == entry["source_digest"] == known.digest
     assert {name: told["crc64nvme"] for name, told in entry["tensors"].items()} == {
         tensor.name: tensor.hex for tensor in known.tensors
     }

@@ -155,6 +155,8 @@ def test_cut_for_another_strategy_in_the_same_pass(processes: int, tmp_path: Pat
     )  # fmt: skip
     assert "warning" not in output
     assert f"fingerprint {fingerprint(tmp_path / 'whole/merged_lora.ckpt').digest}" in output
+    recorded = json.loads((tmp_path / "out/manifest.json").read_bytes())["fingerprints"]["."]
+    assert "source_digest" not in recorded  # the weights were computed
     kept = layouts()
     expected: dict[int, Model] = {
         rank: {

@@ -27,8 +27,8 @@ def seeds_of(kind: str, seed: int) -> Iterator[int]:
 
 
 def main(kind: str, seconds: float, seed: int, folder: Path, only: int | None = None) -> None:
+    until = time.monotonic() + seconds  # loading counts, too
     attack = KINDS[kind].load(folder)
-    until = time.monotonic() + seconds
     for number in [only] if only is not None else seeds_of(kind, seed):
         print(json.dumps({"begin": number}), flush=True)
         what, executions, faults = attack.round(number)

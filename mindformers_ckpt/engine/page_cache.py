@@ -1,0 +1,19 @@
+"""What a run leaves in the page cache: all that it read and wrote, or next to nothing (`--cache drop`)."""
+
+from __future__ import annotations
+
+import os
+
+CAN_DROP = hasattr(os, "posix_fadvise")
+
+
+def drop(descriptor: int, start: int = 0, length: int = 0) -> None:
+    """Have the system forget pages of a file that are on the disk, all of them by default."""
+    if CAN_DROP:
+        os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
+
+
+def write_back(descriptor: int) -> None:
+    """Have what was written put on the disk, and forgotten."""
+    os.fdatasync(descriptor)
+    drop(descriptor)

@@ -1,0 +1,183 @@
+"""Small pieces of a file, many at once where the disk lets a reader wait; and guesses of which will be needed.
+
+The heads of a `.ckpt` file are a chain: where the next record begins is known when the one before has been read. On
+storage with latency that is one round trip a tensor. But layers repeat, and the moments of an optimizer repeat the
+weights: after a few records it can be guessed where the next hundred begin. A guess only decides what is read early.
+Where one is wrong, the head is read as if there had been none.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from mindformers_ckpt.formats.waiting import waits
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+_AT_ONCE = 64
+_GUESSED = 128
+# A guess may be wrong by a byte a record, where the numbers in names get longer.
+_BEFORE, _WINDOW = 256, 4096
+# What is read of the chain itself, at least.
+_QUICK_BYTES, _SLOW_BYTES = 512, 16 << 10
+# A read that takes longer has waited for the disk. From the third one on it is worth while to read several at once.
+_QUICK_SECONDS = 0.0004
+_WAITS = 3
+# Of a layer or an expert, but not that of `w1`.
+_NUMBER = re.compile(r"(?<![A-Za-z\d])\d+")
+
+
+class _Kind(NamedTuple):
+    """A record as it was met last, apart from the numbers in its name: its bytes, and what came after it."""
+
+    head: int
+    content: int
+    following: str = ""
+
+
+class _Pool:
+    """Threads that all files share which are looked at; they end with the last of these."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._threads: ThreadPoolExecutor | None = None
+
+    def enter(self) -> ThreadPoolExecutor:
+        from concurrent.futures import ThreadPoolExecutor
+
+        with self._lock:
+            self._users += 1
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(_AT_ONCE, "heads")
+            return self._threads
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            threads = None if self._users else self._threads
+            if threads is not None:
+                self._threads = None
+        if threads is not None:
+            threads.shutdown(wait=True)
+
+
+_pool = _Pool()
+_slow_devices: set[int] = set()  # on which reading had to wait
+
+
+class Pieces:
+    """Reads small pieces of an open file."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._device = os.fstat(descriptor).st_dev
+        self._waits = _WAITS if self._device in _slow_devices else 0
+        self._pool: ThreadPoolExecutor | None = None
+        self._asked: set[Future[bytes]] = set()
+        self._kinds: dict[str, _Kind] = {}
+        self._last = ""
+        self._guessed: deque[tuple[int, Future[bytes]]] = deque()
+        self._next: tuple[str, int, int, int] | None = None
+
+    def read(self, start: int, length: int) -> bytes:
+        """Bytes of the file, fewer at its end."""
+        if self.is_slow:
+            return os.pread(self._descriptor, length, start)
+        started, before = time.perf_counter(), waits()
+        data = os.pread(self._descriptor, length, start)
+        if time.perf_counter() - started > _QUICK_SECONDS and waits() > before:
+            self._waits += 1
+            if self.is_slow:
+                _slow_devices.add(self._device)
+        return data
+
+    def read_all(self, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        """Bytes of several ranges (start, length), in their order."""
+        for number, (start, length) in enumerate(ranges):
+            if self.is_slow:
+                asked = [self._ask(*each) for each in ranges[number:]]
+                for piece in asked:
+                    yield piece.result()
+                return
+            yield self.read(start, length)
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether reading has to wait."""
+        return self._waits >= _WAITS
+
+    def met(self, name: str, start: int, content: int, end: int) -> None:
+        """A record was read that begins at `start`, its content at `content`; guess the next ones."""
+        kind = _NUMBER.sub("#", name)
+        if self._last:
+            self._kinds[self._last] = self._kinds[self._last]._replace(following=kind)
+        known = self._kinds.get(kind)
+        self._kinds[kind] = _Kind(content - start, end - content, known.following if known else "")
+        self._last = kind
+        if self.is_slow:
+            self._guess(kind, end)
+
+    def window(self, position: int) -> bytes:
+        """What was read early of the file from `position` on; nothing, where no guess was right."""
+        while self._guessed:
+            start, data = self._guessed[0]
+            if position < start:  # the guesses have gone astray
+                break
+            if position < start + _WINDOW:
+                return data.result()[position - start :]
+            self._guessed.popleft()
+        for _, data in self._guessed:
+            data.cancel()
+        self._guessed.clear()
+        self._next = None
+        return b""
+
+    @property
+    def least(self) -> int:
+        """How many bytes of the chain are read at once, at least."""
+        return _SLOW_BYTES if self.is_slow else _QUICK_BYTES
+
+    def close(self) -> None:
+        """Wait until nothing reads the file any more."""
+        if self._pool is not None:
+            for piece in self._asked:
+                if not piece.cancel():
+                    piece.exception()
+            _pool.leave()
+
+    def _guess(self, kind: str, end: int) -> None:
+        """Have the heads read that are expected after a record."""
+        if self._next is None:
+            # The moments of `wq` are named `adam_m.wq`: what follows them is known from the weights.
+            model = kind if self._kinds[kind].following else kind.partition(".")[2]
+            if model not in self._kinds or not self._kinds[model].following:
+                return
+            own, its = self._kinds[kind], self._kinds[model]
+            if own.content % max(its.content, 1):
+                return
+            self._next = model, end, own.content // max(its.content, 1), own.head - its.head
+        model, position, factor, longer = self._next
+        while len(self._guessed) < _GUESSED and model:
+            start = max(0, position - _BEFORE)
+            if not self._guessed or position + _BEFORE > self._guessed[-1][0] + _WINDOW:
+                self._guessed.append((start, self._ask(start, _WINDOW)))
+            model = self._kinds[model].following
+            if model:
+                guessed = self._kinds[model]
+                position += guessed.head + longer + guessed.content * factor
+        self._next = model, position, factor, longer
+
+    def _ask(self, start: int, length: int) -> Future[bytes]:
+        if self._pool is None:
+            self._pool = _pool.enter()
+        asked = self._pool.submit(os.pread, self._descriptor, length, start)
+        self._asked.add(asked)
+        return asked

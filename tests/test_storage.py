@@ -1,0 +1,312 @@
+"""What is asked of the storage: requests, opened files, and pages that stay in memory. Counts, never times."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import itertools
+import mmap
+import os
+import shutil
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from recorded import assert_ranks, random_model, write_ranks
+from slow_mount import mounted, why_not
+from test_execute import MP2, MP4, parts, plan_from
+
+from mindformers_ckpt.engine import ahead, copier
+from mindformers_ckpt.engine.ahead import Ahead, Extent, Fetcher, merged
+from mindformers_ckpt.errors import FormatError, TransferError
+from mindformers_ckpt.execution import Options
+from mindformers_ckpt.formats import guesses, layout_file
+from mindformers_ckpt.formats.ckpt import scan
+from mindformers_ckpt.formats.dtypes import by_name
+from mindformers_ckpt.formats.tensor_file import TensorSpec
+from mindformers_ckpt.transform import transform
+
+A, B = Path("a"), Path("b")
+KB, MB = 1 << 10, 1 << 20
+needs_fuse = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+
+
+@pytest.mark.parametrize(
+    ("extents", "expected"),
+    [
+        ([], []),
+        ([(A, 5, 10)], [(A, 0, 4096)]),
+        ([(A, 5, 4097)], [(A, 0, 8192)]),
+        ([(B, 0, 10), (A, 8192, 8200), (A, 0, 4096)], [(A, 0, 4096), (A, 8192, 12288), (B, 0, 4096)]),
+        ([(A, 0, 5000), (A, 5000, 9000)], [(A, 0, 12288)]),  # no page is read twice
+        ([(A, 0, MB), (A, MB + 64 * KB, 2 * MB)], [(A, 0, 2 * MB)]),  # near, and little beside what is needed
+        ([(A, 0, MB), (A, MB + 68 * KB, 2 * MB)], [(A, 0, MB), (A, MB + 68 * KB, 2 * MB)]),  # too far
+        ([(A, 0, 16 * KB), (A, 48 * KB, 64 * KB)], [(A, 0, 16 * KB), (A, 48 * KB, 64 * KB)]),  # too much between
+    ],
+)
+def test_what_is_read_together(extents: list[tuple[Path, int, int]], expected: list[tuple[Path, int, int]]) -> None:
+    assert merged(Extent(*extent) for extent in extents) == [Extent(*extent) for extent in expected]
+
+
+def test_ranges_hold_all_that_is_needed() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        starts = generator.integers(0, 4 * MB, 40)
+        lengths = generator.integers(1, 200 * KB, 40)
+        extents = [Extent(A, int(start), int(start + length)) for start, length in zip(starts, lengths)]
+        ranges = merged(extents)
+        assert all(any(held.start <= each.start and each.stop <= held.stop for held in ranges) for each in extents)
+        assert all(held.start % 4096 == held.stop % 4096 == 0 for held in ranges)
+        assert all(first.stop < second.start for first, second in zip(ranges, ranges[1:]))
+
+
+class Reads:
+    """Requests of the threads that read ahead."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = self.bytes = self.most_held = 0
+        self._real = ahead._filled
+        self._lock = threading.Lock()
+        monkeypatch.setattr(ahead, "_filled", self.filled)
+        self._held: Counter[int] = Counter()
+        self._start = Ahead._start
+        monkeypatch.setattr(Ahead, "_start", lambda *arguments: self.start(*arguments))
+
+    def start(self, held: Ahead[Any], batch: Any, extents: Sequence[Extent]) -> None:
+        self._start(held, batch, extents)
+        with self._lock:
+            self._held[id(held)] = held._held
+            self.most_held = max(self.most_held, sum(self._held.values()))
+
+    def filled(self, descriptor: int, start: int, memory: memoryview) -> int:
+        with self._lock:
+            self.count += 1
+            self.bytes += len(memory)
+        return self._real(descriptor, start, memory)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    """Reading has to wait, as far as the reader knows."""
+    monkeypatch.setattr(Fetcher, "has_to_wait", lambda *_: True)
+    return Reads(monkeypatch)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often files are opened to be read past the page cache, by folder."""
+    found: Counter[str] = Counter()
+    real = os.open
+
+    def counted(path: str | Path, flags: int, *rest: int, **more: int) -> int:
+        found[Path(path).parent.name] += flags & (os.O_WRONLY | os.O_DIRECT) == os.O_DIRECT
+        return real(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", counted)
+    return found
+
+
+@pytest.mark.parametrize("smallest_task", [1 << 20, 8 << 20])
+def test_a_request_a_megabyte_and_few_opens(
+    smallest_task: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: Reads, opened: Counter[str]
+) -> None:
+    """Of tensors that are cut by rows and by columns, in one process of two threads; nothing is read twice."""
+    monkeypatch.setattr(copier, "_SMALLEST_TASK", smallest_task)
+    model = random_model({"w": (4096, 1024), "v": (4096, 1024)})
+    plan = plan_from(write_ranks(tmp_path / "source", parts(MP4, model)), MP4, MP2)
+    opened.clear()
+    transform(plan, tmp_path / "result")
+    (tmp_path / "result" / "manifest.json").unlink()
+    assert_ranks(tmp_path / "result", parts(MP2, model))
+    size = sum(file.size for file in plan.sources)
+    assert size <= slow.bytes <= size * 1.1
+    assert slow.count <= 2 * size / MB
+    assert slow.most_held <= ahead.AHEAD_BYTES + 2 * 9 * MB
+    names = {file.path.parent.name for file in plan.sources}
+    assert {name for name in opened if name in names} == names
+    assert max(opened[name] for name in names) == 1
+
+
+@pytest.mark.parametrize("what", ["nothing", "less"])
+def test_what_could_not_be_read_ahead_is_read_in_the_ordinary_way(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Fetcher, "has_to_wait", lambda *_: True)
+    real = Fetcher._read
+    few = {"nothing": lambda *_: 0, "less": lambda self, path, start, to: real(self, path, start, to[: len(to) // 2])}
+    monkeypatch.setattr(Fetcher, "_read", few[what])
+    model = random_model({"w": (512, 1024), "v": (512, 1024)})
+    transform(plan_from(write_ranks(tmp_path / "source", parts(MP4, model)), MP4, MP2), tmp_path / "result")
+    (tmp_path / "result" / "manifest.json").unlink()
+    assert_ranks(tmp_path / "result", parts(MP2, model))
+
+
+def test_an_error_of_the_disk_names_file_and_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: Reads
+) -> None:
+    model = random_model({"w": (512, 1024), "v": (512, 1024)})
+    plan = plan_from(write_ranks(tmp_path / "source", parts(MP4, model)), MP4, MP2)
+    real = os.preadv
+
+    def preadv(descriptor: int, buffers: Sequence[memoryview], offset: int, *flags: int) -> int:
+        if offset + len(buffers[0]) > 100 * KB:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(descriptor, buffers, offset, *flags)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    before = threading.active_count()
+    with pytest.raises(TransferError, match=r"checkpoint_\d\.ckpt: reading at byte \d+ failed: Input/output error"):
+        transform(plan, tmp_path / "result")
+    assert threading.active_count() == before
+    assert slow.count > 0
+
+
+# Heads of records.
+
+
+def write_heads(path: Path, specs: Sequence[TensorSpec]) -> Path:
+    """A sparse file: the heads of its records, and nothing between them."""
+    layout = layout_file("ckpt", specs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as stream:
+        os.ftruncate(stream.fileno(), layout.size)
+        for offset, data in layout.frames:
+            os.pwrite(stream.fileno(), data, offset)
+    return path
+
+
+def like_a_llama(layers: int) -> list[TensorSpec]:
+    weights: dict[str, tuple[int, ...]] = {"model.tok_embeddings.embedding_weight": (32000, 1024)}
+    for layer in range(layers):
+        for name, shape in {"attention.wq": (1024, 1024), "attention.wo": (1024, 512), "w1": (2816, 1024)}.items():
+            weights[f"model.layers.{layer}.{name}.weight"] = shape
+        weights[f"model.layers.{layer}.ffn_norm.weight"] = (4096,)
+    weights["lm_head.weight"] = (32000, 1024)
+    kinds = {"": "bfloat16", "adam_m.": "float32", "adam_v.": "float32"}
+    return [
+        TensorSpec(f"{prefix}{name}", by_name(kind), shape)
+        for prefix, kind in kinds.items()
+        for name, shape in weights.items()
+    ]
+
+
+@pytest.fixture
+def waited(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Where heads are read that had not been guessed; every read counts as one that had to wait."""
+    places: list[int] = []
+    real = guesses.Pieces.read
+
+    def read(self: guesses.Pieces, start: int, length: int) -> bytes:
+        places.append(start)
+        return real(self, start, length)
+
+    monkeypatch.setattr(guesses.Pieces, "read", read)
+    monkeypatch.setattr(guesses, "_QUICK_SECONDS", -1)
+    monkeypatch.setattr(guesses, "waits", itertools.count().__next__)
+    monkeypatch.setattr(guesses, "_slow_devices", set())
+    return places
+
+
+def test_the_heads_of_layers_and_moments_are_guessed(tmp_path: Path, waited: list[int]) -> None:
+    specs = like_a_llama(60)
+    header = scan(write_heads(tmp_path / "a.ckpt", specs))
+    assert [record.spec for record in header.tensors.values()] == specs
+    assert len(specs) > 700
+    assert len(waited) <= 25
+
+
+@given(seed=st.integers(0, 1 << 30))
+@settings(max_examples=15)
+def test_guesses_change_nothing(seed: int) -> None:
+    """Names that repeat, and shapes that do not; a file that is cut off."""
+    generator = np.random.default_rng(seed)
+    specs = [
+        TensorSpec(f"{prefix}l.{layer}.{name}", by_name("float32"), (int(generator.choice([1, 300, 5000])),))
+        for prefix in ("", "m.")
+        for layer in range(int(generator.integers(1, 12)))
+        for name in generator.permutation(["a", "b", "c" * 300])
+    ]
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        whole = write_heads(Path(name) / "a.ckpt", specs)
+        cut = Path(name) / "cut.ckpt"
+        shutil.copy(whole, cut)
+        os.truncate(cut, int(generator.integers(1, whole.stat().st_size)))
+        patch.setattr(guesses, "waits", itertools.count().__next__)
+        outcomes = []
+        for threshold in (1e9, -1):
+            patch.setattr(guesses, "_QUICK_SECONDS", threshold)
+            patch.setattr(guesses, "_slow_devices", set())
+            outcomes.append([_scanned(whole), _scanned(cut)])
+        assert outcomes[0] == outcomes[1]
+
+
+def _scanned(path: Path) -> object:
+    try:
+        header = scan(path)
+    except FormatError as error:
+        return str(error)
+    return header.tensors, header.frames
+
+
+# The page cache.
+
+
+def pages_in_memory(path: Path) -> int:
+    """Bytes of a file that are in the page cache."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    size = path.stat().st_size
+    with path.open("r+b") as stream, mmap.mmap(stream.fileno(), size) as memory:
+        found = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        start = ctypes.c_char.from_buffer(memory)
+        assert libc.mincore(ctypes.byref(start), ctypes.c_size_t(size), found) == 0, ctypes.get_errno()
+        del start
+    return sum(page & 1 for page in found) * mmap.PAGESIZE
+
+
+@pytest.mark.parametrize(("processes", "crc"), [(1, True), (2, False)])
+def test_nothing_stays_in_the_page_cache(processes: int, crc: bool, tmp_path: Path) -> None:
+    model = random_model({"w": (4096, 1024), "v": (4096, 1024)})
+    root = write_ranks(tmp_path / "source", parts(MP4, model))
+    plan = plan_from(root, MP4, MP2)
+    size = sum(file.size for file in plan.sources)
+    held = {}
+    for drop in (False, True):
+        for file in plan.sources:
+            with file.path.open("rb") as stream:
+                os.fsync(stream.fileno())
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if pages_in_memory(file.path):
+                pytest.skip("this file system keeps its files in memory")
+        transform(plan, tmp_path / f"result_{drop}", Options(processes, crc=crc, drop_cache=drop))
+        files = [*root.rglob("*.ckpt"), *(tmp_path / f"result_{drop}").rglob("*.ckpt")]
+        held[drop] = sum(map(pages_in_memory, files))
+    assert held[False] >= size  # the result at least
+    assert held[True] <= size / 20
+
+
+# On a file system of its own.
+
+
+@needs_fuse
+@pytest.mark.parametrize("processes", [1, 2])
+def test_requests_on_a_file_system_with_latency(processes: int, tmp_path: Path) -> None:
+    model = random_model({"w": (4096, 1024), "v": (4096, 1024)})
+    write_ranks(tmp_path / "data" / "source", parts(MP4, model))
+    with mounted(tmp_path / "data", tmp_path / "mount", scratch=tmp_path / "scratch", latency_ms=30) as mount:
+        plan = plan_from(tmp_path / "mount" / "source", MP4, MP2)
+        before = mount.counters()
+        transform(plan, tmp_path / "result", Options(processes))
+        found = mount.counters()
+    (tmp_path / "result" / "manifest.json").unlink()
+    assert_ranks(tmp_path / "result", parts(MP2, model))
+    size = sum(file.size for file in plan.sources)
+    assert found["reads"] - before["reads"] <= 2 * size / MB + 8 * len(plan.sources)
+    assert found["opens"] - before["opens"] <= 2 * processes * len(plan.sources)
+    assert found["most_in_flight"] >= 6
