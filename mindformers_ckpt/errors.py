@@ -58,6 +58,10 @@ class ClusterError(CheckpointError, RuntimeError):
     """Another rank failed, died, or did not answer in time."""
 
 
+class StrategySaved(Exception):
+    """`only_save_strategy` is set: the strategy of the job is saved, nothing was loaded, and the job is to stop."""
+
+
 def describe_problems(headline: str, problems: Iterable[str], limit: int = 20) -> str:
     """Join several faults of one input into one message: the headline, then a line each, at most `limit`."""
     lines = list(problems)
@@ -65,3 +69,11 @@ def describe_problems(headline: str, problems: Iterable[str], limit: int = 20) -
     if len(lines) > limit:
         shown.append(f"  … and {len(lines) - limit} more")
     return "\n".join([headline, *shown])
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ " Did you mean 'x'?" where something known is like the word, else nothing."""
+    import difflib
+
+    like = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(map(repr, like))}?" if like else ""

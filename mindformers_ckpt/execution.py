@@ -85,7 +85,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did. `fingerprints` are digests of the checkpoints in the result, by their folders (mostly ".")."""
+    """What a run did.
+
+    Attributes:
+        destination: where the result is.
+        files: number of files in it.
+        bytes_read, bytes_written: bytes of tensors, `resumed_bytes` of the latter by an earlier run.
+        seconds: how long it took.
+        fingerprints: digests of the checkpoints in the result, by their folders (mostly "."), where they are asked for.
+        warnings: what the user should know of choices that were made.
+    """
 
     destination: Path
     files: int
@@ -94,6 +103,7 @@ class Report:
     resumed_bytes: int
     seconds: float
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 class Run:

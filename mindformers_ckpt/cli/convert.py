@@ -8,10 +8,13 @@ from typing import Any
 
 import click
 
+from mindformers_ckpt.cli.dry import say_plan
 from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
 from mindformers_ckpt.cli.options import (
     CACHE,
+    DRY_RUN,
     FINGERPRINT,
+    PROCESSES,
     RESUME,
     STEP,
     LocalPath,
@@ -22,18 +25,50 @@ from mindformers_ckpt.cli.options import (
 )
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.convert.plugins import find_plugin, parse_extra, run_plugin
-from mindformers_ckpt.convert.run import DTYPES, Request, convert
+from mindformers_ckpt.convert.run import DTYPES, Request, convert, plan_conversion
 from mindformers_ckpt.execution import Options, affordable_processes
 from mindformers_ckpt.strategy.model import Strategy
 
 _PATH = LocalPath()
 
 
+def _models(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """The names of models that begin like this, for the completion of a shell."""
+    from mindformers_ckpt.convert.model import models
+
+    return sorted(name for name in models() if name.startswith(incomplete))
+
+
 @click.command("convert", context_settings={"ignore_unknown_options": True, "show_default": True})
-@click.option("--model", help="llama, glm-n, qwen, mixtral, deepseek, …; left out: what config.json says.")
-@click.option("--reversed", "reverse", is_flag=True, help="From MindSpore to Hugging Face.")
-@click.option("--input-path", type=_PATH, required=True, help="Weights: a folder, or a file in it.")
-@click.option("--output-path", type=_PATH, required=True, help="File, or folder for several files.")
+@click.option(
+    "--model", shell_complete=_models, help="llama, glm-n, qwen, mixtral, deepseek, …; left out: what config.json says."
+)
+@click.option(
+    "--reversed",
+    "reverse",
+    type=bool,
+    is_flag=False,
+    flag_value=True,
+    default=False,
+    help="From MindSpore to Hugging Face; alone, or with True or False.",
+)
+@click.option(
+    "--input-path",
+    "--src-checkpoint",
+    "input_path",
+    type=_PATH,
+    required=True,
+    help="Weights: a folder, or a file in it.",
+)
+@click.option(
+    "--output-path",
+    "--dst-checkpoint-dir",
+    "--dst-checkpoint",
+    "output_path",
+    type=_PATH,
+    required=True,
+    help="File, or folder for several files.",
+)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Element type of the result; left out: as it is.")
 @click.option("--n-head", type=int, help="Attention heads, where config.json lacks them (BLOOM).")
 @click.option("--hidden-size", type=int, help="Hidden size, where config.json lacks it (BLOOM).")
@@ -52,7 +87,13 @@ _PATH = LocalPath()
 )
 @click.option("--mla-qkv-concat", type=bool, help="DeepSeek, mcore names: query, key and value start in one tensor.")
 @click.option("--pynative", type=bool, help="DeepSeek, mcore names: as the PyNative network has them.")
-@click.option("--format", type=click.Choice(["ckpt", "safetensors", "checkpoint2"]), help="Of the MindSpore files.")
+@click.option(
+    "--format",
+    "--save-format",
+    "format",
+    type=click.Choice(["ckpt", "safetensors", "checkpoint2"]),
+    help="Of the MindSpore files.",
+)
 @click.option("--naming", type=click.Choice(["legacy", "mcore"]), help="MindSpore names; left out: the model's usual.")
 @click.option(
     "--qkv-concat",
@@ -62,16 +103,23 @@ _PATH = LocalPath()
     help="Query, key, value in one tensor, gate and up too; alone or with true or false.",
 )
 @click.option("--hf-config", type=_PATH, help="Folder of config.json and tokenizer files.")
-@click.option("--dst-strategy", type=StrategyPath(), help="Cut for this strategy in the same pass.")
+@click.option(
+    "--dst-strategy",
+    "--dst-ckpt-strategy",
+    "dst_strategy",
+    type=StrategyPath(),
+    help="Cut for this strategy in the same pass.",
+)
 @click.option("--strip-prefix", help="Text in front of the source's tensor names that the model's do not have.")
 @click.option("--write-tied", is_flag=True, help="Write a tied output layer as a tensor of its own.")
-@click.option("--process-num", type=click.IntRange(min=1), default=1, help="Processes that copy.")
+@PROCESSES
 @click.option("--plugin", type=_PATH, help="Folder with convert_weight.py and convert_reversed.py of your own.")
 @STEP
 @FINGERPRINT
 @replace_options
 @RESUME
 @CACHE
+@DRY_RUN
 @json_option
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED)
@@ -82,13 +130,14 @@ def command(
     output_path: Path,
     dst_strategy: Path | None,
     format: str | None,
-    process_num: int,
+    processes: int,
     plugin: Path | None,
     fingerprints: bool,
     overwrite: bool,
     overwrite_anything: bool,
     resume: bool,
     drop_cache: bool,
+    dry_run: bool,
     as_json: bool,
     quiet: bool,
     extra: tuple[str, ...],
@@ -100,6 +149,8 @@ def command(
     """
     converter = find_plugin(model or "", reverse, plugin)
     if converter is not None:
+        if dry_run:
+            raise click.UsageError("--dry-run is for our own models; what a plugin would do it alone knows.")
         if fingerprints:
             raise click.UsageError(
                 "a plugin writes its result itself; take its fingerprint afterwards: fingerprint PATH."
@@ -114,8 +165,13 @@ def command(
     if extra:
         raise click.UsageError(f"No such option or argument: {' '.join(extra)}")
     request = Request(model, input_path, reverse, **choices)
+    if dry_run:
+        say_plan(
+            plan_conversion(request, output_path, format=format, target=_strategy(dst_strategy)), output_path, as_json
+        )
+        return
     options = Options(
-        processes=affordable_processes(process_num),
+        processes=affordable_processes(processes),
         fingerprints=fingerprints,
         overwrite=overwrite,
         overwrite_anything=overwrite_anything,
@@ -137,6 +193,15 @@ def command(
             f"{result.files} files at {result.destination}, {result.seconds:.2f} s"
         )
         say_fingerprints(result.fingerprints)
+        say(_next_step(result.destination, reverse, dst_strategy))
+
+
+def _next_step(destination: Path, reverse: bool, strategy: Path | None) -> str:
+    if reverse:
+        return f"next: AutoModelForCausalLM.from_pretrained({str(destination)!r})"
+    if strategy is not None:
+        return f"next, in the yaml: load_checkpoint: {destination}, auto_trans_ckpt: False"
+    return f"next, in the yaml: load_checkpoint: {destination}, auto_trans_ckpt: True"
 
 
 def _strategy(path: Path | None) -> Strategy | None:

@@ -15,14 +15,17 @@ import errno
 import gc
 import importlib
 import os
+import sys
 from collections.abc import Iterator
 from typing import IO, Any
 
 import click
 
 from mindformers_ckpt import __version__
-from mindformers_ckpt.cli.notices import complain, escape_what_the_locale_lacks, open_closed_streams
-from mindformers_ckpt.errors import CheckpointError
+from mindformers_ckpt.cli.help import EXIT_CODES, complete_help
+from mindformers_ckpt.cli.notices import complain, escape_what_the_locale_lacks, open_closed_streams, say_json
+from mindformers_ckpt.cli.verbosity import add_verbosity
+from mindformers_ckpt.errors import CheckpointError, did_you_mean
 from mindformers_ckpt.printable import printable
 
 # command -> (module of the command, one line of help). Modules are imported when their command runs.
@@ -31,6 +34,9 @@ _COMMANDS = {
     "plan": ("plan", "Say what transform would do; write nothing."),
     "convert": ("convert", "Convert weights between Hugging Face and MindSpore."),
     "merge-lora": ("merge_lora", "Fold LoRA branches into the weights."),
+    "inspect": ("inspect", "Say what is at a path: checkpoint, model, adapter, strategy, plan or result."),
+    "show": ("show", "Draw how a tensor is cut before and after, or the whole plan as a page."),
+    "doctor": ("doctor", "Say what this machine, its libraries and a file system are like."),
     "merge-strategy": ("merge_strategy", "Merge the strategy files of all ranks into one."),
     "verify": ("verify", "Check a result by its manifest, or against its source."),
     "diff": ("diff", "Compare two checkpoints as whole tensors."),
@@ -51,7 +57,7 @@ class _Failure(click.ClickException):
     exit_code = 1
 
     def show(self, file: IO[Any] | None = None) -> None:
-        complain(self.message)
+        complain(self.message, self.__cause__)
 
 
 class _Interrupted(_Failure):
@@ -60,6 +66,8 @@ class _Interrupted(_Failure):
 
 class _LazyGroup(click.Group):
     """A group that imports only the command that is called."""
+
+    as_json = False
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -70,29 +78,60 @@ class _LazyGroup(click.Group):
             return None
         module = importlib.import_module(f"mindformers_ckpt.cli.{_COMMANDS[name][0]}")
         command: click.Command = module.command
+        complete_help(name, command)
+        add_verbosity(command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0].replace("_", "-") not in _COMMANDS:
+            raise click.UsageError(f"No such command {args[0]!r}.{did_you_mean(args[0], _COMMANDS)}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def main(self, args: Any = None, *further: Any, **settings: Any) -> Any:
+        arguments = sys.argv[1:] if args is None else list(args)
+        self.as_json = "--json" in arguments
+        return super().main(arguments, *further, **settings)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        with _printable_usage_errors():
+        with self._told(), _printable_usage_errors():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
+        with self._told(), _as_failures(), signals.work(), _printable_usage_errors():
+            return super().invoke(ctx)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Tell programs of an error on stdout, where they asked for JSON; people read it on stderr in any case."""
         try:
-            with signals.work(), _printable_usage_errors():
-                return super().invoke(ctx)
-        except CheckpointError as error:
-            raise _Failure(str(error)) from error
-        except KeyboardInterrupt as error:
-            raise _Interrupted(" ".join(error.args) or "interrupted") from error
-        except (MemoryError, OSError, RuntimeError, ImportError) as error:
-            message = _said_of(error)
-            if message is None:
-                raise
-            raise _Failure(message) from error
+            yield
+        except click.ClickException as error:
+            if self.as_json:
+                kind = type(error.__cause__ or error).__name__.lstrip("_")
+                say_json({"error": {"kind": kind, "message": error.message, "exit_code": error.exit_code}})
+            raise
+
+
+@contextlib.contextmanager
+def _as_failures() -> Iterator[None]:
+    """Turn errors that a user can act on into those that click shows; what was behind one is its cause."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise _Failure(str(error)) from error
+    except KeyboardInterrupt as error:
+        raise _Interrupted(" ".join(error.args) or "interrupted") from error
+    except (MemoryError, OSError, RuntimeError, ImportError) as error:
+        message = _said_of(error)
+        if message is None:
+            raise
+        raise _Failure(message) from error
 
 
 def _said_of(error: Exception) -> str | None:
@@ -137,7 +176,12 @@ def _with_hyphens(token: str) -> str:
 
 @click.group(
     cls=_LazyGroup,
-    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": _with_hyphens},
+    epilog=f"Exit codes: {EXIT_CODES}.",
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": _with_hyphens,
+        "max_content_width": 120,
+    },
 )
 @click.version_option(__version__, prog_name="mindformers-ckpt")
 def cli() -> None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
+from mindformers_ckpt.api.merge_lora import MergeRequest
+from mindformers_ckpt.api.request import CHECKPOINT2
+from mindformers_ckpt.cli.dry import say_plan
 from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
 from mindformers_ckpt.cli.options import (
     CACHE,
+    DRY_RUN,
     FINGERPRINT,
     PROCESSES,
     RESUME,
@@ -26,29 +26,9 @@ from mindformers_ckpt.cli.options import (
     resumable,
 )
 from mindformers_ckpt.cli.progress import show_progress
-from mindformers_ckpt.cli.request import (
-    CHECKPOINT2,
-    check_outside,
-    checkpoint2_prefix,
-    default_format,
-    read_optional_strategy,
-)
-from mindformers_ckpt.convert.adapters import locator
-from mindformers_ckpt.errors import PlanError, PublishError, StrategyError
 from mindformers_ckpt.execution import Options, affordable_processes
-from mindformers_ckpt.lora import MergedBranch, plan_merge
 from mindformers_ckpt.lora_scaling import Scaling, number_fault
-from mindformers_ckpt.lora_settings import read_settings
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
-from mindformers_ckpt.publish import clear_waste
-from mindformers_ckpt.sources.adapter import AdapterSource, find_adapter
-from mindformers_ckpt.sources.checkpoint import Checkpoint
-from mindformers_ckpt.sources.find import find_source, separate_checkpoints
-from mindformers_ckpt.sources.source import Source
-from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies
-from mindformers_ckpt.strategy.model import Strategy
-from mindformers_ckpt.targets.checkpoint2 import as_checkpoint2
-from mindformers_ckpt.transform import transform
 
 _PATH = LocalPath()
 
@@ -99,15 +79,30 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
 
 
 @click.command("merge-lora")
-@click.option("--src-ckpt-strategy", "src_strategy", type=_GivenStrategy(), help="Strategy of the source; see above.")
+@click.option(
+    "--src-ckpt-strategy",
+    "--src-strategy",
+    "src_strategy",
+    type=_GivenStrategy(),
+    help="Strategy of the source; see above.",
+)
 @click.option(
     "--src-ckpt-path-or-dir",
+    "--src-checkpoint",
     "source",
     type=_PATH,
     required=True,
     help="File of complete weights, or the folder that holds rank_<n> folders.",
 )
-@click.option("--dst-ckpt-dir", "destination", type=_PATH, required=True, help="Empty or new folder for the result.")
+@click.option(
+    "--dst-ckpt-dir",
+    "--dst-checkpoint-dir",
+    "--dst-checkpoint",
+    "destination",
+    type=_PATH,
+    required=True,
+    help="Empty or new folder for the result.",
+)
 @click.option(
     "--prefix",
     default=DEFAULT_PREFIX,
@@ -132,6 +127,8 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
 @click.option("--merged-strategy", type=_PATH, help="Where to put the merged strategy of a folder.")
 @click.option(
     "--save-format",
+    "--format",
+    "save_format",
     type=click.Choice(["ckpt", "safetensors", CHECKPOINT2]),
     help="Format of the result; checkpoint2 is MindFormers' own.  "
     "[default: safetensors if all source files are, else ckpt]",
@@ -141,6 +138,7 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
 @FINGERPRINT
 @RESUME
 @CACHE
+@DRY_RUN
 @json_option
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 def command(
@@ -159,6 +157,7 @@ def command(
     fingerprints: bool,
     resume: bool,
     drop_cache: bool,
+    dry_run: bool,
     as_json: bool,
     quiet: bool,
     **scaling: Any,
@@ -171,36 +170,26 @@ def command(
     """
     if merged_strategy is not None and (src_strategy is None or not src_strategy.is_dir()):
         raise click.UsageError("--merged-strategy is for a folder as --src-ckpt-strategy; leave it out.")
-    chosen = _scaling(**scaling)
-    if not resume:
-        _check_empty(destination)
-    found = None if adapter is None else find_adapter(adapter)
-    chosen, notes = _completed(chosen, found)
-    files = _single(source, step)
-    strategy = files.strategy(_source_strategy(src_strategy, merged_strategy))
-    check_outside(files, destination)
-    target = read_optional_strategy(dst_strategy)
-    plan, branches = plan_merge(
-        Checkpoint(files, strategy),
-        target,
-        chosen,
-        adapter=None if found is None else _adapter(found.files, strategy),
-        locator=lambda weights: locator(weights, model, hf_config),
-        prefix=prefix,
-        format="safetensors" if save_format == CHECKPOINT2 else save_format or default_format(files),
+    request = MergeRequest(
+        source,
+        destination,
+        src_strategy,
+        dst_strategy,
+        adapter,
+        _scaling(**scaling),
+        model,
+        hf_config,
+        merged_strategy,
+        prefix,
+        save_format,
+        step,
     )
-    plan = replace(plan, warnings=(*plan.warnings, *notes))
-    companions: Callable[[Path], None] = partial(_add_familiar_name, plan=plan, target=target)
-    if save_format == CHECKPOINT2:
-        plan, companions = as_checkpoint2(plan, target, checkpoint2_prefix(prefix))
+    merge = request.prepare(resume=resume, dry=dry_run)
+    if dry_run:
+        say_plan(merge.plan, destination, as_json)
+        return
     if not quiet:
-        warn(plan.warnings)
-    about = {
-        "lora": _record(branches, chosen, found),
-        "source": strategy.describe(),
-        "target": target.describe(),
-        "source_path": str(source),
-    }
+        warn(merge.plan.warnings)
     options = Options(
         processes=affordable_processes(processes),
         fingerprints=fingerprints,
@@ -208,17 +197,17 @@ def command(
         may_fork=True,
         drop_cache=drop_cache,
     )
-
     with resumable(destination), show_progress("merge", quiet=quiet) as progress:
-        report = transform(plan, destination, options, about=about, progress=progress, companions=companions)
+        report = merge.run(options, progress)
     if as_json:
-        say_json({**asdict(report), "warnings": plan.warnings})
+        say_json(asdict(report))
     elif not quiet:
         say(
             f"{report.files} {'file' if report.files == 1 else 'files'}, {amount(report.bytes_written)} written to "
             f"{report.destination} in {report.seconds:.2f} s"
         )
         say_fingerprints(report.fingerprints)
+        say(f"next, in the yaml: load_checkpoint: {_loaded(report.destination, merge.plan)}, use_lora: False")
 
 
 def _scaling(lora_scaling: float | None, alpha: float | None, rank: int | None, use_rslora: bool) -> Scaling:
@@ -227,81 +216,6 @@ def _scaling(lora_scaling: float | None, alpha: float | None, rank: int | None, 
     return Scaling(lora_scaling, alpha, rank, use_rslora)
 
 
-def _completed(given: Scaling, adapter: AdapterSource | None) -> tuple[Scaling, tuple[str, ...]]:
-    """The given scaling, or else that of the adapter's own settings, and what the user should know of the choice."""
-    if adapter is None:
-        return given, ()
-    if adapter.settings is None:
-        return given, adapter.notes
-    own = read_settings(adapter.settings)  # also where its scaling is not used: it may tell that nothing can be merged
-    if given.value is not None or given.alpha is not None:
-        return given, (*adapter.notes, f"the scaling of {adapter.settings} is not used, but that of the options")
-    if given.rank_stabilised and not own.rank_stabilised:
-        note = f"--use-rslora is taken, although {adapter.settings} does not say use_rslora"
-        return replace(own, rank_stabilised=True, rank=given.rank or own.rank), (*adapter.notes, note)
-    if given.rank is not None:
-        own = replace(own, rank=given.rank, ranks={})
-    return own, adapter.notes
-
-
-def _record(branches: tuple[MergedBranch, ...], scaling: Scaling, adapter: AdapterSource | None) -> dict[str, Any]:
-    """What the manifest says of the merge: where factors and scaling come from, and what was done for every branch."""
-    return {
-        "adapter": None if adapter is None else str(adapter.files.root),
-        "scaling_from": scaling.origin,
-        "branches": {
-            branch.module: {"weight": branch.weight, "rank": branch.rank, "scaling": branch.scaling}
-            for branch in branches
-        },
-    }
-
-
-def _check_empty(destination: Path) -> None:
-    if destination.is_dir() and any(destination.iterdir()):
-        with contextlib.suppress(OSError):  # a folder that cannot be written
-            clear_waste(destination)
-        raise PublishError(f"{destination} is not empty; give a new or an empty folder for the merged weights")
-
-
-def _source_strategy(path: Path | None, merged: Path | None) -> Strategy:
-    """The strategy of the source; that of a folder is merged into a file first.
-
-    Raises StrategyError when that file cannot be written.
-    """
-    if path is None or not path.is_dir() or not any(path.glob("*rank_*.*")):
-        return read_optional_strategy(path)
-    file = merged or path / MERGED_FILE
-    if merged is None and any(path.glob("*rank_*.json")):
-        file = file.with_suffix(".json")
-    folder = next(folder for folder in file.absolute().parents if folder.exists())
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise StrategyError(
-            f"{folder} cannot be written, so that the strategy files cannot be merged there; allow it, or choose "
-            "another place for the merged file with --merged-strategy FILE"
-        )
-    return merge_strategies(path, file)
-
-
-def _single(path: Path, step: str | None = None) -> Source:
-    checkpoints = separate_checkpoints(find_source(path, step))
-    if len(checkpoints) > 1:
-        names = ", ".join(files.root.name for files in checkpoints)
-        raise PlanError(f"{path} holds several checkpoints ({names}); give the file to merge")
-    return checkpoints[0]
-
-
-def _adapter(files: Source, strategy: Strategy) -> Checkpoint:
-    """A checkpoint of LoRA parameters: complete, or cut by the strategy of the source."""
-    return Checkpoint(files, files.own_strategy or (strategy if files.sharded else Strategy.complete()))
-
-
-def _add_familiar_name(folder: Path, plan: Plan, target: Strategy) -> None:
-    """The name under which MindFormers' script leaves its result of complete weights, for the same file."""
-    if not target.is_complete:
-        return
-    (made,) = plan.targets
-    name = folder / f"merged_lora.{made.format}"
-    try:
-        os.link(folder / made.path, name)
-    except OSError:  # a file system without hard links
-        name.symlink_to(made.path)
+def _loaded(destination: Path, plan: Plan) -> Path:
+    """What load_checkpoint is to be: the file of complete weights, or the folder of several ranks."""
+    return destination / plan.targets[0].path if len(plan.targets) == 1 else destination

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from mindformers_ckpt.cli.notices import say
-from mindformers_ckpt.cli.options import OVERWRITE_ANYTHING, LocalPath
+from mindformers_ckpt.cli.notices import say, say_json
+from mindformers_ckpt.cli.options import OVERWRITE_ANYTHING, LocalPath, json_option
 from mindformers_ckpt.strategy.files import merge_strategies
 
 
@@ -15,7 +15,8 @@ from mindformers_ckpt.strategy.files import merge_strategies
 @click.argument("folder", type=LocalPath())
 @click.argument("file", type=LocalPath())
 @OVERWRITE_ANYTHING
-def command(folder: Path, file: Path, overwrite_anything: bool) -> None:
+@json_option
+def command(folder: Path, file: Path, overwrite_anything: bool, as_json: bool) -> None:
     """Merge the strategy files of all ranks in FOLDER into FILE.
 
     FILE is what --src-strategy and --dst-strategy take for a job with a pipeline. It may be in FOLDER. An earlier
@@ -23,6 +24,17 @@ def command(folder: Path, file: Path, overwrite_anything: bool) -> None:
     """
     strategy = merge_strategies(folder, file, anything=overwrite_anything)
     stages = len(strategy.stages)
+    if as_json:
+        say_json(
+            {
+                "file": str(file),
+                "ranks": strategy.rank_count,
+                "stages": stages,
+                "stage_size": strategy.stage_size,
+                "parameters": len(strategy.names()),
+            }
+        )
+        return
     say(
         f"{file}: {stages} {'stage' if stages == 1 else 'stages'} of {strategy.stage_size} ranks, "
         f"{len(strategy.names())} parameters"

@@ -10,12 +10,16 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
 from mindformers_ckpt.errors import CheckpointError
 from mindformers_ckpt.printable import ascii_json, printable
+
+# What `--quiet` and `--verbose` say; of one command a process.
+is_quiet = False
+is_verbose = False
 
 
 class OutputError(CheckpointError, OSError):
@@ -25,6 +29,32 @@ class OutputError(CheckpointError, OSError):
 def say(text: str) -> None:
     """Print a line of a result. Raises OutputError."""
     _to_stdout(printable(text))
+
+
+class Piece(NamedTuple):
+    """A part of a line, on a background of this colour (red, green, blue) where there are colours."""
+
+    text: str
+    colour: tuple[int, int, int] | None = None
+
+
+def say_drawn(line: Iterable[Piece]) -> None:
+    """Print a line of a drawing. Raises OutputError."""
+    words = []
+    for piece in line:
+        text = printable(piece.text)
+        colour = None if "NO_COLOR" in os.environ else piece.colour
+        words.append(text if colour is None else click.style(text, fg=(0, 0, 0), bg=colour))
+    _to_stdout("".join(words).rstrip())
+
+
+def draws_unicode() -> bool:
+    """Whether stdout can show lines of boxes."""
+    try:
+        "│─┼".encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def say_fingerprints(digests: Mapping[str, str]) -> None:
@@ -39,19 +69,26 @@ def say_json(value: Any) -> None:
 
 
 def warn(warnings: Iterable[str]) -> None:
-    for warning in warnings:
+    for warning in () if is_quiet else warnings:
         notice("warning: ", printable(warning), fg="yellow")
 
 
-def complain(message: str) -> None:
-    """Print an error."""
+def complain(message: str, cause: BaseException | None = None) -> None:
+    """Print an error, and where it came from if that is wanted."""
+    if is_verbose and cause is not None:
+        import traceback
+
+        lines = traceback.format_exception(type(cause), cause, cause.__traceback__)
+        notice("", "".join(printable(line.rstrip("\n").replace("\n", "\n  ")) + "\n" for line in lines).rstrip("\n"))
     notice("error: ", printable(message), fg="red", bold=True)
 
 
 def notice(label: str, text: str, **style: Any) -> None:
     """Print a line on stderr, where that is possible."""
+    if "NO_COLOR" in os.environ:
+        style = {}
     with contextlib.suppress(OSError):
-        click.secho(label, err=True, nl=False, **style)
+        click.echo(click.style(label, **style) if style else label, err=True, nl=False)
         click.echo(text, err=True)
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from mindformers_ckpt.engine.page_cache import CAN_DROP
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX
 from mindformers_ckpt.sources.plausibility import MODES
+
+if TYPE_CHECKING:
+    from mindformers_ckpt.api.request import Request
+    from mindformers_ckpt.planning.file import Job
 
 _SPAN = re.compile(r"(\d+)(?:-(\d+))?")
 
@@ -85,16 +90,22 @@ CONTENTS = click.option(
 _REQUEST_OPTIONS = (
     click.option(
         "--src-checkpoint",
+        "--src-ckpt-path-or-dir",
+        "src_checkpoint",
         type=LocalPath(),
         help="File of complete weights, a folder of such files, or the folder that holds rank_<n> folders.",
     ),
     click.option(
         "--src-strategy",
+        "--src-ckpt-strategy",
+        "src_strategy",
         type=StrategyPath(),
         help="Strategy of the source: file, merged file or folder. None, or left out, for complete weights.",
     ),
     click.option(
         "--dst-strategy",
+        "--dst-ckpt-strategy",
+        "dst_strategy",
         type=StrategyPath(),
         help="Strategy of the target. None, or left out, for complete weights.",
     ),
@@ -107,6 +118,8 @@ _REQUEST_OPTIONS = (
     ),
     click.option(
         "--format",
+        "--save-format",
+        "format",
         type=click.Choice(["ckpt", "safetensors", "checkpoint2"]),
         help="Format of the target files; checkpoint2 is MindFormers' own, which its 2.x releases resume from.  "
         "[default: safetensors if all source files are, else ckpt]",
@@ -147,12 +160,14 @@ STEP = click.option(
 DESTINATION = click.option(
     "--dst-checkpoint-dir",
     "--dst-checkpoint",
+    "--dst-ckpt-dir",
     "destination",
     type=LocalPath(),
     help="Folder for the result.",
 )
 PROCESSES = click.option(
     "--transform-process-num",
+    "--process-num",
     "processes",
     type=click.IntRange(min=1),
     default=1,
@@ -166,6 +181,35 @@ def request_options(command: Command) -> Command:
     for option in reversed((*_REQUEST_OPTIONS[:1], DESTINATION, STEP, *_REQUEST_OPTIONS[1:], PROCESSES)):
         command = option(command)
     return command
+
+
+def request_of(asked: Mapping[str, Any]) -> Request:
+    """What the options of `request_options` ask for. Raises UsageError for options that do not go together."""
+    from mindformers_ckpt.api.request import Request
+
+    if asked["src_checkpoint"] is None:
+        raise click.UsageError("Missing option '--src-checkpoint'.")
+    if asked["ranks"] is not None and asked["rank_id"] is not None:
+        raise click.UsageError("--ranks and --rank-id both say which ranks to make; give one of them.")
+    if asked["format"] == "checkpoint2" and (asked["ranks"] is not None or asked["rank_id"] is not None):
+        raise click.UsageError("A checkpoint 2.0 is made of all ranks at once; leave --ranks and --rank-id out.")
+    return Request(**asked)
+
+
+def planned(plan_file: Path, free: Container[str]) -> Job:
+    """The job of a plan file. Refuses options that it has decided already, all but those of `free`."""
+    from mindformers_ckpt.api.request import Request
+    from mindformers_ckpt.planning.file import read_plan
+
+    context = click.get_current_context()
+    decided = [
+        f"--{name.replace('_', '-')}"
+        for name in Request.__dataclass_fields__
+        if name not in free and context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    if decided:
+        raise click.UsageError(f"the plan decides {', '.join(decided)}; make another plan, or leave --plan out")
+    return read_plan(plan_file)
 
 
 FINGERPRINT = click.option(
@@ -214,6 +258,8 @@ def resumable(destination: Path) -> Iterator[None]:
             f"interrupted; {destination} is as it was. The same command with --resume goes on from here"
         ) from None
 
+
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would be done, and write nothing.")
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON report on stdout, notices on stderr."

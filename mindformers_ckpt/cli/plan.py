@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Any
 
 import click
 
+from mindformers_ckpt.api.request import CHECKPOINT2, Prepared
+from mindformers_ckpt.cli.dry import file_bytes, free_bytes, refusals
 from mindformers_ckpt.cli.notices import amount, say, say_json, warn
-from mindformers_ckpt.cli.options import OVERWRITE_ANYTHING, LocalPath, json_option, request_options
-from mindformers_ckpt.cli.request import CHECKPOINT2, Prepared, Request
+from mindformers_ckpt.cli.options import OVERWRITE_ANYTHING, LocalPath, json_option, request_of, request_options
 from mindformers_ckpt.execution import check_apart, ranks_of
-from mindformers_ckpt.formats import TensorSpec, layout_file
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.planning.file import write_plan
 from mindformers_ckpt.planning.model import Plan, Transfer
@@ -41,6 +40,8 @@ class Summary:
         dropped: tensors of the source that no target file can hold.
         replicated: tensors that every target rank gets whole.
         one_sided: tensors that one of the two strategies names and the other does not.
+        warnings: choices that were made.
+        refusals: why transform would not begin as things are.
     """
 
     source: str
@@ -62,6 +63,7 @@ class Summary:
     replicated: list[str]
     one_sided: list[str]
     warnings: list[str]
+    refusals: list[str]
 
 
 @click.command("plan")
@@ -76,33 +78,40 @@ def command(out: Path | None, overwrite_anything: bool, as_json: bool, **asked: 
 
     Parameters are those of transform.
     """
-    request = Request(**asked)
+    request = request_of(asked)
     if out is not None and request.format == CHECKPOINT2:
         raise click.UsageError("A plan file cannot hold the texts of a checkpoint 2.0; run transform instead.")
     prepared = request.prepare()
     job = prepared.job
     if job.destination is not None:
         check_apart(job.plan, job.destination)
-    summary = _summary(prepared, request.processes if request.rank_id is None else 1)
+    summary = summarize(prepared, request.processes if request.rank_id is None else 1)
     if out is not None:
         write_plan(job, out, anything=overwrite_anything)
     if as_json:
         say_json(asdict(summary))
         return
-    warn(summary.warnings)
-    for name, text in _lines(summary):
-        say(f"{name + ':':<12} {text}")
+    say_summary(summary)
     if out is not None:
         say(f"Written to {out}; run it with: mindformers-ckpt transform --plan {out}")
 
 
-def _summary(prepared: Prepared, processes: int) -> Summary:
+def say_summary(summary: Summary) -> None:
+    """Print a summary for people."""
+    warn(summary.warnings)
+    for name, text in _lines(summary):
+        say(f"{name + ':':<12} {text}")
+
+
+def summarize(prepared: Prepared, processes: int) -> Summary:
     from mindformers_ckpt.engine.machine import MEMORY_PER_PROCESS
 
     job = prepared.job
     plan = job.plan
     needed = sum(map(_needed, plan.transfers))
-    free = None if job.destination is None else shutil.disk_usage(_existing(job.destination)).free
+    size = file_bytes(plan)
+    free = None if job.destination is None else free_bytes(job.destination)
+    problems = [] if job.destination is None else refusals(job.destination, size, adds_ranks=job.partial)
     return Summary(
         source=job.about["source"],
         target=job.about["target"],
@@ -114,7 +123,7 @@ def _summary(prepared: Prepared, processes: int) -> Summary:
         bytes_needed=needed,
         over_read=round(plan.bytes_read / needed, 3) if needed else 1.0,
         bytes_written=plan.bytes_written,
-        disk_needed=_file_bytes(plan),
+        disk_needed=size,
         disk_free=free,
         memory_needed=processes * MEMORY_PER_PROCESS,
         parameters=len(plan.transfers),
@@ -123,6 +132,7 @@ def _summary(prepared: Prepared, processes: int) -> Summary:
         replicated=[transfer.name for transfer in plan.transfers if _is_replicated(transfer, len(plan.targets))],
         one_sided=_one_sided(prepared),
         warnings=list(plan.warnings),
+        refusals=problems,
     )
 
 
@@ -131,18 +141,6 @@ def _needed(transfer: Transfer) -> int:
     # Stages that share a tensor may cut it differently: then boxes overlap.
     volume = min(sum(box.volume for box in boxes), Box.whole(transfer.shape).volume)
     return volume * transfer.dtype.itemsize
-
-
-def _file_bytes(plan: Plan) -> int:
-    """The size of all target files, heads included."""
-    sizes: dict[tuple[str, tuple[TensorSpec, ...]], int] = {}
-    total = 0
-    for target in plan.targets:
-        key = (target.format, target.tensors)
-        if key not in sizes:
-            sizes[key] = layout_file(target.format, target.tensors).size
-        total += sizes[key]
-    return total
 
 
 def _renamed(plan: Plan) -> dict[str, str]:
@@ -168,10 +166,6 @@ def _one_sided(prepared: Prepared) -> list[str]:
     return [transfer.name for transfer in prepared.job.plan.transfers if transfer.name in in_one]
 
 
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.parents) if path.exists())
-
-
 def _lines(summary: Summary) -> list[tuple[str, str]]:
     """The summary for people: a name and a text a line."""
     counted = [
@@ -194,6 +188,7 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
         ("disk", f"{amount(summary.disk_needed)} needed{free}"),
         ("memory", f"{amount(summary.memory_needed)} at most, whatever the size of the weights"),
         ("result", summary.destination or "no target folder given"),
+        *(("refused", f"{problem} (by transform, as things are)") for problem in summary.refusals),
     ]
 
 

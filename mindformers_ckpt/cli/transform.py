@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
+from mindformers_ckpt.api.transform import run_job, verify_crcs
+from mindformers_ckpt.cli.dry import say_plan
 from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
 from mindformers_ckpt.cli.options import (
     CACHE,
+    DRY_RUN,
     FINGERPRINT,
     RESUME,
     LocalPath,
     json_option,
+    planned,
     replace_options,
+    request_of,
     request_options,
     resumable,
 )
 from mindformers_ckpt.cli.progress import show_progress
-from mindformers_ckpt.cli.request import Request
-from mindformers_ckpt.errors import FormatError, describe_problems
 from mindformers_ckpt.execution import Options, Report, affordable_processes, ranks_of
-from mindformers_ckpt.formats import read_header
-from mindformers_ckpt.planning.file import Job, read_plan
-from mindformers_ckpt.planning.model import Plan
-from mindformers_ckpt.transform import transform
+from mindformers_ckpt.planning.file import Job
 
 
 @click.command("transform")
@@ -55,6 +53,7 @@ from mindformers_ckpt.transform import transform
 @click.option(
     "--crc-check", is_flag=True, help="Verify the CRC-32 that source .ckpt files store, and append one to target files."
 )
+@DRY_RUN
 @json_option
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 def command(
@@ -68,6 +67,7 @@ def command(
     fsync: bool,
     drop_cache: bool,
     crc_check: bool,
+    dry_run: bool,
     as_json: bool,
     quiet: bool,
     **asked: Any,
@@ -76,17 +76,22 @@ def command(
 
     The result is rank_<n>/<prefix><n>.ckpt under the target folder, which appears only when it is complete.
     """
-    request = Request(**asked)
-    job, companions = _planned(plan_file) if plan_file is not None else _asked(request)
-    destination = request.destination or job.destination
+    job = request_of(asked).prepare().job if plan_file is None else planned(plan_file, {"destination", "processes"})
+    destination = asked["destination"] or job.destination
     if destination is None:
         raise click.UsageError("Missing option '--dst-checkpoint-dir'.")
+    if dry_run:
+        say_plan(job.plan, destination, as_json)
+        return
     if not quiet:
         warn(job.plan.warnings)
     if crc_check:
-        _verify_crcs(job.plan, quiet)
+        with show_progress("verify CRC", quiet=quiet) as progress:
+            notes = verify_crcs(job.plan, progress)
+        if not quiet:
+            warn(notes)
     options = Options(
-        processes=_processes(request, quiet),
+        processes=_processes(asked["processes"], asked["rank_id"], quiet),
         by_rank=transform_by_rank,
         hashes=hashes,
         fingerprints=fingerprints,
@@ -96,80 +101,38 @@ def command(
         overwrite=overwrite,
         overwrite_anything=overwrite_anything,
         resume=resume,
-        partial=job.partial,
         may_fork=True,
     )
-    report = _run(job, destination, options, quiet, companions)
+    with resumable(destination), show_progress("transform", quiet=quiet) as progress:
+        report = run_job(job, destination, options, progress)
     if as_json:
         say_json(_as_json(report, job))
     elif not quiet:
         say(_as_text(report))
         say_fingerprints(report.fingerprints)
+        say(_next_step(report.destination, asked["dst_strategy"], job))
 
 
-def _run(job: Job, destination: Path, options: Options, quiet: bool, companions: Callable[[Path], None]) -> Report:
-    with resumable(destination), show_progress("transform", quiet=quiet) as progress:
-        return transform(job.plan, destination, options, about=job.about, progress=progress, companions=companions)
-
-
-def _asked(request: Request) -> tuple[Job, Callable[[Path], None]]:
-    """What the options ask for, and what puts the texts that belong to the result into its folder."""
-    prepared = request.prepare()
-    return prepared.job, prepared.companions
-
-
-def _planned(plan_file: Path) -> tuple[Job, Callable[[Path], None]]:
-    """The job of a plan file; refuse options that it has decided already."""
-    context = click.get_current_context()
-    free = {"destination", "processes"}
-    decided = [
-        f"--{name.replace('_', '-')}"
-        for name in Request.__dataclass_fields__
-        if name not in free and context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-    ]
-    if decided:
-        raise click.UsageError(f"the plan decides {', '.join(decided)}; make another plan, or leave --plan out")
-    return read_plan(plan_file), lambda folder: None
-
-
-def _processes(request: Request, quiet: bool) -> int:
+def _processes(wanted: int, rank_id: int | None, quiet: bool) -> int:
     """Processes that copy: one where the processes are started by hand."""
-    if request.rank_id is not None:
+    if rank_id is not None:
         return 1
-    processes = affordable_processes(request.processes)
-    if processes < request.processes and not quiet:
-        warn([f"the free memory is enough for {processes} of {request.processes} processes; so many are used"])
+    processes = affordable_processes(wanted)
+    if processes < wanted and not quiet:
+        warn([f"the free memory is enough for {processes} of {wanted} processes; so many are used"])
     return processes
-
-
-def _verify_crcs(plan: Plan, quiet: bool) -> None:
-    """Compare the CRC-32 of source files with their bytes. Raises FormatError that lists all damaged files."""
-    from mindformers_ckpt.formats.ckpt import verify_crc
-
-    headers = [read_header(file.path) for file in plan.sources if file.path.suffix == ".ckpt"]
-    stored = [header for header in headers if header.crc is not None]
-    without = [str(header.path) for header in headers if header.crc is None]
-    if without and not quiet:
-        some = ", ".join(without[:3]) + (", …" if len(without) > 3 else "")
-        warn([f"{len(without)} of {len(headers)} .ckpt files store no CRC-32 to verify: {some}"])
-    problems = []
-    total, done = sum(header.size for header in stored), 0
-    with show_progress("verify CRC", quiet=quiet) as progress:
-        for header in stored:
-            try:
-                verify_crc(header)
-            except FormatError as error:
-                problems.append(str(error))
-            done += header.size
-            if progress is not None:
-                progress(done, total)
-    if problems:
-        raise FormatError(problems[0] if len(problems) == 1 else describe_problems("damaged files", problems))
 
 
 def _as_json(report: Report, job: Job) -> dict[str, Any]:
     values = {**asdict(report), "destination": str(report.destination), "seconds": round(report.seconds, 3)}
-    return {**values, "ranks": ranks_of(job.plan), "warnings": list(job.plan.warnings)}
+    return {**values, "ranks": ranks_of(job.plan)}
+
+
+def _next_step(destination: Path, strategy: Path | None, job: Job) -> str:
+    """The keys of a training yaml under which the result is loaded."""
+    if len(job.plan.targets) == 1 and strategy is None:
+        return f"next, in the yaml: load_checkpoint: {destination / job.plan.targets[0].path}, auto_trans_ckpt: True"
+    return f"next, in the yaml of a job with this strategy: load_checkpoint: {destination}, auto_trans_ckpt: False"
 
 
 def _as_text(report: Report) -> str:

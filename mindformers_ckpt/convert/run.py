@@ -26,7 +26,7 @@ from mindformers_ckpt.convert.weights import (
     read_weights,
     recorded_naming,
 )
-from mindformers_ckpt.errors import ConfigError
+from mindformers_ckpt.errors import ConfigError, did_you_mean
 from mindformers_ckpt.execution import Options, Progress, Report
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
@@ -118,8 +118,17 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a conversion made."""
+class ConversionReport:
+    """What a conversion made.
+
+    Attributes:
+        model, naming: the model, and the naming of its MindSpore side.
+        destination: where the result is.
+        files, tensors, bytes_written: how much of each.
+        seconds: how long it took.
+        warnings: what the user should know of choices that were made.
+        fingerprints: digests of the checkpoints in the result, by their folders, where they were asked for.
+    """
 
     model: str
     naming: str
@@ -194,30 +203,22 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
     check: Callable[[], None] = lambda: None,
-) -> Result:
+) -> ConversionReport:
     """Convert weights and publish them at `output`.
 
     To MindSpore: one file, when `output` ends in .ckpt or .safetensors; a folder of files of at most
     `shard_bytes` otherwise; the rank folders of a strategy when `target` is one. To Hugging Face: always a
     folder, which `from_pretrained` loads. What was at `output` before stays as it is until the end.
     """
-    if request.reverse and (target is not None or format not in (None, "safetensors")):
-        raise ConfigError("a strategy and that format are of the MindSpore side; leave them out with --reversed")
     started = time.monotonic()
-    prepared = prepare(request, target.names() if target is not None else ())
+    prepared, plan, companions = _planned(request, output, format, target, shard_bytes)
     output = Path(os.path.abspath(output))
     shapes = _shapes(prepared.conversion)
-    if format == CHECKPOINT2:
-        plan, companions = _checkpoint2(prepared, target or Strategy.complete())
-    else:
-        plan = _targets(prepared, output, format, target, shard_bytes)
-        companions = partial(_add_companions, prepared=prepared, plan=plan)
-    plan.check()
     if not request.reverse and target is None and output.suffix in SUFFIXES and format != CHECKPOINT2:
         report = transform(plan, output, options, progress=progress, check=check, file=True, shapes=shapes)
     else:
         report = _write_folder(prepared, plan, output, options, progress, check, target, companions)
-    return Result(
+    return ConversionReport(
         prepared.model.name,
         prepared.naming,
         output,
@@ -228,6 +229,35 @@ def convert(
         plan.warnings,
         report.fingerprints,
     )
+
+
+def plan_conversion(
+    request: Request,
+    output: Path,
+    *,
+    format: str | None = None,
+    target: Strategy | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Plan:
+    """What `convert` would do, with the same arguments. Nothing is written."""
+    return _planned(request, output, format, target, shard_bytes)[1]
+
+
+def _planned(
+    request: Request, output: Path, format: str | None, target: Strategy | None, shard_bytes: int
+) -> tuple[Prepared, Plan, Callable[[Path], None]]:
+    """The conversion, its plan, and what puts further files into the folder of the result."""
+    if request.reverse and (target is not None or format not in (None, "safetensors")):
+        raise ConfigError("a strategy and that format are of the MindSpore side; leave them out with --reversed")
+    prepared = prepare(request, target.names() if target is not None else ())
+    companions: Callable[[Path], None]
+    if format == CHECKPOINT2:
+        plan, companions = _checkpoint2(prepared, target or Strategy.complete())
+    else:
+        plan = _targets(prepared, Path(os.path.abspath(output)), format, target, shard_bytes)
+        companions = partial(_add_companions, prepared=prepared, plan=plan)
+    plan.check()
+    return prepared, plan, companions
 
 
 def with_settings(request: Request, settings: Mapping[str, bool]) -> Request:
@@ -361,7 +391,8 @@ def _model(request: Request, config: ModelConfig) -> Model:
         return model_of_config(config)
     model = find_model(request.model)
     if model is None:
-        raise ConfigError(f"unknown model {request.model!r}; known are {', '.join(models())}")
+        like = did_you_mean(request.model, models())
+        raise ConfigError(f"unknown model {request.model!r}.{like} Known are {', '.join(models())}")
     return model
 
 

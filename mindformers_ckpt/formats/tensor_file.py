@@ -115,19 +115,23 @@ def read_header(path: str | Path, like: Header | None = None) -> Header:
     try:
         status = path.stat()
     except OSError:
-        return _scan(path, None)  # which says what is wrong
+        return scan(path)  # which says what is wrong
     state = status.st_ino, status.st_size, status.st_mtime_ns
     known = _recent.get(path)
     if known is not None and known[0] == state:
         return known[1]
-    header = replace(_scan(path, like), modified=status.st_mtime_ns)
+    header = replace(scan(path, like), modified=status.st_mtime_ns)
     for oldest in list(_recent)[: max(0, len(_recent) + 1 - _KEPT)]:  # a list, for there may be other threads
         _recent.pop(oldest, None)
     _recent[path] = state, header
     return header
 
 
-def _scan(path: Path, like: Header | None) -> Header:
+def scan(path: Path, like: Header | None = None) -> Header:
+    """`read_header`, of the file as it is now and keeping nothing.
+
+    With `like` only as much is compared as that has of `frames`: who leaves some out of a header looks at samples.
+    """
     from mindformers_ckpt.formats import ckpt, safetensors
 
     if path.suffix == ".ckpt":

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindformers_ckpt.errors import ConfigError, PlanError, StrategyError
+from mindformers_ckpt.errors import ConfigError, PlanError, StrategyError, StrategySaved
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
@@ -128,7 +128,8 @@ class CheckpointHook:
 
         The optimizer's state is loaded in training, unless `resume_training` is set to False. A parameter of the
         network that a checkpoint of this model should have, and that is not in it, is an error unless `allow_missing`
-        names it. With `only_save_strategy` the strategy is completed and the process exits with 0.
+        names it. Raises StrategySaved where `only_save_strategy` is set: the strategy is complete then, nothing is
+        loaded, and the trainer is to stop; it never ends the process.
         """
         if self._dry_run:
             return self._end_dry_run()
@@ -147,8 +148,7 @@ class CheckpointHook:
         self.cluster.close()
         self._source = None  # headers of thousands of files, which the training need not carry
         if self.config.only_save_strategy:
-            log.info("only_save_strategy: the strategy is in %s; stopping here", self.strategy_dir)
-            raise SystemExit(0)
+            raise StrategySaved(f"only_save_strategy: the strategy is in {self.strategy_dir}; the job stops here")
         return loaded
 
     def _loading(self, target: Strategy, cells: Sequence[Cell]) -> Loading:
@@ -175,7 +175,7 @@ class CheckpointHook:
             )
         log.info("dry run: the strategy of rank %d is in %s; nothing is loaded", self._live.rank, self._live.path)
         if self.config.only_save_strategy:
-            raise SystemExit(0)
+            raise StrategySaved(f"only_save_strategy: the strategy is in {self._live.path}; the job stops here")
         return {}
 
     @property
@@ -360,12 +360,20 @@ def load_checkpoint(
     optimizer: Cell | None = None,
     compile: Callable[[], object] | None = None,
 ) -> dict[str, Any]:
-    """All in one call: prepare, compile the network, load. `config` is a Config or the path of a yaml."""
+    """All in one call: prepare, compile the network, load. `config` is a Config or the path of a yaml.
+
+    With `only_save_strategy` the process ends with exit code 0, as MindFormers' trainer does it; a program that
+    wants to go on takes `CheckpointHook`, whose `load` raises StrategySaved.
+    """
     hook = CheckpointHook(config if isinstance(config, Config) else Config.from_yaml(config))
     hook.prepare(network)
     if compile is not None:
         compile()
-    return hook.load(network, optimizer)
+    try:
+        return hook.load(network, optimizer)
+    except StrategySaved as saved:
+        log.info("%s", saved)
+        raise SystemExit(0) from None
 
 
 def _show_log() -> None:

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +42,10 @@ _MOST_COMPARISONS = 200_000_000
 Entry = TypeVar("Entry", bound=Hashable)
 
 
+def _no_companions(folder: Path) -> None:
+    """What most results have beside their files."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A plan and what it takes to run it later.
@@ -51,12 +55,14 @@ class Job:
         about: source and target in words, for the manifest of the result.
         partial: whether the plan makes some of the target's ranks only.
         destination: folder for the result, absolute; None when it is not known yet.
+        companions: puts the texts that belong to the result into its folder; a plan file has none.
     """
 
     plan: Plan
     about: dict[str, Any]
     partial: bool
     destination: Path | None
+    companions: Callable[[Path], None] = field(default=_no_companions, compare=False, repr=False)
 
 
 def write_plan(job: Job, path: Path, *, anything: bool = False) -> None:

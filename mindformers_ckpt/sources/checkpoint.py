@@ -71,7 +71,7 @@ class Checkpoint:
             raise PlanError(
                 f"{self.files.root} holds the shards of {len(ranks)} ranks, but no source strategy is given; "
                 "name the strategy file or folder they were saved under"
-                + (f", which could be {near} (it is for as many ranks)" if near is not None else "")
+                + (f", which could be {near.origin} (it is for as many ranks)" if near is not None else "")
             )
         named = len(ranks | set(self.files.absent))
         if self.files.kind is Kind.CHECKPOINT2 and self.files.metadata is None and named != count:
@@ -163,6 +163,10 @@ class Checkpoint:
         """Whether the files of a rank are there and hold a tensor."""
         return rank in self.files.by_rank and name in self.records_of(rank)
 
+    def size_of(self, path: Path) -> int:
+        """The size of a file, in bytes, as its header was read."""
+        return self.header(path).size
+
     def used_files(self, tensors: Mapping[str, LogicalTensor]) -> list[Path]:
         """The files that hold the chosen replicas, in order."""
         return sorted({shard.path for tensor in tensors.values() for shard in tensor.shards})
@@ -220,7 +224,7 @@ class Checkpoint:
                     f"{path} holds {spec.dtype.name}{list(spec.shape)}, but other ranks of the stage hold "
                     f"{shard_spec.dtype.name}{list(shard_spec.shape)} (rank {rank} differs)"
                 )
-        layout = self._layout(name, stage, shard_spec) or self._layout_of_weight(name, stage, shard_spec)
+        layout = self.layout_of(name, stage, shard_spec)
         if layout is None:
             rank = min(holders)
             whole = Shard(rank, holders[rank][0], Box.whole(shard_spec.shape))
@@ -236,6 +240,10 @@ class Checkpoint:
             else:
                 missing.append((box, tuple(first + member for member in members)))
         return LogicalTensor(shard_spec._replace(shape=shape), tuple(shards), tuple(missing), layout, (stage,))
+
+    def layout_of(self, name: str, stage: int, shard: TensorSpec) -> Layout | None:
+        """The layout of a tensor on a stage, fitted to the shape of its shards; None for one that is whole."""
+        return self._layout(name, stage, shard) or self._layout_of_weight(name, stage, shard)
 
     def _layout(self, name: str, stage: int, shard: TensorSpec) -> Layout | None:
         """The layout of a tensor on a stage, fitted to the shape of its shards."""

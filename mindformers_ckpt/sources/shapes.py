@@ -57,16 +57,15 @@ def shapes_of_checkpoint(path: Path) -> Reference:
 
 
 def _strategy_of(path: Path, ranks: int) -> Strategy:
-    from mindformers_ckpt.strategy.files import read_strategy  # protobuf
-    from mindformers_ckpt.strategy.nearby import strategy_near
+    from mindformers_ckpt.strategy.nearby import strategy_near  # protobuf
 
-    folder = strategy_near(path, ranks)
-    if folder is None:
+    strategy = strategy_near(path, ranks)
+    if strategy is None:
         raise PlanError(
             f"{path} holds the shards of {ranks} ranks, and neither it nor the folder around it has a folder "
             "`strategy` for so many; put its strategy there, or give complete weights as the reference"
         )
-    return read_strategy(folder)
+    return strategy
 
 
 def check_shapes(source: Checkpoint, reference: Reference) -> list[str]:

@@ -69,6 +69,7 @@ class Strategy:
         return self.rank_count == 1
 
     def stage_of(self, rank: int) -> int:
+        """The pipeline stage of a rank."""
         return rank // self.stage_size
 
     def names(self) -> set[str]:

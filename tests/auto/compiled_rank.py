@@ -17,7 +17,7 @@ from frontend import compile_network
 from mindspore import nn, ops
 
 from mindformers_ckpt import CheckpointHook
-from mindformers_ckpt.errors import CheckpointError
+from mindformers_ckpt.errors import CheckpointError, StrategySaved
 from mindformers_ckpt.job.config import Config
 
 
@@ -71,6 +71,8 @@ def main() -> int:
     hook = CheckpointHook(Config.from_mapping(json.loads(config)))
     try:
         said = run(hook, case, result)
+    except StrategySaved:
+        return 0
     except CheckpointError as error:
         said = {"error": f"{type(error).__name__}: {error}"}
     name = os.environ.get("MS_NODE_ID") or os.environ["RANK_ID"]

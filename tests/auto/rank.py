@@ -21,7 +21,7 @@ from typing import Any
 
 from faults import arm
 
-from mindformers_ckpt.errors import CheckpointError
+from mindformers_ckpt.errors import CheckpointError, StrategySaved
 from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.ms import live, weights
 from mindformers_ckpt.ms.hook import CheckpointHook
@@ -97,6 +97,8 @@ def main(job: dict[str, Any]) -> int:
     except CheckpointError as error:
         print(json.dumps({"error": str(error), "kind": type(error).__name__}), flush=True)
         return 1
+    except StrategySaved:
+        return 0  # what the trainer makes of it
     print(json.dumps({"loaded": loaded, "requests": counts}), flush=True)
     return 0
 

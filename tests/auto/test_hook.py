@@ -17,7 +17,7 @@ import numpy as np
 from networks import Net, assert_holds, content_of, network_for
 from recorded import Recorded, Tensor, random_model, read_tensors, recorded, slices_of, write_ranks, write_tensors
 
-from mindformers_ckpt import CheckpointHook, Layout, load_checkpoint
+from mindformers_ckpt import CheckpointHook, Layout, StrategySaved, load_checkpoint
 from mindformers_ckpt.errors import CheckpointError, ConfigError, PlanError, StrategyError
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box
@@ -432,17 +432,22 @@ def test_from_yaml_and_all_in_one_call(tmp_path: Path) -> None:
     assert_holds(again, tensors)
 
 
-def test_only_save_strategy_stops_with_success(
-    tmp_path: Path, config: Callable[..., Config], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_only_save_strategy_is_an_answer_of_the_hook(tmp_path: Path, config: Callable[..., Config]) -> None:
     old = tmp_path / "output" / "transformed_checkpoint"
     old.mkdir(parents=True)
-    network = Net({"a": ("float32", (2,))})
+    keys = config(only_save_strategy=True, load_checkpoint="/nowhere")
+    with pytest.raises(StrategySaved, match=f"the strategy is in {tmp_path / 'output' / 'strategy'}; the job stops"):
+        load(keys, Net({"a": ("float32", (2,))}))
+    assert old.is_dir()  # nothing but the strategy folder is cleared
+
+
+def test_only_save_strategy_ends_the_process_of_who_calls_load_checkpoint(
+    tmp_path: Path, config: Callable[..., Config], caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "mindformers_ckpt")
     with pytest.raises(SystemExit) as caught:
-        load(config(only_save_strategy=True, load_checkpoint="/nowhere"), network)
+        load_checkpoint(config(only_save_strategy=True, load_checkpoint="/nowhere"), Net({"a": ("float32", (2,))}))
     assert caught.value.code == 0
-    assert old.is_dir()  # nothing but the strategy folder is cleared
     assert f"the strategy is in {tmp_path / 'output' / 'strategy'}" in caplog.text
 
 

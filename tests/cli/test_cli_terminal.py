@@ -54,9 +54,10 @@ def test_the_bar_on_a_terminal(toy: Path) -> None:
                            "--dst-checkpoint-dir", "out"], toy)  # fmt: skip
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     frames = [line for line in re.split(r"[\r\n]+", plain) if line.strip()]
-    assert re.fullmatch(r"transform ━+ 544/544 bytes.*", frames[-2]), frames
+    assert re.fullmatch(r"transform ━+ 544/544 bytes.*", frames[-3]), frames
     assert "0/100 bytes" not in plain  # no made-up total before the first bytes
-    assert frames[-1].startswith("4 files, 544 B written to "), frames
+    assert frames[-2].startswith("4 files, 544 B written to "), frames
+    assert frames[-1].startswith("next, in the yaml "), frames
 
 
 def test_colours_on_a_terminal_only(toy: Path) -> None:

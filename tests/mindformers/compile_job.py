@@ -40,6 +40,7 @@ def main() -> None:
 
     config = MindFormerConfig(
         load_checkpoint=source,
+        checkpoint={"load_path": source},
         src_strategy_path_or_dir="",
         auto_trans_ckpt=True,
         load_ckpt_format="ckpt",

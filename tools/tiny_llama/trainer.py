@@ -13,7 +13,7 @@ import numpy as np
 from mindspore import Tensor, nn
 from numpy.typing import NDArray
 
-from mindformers_ckpt import CheckpointHook
+from mindformers_ckpt import CheckpointHook, StrategySaved
 from mindformers_ckpt.geometry.layout import Layout
 
 from . import data
@@ -69,13 +69,17 @@ def run(config: Path, overrides: Mapping[str, Any]) -> None:
     rates = learning_rates(settings.schedule)
     optimizer = nn.Adam(network.trainable_params(), learning_rate=Tensor(rates))
 
-    # The integration: these three lines, and `declare` in the place of MindSpore's own compilation.
+    # The integration: this part, with `declare` in the place of MindSpore's own compilation.
     hook = CheckpointHook.from_yaml(config, overrides=overrides)
     hook.prepare()
     if settings.use_parallel:
         hook.declare(declared_layouts(network.axes, mesh))
     began = time.perf_counter()
-    loaded = hook.load(network, optimizer)
+    try:
+        loaded = hook.load(network, optimizer)
+    except StrategySaved as saved:  # only_save_strategy: nothing is to be trained
+        print(saved, flush=True)
+        return
 
     job = Job(settings, mesh, network, optimizer, journal)
     if loaded:

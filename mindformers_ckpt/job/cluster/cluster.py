@@ -111,7 +111,7 @@ class Cluster:
         node = node_name(env)
         if size == 1:
             return cls(rank, size, (node,), timeout, None)
-        address = _meeting_address(env)
+        address = meeting_address(env)
         # A loopback address means one node; but containers, which have names of their own then, may share it.
         strict = _is_loopback(address.host) and not env.get("MINDFORMERS_CKPT_NODE")
         trust = Trust(_secret(env), folder, strict)
@@ -387,7 +387,7 @@ def _is_loopback(host: str) -> bool:
     return host == "localhost" or host == "::1" or host.startswith("127.")
 
 
-def _meeting_address(env: Mapping[str, str]) -> Address:
+def meeting_address(env: Mapping[str, str]) -> Address:
     """Where the ranks meet: MINDFORMERS_CKPT_MASTER, or beside MindSpore's scheduler."""
     master = env.get("MINDFORMERS_CKPT_MASTER", "")
     if master:

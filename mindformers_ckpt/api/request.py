@@ -1,13 +1,11 @@
-"""From what the options ask for to a plan."""
+"""From what is asked for, by options or arguments, to a plan."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-
-import click
 
 from mindformers_ckpt.errors import ConfigError, PlanError
 from mindformers_ckpt.planning.build import build_plan
@@ -28,40 +26,35 @@ CHECKPOINT2 = "checkpoint2"
 
 
 class Prepared(NamedTuple):
-    """What a request comes to; `companions` puts the texts that belong to the result into its folder."""
+    """What a request comes to."""
 
     job: Job
     source: Strategy
     target: Strategy
-    companions: Callable[[Path], None] = lambda folder: None
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to make of what, as the options say it (see their help)."""
+    """What to make of what: the options of `mindformers-ckpt transform`, the arguments of `mc.plan`."""
 
-    src_checkpoint: Path | None
-    src_strategy: Path | None
-    destination: Path | None
-    step: str | None
-    dst_strategy: Path | None
-    prefix: str
-    format: str | None
-    ranks: tuple[int, ...] | None
-    world_size: int | None
-    rank_id: int | None
-    allow_missing: bool
-    weights_only: bool
-    contents: str
-    like: Path | None
-    processes: int
+    src_checkpoint: Path
+    src_strategy: Path | Strategy | None = None
+    destination: Path | None = None
+    step: str | None = None
+    dst_strategy: Path | Strategy | None = None
+    prefix: str = DEFAULT_PREFIX
+    format: str | None = None
+    ranks: tuple[int, ...] | None = None
+    world_size: int | None = None
+    rank_id: int | None = None
+    allow_missing: bool | Sequence[str] = False
+    weights_only: bool = False
+    contents: str = "error"
+    like: Path | None = None
+    processes: int = 1
 
     def prepare(self) -> Prepared:
-        """Read headers and strategies, and plan. Raises UsageError for options that do not go together."""
-        if self.src_checkpoint is None:
-            raise click.UsageError("Missing option '--src-checkpoint'.")
-        if self.ranks is not None and self.rank_id is not None:
-            raise click.UsageError("--ranks and --rank-id both say which ranks to make; give one of them.")
+        """Read headers and strategies, and plan. Nothing is written."""
         files = find_mindspore(self.src_checkpoint, self.step, weights_only=self.weights_only)
         if self.destination is not None:
             check_outside(files, self.destination)
@@ -91,15 +84,15 @@ class Request:
         about = {"source": source.describe(), "target": target.describe(), "source_path": str(files.root)}
         partial = ranks is not None and len(set(ranks)) < target.rank_count
         destination = None if self.destination is None else self.destination.absolute()
-        prepared = Prepared(Job(plan, about, partial, destination), source, target)
-        return prepared if made is None else prepared._replace(companions=made.companions)
+        job = Job(plan, about, partial, destination)
+        return Prepared(job if made is None else replace(job, companions=made.companions), source, target)
 
     def _file_format(self, files: Source) -> str:
         """The format of the target files, which those of checkpoint 2.0 are, too."""
         if self.format != CHECKPOINT2:
             return self.format or default_format(files)
         if self.ranks is not None or self.rank_id is not None:
-            raise click.UsageError("A checkpoint 2.0 is made of all ranks at once; leave --ranks and --rank-id out.")
+            raise ConfigError("a checkpoint 2.0 is made of all ranks at once; leave ranks out")
         return "safetensors"
 
     def _as_checkpoint2(self, plans: Mapping[str, Plan], target: Strategy) -> Made:
@@ -155,10 +148,12 @@ def _is_config(path: Path) -> bool:
     return is_bare or is_huggingface_folder(path)
 
 
-def read_optional_strategy(path: Path | None) -> Strategy:
+def read_optional_strategy(path: Path | Strategy | None) -> Strategy:
     """The strategy at a path, or that of complete weights when there is none."""
     if path is None:
         return Strategy.complete()
+    if isinstance(path, Strategy):
+        return path
     from mindformers_ckpt.strategy.files import read_strategy
 
     return read_strategy(path.absolute())

@@ -1,0 +1,68 @@
+"""What every `--help` has: required options in the usage line, examples, the page that tells more, exit codes."""
+
+from __future__ import annotations
+
+import click
+
+_PAGES = "docs/{} of the project"
+EXIT_CODES = (
+    "0 done, 1 wrong input or failed (of verify and diff: a difference), 2 usage, 130 interrupted (143 by SIGTERM, 129 "
+    "by SIGHUP)"
+)
+# command -> (page, examples)
+_HELP = {
+    "transform": (
+        "offline.md",
+        (
+            "transform --src-checkpoint llama.ckpt --dst-checkpoint-dir llama_8 --dst-strategy output/strategy",
+            "transform --src-checkpoint llama_8 --src-strategy output/strategy --dst-checkpoint-dir llama_complete",
+        ),
+    ),
+    "plan": (
+        "offline.md",
+        ("plan --src-checkpoint llama_8 --src-strategy old/strategy --dst-strategy new/strategy --out plan.json",),
+    ),
+    "convert": (
+        "conversion.md",
+        (
+            "convert --input-path Qwen2.5-7B --output-path qwen.ckpt --dtype bf16",
+            "convert --reversed --input-path qwen.ckpt --output-path Qwen2.5-7B-tuned --hf-config Qwen2.5-7B",
+        ),
+    ),
+    "merge-lora": (
+        "lora.md",
+        ("merge-lora --src-ckpt-path-or-dir llama_lora.ckpt --dst-ckpt-dir merged --lora-scaling 2",),
+    ),
+    "merge-strategy": ("offline.md", ("merge-strategy output/strategy merged_ckpt_strategy.ckpt",)),
+    "inspect": (
+        "look.md",
+        ("inspect llama_8 --strategy output/strategy", "inspect llama_8 --name layers.3.attention.wq --rank 7"),
+    ),
+    "show": (
+        "look.md",
+        (
+            "show layers.0.wq.weight --src-checkpoint llama_8 --src-strategy output/strategy",
+            "show --plan plan.json --html plan.html",
+        ),
+    ),
+    "doctor": ("look.md", ("doctor", "doctor /shared/checkpoints/llama_8")),
+    "verify": ("trust.md", ("verify llama_8", "verify llama_8 --against llama.ckpt")),
+    "diff": ("trust.md", ("diff llama.ckpt llama_8",)),
+    "fingerprint": ("trust.md", ("fingerprint llama.ckpt",)),
+}
+# What a command cannot do without, where click does not know it since a plan file may stand for it.
+_NEEDED = {"transform": "--src-checkpoint PATH --dst-checkpoint-dir PATH", "plan": "--src-checkpoint PATH"}
+
+
+def complete_help(name: str, command: click.Command) -> None:
+    """Add examples, link and exit codes to the help of a command, and its required options to the usage line."""
+    page, examples = _HELP.get(name, ("offline.md", ()))
+    lines = ["\b", "Examples:", *(f"  mindformers-ckpt {example}" for example in examples), ""] if examples else []
+    command.epilog = "\n".join([*lines, f"More: {_PAGES.format(page)}.", "", f"Exit codes: {EXIT_CODES}."])
+    required = [
+        f"{parameter.opts[0]} {parameter.type.name.upper()}"
+        for parameter in command.params
+        if isinstance(parameter, click.Option) and parameter.required
+    ]
+    needed = _NEEDED.get(name) or " ".join(required)
+    command.options_metavar = f"{needed} [OPTIONS]" if needed else "[OPTIONS]"

@@ -1,0 +1,76 @@
+"""A whole plan as one page for a browser: it needs no server and fetches nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mindformers_ckpt.disk.files import replace_file
+from mindformers_ckpt.errors import PlanError
+from mindformers_ckpt.geometry.box import Box
+from mindformers_ckpt.look.picture import rank_of_file, traffic
+from mindformers_ckpt.planning.file import Job
+from mindformers_ckpt.planning.model import Place
+from mindformers_ckpt.printable import ascii_json
+
+_TEMPLATE = Path(__file__).with_name("page.html")
+
+Entry = TypeVar("Entry", bound=Hashable)
+
+
+def write_page(job: Job, path: Path, stage_sizes: tuple[int, int] | None = None) -> None:
+    """Write the page of a plan. `stage_sizes` are the ranks of a pipeline stage of source and target.
+
+    An earlier page is replaced, and nothing else. Raises PlanError when it cannot be written.
+    """
+    head = "<!doctype html>"
+    if path.exists():
+        with path.open("rb") as stream:
+            if stream.read(len(head)) not in (head.encode(), b""):
+                raise PlanError(f"{path} is not a page and is not replaced; choose another name")
+    # "<" is written as an escape: a name cannot end the element that holds it.
+    data = ascii_json(page_data(job, stage_sizes)).replace("<", "\\u003c")
+    before, _, after = _TEMPLATE.read_text(encoding="utf-8").partition("@DATA@")
+    try:
+        replace_file(path, (before + data + after).encode(), tidy=True)
+    except OSError as error:
+        raise PlanError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def page_data(job: Job, stage_sizes: tuple[int, int] | None = None) -> dict[str, Any]:
+    """What the page shows. Boxes, and lists of places, are in tables of their own and are referred to by number."""
+    plan = job.plan
+    boxes: dict[Box, int] = {}
+    places: dict[tuple[Place, ...], int] = {}
+    tensors = [
+        [
+            transfer.name,
+            transfer.dtype.name,
+            transfer.dtype.itemsize,
+            transfer.shape,
+            _number(places, transfer.sources),
+            _number(places, transfer.targets),
+        ]
+        for transfer in plan.transfers
+    ]
+    return {
+        "about": {
+            "source": f"{job.about.get('source', '')} {job.about.get('source_path', '')}",
+            "target": job.about.get("target", ""),
+            "files": f"{len(plan.sources)} to read, {len(plan.targets)} to write",
+            "tensors": f"{len(plan.transfers)}",
+            "warnings": f"{len(plan.warnings)}" if plan.warnings else "none",
+        },
+        "stages": stage_sizes,
+        "sources": [[str(file.path), rank_of_file(file)] for file in plan.sources],
+        "targets": [[file.path, file.rank] for file in plan.targets],
+        "tensors": tensors,
+        "places": [[[place.file, _number(boxes, place.box)] for place in entry] for entry in places],
+        "boxes": list(boxes),
+        "traffic": [[source, target, size] for (source, target), size in sorted(traffic(plan).items())],
+    }
+
+
+def _number(table: dict[Entry, int], entry: Entry) -> int:
+    return table.setdefault(entry, len(table))

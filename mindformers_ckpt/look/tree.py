@@ -1,0 +1,95 @@
+"""Parameters as a tree of the parts of their names, weights first, in natural order.
+
+Layers that are alike are one branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from mindformers_ckpt.look.parameters import KINDS, Parameter
+from mindformers_ckpt.look.words import short_spans
+from mindformers_ckpt.sources.steps import natural
+
+_WIDEST_NAME = 60
+
+
+@dataclass
+class _Node:
+    """A part of names: what is below it, and the parameters that end in it (several where layers are joined)."""
+
+    children: dict[str, _Node] = field(default_factory=dict)
+    own: list[Parameter] = field(default_factory=list)
+
+    @cached_property
+    def form(self) -> object:
+        """What must be equal in nodes that are shown as one."""
+        own = [(one.dtype.name, one.shape, one.cut, one.kind) for one in self.own[:1]]
+        return tuple(own), tuple((name, child.form) for name, child in self.children.items())
+
+
+def tree(parameters: Iterable[Parameter], amount: Callable[[float], str]) -> Iterator[str]:
+    """The lines of a tree; `amount` puts a number of bytes into words."""
+    root = _Node()
+    for parameter in sorted(parameters, key=lambda one: (KINDS.index(one.kind), natural(one.name))):
+        node = root
+        for part in parameter.name.split("."):
+            node = node.children.setdefault(part, _Node())
+        node.own.append(parameter)
+    rows = list(_rows(_joined(root), 0))
+    width = min(_WIDEST_NAME, max((len(label) for label, _ in rows), default=0))
+    for label, own in rows:
+        yield f"{label:<{width}}  {_described(own, amount)}" if own else label
+
+
+def _rows(node: _Node, depth: int) -> Iterator[tuple[str, list[Parameter]]]:
+    for name, child in node.children.items():
+        while len(child.children) == 1 and not child.own:  # a part without a choice is shown with the next
+            ((part, below),) = child.children.items()
+            name, child = f"{name}.{part}", below
+        yield "  " * depth + name, child.own
+        yield from _rows(child, depth + 1)
+
+
+def _joined(node: _Node) -> _Node:
+    """The same tree with neighbouring numbers as one branch where what is below them is alike."""
+    children: dict[str, _Node] = {}
+    group: list[tuple[str, _Node]] = []
+    for name, child in [(name, _joined(child)) for name, child in node.children.items()]:
+        if group and not _goes_on(group, name, child):
+            children.update([_as_one(group)])
+            group = []
+        group.append((name, child))
+    if group:
+        children.update([_as_one(group)])
+    return _Node(children, node.own)
+
+
+def _goes_on(group: Sequence[tuple[str, _Node]], name: str, child: _Node) -> bool:
+    last = group[-1][0]
+    return last.isdecimal() and name.isdecimal() and int(name) == int(last) + 1 and child.form == group[0][1].form
+
+
+def _as_one(group: Sequence[tuple[str, _Node]]) -> tuple[str, _Node]:
+    name = group[0][0] if len(group) == 1 else f"{group[0][0]}-{group[-1][0]}"
+    return name, _overlaid([node for _, node in group])
+
+
+def _overlaid(nodes: Sequence[_Node]) -> _Node:
+    if len(nodes) == 1:
+        return nodes[0]
+    children = {name: _overlaid([node.children[name] for node in nodes]) for name in nodes[0].children}
+    return _Node(children, [parameter for node in nodes for parameter in node.own])
+
+
+def _described(own: Sequence[Parameter], amount: Callable[[float], str]) -> str:
+    """Element type, shape, bytes, cut and ranks of parameters that are alike."""
+    first = own[0]
+    ranks = sorted({rank for parameter in own for rank in parameter.ranks})
+    size = ("" if len(own) == 1 else f"{len(own)} x ") + amount(first.nbytes)
+    text = f"{first.dtype.name} {list(first.shape)}  {size}"
+    if first.expected > 1 or len(ranks) > 1:
+        text += f"  {first.cut}, on {'rank' if len(ranks) == 1 else 'ranks'} {short_spans(ranks)}"
+    return text
