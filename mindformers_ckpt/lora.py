@@ -91,7 +91,7 @@ def find_adapters(names: Iterable[str], origin: Path) -> Adapters:
     """Find the LoRA branches among the names of a checkpoint (`origin`, for messages).
 
     Raises PlanError that lists every half without its partner and everything that cannot be merged: DoRA,
-    several adapters of one module, adapters that are no LoRA of a linear layer.
+    several adapters of one module, adapters that are not a LoRA of a linear layer.
     """
     known = sorted(set(names))
     factors = {name: factor for name in known if (factor := factor_name(name)) is not None}
@@ -106,7 +106,7 @@ def find_adapters(names: Iterable[str], origin: Path) -> Adapters:
             module, end = factors[name]
             halves.setdefault(module, {}).setdefault(end, []).append(name)
         elif is_adapter_name(name):
-            kind = "is of DoRA" if is_dora_name(name) else "belongs to an adapter that is no LoRA of a linear layer"
+            kind = "is of DoRA" if is_dora_name(name) else "belongs to an adapter that is not a LoRA of a linear layer"
             problems.append(f"{name}: {kind}, which is not supported; merge it where it was trained")
     branches = []
     for module, ends in halves.items():

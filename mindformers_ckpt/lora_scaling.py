@@ -82,7 +82,7 @@ class Scaling:
         As PEFT does it, a pattern is matched with the module's name in the model before it was wrapped
         ("model.layers.0.self_attn.q_proj"), and the first one that matches counts, in the order of the settings.
         (Before 0.15 PEFT matched another way.) A pattern that is a module's name, letter for letter, counts last.
-        Raises ConfigError for patterns that are no regular expressions or do not end.
+        Raises ConfigError for patterns that are not regular expressions or do not end.
         """
         if self.value is not None or not (self.alphas or self.ranks):
             return self, ()

@@ -73,7 +73,7 @@ class States(NamedTuple):
 
 
 def find_states(names: Iterable[str], weights: Container[str]) -> States:
-    """Which of the names are no weights but states of a training run, given the names of the model's weights."""
+    """Which of the names are not weights but states of a training run, given the names of the model's weights."""
     found = States([], [], [])
     for name in names:
         if name in COUNTERS or _GROUP_COUNTER.fullmatch(name):

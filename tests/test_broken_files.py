@@ -21,7 +21,7 @@ READERS: dict[str, tuple[Callable[[Path], object], type[CheckpointError]]] = {
     "plan": (read_plan, PlanError),
     "index": (read_index, PlanError),
 }
-NO_NUMBER = "a tensor has a dimension, stride or offset that is no number of elements"
+NO_NUMBER = "a tensor has a dimension, stride or offset that is not a number of elements"
 NO_WEIGHTS = "it holds no dictionary of tensors"
 NOT_MADE = "the tensors of rank_0/checkpoint_0.ckpt are not those that the plan makes for it"
 NO_STAGE = "names a pipeline stage above 65535, which no job has"
@@ -32,7 +32,7 @@ MESSAGES = {
     "overflow_hidden_by_zero.ckpt": "tensor 'w': the shape (4611686018427387904, 4611686018427387904, 0) overflows",
     "dimensions.ckpt": "tensor 'w' has 300 dimensions",
     "negative_dimension.ckpt": "tensor 'w' has a negative dimension",
-    "name_not_utf8.ckpt": "a name in a record is no UTF-8",
+    "name_not_utf8.ckpt": "a name in a record is not UTF-8",
     "truncated.ckpt": "a record of 79 bytes reaches over the end of the file: it is truncated",
     "length_of_gigabytes.ckpt": "a record of 1099511627776 bytes reaches over the end of the file",
     "number_without_end.ckpt": "a number in a record is longer than 10 bytes",
@@ -43,11 +43,11 @@ MESSAGES = {
     "overflow.safetensors": "tensor 'w': the shape (4611686018427387904, 4611686018427387904) overflows",
     "overflow_behind_zero.safetensors": "tensor 'w': the shape (0, 4611686018427387904, 4611686018427387904) overflows",
     "true_as_dimension.safetensors": "the entry of tensor 'w' is not of the form dtype, shape, data_offsets",
-    "nested.safetensors": "the header is no valid JSON",
-    "long_number.safetensors": "the header is no valid JSON",
+    "nested.safetensors": "the header is not valid JSON",
+    "long_number.safetensors": "the header is not valid JSON",
     "key_twice.safetensors": "the key 'w' appears twice",
     "header_over_the_end.safetensors": "truncated: the header ends at byte 90000008, the file at 10",
-    "half_character.safetensors": "the header is no valid JSON",
+    "half_character.safetensors": "the header is not valid JSON",
     "gap.safetensors": "tensor 'w' begins at byte 4 of the contents, not at 0",
     "no_zip.bin": "no PyTorch file that can be read",
     "deflated.bin": "is compressed; save it with torch.save",
@@ -59,7 +59,7 @@ MESSAGES = {
     "deep_tuple_in_set.bin": NO_WEIGHTS,
     "shared_key.bin": NO_WEIGHTS,
     "shared_shape.bin": NO_NUMBER,
-    "shared_storage.bin": "it refers to something that is no storage",
+    "shared_storage.bin": "it refers to something that is not a storage",
     "long_number.bin": "its pickle has a number of 8000 bytes",
     "true_as_dimension.bin": NO_NUMBER,
     "short_strides.bin": "tensor 'w' has the shape (2, 3), but 0 strides",

@@ -241,8 +241,8 @@ TOP, BOTTOM = Box((0, 0), (2, 4)), Box((2, 0), (4, 4))
         ([TOP], [Box((1, 0), (3, 4))], r"w: of the box \[1:3, 0:4\], 4 of 8 elements are in no source file"),
         ([TOP, BOTTOM, Box((1, 1), (3, 3))], [TOP], "w: source shards overlap"),
         ([TOP, TOP], [TOP], "w: source shards overlap"),
-        ([TOP], [Box((0, 0), (2, 5))], r"w: the box \[0:2, 0:5\] lies outside of the shape \[4, 4\]"),
-        ([Box((0, -1), (2, 4))], [TOP], r"w: the box \[0:2, -1:4\] lies outside of the shape"),
+        ([TOP], [Box((0, 0), (2, 5))], r"w: the box \[0:2, 0:5\] is outside of the shape \[4, 4\]"),
+        ([Box((0, -1), (2, 4))], [TOP], r"w: the box \[0:2, -1:4\] is outside of the shape"),
     ],
 )
 def test_a_plan_is_checked(sources: list[Box], targets: list[Box], fault: str | None) -> None:

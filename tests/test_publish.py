@@ -360,7 +360,7 @@ def spoil_all(folder: Path) -> None:
 
 
 def spoil_text(folder: Path) -> None:
-    """Lines that are no UTF-8, no JSON, or JSON that is too deep or too large."""
+    """Lines that are not UTF-8, no JSON, or JSON that is too deep or too large."""
     lines = [b"\xff\xfe", b'[1e999, 1, [], "", 0]', b"[" * 100_000, b"[1, 2]", b"null", b"[[1], 2, 3, 4, 5]"]
     with open(folder / "journal", "ab") as stream:
         stream.write(b"\n".join(lines) + b"\n")

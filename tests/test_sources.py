@@ -103,7 +103,7 @@ def test_what_a_failing_job_saved_is_not_joined_with_what_others_saved(tmp_path:
 def test_numbers_are_those_of_ascii_and_of_bounded_length(tmp_path: Path) -> None:
     touch(tmp_path, "rank_0/a-1_1.ckpt", "rank_0/a-\u0662_\u0663.ckpt")
     source = find_source(tmp_path)
-    assert names(source) == {0: ["a-\u0662_\u0663.ckpt"]}  # the last by name; that is no step, and so it is said
+    assert names(source) == {0: ["a-\u0662_\u0663.ckpt"]}  # the last by name; that is not a step, and so it is said
     assert "and not a-1_1.ckpt" in source.warnings[0]
     with pytest.raises(PlanError, match="no file for"):
         find_source(tmp_path, "1_" + 5000 * "9")

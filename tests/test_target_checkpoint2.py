@@ -227,7 +227,7 @@ def test_an_optimizer_shard_is_a_cut_along_further_axes(layout: Layout) -> None:
     try:
         plain = without_optimizer_shards(layout)
     except StrategyError as error:
-        assert "is no cut along axes" in str(error)
+        assert "is not a cut along axes" in str(error)
         return
     assert plain.optimizer_shards == 0
     assert plain.same_slices(layout)

@@ -1,7 +1,6 @@
 # Sourced by the scripts that run tests: a virtual environment in $VENV, made with $PYTHON when it is missing.
 # With COVERAGE=1 the tests also write what they execute into .coverage.* (see tools/coverage.sh).
 PYTHON=${PYTHON:-python3}
-export PYTHONDONTWRITEBYTECODE=1
 
 make_environment() {
     [[ -x $VENV/bin/python ]] || "$PYTHON" -m venv "$VENV"

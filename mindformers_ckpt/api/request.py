@@ -173,7 +173,7 @@ def check_outside(files: Source, destination: Path) -> None:
     """Refuse a target folder in the source folder, where the result would be taken for a part of the source."""
     root = files.root.resolve()
     if root.is_dir() and destination.resolve().is_relative_to(root):
-        raise PlanError(f"the target folder {destination} lies in the source folder {root}; choose another folder")
+        raise PlanError(f"the target folder {destination} is in the source folder {root}; choose another folder")
 
 
 def _joined(plans: Mapping[str, Plan]) -> Plan:

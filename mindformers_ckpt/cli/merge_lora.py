@@ -43,7 +43,7 @@ class _Number(click.ParamType):  # type: ignore[type-arg]  # generic in newer ve
         try:
             number = self.parse(value) if isinstance(value, str) else value
         except (ValueError, ZeroDivisionError, OverflowError):
-            self.fail(f"{value!r} is no number; write it like {self.example}", param, ctx)
+            self.fail(f"{value!r} is not a number; write it like {self.example}", param, ctx)
         fault = number_fault(number)
         if fault is not None:
             self.fail(f"it {fault}; write it like {self.example}", param, ctx)

@@ -66,7 +66,7 @@ class Ranks(click.ParamType):  # type: ignore[type-arg]
         for part in value.split(","):
             match = _SPAN.fullmatch(part.strip())
             if match is None:
-                self.fail(f"{value!r} is no list of ranks; write it like 0-7,12", param, ctx)
+                self.fail(f"{value!r} is not a list of ranks; write it like 0-7,12", param, ctx)
             first, last = int(match[1]), int(match[2] or match[1])
             if last < first:
                 self.fail(f"{part.strip()!r} ends before it begins", param, ctx)

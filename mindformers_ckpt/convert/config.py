@@ -47,7 +47,7 @@ class ModelConfig:
     def integer(self, *keys: str) -> int | None:
         """The first of the keys that is there, None when none is.
 
-        Raises ConfigError when it is no integer, negative, or larger than any model has it.
+        Raises ConfigError when it is not an integer, negative, or larger than any model has it.
         """
         for key in keys:
             value = self.values.get(key)

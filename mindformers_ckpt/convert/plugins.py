@@ -74,7 +74,7 @@ def parse_extra(arguments: list[str]) -> dict[str, str]:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
         if not name.startswith("--") or not name[2:].replace("-", "_").isidentifier():
-            raise ConfigError(f"{word!r} is no option; options of a plugin are written --name value")
+            raise ConfigError(f"{word!r} is not an option; options of a plugin are written --name value")
         if not equals:
             if not rest:
                 raise ConfigError(f"the option {word} has no value")

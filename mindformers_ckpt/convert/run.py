@@ -404,7 +404,7 @@ def _completed(
     for option in (*_OWN_OPTIONS, *({"qkv_concat"} & set(model.options))):
         value = getattr(request, option)
         if value is not None and option not in model.options:
-            raise ConfigError(f"--{option} is no option of the model {model.name}")
+            raise ConfigError(f"--{option} is not an option of the model {model.name}")
         if value is not None:
             values[option] = value
     if config.path is not None:

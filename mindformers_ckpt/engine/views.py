@@ -21,7 +21,7 @@ _RUN_BYTES = 16 << 10
 
 
 def target_runs(view: View | None, start: int, count: int) -> Iterator[tuple[int, int]]:
-    """Where a run of a target place's box lies in the file's tensor: runs (start, count), in elements."""
+    """Where a run of a target place's box is in the file's tensor: runs (start, count), in elements."""
     if view is None:
         yield start, count
         return
@@ -65,7 +65,7 @@ def copy_transposed(straight: Array, out: Array) -> None:
 
 
 def span_in(part: Box, outer: Box) -> tuple[int, int]:
-    """Where a part lies in its shard: the first element, and the number of elements up to the last."""
+    """Where a part is in its shard: the first element, and the number of elements up to the last."""
     first = offset_in(part, outer)
     return first, offset_in(Box(tuple(stop - 1 for stop in part.stop), part.stop), outer) - first + 1
 

@@ -252,7 +252,7 @@ class _Scanner:
         return self._pieces.read(position, len(_TRAILER_MARK)) == _TRAILER_MARK
 
     def _head(self) -> _Head:
-        """Parse the head at the position, from the present window where it lies in it whole."""
+        """Parse the head at the position, from the present window where it is in it whole."""
         try:
             while True:
                 try:
@@ -380,7 +380,7 @@ def _text(raw: bytes) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError:
-        raise Malformed(f"a name in a record is no UTF-8: {raw[:40]!r}") from None
+        raise Malformed(f"a name in a record is not UTF-8: {raw[:40]!r}") from None
 
 
 def _encode_head(spec: TensorSpec, length: int) -> bytes:

@@ -47,7 +47,7 @@ class PickleReader:
     """Reads the pickles that follow each other in a stream, 64 MiB and 8 million instructions of them at most.
 
     `find` gives the meaning of a name (module, name): a value, a Builder, or a Foreign. `refer` gives what a
-    persistent id stands for. `load` raises Malformed for whatever is no pickle, or exceeds the bounds.
+    persistent id stands for. `load` raises Malformed for whatever is not a pickle, or exceeds the bounds.
     """
 
     def __init__(self, stream: Stream, find: Callable[[str, str], object], refer: Callable[[object], object]) -> None:

@@ -131,9 +131,9 @@ def _parse_json(text: bytes) -> dict[str, Any]:
         if b"\\u" in text:
             json.dumps(fields, ensure_ascii=False).encode()  # an escape may be half of a surrogate pair
     except (ValueError, RecursionError) as error:
-        raise Malformed(f"the header is no valid JSON: {str(error)[:200]}") from None
+        raise Malformed(f"the header is not valid JSON: {str(error)[:200]}") from None
     if not isinstance(fields, dict):
-        raise Malformed("the header is no JSON object")
+        raise Malformed("the header is not a JSON object")
     return fields
 
 
@@ -181,7 +181,7 @@ def _tensors(fields: dict[str, Any], metadata: dict[str, str], base: int, size: 
 def _check_entry(name: str, entry: Any, metadata: dict[str, str]) -> tuple[int, int, TensorSpec]:
     """Where a tensor starts and ends in the contents, and what it is."""
     if not isinstance(entry, dict):
-        raise Malformed(f"the entry of tensor {name!r} is no JSON object")
+        raise Malformed(f"the entry of tensor {name!r} is not a JSON object")
     code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(code, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise Malformed(f"the entry of tensor {name!r} is not of the form dtype, shape, data_offsets")

@@ -173,7 +173,7 @@ def open_to_read(path: Path, scattered: bool = False) -> Iterator[tuple[int, int
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise FormatError(f"{path}: a checkpoint file is expected here, this is no regular file")
+                raise FormatError(f"{path}: a checkpoint file is expected here, this is not a regular file")
             if status.st_size == 0:
                 raise FormatError(f"{path}: the file is empty; save or copy it again")
             if scattered and sys.platform == "linux":
@@ -215,5 +215,5 @@ def check_names(specs: Sequence[TensorSpec]) -> None:
             try:
                 spec.name.encode()
             except UnicodeEncodeError as error:
-                raise FormatError(f"tensor name {spec.name!r} is no valid Unicode") from error
+                raise FormatError(f"tensor name {spec.name!r} is not valid Unicode") from error
         seen.add(spec.name)

@@ -189,14 +189,14 @@ class _Description(PickleReader):
 
     def _storage(self, reference: object) -> _Storage:
         if not isinstance(reference, tuple) or not 5 <= len(reference) <= 6:
-            raise Malformed("it refers to something that is no storage")
+            raise Malformed("it refers to something that is not a storage")
         kind, dtype, key, _, elements, *view = reference
         if dtype is _UNTYPED:
             dtype = None
         elif not isinstance(dtype, DType):
-            raise Malformed("it refers to something that is no storage")
+            raise Malformed("it refers to something that is not a storage")
         if not isinstance(kind, str) or kind != "storage" or not isinstance(key, str) or type(elements) is not int:
-            raise Malformed("it refers to something that is no storage")
+            raise Malformed("it refers to something that is not a storage")
         if any(part is not None for part in view):
             raise Malformed("it refers to parts of storages, as PyTorch before 1.0 did; save it with a newer one")
         storage = _Storage(key, dtype, elements)
@@ -235,19 +235,19 @@ def _ordered(pairs: object = (), *_: object) -> dict[Any, Any]:
     if not isinstance(pairs, (list, tuple)) or any(
         not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in pairs
     ):
-        raise Malformed("an OrderedDict of something that is no list of pairs")
+        raise Malformed("an OrderedDict of something that is not a list of pairs")
     return with_plain_keys(pairs)
 
 
 def _count(value: object) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 63:  # True is no number here
-        raise Malformed("a tensor has a dimension, stride or offset that is no number of elements")
+    if type(value) is not int or not 0 <= value < 1 << 63:  # True is not a number here
+        raise Malformed("a tensor has a dimension, stride or offset that is not a number of elements")
     return value
 
 
 def _counts(values: object) -> tuple[int, ...]:
     if not isinstance(values, (tuple, list)):
-        raise Malformed("a tensor has a shape or strides that are no numbers of elements")
+        raise Malformed("a tensor has a shape or strides that are not numbers of elements")
     return tuple(map(_count, values))
 
 
@@ -302,7 +302,7 @@ def _record(name: object, tensor: _Tensor, places: Mapping[str, Segment]) -> Ten
         try:
             name.encode()
         except UnicodeEncodeError:
-            raise Malformed(f"the tensor name {name[:80]!r} is no valid Unicode") from None
+            raise Malformed(f"the tensor name {name[:80]!r} is not valid Unicode") from None
     spec = TensorSpec(name, tensor.dtype, tensor.shape)
     check_shape(name, spec.shape, spec.dtype.itemsize)
     if len(tensor.stride) != len(spec.shape):

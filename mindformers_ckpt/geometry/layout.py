@@ -239,7 +239,7 @@ class Layout:
 def without_optimizer_shards(layout: Layout) -> Layout:
     """The same cuts with the optimizer shard as further axes of dimension 0, the last ones that cut nothing yet.
 
-    An axis of which a part is enough becomes two. Raises StrategyError where the pieces are no product of axes.
+    An axis of which a part is enough becomes two. Raises StrategyError where the pieces are not a product of axes.
     """
     left = layout.optimizer_pieces
     if left == 1:
@@ -262,7 +262,7 @@ def without_optimizer_shards(layout: Layout) -> Layout:
     rows = [tuple(moved[axis] for axis in axes) for axes in layout.tensor_map]
     plain = Layout(tuple(reversed(matrix)), ((*rows[0], *reversed(taken)), *rows[1:]))
     if not plain.same_slices(layout):
-        raise StrategyError(f"its optimizer shard ({layout.describe()}) is no cut along axes of the device matrix")
+        raise StrategyError(f"its optimizer shard ({layout.describe()}) is not a cut along axes of the device matrix")
     return plain
 
 

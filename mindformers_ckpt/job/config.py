@@ -123,7 +123,7 @@ class Config:
 
     @property
     def has_remote_source(self) -> bool:
-        """Whether the checkpoint or its strategy lies in an object storage."""
+        """Whether the checkpoint or its strategy is in an object storage."""
         return is_url(self.load_checkpoint) or is_url(self.src_strategy_path_or_dir)
 
     @property

@@ -120,7 +120,7 @@ class _Block(NamedTuple):
         yield self.read()
 
     def array(self, content: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Where the block lies in the content of its tensor."""
+        """Where the block is in the content of its tensor."""
         wanted = self.transfer.targets[0].box
         tensor = content.view(self.transfer.dtype.carrier).reshape(wanted.shape)
         block: np.ndarray[Any, Any] = tensor[self.box.relative_to(wanted).slices()]

@@ -45,7 +45,7 @@ class OutputDir:
     def check_apart(
         self, load_checkpoint: str, src_strategy: str, files: Iterable[Path] = (), *, strategy_only: bool = False
     ) -> None:
-        """Refuse sources that lie in what would be cleared; symbolic links are resolved. Touches nothing.
+        """Refuse sources that are in what would be cleared; symbolic links are resolved. Touches nothing.
 
         `files` are those that the source consists of, `strategy_only` says that nothing but the strategy
         folder will be cleared. Raises ConfigError.
@@ -77,7 +77,7 @@ class OutputDir:
         aim = self.root.parent / "checkpoint_source" / Path(value).name
         for number, (path, real) in enumerate(paths.items()):
             if real.is_relative_to(real_folder):
-                what = f"{value} lies in" if number == 0 else f"{path} is a file in"
+                what = f"{value} is in" if number == 0 else f"{path} is a file in"
                 advice = f"move it away first, e.g. mkdir -p {aim.parent} && mv {value} {aim}, and set {key} to that"
                 yield f"{key}: {what} {folder}, which is cleared of {content}; {advice}"
                 return

@@ -113,7 +113,7 @@ class Transfers:
         return found
 
     def drop(self, prefix: str) -> None:
-        """Delete what lies below a prefix, in one attempt; what is left does no harm, so a failure is logged."""
+        """Delete what is below a prefix, in one attempt; what is left does no harm, so a failure is logged."""
         try:
             self.store.delete_prefix(prefix)
         except StoreError as error:

@@ -36,7 +36,7 @@ class TensorDiff:
         name: of the tensor.
         left, right: type and shape on both sides.
         differing: elements whose values differ; None where they cannot be compared: shapes or kinds of types differ.
-        largest: the largest |difference|; infinite where one side is no number, or infinite.
+        largest: the largest |difference|; infinite where one side is not a number, or infinite.
         where: the index of that element.
         values: of that element, left and right.
         relative: the norm of the difference by the norm of the left tensor.

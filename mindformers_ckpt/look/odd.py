@@ -51,7 +51,7 @@ def _by_reason(absent: Mapping[int, str]) -> dict[str, list[int]]:
 
 
 def _leftovers(source: Source) -> list[str]:
-    """Files of weights that lie in rank folders beside those that are read."""
+    """Files of weights that are in rank folders beside those that are read."""
     if source.kind is not Kind.RANK_FOLDERS:
         return []
     found = []

@@ -53,7 +53,7 @@ def read_result(folder: Path) -> Manifest:
     manifests = read_manifests(folder)
     if not manifests:
         raise PlanError(
-            f"{folder} has no manifest.json, so that nothing tells what it should be: it is no result of this program, "
+            f"{folder} has no manifest.json, which would say what it should be: it is not a result of this program, "
             "or not a whole one; compare it with what it was made of (--against SOURCE)"
         )
     entries: list[Entry] = []

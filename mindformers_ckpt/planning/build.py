@@ -137,7 +137,7 @@ def _assemble(
 def _with_counters(plan: Plan, source: Checkpoint, tensors: Mapping[str, LogicalTensor]) -> Plan:
     """The plan with the counters that the source keeps in a file of text, on every rank.
 
-    Only where states of an optimizer are there: weights alone are no training that goes on.
+    Only where states of an optimizer are there: weights alone are not a training that goes on.
     """
     if not plan.sources or not has_states(tensors):
         return plan

@@ -38,7 +38,7 @@ def text_of(value: Any) -> str:
 
 def number_of(value: Any, least: int = 0) -> int:
     """A whole number of 63 bits."""
-    if type(value) is not int or not least <= value <= LARGEST:  # True is no number here
+    if type(value) is not int or not least <= value <= LARGEST:  # True is not a number here
         raise TypeError(f"a number must stand where {value!r:.80} does")
     return value
 

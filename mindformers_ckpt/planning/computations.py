@@ -75,7 +75,7 @@ class Merge(NamedTuple):
 
 
 class Constant(NamedTuple):
-    """The elements are no tensor of a file: counters of the training that a checkpoint keeps as text.
+    """The elements are not a tensor of a file: counters of the training that a checkpoint keeps as text.
 
     Attributes:
         dtype: of the elements.

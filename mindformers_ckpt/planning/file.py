@@ -68,7 +68,7 @@ class Job:
 def write_plan(job: Job, path: Path, *, anything: bool = False) -> None:
     """Write a plan file, replacing an old one when it is complete.
 
-    Raises PlanError when it cannot be written, when a source file is gone, or when what is there is not a plan file
+    Raises PlanError when it cannot be written, when a source file is gone, or when what is there is no plan file
     and not empty, unless `anything` may be replaced.
     """
     if not anything:
@@ -107,7 +107,7 @@ def read_plan(path: Path) -> Job:
     except ValueError as error:
         raise PlanError(f"{path} is damaged or no plan file ({error}); make it again") from None
     if not isinstance(content, dict) or _MARK not in content:
-        raise PlanError(f"{path} is no plan file; `mindformers-ckpt plan --out` makes one")
+        raise PlanError(f"{path} is not a plan file; `mindformers-ckpt plan --out` makes one")
     if content[_MARK] != VERSION:
         raise PlanError(
             f"{path} is a plan file of version {content[_MARK]!r:.40}, this program reads version {VERSION}; "

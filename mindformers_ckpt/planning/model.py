@@ -42,7 +42,7 @@ class TargetFile(NamedTuple):
 
 
 class View(NamedTuple):
-    """Where a box lies in a file's tensor that is not the box itself: fused, interleaved, stacked, transposed.
+    """Where a box is in a file's tensor that is not the box itself: fused, interleaved, stacked, transposed.
 
     Attributes:
         shape: a row-major reshape of the file's tensor.
@@ -119,7 +119,7 @@ class Transfer(NamedTuple):
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of the source shards that lie in the hull of the targets: what execution reads."""
+        """Bytes of the source shards that are in the hull of the targets: what execution reads."""
         wanted = hull([place.box for place in self.targets])
         return covered_volume(wanted, [place.box for place in self.sources]) * self.dtype.itemsize
 
@@ -236,7 +236,7 @@ def _cover_fault(transfer: Transfer, compared: Callable[[int], None]) -> str | N
     targets = list(dict.fromkeys(place.box for place in transfer.targets))
     for box in (*sources, *targets):
         if not whole.contains(box):
-            return f"the box {box} lies outside of the shape {list(transfer.shape)}"
+            return f"the box {box} is outside of the shape {list(transfer.shape)}"
     if sum(box.volume for box in sources) > whole.volume or not are_disjoint(sources, compared):
         return "source shards overlap"
     index = BoxIndex(sources)

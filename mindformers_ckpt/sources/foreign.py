@@ -19,7 +19,7 @@ class _Foreign(NamedTuple):
 
 
 def _is_adapter(listing: Listing) -> bool:
-    """An adapter alone; the adapter_config.json of a folder that holds weights, too, is no business of ours here."""
+    """An adapter alone; the adapter_config.json of a folder that holds weights, too, does not concern us here."""
     return "adapter_config.json" in listing.file_names and not _has_weights(listing)
 
 

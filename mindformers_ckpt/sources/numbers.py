@@ -53,7 +53,7 @@ def _is_float(dtype: DType) -> bool:
 
 
 def _numbers(sample: bytes, dtype: DType) -> Numbers | None:
-    """The elements as float64; None for types that are no numbers of their own."""
+    """The elements as float64; None for types that are not numbers of their own."""
     import numpy as np
 
     name = dtype.name

@@ -300,7 +300,7 @@ def _moments_of(files: Sequence[Path]) -> set[Moment]:
 
 
 def _beside(listing: Listing, chosen: Mapping[int, Path]) -> list[str]:
-    """Warn of files beside the rank folders. A second name of a chosen file (merge-lora makes one) is no other file."""
+    """Warn of files beside the rank folders, but not of a second name of a chosen file: merge-lora makes one."""
     beside = [file for file in listing.weight_files() if not any(_is_same(file, own) for own in chosen.values())]
     if not beside:
         return []

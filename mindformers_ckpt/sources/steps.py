@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-# A longer number is no step, and could be longer than Python reads.
+# A longer number is not a step, and could be longer than Python reads.
 _NUMBER = "[0-9]{1,18}"
 _SAVED = re.compile(rf"(?P<head>.*)-(?P<epoch>{_NUMBER})_(?P<step>{_NUMBER})(?P<mark>[^0-9].*)?", re.DOTALL)
 _HEAD = re.compile(rf"(?P<prefix>.*?)(?P<rank>_rank_{_NUMBER})?(?:_(?P<run>{_NUMBER}))?", re.DOTALL)

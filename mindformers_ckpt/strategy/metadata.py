@@ -179,7 +179,7 @@ def _sizes(path: Path, tensors: Mapping[str, Recorded], stored: tuple[Stored, ..
         name for name, tensor in tensors.items() if tensor.layout is not None and size % tensor.layout.rank_count != 0
     ]
     if odd:
-        raise StrategyError(describe_problems(f"{path}: layouts whose ranks are no part of a stage of {size}", odd))
+        raise StrategyError(describe_problems(f"{path}: layouts whose ranks are not part of a stage of {size}", odd))
     return -(-count // size) * size, size
 
 

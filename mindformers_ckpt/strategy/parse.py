@@ -158,7 +158,7 @@ def _joined(parts: Any) -> list[int]:
 
 
 def _name(name: object) -> str:
-    """The name of a parameter; protobuf gives bytes when it is no UTF-8."""
+    """The name of a parameter; protobuf gives bytes when it is not UTF-8."""
     if not isinstance(name, str):
         raise ValueError(f"the name of a parameter is not UTF-8: {name!r:.80}")  # noqa: TRY004 - the file's fault
     return name
@@ -194,7 +194,7 @@ def _numbers(values: Any) -> list[int]:
 
 
 def _number(value: Any) -> int:
-    if type(value) is not int:  # True is no number here
+    if type(value) is not int:  # True is not a number here
         raise TypeError(f"{value!r:.80} where a number must stand")
     if not -(1 << 63) <= value < 1 << 63:
         raise ValueError("a number of over 64 bits")

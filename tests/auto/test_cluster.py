@@ -529,9 +529,9 @@ def test_a_dry_run_is_alone() -> None:
     [
         ({"MS_ROLE": "MS_SCHED"}, "scheduler.*init"),
         ({"MS_NODE_ID": ""}, "MS_NODE_ID is not set in a job of 2 ranks.*--node_rank"),
-        ({"MS_NODE_ID": "worker-a"}, "MS_NODE_ID='worker-a' is no whole number"),
-        ({"MS_NODE_ID": "2"}, "MS_NODE_ID=2 is no rank of a job of 2 ranks"),
-        ({"MS_WORKER_NUM": "two"}, "MS_WORKER_NUM='two' is no whole number"),
+        ({"MS_NODE_ID": "worker-a"}, "MS_NODE_ID='worker-a' is not a whole number"),
+        ({"MS_NODE_ID": "2"}, "MS_NODE_ID=2 is not a rank of a job of 2 ranks"),
+        ({"MS_WORKER_NUM": "two"}, "MS_WORKER_NUM='two' is not a whole number"),
         ({"MS_SCHED_HOST": ""}, "MS_SCHED_HOST= and .*: no address.*set MINDFORMERS_CKPT_MASTER"),
         ({"MS_SCHED_PORT": ""}, "MS_SCHED_PORT=: no address"),
         ({"MINDFORMERS_CKPT_MASTER": "0.0.0.0:9000"}, "MINDFORMERS_CKPT_MASTER=0.0.0.0:9000: no"),

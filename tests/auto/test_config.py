@@ -301,7 +301,7 @@ def test_other_keys_of_a_training_yaml_are_left_alone() -> None:
         "save_ckpt_format": "ckpt",
         "ckpt_remark": "x",
         "src_ip": "10.0.0.1",
-        5: "a key that is no text",
+        5: "a key that is not text",
     }
     assert values_of(Config.from_mapping(others)) == DEFAULTS
 

@@ -79,7 +79,7 @@ def keys(source: Source, url: str, **others: Any) -> dict[str, Any]:
 
 
 def objects(url: str) -> dict[str, bytes]:
-    """What lies below a URL: key without the run's name -> content."""
+    """What is below a URL: key without the run's name -> content."""
     store = FsspecStore(url)
     found = {}
     for key in store.list(""):

@@ -56,11 +56,11 @@ def write_strategy(output: OutputDir, text: str = "new strategy") -> None:
 @pytest.mark.parametrize(
     ("load_checkpoint", "src_strategy", "texts"),
     [
-        ("output/transformed_checkpoint/llama", "", ["load_checkpoint: .* lies in .*transformed_checkpoint"]),
-        ("output/transformed_checkpoint", "", ["load_checkpoint: .* lies in"]),
-        ("model", "output/strategy", ["src_strategy_path_or_dir: .* lies in .*output/strategy"]),
-        ("model", "output/strategy/ckpt_strategy_rank_0.ckpt", ["src_strategy_path_or_dir: .* lies in"]),
-        ("link/llama", "output/strategy", ["load_checkpoint: .*link/llama lies in", "src_strategy_path_or_dir: "]),
+        ("output/transformed_checkpoint/llama", "", ["load_checkpoint: .* is in .*transformed_checkpoint"]),
+        ("output/transformed_checkpoint", "", ["load_checkpoint: .* is in"]),
+        ("model", "output/strategy", ["src_strategy_path_or_dir: .* is in .*output/strategy"]),
+        ("model", "output/strategy/ckpt_strategy_rank_0.ckpt", ["src_strategy_path_or_dir: .* is in"]),
+        ("link/llama", "output/strategy", ["load_checkpoint: .*link/llama is in", "src_strategy_path_or_dir: "]),
         ("output", "", ["load_checkpoint: .*output contains .*strategy.*; set output_dir to a folder outside of"]),
         ("model/../output/./strategy/..", "", ["contains"]),
     ],

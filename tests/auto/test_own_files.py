@@ -94,7 +94,7 @@ def test_a_restarted_job_goes_on_at_the_last_step_that_all_ranks_have(
     wanted = [[f"rank_{rank}/llama_rank_{rank}-1_4.ckpt"] for rank in range(3)]
     assert chosen(root, 3, resume_training=True) == wanted
     assert "1_4, the last whole step that all ranks have, is resumed" in caplog.text
-    # A last file that is cut off is no step to go on at.
+    # A last file that is cut off is not a step to go on at.
     cut = root / "rank_2" / "llama_rank_2-1_4.ckpt"
     cut.write_bytes(cut.read_bytes()[:-3])
     assert chosen(root, 3, resume_training=True) == [[f"rank_{rank}/llama_rank_{rank}-1_2.ckpt"] for rank in range(3)]

@@ -40,7 +40,7 @@ def _lose_ranks(toy: Path) -> None:
 
 
 def _lose_files(toy: Path) -> None:
-    """Of both ranks that hold the second half; a lost file of one of them is no error."""
+    """Of both ranks that hold the second half; a lost file of one of them is not an error."""
     (toy / RANK_3).unlink()
     (toy / "sharded/rank_1/checkpoint_1.ckpt").unlink()
 

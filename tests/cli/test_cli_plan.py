@@ -79,7 +79,7 @@ def test_one_sided_and_dropped_parameters_are_named(toy: Path) -> None:
 def test_a_plan_that_cannot_be_is_refused(toy: Path) -> None:
     result = _plan(toy, "--dst-checkpoint-dir", "sharded/out", "--out", "plan.json")
     assert result.code == 1
-    assert "lies in the source folder" in result.err
+    assert "is in the source folder" in result.err
     assert not (toy / "plan.json").exists()
 
 
@@ -131,7 +131,7 @@ def _change(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
     [
         (lambda path: os.truncate(path, 300), "is damaged or no plan file"),
         (lambda path: path.write_bytes(b"\x80pickle"), "is damaged or no plan file"),
-        (lambda path: path.write_text("[1]"), "is no plan file"),
+        (lambda path: path.write_text("[1]"), "is not a plan file"),
         (lambda path: path.unlink(), "cannot read the plan file"),
         (_change(lambda content: content.update(mindformers_ckpt_plan=7)), "of version 7, this program reads"),
         (_change(lambda content: content["plan"]["boxes"][0][1].__setitem__(0, 2)), "does not go with its digest"),

@@ -178,7 +178,7 @@ def test_ranks_are_not_put_beside_those_of_another_target(toy: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [("3-1", "ends before it begins"), ("a", "is no list of ranks"), ("", "is no list of ranks"), ("1-", "no list")],
+    [("3-1", "ends before it begins"), ("a", "not a list of ranks"), ("", "not a list of ranks"), ("1-", "not a list")],
 )
 def test_a_list_of_ranks_of_no_sense(toy: Path, value: str, message: str) -> None:
     result = _transform(toy, "--ranks", value)

@@ -167,7 +167,7 @@ def test_the_reference_library_reads_our_files(file: Path, write_file: Any) -> N
         (encode({"__metadata__": {"a": 1}}), "must map strings to strings"),
         (encode({"__metadata__": []}), "must map strings to strings"),
         (encode({"__metadata__": {"a": None}}), "must map strings to strings"),
-        (encode({"w": []}), "'w' is no JSON object"),
+        (encode({"w": []}), "'w' is not a JSON object"),
         (encode({"w": {"dtype": "F32", "shape": [2]}}, bytes(8)), "'w' is not of the form"),
         (encode({"w": entry("F32", [2.0], 0, 8)}, bytes(8)), "'w' is not of the form"),
         (encode({"w": entry("F32", [True, 2], 0, 8)}, bytes(8)), "'w' is not of the form"),
@@ -187,7 +187,7 @@ def test_the_reference_library_reads_our_files(file: Path, write_file: Any) -> N
         (encode({"w": entry("F32", [2**64, 0], 0, 0)}), "not of the form"),
         (encode({"w": entry("F32", [0, 2**62, 2**62], 0, 0)}), "overflows"),
         (encode({"w": entry("F32", [1] * 65, 0, 4)}, bytes(4)), "'w' has 65 dimensions"),
-        (encode(b'{"w":1e999}'), "'w' is no JSON object"),
+        (encode(b'{"w":1e999}'), "'w' is not a JSON object"),
     ],
 )
 def test_broken_files(data: bytes, message: str, file: Path) -> None:

@@ -362,14 +362,14 @@ def _rank_and_size(env: Mapping[str, str]) -> tuple[int, int]:
     if rank is None:
         raise ConfigError(f"{name} is not set in a job of {size} ranks: give msrun --node_rank on each node")
     if rank >= size:
-        raise ConfigError(f"{name}={rank} is no rank of a job of {size} ranks (MS_WORKER_NUM or RANK_SIZE)")
+        raise ConfigError(f"{name}={rank} is not a rank of a job of {size} ranks (MS_WORKER_NUM or RANK_SIZE)")
     return rank, size
 
 
 def _integer(env: Mapping[str, str], name: str) -> int | None:
     text = env.get(name, "")
     if text and not text.isdecimal():
-        raise ConfigError(f"{name}={text!r} is no whole number")
+        raise ConfigError(f"{name}={text!r} is not a whole number")
     return int(text) if text else None
 
 

@@ -81,7 +81,7 @@ def parse(body: bytes | bytearray) -> Message:
     except (ValueError, RecursionError) as error:  # the latter for thousands of brackets
         raise ProtocolError(f"no JSON: {error}") from error
     if not isinstance(message, dict):
-        raise ProtocolError("a message is no JSON object")
+        raise ProtocolError("a message is not a JSON object")
     return message
 
 

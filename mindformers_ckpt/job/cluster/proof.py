@@ -30,7 +30,7 @@ def new_challenge(number: bytes) -> bytes:
 
 
 def number_in(challenge: bytes) -> bytes:
-    """The number of the secret that a challenge names. Raises ProtocolError when it is no challenge."""
+    """The number of the secret that a challenge names. Raises ProtocolError when it is not a challenge."""
     if not challenge.startswith(GREETING):
         raise ProtocolError("an unexpected greeting")
     return challenge[len(GREETING) : len(GREETING) + NUMBER]

@@ -43,7 +43,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """What the ranks of a job have in common, which keeps jobs apart but is no secret."""
+    """What the ranks of a job have in common, which keeps jobs apart but is not secret."""
 
     address: Address
     size: int
