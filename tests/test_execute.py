@@ -424,8 +424,8 @@ def exchange_for_another_tensor(path: Path) -> None:
     [
         (shorten, "has 1048\\d+ bytes, 2097\\d+ when the work was planned"),
         (vanish, "No such file"),
-        (exchange_for_a_directory, "no regular file"),
-        (exchange_for_a_pipe, "no regular file"),
+        (exchange_for_a_directory, "not a regular file"),
+        (exchange_for_a_pipe, "not a regular file"),
         (lengthen, "bytes, 2097\\d+ when the work was planned: it was changed meanwhile"),
         (exchange_for_another_tensor, "."),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Union
@@ -236,6 +237,7 @@ class Checkpoint(Mapping[str, Tensor]):
             paths: Sequence[Path] = self._source.files.files
             self._numbers = {path: number for number, path in enumerate(dict.fromkeys(paths))}
             self._reader = ShardReader([SourceFile(path, self._source.size_of(path)) for path in self._numbers])
+            weakref.finalize(self, self._reader.close)  # for who does not close it
         return self._reader
 
     def _number(self, path: Path) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +160,23 @@ def test_just_the_bytes_of_a_part_are_read(toy: Path, monkeypatch: pytest.Monkey
     assert read == []
     checkpoint["embedding.weight"][5:7]  # bfloat16 [8, 6], rows 4 to 8 on ranks 1 and 3
     assert read == [("rank_1", 2 * 6 * 2)]
+
+
+def test_files_are_closed_with_the_checkpoint_or_when_nobody_has_it(toy: Path) -> None:
+    def open_files() -> int:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    before = open_files()
+    with mc.open_checkpoint(toy / "sharded", toy / "dp2mp2") as checkpoint:
+        np.asarray(checkpoint["embedding.weight"])
+        assert open_files() > before
+    assert open_files() == before
+    checkpoint = mc.open_checkpoint(toy / "sharded", toy / "dp2mp2")
+    np.asarray(checkpoint["embedding.weight"])
+    assert open_files() > before
+    del checkpoint
+    assert open_files() == before
 
 
 def test_shards_that_no_file_holds(toy: Path, tmp_path: Path) -> None:

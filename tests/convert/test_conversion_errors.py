@@ -72,8 +72,8 @@ def test_options_that_agree_are_fine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ({"model": "llamma"}, "known are bloom"),
-        ({"telechat_type": "telechat_7b"}, "no option of the model llama"),
+        ({"model": "llamma"}, "Known are bloom"),
+        ({"telechat_type": "telechat_7b"}, "not an option of the model llama"),
         ({"use_gmm": False}, "--use_gmm is not an option of the model llama"),
         ({"model": "mixtral", "naming": "mcore"}, "mixtral has no mcore names; it has legacy"),
         ({"model": None, "hf_config": None}, "model_type 'vicuna'"),

@@ -281,8 +281,8 @@ def test_a_cut_trailer_is_noticed(file: Path) -> None:
         (b"\x0a" + b"\xff" * 11, "longer than 10 bytes"),
         (b"\n\n\n\n\n\n\n\n\n\n\n\n", "damaged or no MindSpore checkpoint"),
         (record("w", [-1], "Int8", b""), "tensor 'w' has a negative dimension"),
-        (record(b"\xff", [1], "Int8", b"a"), "no UTF-8"),
-        (record("w", [1], b"\xff", b"a"), "no UTF-8"),
+        (record(b"\xff", [1], "Int8", b"a"), "not UTF-8"),
+        (record("w", [1], b"\xff", b"a"), "not UTF-8"),
         (
             record("w", [1], "Int7", b"a"),
             "tensor 'w': unknown .ckpt element type 'Int7'.*save it with a known",
@@ -336,10 +336,10 @@ def test_paths_that_are_no_readable_file(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"missing\.ckpt: cannot be read: No such file"):
         read_header(tmp_path / "missing.ckpt")
     (tmp_path / "folder.ckpt").mkdir()
-    with pytest.raises(FormatError, match="no regular file"):
+    with pytest.raises(FormatError, match="not a regular file"):
         read_header(tmp_path / "folder.ckpt")
     os.mkfifo(tmp_path / "pipe.ckpt")
-    with pytest.raises(FormatError, match="no regular file"):
+    with pytest.raises(FormatError, match="not a regular file"):
         read_header(tmp_path / "pipe.ckpt")
     with pytest.raises(FormatError, match=r"must end in \.ckpt or \.safetensors"):
         read_header(str(tmp_path / "model.h5"))
@@ -368,7 +368,7 @@ def test_long_names_and_many_dims_widen_the_window(file: Path) -> None:
 
 
 def test_a_name_that_is_no_unicode_is_not_written() -> None:
-    with pytest.raises(FormatError, match="no valid Unicode"):
+    with pytest.raises(FormatError, match="not valid Unicode"):
         layout_file("ckpt", [TensorSpec("w\ud800", INT8, (1,))])
 
 

@@ -142,9 +142,9 @@ def test_two_scalings(tmp_path: Path) -> None:
     [
         (f"{WQ}.lora_magnitude_vector", "is of DoRA"),
         (f"{WQ}.lora_magnitude_vector.default.weight", "is of DoRA"),
-        (f"{WQ}.lora_B.bias", "no LoRA of a linear layer"),
-        ("model.embedding.lora_embedding_A", "no LoRA of a linear layer"),
-        ("model.layers.0.mindpet_delta_adapter_tk_delta_adapter_block.weight", "no LoRA of a linear layer"),
+        (f"{WQ}.lora_B.bias", "not a LoRA of a linear layer"),
+        ("model.embedding.lora_embedding_A", "not a LoRA of a linear layer"),
+        ("model.layers.0.mindpet_delta_adapter_tk_delta_adapter_block.weight", "not a LoRA of a linear layer"),
     ],
 )
 def test_other_adapters(name: str, said: str, tmp_path: Path) -> None:
