@@ -96,7 +96,10 @@ def test_the_manifest_has_both_names(tmp_path: Path) -> None:
     [
         ("model.layers.0.attention.wq.weight", "several parameters that are one in the original model"),
         (f"base_model.model.{HEAD}.modules_to_save.second.weight", "several parameters that are one"),
-        ("base_model.model.model.embedding.token_adapter.trainable_tokens_delta.default", "not a LoRA of a linear layer"),
+        (
+            "base_model.model.model.embedding.token_adapter.trainable_tokens_delta.default",
+            "not a LoRA of a linear layer",
+        ),
         ("base_model.model.model.layers.0.attention.wq.lora_magnitude_vector.default.weight", "is of DoRA"),
     ],
 )
