@@ -286,9 +286,17 @@ def test_the_strategy_of_another_model(tmp_path: Path, config: Callable[..., Con
         ({"load_checkpoint": "empty"}, PlanError, "neither rank_<n> folders nor"),
         ({"load_checkpoint": "model", "src_strategy_path_or_dir": "nowhere"}, StrategyError, "no strategy file or"),
         ({"load_checkpoint": "output/transformed_checkpoint"}, ConfigError, "nothing was touched"),
-        ({"load_checkpoint": "model", "src_strategy_path_or_dir": "output/strategy"}, ConfigError, "output/strategy is in"),
+        (
+            {"load_checkpoint": "model", "src_strategy_path_or_dir": "output/strategy"},
+            ConfigError,
+            "output/strategy is in",
+        ),
         ({"load_checkpoint": "linked", "src_strategy_path_or_dir": "dp2mp4"}, ConfigError, "is a file in"),
-        ({"only_save_strategy": True, "src_strategy_path_or_dir": "output/strategy"}, ConfigError, "output/strategy is in"),
+        (
+            {"only_save_strategy": True, "src_strategy_path_or_dir": "output/strategy"},
+            ConfigError,
+            "output/strategy is in",
+        ),
     ],
 )
 def test_what_is_found_out_before_anything_is_cleared(
