@@ -8,7 +8,7 @@ import os
 import secrets
 import shlex
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from mindformers_ckpt.errors import PlanError
@@ -47,17 +47,23 @@ def owners_of(folder: Path, cluster: Cluster) -> list[int]:
     return owners
 
 
-def wait_for_files(files: Iterable[Path], patience: float = _FILE_PATIENCE) -> None:
-    """Wait until files that other nodes have written are seen here too. Raises PlanError if they are not."""
+def wait_for_files(
+    files: Iterable[Path], patience: float = _FILE_PATIENCE, check: Callable[[], None] = lambda: None
+) -> None:
+    """Wait until files that other nodes have written are seen here too. Raises PlanError if they are not.
+
+    `check` is called meanwhile and may raise to stop: where the one who writes has failed they never come.
+    """
     until = time.monotonic() + patience
     for file in files:
-        if not _appears(file, until - time.monotonic()):
+        if not _appears(file, until - time.monotonic(), check):
             raise PlanError(f"{file} was written by another node, but is not seen here after {patience:g} s")
 
 
-def _appears(file: Path, patience: float) -> bool:
+def _appears(file: Path, patience: float, check: Callable[[], None] = lambda: None) -> bool:
     until = time.monotonic() + patience
     while not _is_there(file):
+        check()
         if time.monotonic() >= until:
             return False
         _look_again(file.parent)

@@ -230,7 +230,8 @@ class _Job:
         names = self._lead() if self.cluster.rank == MAIN_RANK else self._follow()
         if self.request.live_strategies is not None and len(set(self.cluster.nodes)) > 1:
             rank, prefix = self.cluster.rank, self.request.prefix
-            wait_for_files(self.request.destination / name / f"rank_{rank}/{prefix}{rank}.ckpt" for name in names)
+            files = [self.request.destination / name / f"rank_{rank}/{prefix}{rank}.ckpt" for name in names]
+            wait_for_files(files, check=self.cluster.check)
             self.cluster.barrier("seen")
 
     def _check_strategies(self) -> None:

@@ -62,7 +62,7 @@ class Work:
             plan = plan_of(name)
             _check_same(plan, told, self.cluster.node)
             assert plan is not None
-            wait_for_files([folder])
+            wait_for_files([folder], check=self.cluster.check)
             self._copy_share(plan, folder)
         self.cluster.barrier("transformed")
         return folder, name

@@ -302,7 +302,8 @@ class CheckpointHook:
             return self._strategy_of_a_part()
         strategy = None
         if self.cluster.rank == MAIN_RANK:
-            wait_for_files([self.strategy_dir / rank_file_name(rank) for rank in range(self.cluster.size)])
+            files = [self.strategy_dir / rank_file_name(rank) for rank in range(self.cluster.size)]
+            wait_for_files(files, check=self.cluster.check)
             strategy = self._merge()
         self.cluster.barrier("strategy merged")
         if strategy is not None:

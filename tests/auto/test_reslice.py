@@ -12,6 +12,7 @@ from mindformers_ckpt.engine import machine
 from mindformers_ckpt.engine.copier import Task
 from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.job import work
+from mindformers_ckpt.job.cluster.rendezvous import RankError
 from mindformers_ckpt.job.shared_disk import wait_for_files
 from mindformers_ckpt.job.work import affordable, share_of, spread
 
@@ -83,6 +84,14 @@ def test_files_of_other_nodes_are_waited_for(tmp_path: Path) -> None:
     wait_for_files([tmp_path / "there"])
     with pytest.raises(PlanError, match=r"late was written by another node, but is not seen here after 0\.2 s"):
         wait_for_files([tmp_path / "there", tmp_path / "late"], patience=0.2)
+
+
+def test_nobody_waits_for_files_of_a_rank_that_failed(tmp_path: Path) -> None:
+    def failed() -> None:
+        raise RankError("rank 0 failed: no space left")
+
+    with pytest.raises(RankError, match="no space left"):
+        wait_for_files([tmp_path / "never"], patience=60, check=failed)
 
 
 def test_folders_of_other_nodes_are_waited_for(tmp_path: Path) -> None:
