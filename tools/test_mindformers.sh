@@ -19,7 +19,7 @@ for version in ${VERSIONS:-1.7.0 1.9.0 2.1.0}; do
         pip --editable . "mindformers==$version" 'datasets<4.1' 'opencv-python-headless<4.12' 'pandas<3' \
             'hypothesis>=6.90' 'pytest>=8' 'pytest-timeout>=2.3'
     else
-        pip --editable . 'mindspore==2.10.*' 'hypothesis>=6.90' 'pytest>=8' 'pytest-timeout>=2.3'
+        pip --editable . 'mindspore==2.10.*' requests 'hypothesis>=6.90' 'pytest>=8' 'pytest-timeout>=2.3'
         pip --no-deps "mindformers==$version"
         packages=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
         printf '%s\nimport stand_ins\n' "$PWD/tools" > "$packages/stand_ins.pth"
