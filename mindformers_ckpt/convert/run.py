@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -274,7 +274,6 @@ def plan_ranks(
     request: Request,
     target: Strategy,
     *,
-    ranks: Iterable[int] | None = None,
     prefix: str = DEFAULT_PREFIX,
     format: str = "ckpt",
     allow_missing: bool | Sequence[str] = False,
@@ -288,7 +287,6 @@ def plan_ranks(
     plan = rank_files(
         prepared.conversion,
         target,
-        ranks=ranks,
         prefix=prefix,
         format=format,
         origin=origin,

@@ -12,6 +12,7 @@ from mindformers_ckpt.engine.buffers import BLOCK_BYTES
 from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.formats import DType, TensorSpec
 from mindformers_ckpt.geometry.box import Box, blocks
+from mindformers_ckpt.look.arrays import numpy_type
 from mindformers_ckpt.look.holders import first_difference
 from mindformers_ckpt.look.whole import PathLike, WholeReader, checkpoint_at, whole_tensors
 from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
@@ -233,12 +234,7 @@ def _told(value: Any) -> float:
 
 def _number_type(dtype: DType) -> np.dtype[Any] | None:
     """The numpy type whose values the bytes are, None for those that are compared as bits only."""
-    import ml_dtypes
-    import numpy as np
-
-    if dtype.name in ("str", "qint4x2", "hifloat8"):
-        return None
-    return np.dtype(getattr(ml_dtypes, dtype.name, dtype.name))
+    return None if dtype.name in ("str", "qint4x2", "hifloat8") else numpy_type(dtype)
 
 
 def _as_numbers(carried: Array, dtype: np.dtype[Any]) -> Array:

@@ -22,6 +22,7 @@ from mindformers_ckpt.disk import files as disk
 from mindformers_ckpt.engine.machine import MEMORY_PER_PROCESS, free_memory, usable_cores
 from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.look.words import counted, shortened
+from mindformers_ckpt.publish import find_strays
 
 _PACKAGES = (
     *("mindspore", "mindformers", "numpy", "safetensors", "ml_dtypes", "protobuf", "filelock", "psutil", "xxhash"),
@@ -30,7 +31,6 @@ _PACKAGES = (
 _MEGABYTE = 1 << 20
 _TRIES = 20
 # Hidden names that end as ours do (publish/replace.py, disk/files.py).
-_STRAY = re.compile(r"\..+\.(?:(?:staging|new|part)-.+|lock|old)")
 _MOST_STRAY = 20
 
 
@@ -217,25 +217,20 @@ def _small_file(path: Path) -> float:
 
 
 def stray(folder: Path) -> Iterator[Finding]:
-    """What runs of ours that died have left in a folder or beside it."""
-    found = [
-        str(path)
-        for place in dict.fromkeys((folder, folder.parent))
-        for path in sorted(_entries(place))
-        if _STRAY.fullmatch(path.name)
-    ]
-    if found:
-        text = f"left by runs that died, or of one that is alive: {shortened(found, _MOST_STRAY)}"
+    """What runs of ours have left in a folder or beside it, and what those that are alive have there."""
+    found = []
+    for place in dict.fromkeys((folder, folder.parent)):
+        with contextlib.suppress(OSError):  # no folder, or none of ours to read: nothing to be said of it
+            found += find_strays(place)
+    dead = [f"{item.path} ({item.what})" for item in found if not item.holder]
+    alive = [f"{item.path} ({item.what}, of {item.holder})" for item in found if item.holder]
+    if dead:
+        text = f"left by runs that died: {shortened(dead, _MOST_STRAY)}"
         yield Finding("stray files", f"{text}; the next run for the same folder clears them", "warning")
-    else:
+    if alive:
+        yield Finding("files of runs", f"in use: {shortened(alive, _MOST_STRAY)}")
+    if not dead:
         yield Finding("stray files", "none")
-
-
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except OSError:
-        return []
 
 
 # ------------------------------------------------------------------------------------------- a checkpoint

@@ -14,6 +14,7 @@ from toy import command, listing, write_toy
 
 from mindformers_ckpt.cli.doctor import _meeting
 from mindformers_ckpt.disk import files
+from mindformers_ckpt.disk.locks import Owner
 from mindformers_ckpt.look import doctor
 from mindformers_ckpt.look.doctor import Finding
 from mindformers_ckpt.publish import replace
@@ -89,16 +90,24 @@ def test_what_our_runs_leave_is_found(tmp_path: Path) -> None:
     """By the very names that publishing gives."""
     destination = tmp_path / "result"
     destination.mkdir()
-    names = [f"{replace.staging_prefix(destination)}0123456789abcdef", replace.gate_of(destination).path.name]
-    names += [replace._old_name(destination).name, ".plan.json.part-01ab"]
-    for name in (*names, ".hidden", "ordinary.lock"):
+    gate, old = replace.gate_of(destination).path, replace._old_name(destination)
+    names = [f"{replace.staging_prefix(destination)}0123456789abcdef", gate.name, old.name, ".plan.json.part-0123abcd"]
+    for name in (names[0], names[3], ".hidden", ".foreign.lock", "ordinary.lock"):
         (tmp_path / name).touch()
+    gate.write_text(str(Owner.myself()._replace(started="long ago")))
+    old.mkdir()
+    (old / "manifest.json").write_text(json.dumps({"mindformers_ckpt": "0.1.0"}))
     (found,) = doctor.stray(destination)
     assert found.mark == "warning"
     for name in names:
         assert str(tmp_path / name) in found.text
-    assert "hidden" not in found.text
-    assert "ordinary" not in found.text
+    for name in ("hidden", "foreign", "ordinary"):
+        assert name not in found.text
+    gate.write_text(str(Owner.myself()))
+    dead, alive = doctor.stray(destination)
+    assert str(gate) not in dead.text
+    assert f"{gate} (a lock, of {Owner.myself().described})" in alive.text
+    assert alive.mark != "warning"
 
 
 def test_the_meeting_of_a_job() -> None:
