@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ckpt.convert.config import LAYOUT_SETTINGS, ModelConfig, read_config
-from mindformers_ckpt.convert.model import Model, find_model, model_of_config, models
+from mindformers_ckpt.convert.model import Model, find_model, model_of_config, models, raise_without_network
 from mindformers_ckpt.convert.weights import Weights, config_folder
 from mindformers_ckpt.errors import ConfigError, did_you_mean
 
@@ -84,10 +84,12 @@ def with_settings(request: Request, settings: Mapping[str, bool]) -> Request:
 
 
 def model_of(request: Request, config: ModelConfig) -> Model:
+    """The model that is asked for, or that of the config.json. Raises ConfigError where there is none."""
     if request.model is None:
         return model_of_config(config)
     model = find_model(request.model)
     if model is None:
+        raise_without_network(request.model)
         like = did_you_mean(request.model, models())
         raise ConfigError(f"unknown model {request.model!r}.{like} Known are {', '.join(models())}")
     return model

@@ -9,7 +9,9 @@ from typing import Any
 import huggingface as hf
 import numpy as np
 import pytest
+from test_round_trips import CASES
 
+from mindformers_ckpt.convert.model import models
 from mindformers_ckpt.convert.run import Request, convert
 from mindformers_ckpt.errors import CheckpointError, ConfigError
 
@@ -80,30 +82,29 @@ def test_the_text_of_qwen2_5_vl_is_qwen2(nested: bool, tmp_path: Path) -> None:
     assert [warning for warning in back.warnings if "vision part" in warning]
 
 
-@pytest.mark.parametrize(
-    ("model", "tensors", "config"),
-    [
-        ("llama", hf.random_tensors(hf.llama_shapes()), hf.decoder_config()),
-        ("mistral", hf.random_tensors(hf.llama_shapes()), hf.decoder_config(model_type="mistral")),
-        ("mixtral", hf.random_tensors(hf.mixtral_shapes(3)), None),
-        ("deepseek", hf.deepseek_tensors(), hf.DEEPSEEK_CONFIG),
-        ("glm4_moe", hf.glm_moe_tensors(), hf.GLM_MOE_CONFIG),
-        ("bloom", hf.random_tensors(hf.bloom_shapes()), {"model_type": "bloom", "n_layer": 2, "n_head": 2}),
-        ("telechat", hf.random_tensors(hf.telechat_shapes("telechat_7b")), {"n_layer": 2}),
-    ],
-)
-@pytest.mark.parametrize("name", ["model.rotary_emb.inv_freq", "model.layers.0.self_attn.rotary_emb.inv_freq"])
-def test_rotary_frequencies_of_old_files_are_left_out(
-    model: str, tensors: hf.Tensors, config: dict[str, Any] | None, name: str, tmp_path: Path
-) -> None:
-    if model == "mixtral":
-        config = hf.decoder_config(model_type="mixtral", num_hidden_layers=1, num_local_experts=3)
-    if model == "bloom":
-        config = {**(config or {}), "hidden_size": 8}
-    for folder, more in (("plain", {}), ("more", {name: hf.random_tensor(name, (4,))})):
+@pytest.mark.parametrize("case", CASES)
+def test_rotary_frequencies_of_old_files_are_left_out(case: str, tmp_path: Path) -> None:
+    model, tensors, config = CASES[case]
+    prefix = next((prefix for prefix in ("model.", "transformer.") for name in tensors if name.startswith(prefix)), "")
+    names = [f"{prefix}{name}" for name in ("rotary_emb", "rotary_pos_emb", "layers.0.self_attn.rotary_emb", "rope")]
+    buffers = {f"{name}.inv_freq": hf.random_tensor(name, (4,)) for name in names}
+    for folder, more in (("plain", {}), ("more", buffers)):
         source = hf.write_folder(tmp_path / folder, {**tensors, **more}, config)
-        convert(Request(model, source), tmp_path / f"{folder}.ckpt")
-    assert (tmp_path / "more.ckpt").read_bytes() == (tmp_path / "plain.ckpt").read_bytes()
+        convert(Request(model, source), tmp_path / f"{folder}.safetensors")
+    assert (tmp_path / "more.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("case", "naming"),
+    [(case, naming) for case in CASES for naming in models()[CASES[case][0]].namings if "+" not in naming],
+)
+def test_names_tell_the_naming_on_the_way_back(case: str, naming: str, tmp_path: Path) -> None:
+    model, tensors, config = CASES[case]
+    source = hf.write_folder(tmp_path / "source", tensors, config)
+    convert(Request(model, source, naming=naming), tmp_path / "weights.ckpt")
+    folder = None if config is None else source
+    convert(Request(model, tmp_path / "weights.ckpt", True, hf_config=folder), tmp_path / "back")
+    hf.assert_equal(hf.read_folder(tmp_path / "back"), tensors)
 
 
 def test_the_first_layers_of_a_model(tmp_path: Path) -> None:
@@ -140,6 +141,14 @@ def test_prediction_layers_keep_their_place_behind_all_layers(naming: str, tmp_p
         hf.assert_equal(hf.read_folder(tmp_path / f"back{count}"), expected)
         config = json.loads((tmp_path / f"back{count}" / "config.json").read_text())
         assert (config["num_hidden_layers"], config["num_nextn_predict_layers"]) == (1, count)
+
+
+@pytest.mark.parametrize("model", [None, "qwen3-next"])
+def test_a_model_without_a_network_is_refused_with_the_reason(model: str | None, tmp_path: Path) -> None:
+    config = hf.decoder_config(model_type="qwen3_next")
+    source = hf.write_folder(tmp_path / "source", hf.random_tensors(hf.llama_shapes()), config)
+    with pytest.raises(ConfigError, match=r"MindFormers has no network of qwen3.next \(up to 2\.1\)"):
+        convert(Request(model, source), tmp_path / "weights.ckpt")
 
 
 @pytest.mark.parametrize(("naming", "suffix"), [("legacy", "ckpt"), ("mcore", "safetensors")])
