@@ -3,8 +3,8 @@
     python tools/fuzz_meeting.py --streams 1000000       # mutated handshakes, garbage, half-open connections
     python tools/fuzz_meeting.py --ranks 2000            # so many ranks at once, and how long they take to join
 
-A job of three ranks shares values and hands them out all the time. Before the last of them joins, and after it, strangers connect and
-send what `streams` makes. The job has to end with the right values on every rank.
+A job of three ranks shares values and hands them out all the time. Before the last of them joins, and after it,
+strangers connect and send what `streams` makes. The job has to end with the right values on every rank.
 """
 
 from __future__ import annotations
