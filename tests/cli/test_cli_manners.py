@@ -292,5 +292,11 @@ def test_completion_of_commands_models_and_formats(toy: Path) -> None:
         return [entry.partition(",")[2] for entry in done.stdout.splitlines()]
 
     assert completed("mindformers-ckpt merge") == ["merge-lora", "merge-strategy"]
-    assert completed("mindformers-ckpt convert --model qwen") == ["qwen", "qwen2_moe", "qwen3", "qwen3_moe"]
+    assert completed("mindformers-ckpt convert --model qwen") == [
+        "qwen",
+        "qwen2_5_vl",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+    ]
     assert completed("mindformers-ckpt transform --format s") == ["safetensors"]
