@@ -10,7 +10,7 @@ VENV=${VENV:-.venv-site}
 source tools/environment.sh
 make_environment
 # The reason for these, and for their bounds, is in CONTRIBUTING.md.
-pip 'mkdocs-material>=9.7,<10' 'mkdocs>=1.6,<2' 'jieba>=0.42,<0.43'
+pip 'mkdocs-material>=9.7,<10' 'mkdocs>=1.6,<2' 'jieba>=0.42,<0.43' 'websocket-client>=1.6'
 rm -rf site
 for configuration in mkdocs.yml mkdocs.zh.yml; do
     # The theme speaks of its successor at every start.
