@@ -138,16 +138,16 @@ def _address(file: Path) -> str:
 def look(site: Path, page: Page, pictures: Path | None) -> list[str]:
     """What is wrong with the pages."""
     faults = []
-    for file in sorted([*site.glob("*.html"), *site.glob("zh/*.html")]):
+    files = sorted([*site.glob("*.html"), *site.glob("zh/*.html")])
+    for (screen, width), file in itertools.product(WIDTHS.items(), files):
         name = file.relative_to(site).with_suffix("").as_posix()
+        page.resize(width)
         page.open(file)
-        for screen, width in WIDTHS.items():
-            page.resize(width)
-            wide = page.evaluate("document.documentElement.scrollWidth")
-            if wide > width:
-                faults.append(f"{name} is {wide} pixels wide on a {screen} of {width}")
-            if pictures is not None:
-                (pictures / f"{name.replace('/', '_')}_{screen}.png").write_bytes(page.picture())
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        if wide > width:
+            faults.append(f"{name} is {wide} pixels wide on a {screen} of {width}")
+        if pictures is not None:
+            (pictures / f"{name.replace('/', '_')}_{screen}.png").write_bytes(page.picture())
     for folder, query, wanted in SEARCHES:
         page.open(site / folder / "index.html")
         found = page.search(query)
