@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from doc_pages import CHINESE, DOCS, Block, blocks_of, text_of, without_blocks
+from doc_pages import CHINESE, DOCS, ROOT, Block, blocks_of, text_of, without_blocks
 
 NAMES = sorted(page.name for page in DOCS.glob("*.md"))
 _LINK = re.compile(r"\]\(([^)#\s]*)(?:#[^)]*)?\)")
@@ -85,6 +85,19 @@ def test_links_lead_to_files(folder: Path) -> None:
         if target and not re.match(r"https?:", target) and not (folder / target).exists()
     ]
     assert broken == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_CN.md", "CONTRIBUTING.md"])
+def test_links_of_the_repository_lead_to_files(name: str) -> None:
+    targets = {target for target in _LINK.findall(without_blocks(ROOT / name)) if not re.match(r"https?:", target)}
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_CN.md"])
+def test_the_readme_leads_to_every_page(name: str) -> None:
+    folder = "docs" if name == "README.md" else "docs/zh"
+    targets = set(_LINK.findall(text_of(ROOT / name)))
+    assert [page for page in NAMES if f"{folder}/{page}" not in targets and page != "index.md"] == []
 
 
 def test_a_missing_row_a_changed_command_and_a_missing_heading_are_noticed(tmp_path: Path) -> None:
