@@ -63,7 +63,7 @@ def _texts(tree: ast.Module) -> Iterator[tuple[str, str]]:
     raised = _raised_names(tree)
     for node, kind in _literals(tree, LINE, raised):
         text = re.sub(r"%(?:[sdrg]|\.\d[fg])", "…", _rendered(node)).strip()
-        if len(_WORD.findall(text.replace("…", " "))) >= (3 if kind in (LINE, CAUSE) else 2):
+        if "{" not in text and len(_WORD.findall(text.replace("…", " "))) >= (3 if kind in (LINE, CAUSE) else 2):
             yield kind, text
 
 

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,21 +112,20 @@ class Page:
 
 @contextlib.contextmanager
 def tab(program: str) -> Iterator[Page]:
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        browser = subprocess.Popen(
-            [program, *_OPTIONS, f"--user-data-dir={profile}", "about:blank"], stderr=subprocess.DEVNULL
-        )
-        try:
-            yield Page(_address(Path(profile) / "DevToolsActivePort"))
-        finally:
-            browser.terminate()
-            browser.wait(timeout=20)
+    profile = Path(tempfile.mkdtemp())
+    browser = subprocess.Popen(
+        [program, *_OPTIONS, f"--user-data-dir={profile}", "about:blank"], stderr=subprocess.DEVNULL
+    )
+    try:
+        yield Page(_address(profile / "DevToolsActivePort"))
+    finally:
+        browser.terminate()
+        browser.wait(timeout=20)
+        shutil.rmtree(profile, ignore_errors=True)  # its processes may write a moment longer
 
 
 def _address(file: Path) -> str:
     """Where the one page of a new browser listens."""
-    import urllib.request
-
     end = time.monotonic() + 30
     while not (file.is_file() and file.read_text()) and time.monotonic() < end:
         time.sleep(0.1)
