@@ -12,8 +12,11 @@ make_environment
 # The reason for these, and for their bounds, is in CONTRIBUTING.md.
 pip 'mkdocs-material>=9.7,<10' 'mkdocs>=1.6,<2' 'jieba>=0.42,<0.43' 'websocket-client>=1.6'
 rm -rf site
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
 for configuration in mkdocs.yml mkdocs.zh.yml; do
-    # The theme speaks of its successor at every start.
-    NO_MKDOCS_2_WARNING=1 "$VENV/bin/python" -W ignore::SyntaxWarning -m mkdocs build --strict --quiet -f "$configuration"
+    # Not --quiet: what is not said does not count as a warning. The theme speaks of its successor at every start.
+    NO_MKDOCS_2_WARNING=1 "$VENV/bin/python" -W ignore::SyntaxWarning -m mkdocs build --strict -f "$configuration" \
+        >"$log" 2>&1 || { cat "$log" >&2; exit 1; }
 done
 echo "site/index.html and site/zh/index.html are built"

@@ -98,7 +98,7 @@ class Page:
     def search(self, query: str) -> list[str]:
         """The pages that a search finds."""
         self.evaluate(f"{_SEARCH}({json.dumps(query)})")
-        self._wait(f"{_RESULTS}.length > 0", seconds=15)
+        self._wait(f"{_RESULTS}.length > 0", seconds=40)
         return [str(link) for link in self.evaluate(_RESULTS) or ()]
 
     def picture(self) -> bytes:
