@@ -983,7 +983,7 @@ def test_every_row_is_tested() -> None:
 
 def test_the_chinese_page_has_the_same_rows() -> None:
     """The same headings and tables, and in each row the same file names and options."""
-    english, chinese = DOCS / "sources.md", DOCS / "sources_CN.md"
+    english, chinese = DOCS / "sources.md", DOCS / "zh" / "sources.md"
     headings = [
         [line.split(" ")[0] for line in page.read_text("utf-8").splitlines() if line.startswith("#")]
         for page in (english, chinese)

@@ -1,4 +1,4 @@
-"""Take the pictures of docs/look.md: the page of a plan for 1,024 ranks, in a headless Chromium.
+"""Take the pictures of docs/look.md and its Chinese twin: the page of a plan for 1,024 ranks, in a headless Chromium.
 
     python tools/page_pictures.py
 
@@ -22,7 +22,9 @@ from mindformers_ckpt.planning.file import Job
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
 
-IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
+_DOCS = Path(__file__).resolve().parent.parent / "docs"
+# The same pictures twice: a link out of a language's folder would not work on the site.
+IMAGES = (_DOCS / "images", _DOCS / "zh" / "images")
 # As a program of a machine that has no network.
 _OPTIONS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
@@ -59,10 +61,12 @@ def main() -> int:
         about = {"source": source.describe(), "target": target.describe()}
         page = Path(folder) / "page.html"
         write_page(Job(plan, about, False, None), page, (source.stage_size, target.stage_size))
-        IMAGES.mkdir(exist_ok=True)
         for theme in ("light", "dark"):
             state = f"tensor=model.layers.7.attention.wo.weight&search=layers.7.&rank=77&theme={theme}"
-            (IMAGES / f"plan_{theme}.png").write_bytes(browse(page, state, size=(1280, 1900)))
+            picture = browse(page, state, size=(1280, 1900))
+            for images in IMAGES:
+                images.mkdir(exist_ok=True)
+                (images / f"plan_{theme}.png").write_bytes(picture)
     return 0
 
 
