@@ -21,7 +21,8 @@ def need(*packages: str, extra: str = "") -> None:
     if not missing:
         return
     what = f"'{ROOT}[{extra}]'" if extra else str(ROOT)
-    activate = f" (or activate {ROOT / '.venv'})" if (ROOT / ".venv").is_dir() else ""
+    own = ROOT / ".venv"
+    activate = f" (or activate {own})" if own.is_dir() and Path(sys.prefix).resolve() != own.resolve() else ""
     script = Path(sys.argv[0]).name
     print(f"error: {script} needs {', '.join(missing)}: python -m pip install {what}{activate}", file=sys.stderr)
     sys.exit(1)

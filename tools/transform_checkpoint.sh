@@ -17,7 +17,7 @@ usage: bash tools/transform_checkpoint.sh SRC_CHECKPOINT SRC_STRATEGY DST_CHECKP
   --OPTION            any option of `mindformers-ckpt transform`: --overwrite replaces an earlier result in
                       DST_CHECKPOINT_DIR, --resume goes on after an interruption
 
-It returns when all is done, and not with 0 when any part failed. PYTHON names the interpreter (python).
+It returns when all is done, and not with 0 when any part failed. PYTHON names the interpreter (python, else python3).
 TEXT
 }
 
@@ -37,6 +37,6 @@ if (($# < 6)) || [[ ${OPTIONS[0]:-} != "" && ${OPTIONS[0]} != -* ]]; then
     exit 2
 fi
 
-exec "${PYTHON:-python}" "$(dirname "${BASH_SOURCE[0]}")/transform_checkpoint.py" \
+exec "${PYTHON:-$(command -v python || echo python3)}" "$(dirname "${BASH_SOURCE[0]}")/transform_checkpoint.py" \
     --src_checkpoint="$1" --src_strategy="$2" --dst_checkpoint_dir="$3" --dst_strategy="$4" \
     --world_size="$5" --transform_process_num="$6" --prefix="${PREFIX:-checkpoint_}" ${OPTIONS[@]+"${OPTIONS[@]}"}
