@@ -9,9 +9,9 @@ RUN pip wheel --no-cache-dir --wheel-dir /wheels ".[fingerprint,object-storage]"
 
 FROM python:3.12-slim
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
-    pip install --no-cache-dir --no-index --find-links /wheels "mindformers_ckpt[fingerprint,object-storage]"
+    pip install --no-cache-dir --no-index /wheels/*.whl
 # Checkpoints are mounted here. What is written belongs to whom `docker run --user` names.
 WORKDIR /work
-USER nobody
+USER 65534
 ENTRYPOINT ["mindformers-ckpt"]
 CMD ["--help"]
