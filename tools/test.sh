@@ -5,7 +5,6 @@
 # With arguments, only pytest runs. VENV names the environment (.venv-test; made when it is missing), PYTHON the
 # interpreter to make it with (python3).
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=${VENV:-.venv-test}

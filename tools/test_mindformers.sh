@@ -5,7 +5,6 @@
 # brings a MindSpore of its own, 2.7.2; .venv-mindformers-<version> for others), PYTHON the interpreter to make them with.
 # Newer versions are installed on MindSpore 2.10 without their dependencies, whose places tools/stand_ins.py takes.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/environment.sh

