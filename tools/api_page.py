@@ -9,7 +9,6 @@ Head and order are in this file; all else is signatures and docstrings. Needs no
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib
 import inspect
@@ -19,8 +18,6 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import checkout  # noqa: F401 - finds the package of this checkout
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "api.md"
@@ -178,11 +175,11 @@ def _as_list(text: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when the page is an old one")
-    is_check = parser.parse_args(arguments).check
+    if arguments not in ([], ["--check"]):
+        print("usage: python tools/api_page.py [--check]", file=sys.stderr)
+        return 2
     text = page()
-    if not is_check:
+    if not arguments:
         PAGE.write_text(text, encoding="utf-8")
         return 0
     if PAGE.read_text(encoding="utf-8") == text:
@@ -192,4 +189,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     sys.exit(main(sys.argv[1:]))
