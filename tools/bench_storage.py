@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import checkout  # noqa: F401 - finds the package of this checkout
 import click
 
 sys.path.insert(0, str(Path(__file__).parent))

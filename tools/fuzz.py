@@ -28,6 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 
+import checkout  # noqa: E402, F401 - finds the package of this checkout
 from fuzz_inputs import READERS, inputs, seeds_of  # noqa: E402
 from fuzz_oracles import compare, load  # noqa: E402
 

@@ -161,10 +161,12 @@ def _is_of_short_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def _printable_usage_errors() -> Iterator[None]:
-    """What click says of wrong options repeats what was given."""
+    """What click says of wrong options repeats what was given. A command without any gets its help, which is ours."""
     try:
         yield
     except click.ClickException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # from click 8.2 on
+            raise
         vars(error)["message"] = printable(error.message)  # click calls it final
         raise
 

@@ -119,9 +119,13 @@ class Transfer(NamedTuple):
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of the source shards that are in the hull of the targets: what execution reads."""
+        """Bytes of the source shards that are in the hull of the targets, in the type they have there: what is read."""
         wanted = hull([place.box for place in self.targets])
-        return covered_volume(wanted, [place.box for place in self.sources]) * self.dtype.itemsize
+        boxes: dict[int, list[Box]] = {}
+        for place in self.sources:
+            dtype = self.dtype if place.compute is None else place.compute.dtype
+            boxes.setdefault(dtype.itemsize, []).append(place.box)
+        return sum(covered_volume(wanted, held) * size for size, held in boxes.items())
 
 
 @dataclass(frozen=True)

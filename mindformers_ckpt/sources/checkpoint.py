@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.sources.checkpoint2 import contradictions
 from mindformers_ckpt.sources.source import Kind, Source
+from mindformers_ckpt.state_names import state_of
 from mindformers_ckpt.strategy.model import Strategy
 
 
@@ -257,19 +258,25 @@ class Checkpoint:
         return self._shared_layout(name, layout, shard)
 
     def _layout_of_weight(self, name: str, stage: int, shard: TensorSpec) -> Layout | None:
-        """The layout of a state that metadata.json leaves out ("muon_m.<weight>"): that of its weight.
+        """The layout of a state that no strategy names ("adam_m.<weight>"): that of its weight.
 
-        MindFormers itself reads such states so. Those of another shape than the weight's slice are whole (counters,
-        and placeholders of one element).
+        MindFormers leaves some out of metadata.json and reads them so; a strategy that was declared, or saved for the
+        weights alone, leaves out all. Those of another shape than the weight's slice are whole (counters, and
+        placeholders of one element).
         """
-        weight = name.partition(".")[2]
-        if self.files.metadata is None or not weight:
+        metadata = self.files.metadata
+        state = state_of(name, self.strategy.stages[stage], known=metadata is None)
+        if state is None:
             return None
-        layout = self.strategy.stages[stage].get(weight)
-        recorded = self.files.metadata.tensors.get(weight)
-        if layout is None or recorded is None:
-            return None
-        return layout if layout.box(recorded.shape, 0).shape == shard.shape else None
+        if metadata is None:
+            spec = next((self.header_of(rank)[state.weight][1] for rank in self._holding(state.weight, stage)), None)
+            return self._layout(state.weight, stage, spec) if spec is not None and spec.shape == shard.shape else None
+        layout, recorded = self.strategy.stages[stage][state.weight], metadata.tensors.get(state.weight)
+        return layout if recorded is not None and layout.box(recorded.shape, 0).shape == shard.shape else None
+
+    def _holding(self, name: str, stage: int) -> Iterator[int]:
+        """The ranks of a stage whose files hold a tensor."""
+        return (rank for rank in self._ranks(stage) if self.holds(rank, name))
 
     def _shared_layout(self, name: str, layout: Layout, shard: TensorSpec) -> Layout | None:
         """The layout of a parameter shared with another stage, whose layout alone is recorded.

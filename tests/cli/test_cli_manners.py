@@ -56,6 +56,14 @@ def inside(toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 # ------------------------------------------------------------------------------------------- help
 
 
+def test_no_command_at_all_is_answered_with_help(inside: Callable[..., Result]) -> None:
+    """Not as a line with escapes for its newlines: click calls it an error."""
+    said = inside([])
+    text = said.out + said.err
+    assert "\n  transform  " in text
+    assert "\\n" not in text
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_help_has_examples_a_page_and_exit_codes(name: str) -> None:
     text = of(name).get_help(click.Context(of(name), info_name=name))
