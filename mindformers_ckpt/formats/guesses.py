@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from mindformers_ckpt.formats.waiting import waits
+from mindformers_ckpt.objects.reading import Handle, pread
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -70,15 +71,16 @@ class _Pool:
 
 
 _pool = _Pool()
-_slow_devices: set[int] = set()  # on which reading had to wait
+_NO_DEVICE = -1
+_slow_devices = {_NO_DEVICE}  # on which reading had to wait
 
 
 class Pieces:
-    """Reads small pieces of an open file."""
+    """Reads small pieces of an open file. Those of an object storage always have to be waited for."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._device = os.fstat(descriptor).st_dev
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+        self._device = os.fstat(handle).st_dev if isinstance(handle, int) else _NO_DEVICE
         self._waits = _WAITS if self._device in _slow_devices else 0
         self._pool: ThreadPoolExecutor | None = None
         self._asked: set[Future[bytes]] = set()
@@ -90,9 +92,9 @@ class Pieces:
     def read(self, start: int, length: int) -> bytes:
         """Bytes of the file, fewer at its end."""
         if self.is_slow:
-            return os.pread(self._descriptor, length, start)
+            return pread(self._handle, length, start)
         started, before = time.perf_counter(), waits()
-        data = os.pread(self._descriptor, length, start)
+        data = pread(self._handle, length, start)
         if time.perf_counter() - started > _QUICK_SECONDS and waits() > before:
             self._waits += 1
             if self.is_slow:
@@ -178,6 +180,6 @@ class Pieces:
     def _ask(self, start: int, length: int) -> Future[bytes]:
         if self._pool is None:
             self._pool = _pool.enter()
-        asked = self._pool.submit(os.pread, self._descriptor, length, start)
+        asked = self._pool.submit(pread, self._handle, length, start)
         self._asked.add(asked)
         return asked
