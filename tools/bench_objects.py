@@ -1,4 +1,4 @@
-"""Rows of tools/bench_storage.py for object storage (`--s3`), and for the start of many ranks (`--ranks N`)."""
+"""Rows of tools/bench_storage.py for object storage (`--s3`)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from pathlib import Path
 import click
 from bench_transform import ours, strategy_argument
 from object_server import BUCKET, Server, serving
+
+from mindformers_ckpt.objects.path import as_path
 
 _REQUEST = 4 << 20
 _WAYS = ("raw, 32 connections", "s3 -> disk", "disk -> s3", "s3 -> s3")
@@ -47,9 +49,10 @@ def read_raw(server: Server, keys: dict[str, int], connections: int) -> None:
         thread.join()
 
 
-def report_s3(folder: Path, result: Path, *, delay_ms: float, link: float, repeats: int, processes: int) -> None:
+def report_s3(folder: Path, result: Path, *, delay_ms: float, link: float, repeats: int) -> None:
     """Measure an object storage behind a delay, and print its rows. `folder` holds data/source and data/strategy."""
     objects = folder / "s3" / "objects"
+    shutil.rmtree(objects, ignore_errors=True)
     objects.mkdir(parents=True)
     shutil.copytree(folder / "data" / "source", objects / "source", copy_function=os.link)
     keys = {str(path.relative_to(objects)): path.stat().st_size for path in objects.rglob("*.ckpt")}
@@ -68,10 +71,9 @@ def report_s3(folder: Path, result: Path, *, delay_ms: float, link: float, repea
             if way.startswith("raw"):
                 read_raw(server, keys, 32)
             else:
-                source = f"s3://{BUCKET}/source" if way.startswith("s3") else folder / "data" / "source"
-                target = f"s3://{BUCKET}/target" if way.endswith("s3") else result
-                words = ("--transform_process_num", str(processes))
-                subprocess.run(_command(source, src, target, dst, *words), check=True, env=server.environment)
+                source = as_path(f"s3://{BUCKET}/source") if way.startswith("s3") else folder / "data" / "source"
+                target = as_path(f"s3://{BUCKET}/target") if way.endswith("s3") else result
+                subprocess.run(ours(source, src, target, dst), check=True, env=server.environment)
             seconds = time.perf_counter() - started
             if way not in best or seconds < best[way][0]:
                 best[way] = seconds, server.counters()
@@ -82,9 +84,3 @@ def report_s3(folder: Path, result: Path, *, delay_ms: float, link: float, repea
             "{:6d} {:6d} {:6d} {:7d} {:10d}".format(*numbers)
         )
     shutil.rmtree(result, ignore_errors=True)
-
-
-def _command(source: Path | str, src: str, target: Path | str, dst: str, *words: str) -> list[str]:
-    """The command line, in which a Path would lose a slash of a URL."""
-    command = ours(Path("source"), src, Path("target"), dst, *words)
-    return [{"source": str(source), "target": str(target)}.get(word, word) for word in command]

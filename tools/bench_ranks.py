@@ -42,7 +42,7 @@ def make_source(folder: Path, ranks: int) -> None:
         (folder / "ranks" / f"rank_{rank}").mkdir()
         os.link(file, folder / "ranks" / f"rank_{rank}" / f"checkpoint_{rank}.ckpt")
     for name, mesh in {"many": {"dp": ranks // 4, "mp": 4}, "two": {"mp": 2}}.items():
-        layouts = {}
+        layouts: dict[str, Layout] = {}
         for tensor, shape in weights.items():
             layout = Layout.on(mesh, *(("mp", None) if len(shape) > 1 else (None,)))
             layouts |= {f"{prefix}{tensor}": layout for prefix in ("", "adam_m.", "adam_v.")}
