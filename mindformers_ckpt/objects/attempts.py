@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+import re
 import time
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
@@ -65,7 +66,9 @@ def _as_object_error(error: Exception, place: str) -> ObjectError | None:
     if isinstance(error, ObjectError):
         return error
     if isinstance(error, known.ClientError):
-        return _refusal(error.response, place)
+        answer = error.response
+        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return _refusal(int(status), str(answer.get("Error", {}).get("Code", "")), place)
     if isinstance(error, (known.NoCredentialsError, known.PartialCredentialsError, known.CredentialRetrievalError)):
         return ObjectError(errno.EACCES, f"{_line(error)}; {_CREDENTIALS}", place, is_final=True)
     if isinstance(error, (known.ConnectionError, known.HTTPClientError, urllib3.exceptions.HTTPError)):
@@ -79,10 +82,13 @@ def _as_object_error(error: Exception, place: str) -> ObjectError | None:
     return None
 
 
-def _refusal(response: dict[str, dict[str, object]], place: str) -> ObjectError:
-    """An answer of the storage that is an error."""
-    status = int(str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)))
-    code = str(response.get("Error", {}).get("Code", ""))
+def refusal(status: int, body: bytes, place: str) -> ObjectError:
+    """What an answer means that is an error, by its status and its text."""
+    code = re.search(rb"<Code>(\w+)</Code>", body)
+    return _refusal(status, code[1].decode() if code else "", place)
+
+
+def _refusal(status: int, code: str, place: str) -> ObjectError:
     text = " ".join(f"{status} {code if code != str(status) else ''}".split())
     if code == "NoSuchBucket":
         return ObjectError(errno.ENOENT, "there is no such bucket", place, is_final=True)

@@ -9,15 +9,19 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from http import HTTPStatus
 from typing import Any, NamedTuple
 
 from mindformers_ckpt.errors import ConfigError
-from mindformers_ckpt.objects.attempts import persist
+from mindformers_ckpt.objects.attempts import persist, refusal
 from mindformers_ckpt.objects.errors import MissingObject, ObjectError
 
 CONNECTIONS = 32
 _READ_BYTES = 1 << 20
+_TIMEOUTS = (10, 60)  # seconds: to connect, and for each piece of an answer
+_SIGNED_SECONDS = 240.0  # temporary credentials are good for longer when they are used
 _AMAZON = ".amazonaws.com"
 _ADVICE = (
     "set AWS_ENDPOINT_URL to the OBS endpoint of the bucket's region, e.g. https://obs.cn-north-4.myhuaweicloud.com"
@@ -52,7 +56,9 @@ class Client:
         try:
             from botocore.config import Config
             from botocore.exceptions import BotoCoreError
+            from botocore.httpsession import URLLib3Session
             from botocore.session import Session
+            from botocore.utils import get_environ_proxies
         except ImportError as error:
             raise ConfigError(
                 f"{scheme}://: object storage needs further packages ({error}); "
@@ -61,13 +67,14 @@ class Client:
         # One attempt a request, of limited time: attempts and pauses are counted here. Checksums of botocore's own are
         # an extension that other servers than Amazon's refuse.
         config = Config(
-            connect_timeout=10,
-            read_timeout=60,
+            connect_timeout=_TIMEOUTS[0],
+            read_timeout=_TIMEOUTS[1],
             retries={"total_max_attempts": 1},
             max_pool_connections=CONNECTIONS,
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             s3={"payload_signing_enabled": False},
+            signature_version="s3v4",
         )
         session = Session()
         region = None if session.get_config_variable("region") else "us-east-1"  # other storages have none
@@ -77,6 +84,14 @@ class Client:
             raise ConfigError(f"{scheme}://: the object storage cannot be reached: {error}") from error
         if scheme == "obs" and _AMAZON in self._client.meta.endpoint_url:
             raise ConfigError(f"obs://: {_ADVICE}")
+        endpoint = self._client.meta.endpoint_url
+        self._http = URLLib3Session(
+            verify=session.get_config_variable("ca_bundle") or True,
+            proxies=get_environ_proxies(endpoint),
+            timeout=_TIMEOUTS,
+            max_pool_connections=CONNECTIONS,
+        )
+        self._signed: dict[tuple[str, str], tuple[float, str]] = {}
         self._scheme = scheme
         self._slots = threading.BoundedSemaphore(CONNECTIONS)
 
@@ -117,22 +132,37 @@ class Client:
         return done
 
     def _pieces(self, bucket: str, found: Found, start: int, stop: int) -> Iterator[bytes]:
-        """The bytes of a range, as they come."""
-        match = {"IfMatch": found.tag} if found.tag else {}
-        answer = self._client.get_object(Bucket=bucket, Key=found.key, Range=f"bytes={start}-{stop - 1}", **match)
-        body = answer["Body"]  # one that is read to its end gives its connection back, any other has to be closed
+        """The bytes of a range, as they come.
+
+        By an address that is signed once for many ranges: the client takes milliseconds of the processor to ask.
+        """
+        from botocore.awsrequest import AWSRequest
+
+        headers = {"Range": f"bytes={start}-{stop - 1}", **({"If-Match": found.tag} if found.tag else {})}
+        request = AWSRequest("GET", self._address(bucket, found.key), headers, stream_output=True)
+        answer = self._http.send(request.prepare())
         try:
-            if not str(answer.get("ContentRange", "")).startswith(f"bytes {start}-"):
+            if answer.status_code != HTTPStatus.PARTIAL_CONTENT:
+                raise refusal(answer.status_code, answer.content, self.url(bucket, found.key))
+            if not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
                 raise ConnectionError("the storage sends other bytes than those that were asked for")
             while start < stop:
-                data = body.read(min(_READ_BYTES, stop - start))
+                data = answer.raw.read(min(_READ_BYTES, stop - start))
                 if not data:
                     raise ConnectionError(f"the answer ends {stop - start} bytes too early")
                 start += len(data)
                 yield data
         except BaseException:
-            body.close()
+            answer.raw.close()  # one that is read to its end gives its connection back instead
             raise
+
+    def _address(self, bucket: str, key: str) -> str:
+        """Where an object is read for the next minutes."""
+        until, address = self._signed.get((bucket, key), (0.0, ""))
+        if time.monotonic() >= until:
+            address = self._client.generate_presigned_url("get_object", {"Bucket": bucket, "Key": key}, 3600)
+            self._signed[bucket, key] = time.monotonic() + _SIGNED_SECONDS, address
+        return address
 
     def put(self, bucket: str, key: str, data: bytes) -> None:
         """Write a small object."""
