@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mindformers_ckpt.errors import CheckpointError, TransferError
+from mindformers_ckpt.printable import printable
 
 
 class ObjectError(TransferError):
@@ -16,7 +17,7 @@ class ObjectError(TransferError):
         self.is_final = is_final
 
     def __str__(self) -> str:
-        return f"{self.filename}: {self.strerror}"
+        return printable(f"{self.filename}: {self.strerror}")
 
     def __reduce__(self) -> tuple[object, ...]:
         return _made, (type(self), self.errno, self.strerror, self.filename, self.is_final)

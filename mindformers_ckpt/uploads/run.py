@@ -12,6 +12,7 @@ completed, what was there before and is not replaced goes, the new manifest is w
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,6 @@ from mindformers_ckpt.execution import (
     Options,
     Progress,
     Report,
-    changed_files,
     check_addable,
     check_apart,
     check_unchanged,
@@ -40,7 +40,7 @@ from mindformers_ckpt.execution import (
     states_of,
 )
 from mindformers_ckpt.objects.client import Part
-from mindformers_ckpt.objects.errors import MissingObject
+from mindformers_ckpt.objects.errors import MissingObject, ObjectError
 from mindformers_ckpt.objects.listing import files_below, look_again
 from mindformers_ckpt.objects.path import ObjectPath, may_be_mixture
 from mindformers_ckpt.planning.digest import digest_of
@@ -96,11 +96,13 @@ class ObjectRun:
     ) -> None:
         if error is None or not self._uploads:
             return
-        if not self.options.keep or changed_files(self._states):
-            give_up(self.destination, self._names())
-            delete([self._record.path])
+        if not self.options.keep:
+            with contextlib.suppress(ObjectError):  # the next run for the destination does it
+                give_up(self.destination, self._names())
+                delete([self._record.path])
         elif isinstance(error, (TransferError, PublishError)):
-            raise PublishError(
+            kind = PublishError if isinstance(error, PublishError) else TransferError
+            raise kind(
                 f"{error}\n  What was sent is kept in the storage: the same command with --resume goes on"
             ) from error
 

@@ -219,6 +219,20 @@ def test_a_storage_that_stays_busy(storage: FlakyProxy, disk: Path, tmp_path: Pa
     assert not (tmp_path / "x").exists()
 
 
+def test_a_storage_that_takes_nothing_more(storage: FlakyProxy, disk: Path) -> None:
+    """What was sent is kept, whatever the storage says to the end of the run."""
+    source, target = send(disk / "complete", "q/complete"), f"s3://{BUCKET}/q/out"
+    storage.faults += [
+        Fault("503", method, "/q/", times=1000, skip=skip) for method, skip in (("PUT", 1), ("DELETE", 0))
+    ]
+    with pytest.raises(TransferError, match=r"the storage answers 503 .*\n  What was sent is kept .*--resume goes on"):
+        mc.transform(source, target)
+    storage.clear()
+    mc.transform(source, target, resume=True)
+    assert set(contents("q/out")) == {"manifest.json", "rank_0/checkpoint_0.safetensors"}
+    assert keys("q/.") == set()
+
+
 def test_no_rights(storage: FlakyProxy, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.faults.append(Fault("403", "HEAD", "/h", times=1000))
     with pytest.raises(CheckpointError, match=r"s3://training/h: the storage refuses \(403\); check the credentials"):
