@@ -2,8 +2,8 @@
 
 Two ranks of a job of two, each on a node of its own: a slow mount of the same folder. Rank 0 looks at all files of the
 source and plans, rank 1 is told what is its own (`auto_trans_save: False`). Every other rank of a larger job does what
-rank 1 does. Seconds of rank 0 are from the meeting to the plan, those of rank 1 from being told to having its first block.
-Reads of rank 1 are those of its weights (10 MB), which are not what is counted against the start.
+rank 1 does. Seconds of rank 0 are from the meeting to the plan, those of rank 1 from being told to its first block.
+Reads of rank 1 are those of its weights (10 MB), and do not count against its start.
 """
 
 from __future__ import annotations
@@ -76,9 +76,8 @@ def report_ranks(folder: Path, ranks: int, latency_ms: float) -> None:
     click.echo(f"a source of {ranks} rank files, {latency_ms:g} ms a request\n{header}\n{'-' * len(header)}")
     for name, seconds, asked in zip(("0, plans for all", "1, is told"), told, counted):
         opens, names, reads = asked["opens"], asked["stats"] + asked["listings"], asked["reads"]
-        click.echo(
-            f"{name:<20} {opens:6d} {names:6d} {reads:6d} {opens + names + (reads if name.startswith('0') else 0):9d} {seconds['seconds']:8.2f}"
-        )
+        start = opens + names + (reads if name.startswith("0") else 0)
+        click.echo(f"{name:<20} {opens:6d} {names:6d} {reads:6d} {start:9d} {seconds['seconds']:8.2f}")
 
 
 def be_rank(rank: int, port: int, root: Path) -> float:
