@@ -101,10 +101,9 @@ class ObjectRun:
                 give_up(self.destination, self._names())
                 delete([self._record.path])
         elif isinstance(error, (TransferError, PublishError)):
-            kind = PublishError if isinstance(error, PublishError) else TransferError
-            raise kind(
-                f"{error}\n  What was sent is kept in the storage: the same command with --resume goes on"
-            ) from error
+            failure = PublishError if isinstance(error, PublishError) else TransferError
+            advice = "What was sent is kept in the storage: the same command with --resume goes on"
+            raise failure(f"{error}\n  {advice}") from error
 
     def prepare(self, check: Callable[[], None] = lambda: None) -> None:
         """Begin an upload for every target file, or find those of an earlier run and what they have."""
