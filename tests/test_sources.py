@@ -302,9 +302,9 @@ def test_a_folder_that_holds_weights_one_level_deeper(tmp_path: Path) -> None:
         find_source(tmp_path)
 
 
-@pytest.mark.parametrize("path", ["obs://bucket/folder", "s3:/bucket/folder", Path("obs://bucket/folder")])
+@pytest.mark.parametrize("path", ["http://host/folder", "https:/host/folder", Path("hf://model")])
 def test_a_url(path: str | Path) -> None:
-    with pytest.raises(PlanError, match="object storage or on the web"):
+    with pytest.raises(PlanError, match="is on the web"):
         find_source(path)
 
 

@@ -550,9 +550,11 @@ CASES = [
     ),
     refused_by_all("an empty path (a variable that is not set)", given(""), "is a variable not set", only=ALL[:3]),
     refused_by_all(
-        "`obs://` and `s3://`, on the command line", given("obs://bucket/m"), "object storage", only=ALL[:3]
+        "a whole bucket of an object storage",
+        given("s3://bucket"),
+        "s3://bucket is (a whole bucket|in an object storage)",
+        only=ALL[:3],
     ),
-    refused_by_all("`obs://` and `s3://`, on the command line", given("s3://bucket/m"), "object storage", only=ALL[:3]),
     refused_by_all(
         "a folder whose folders hold what was looked for", ranks({"a.ckpt": 1}, given="."), r"give \S+/model$"
     ),

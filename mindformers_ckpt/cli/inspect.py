@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mindformers_ckpt.cli.notices import amount, say, say_json
-from mindformers_ckpt.cli.options import STEP, LocalPath, StrategyPath, json_option
+from mindformers_ckpt.cli.options import STEP, AnyPath, StrategyPath, json_option
 from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.look.inspect import Inspection, inspect
 from mindformers_ckpt.look.parameters import Parameter
@@ -19,7 +19,7 @@ _BOXES = 64
 
 
 @click.command("inspect")
-@click.argument("path", type=LocalPath())
+@click.argument("path", type=AnyPath())
 @click.option(
     "--strategy",
     "--src-strategy",

@@ -33,6 +33,7 @@ from mindformers_ckpt.formats.tensor_file import (
     describe_foreign_file,
     open_to_read,
 )
+from mindformers_ckpt.objects.reading import stream_of
 from mindformers_ckpt.text_files import MAX_DEPTH
 
 SUFFIXES = (".bin", ".pth", ".pt")
@@ -87,7 +88,7 @@ def scan(path: Path) -> Header:
     A dictionary under "model" or "state_dict" is taken for the weights where tensors are not at the top. Raises
     FormatError when the file is damaged, its tensors are not contiguous, or it holds no weights.
     """
-    with open_to_read(path) as (descriptor, size), os.fdopen(os.dup(descriptor), "rb") as stream:
+    with open_to_read(path) as (handle, size), stream_of(handle) as stream:
         try:
             is_zip = stream.read(4) == b"PK\x03\x04"
             stream.seek(0)

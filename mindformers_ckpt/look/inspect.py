@@ -17,6 +17,7 @@ from mindformers_ckpt.look.odd import odd_things
 from mindformers_ckpt.look.parameters import KINDS, Parameter, find_parameters, kinds_of, read_quickly
 from mindformers_ckpt.look.whole import as_strategy
 from mindformers_ckpt.look.words import counted, shortened, spans
+from mindformers_ckpt.objects.path import absolute
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source, separate_checkpoints
 from mindformers_ckpt.sources.listing import Listing, is_strategy_file
@@ -149,7 +150,7 @@ def inspect(path: PathLike, strategy: PathLike | Strategy | None = None, *, step
     left out, one in a folder `strategy` in them or beside them is taken, which the facts say. `step` chooses among
     several files. Raises CheckpointError when there is nothing that can be read.
     """
-    path = Path(os.path.abspath(path))
+    path = absolute(path)
     if step is None and strategy is None:
         other = _of_file(path) if path.is_file() else _of_folder(path) if path.is_dir() else None
         if other is not None:

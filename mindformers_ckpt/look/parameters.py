@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -98,7 +97,7 @@ def read_quickly(files: Sequence[Path]) -> tuple[dict[Path, Header], list[str]]:
     known: dict[tuple[str, int], Header] = {}
     for path in files:
         try:
-            key = path.suffix, os.stat(path).st_size
+            key = path.suffix, path.stat().st_size
             header = scan(path, known.get(key))
         except FormatError as error:
             problems.append(str(error))

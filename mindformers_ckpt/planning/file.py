@@ -29,6 +29,7 @@ from mindformers_ckpt.disk.files import replace_file
 from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.geometry.box import Box
+from mindformers_ckpt.objects.path import as_path
 from mindformers_ckpt.planning.checked import DecodeError
 from mindformers_ckpt.planning.decode import decode_plan
 from mindformers_ckpt.planning.model import Place, Plan, SourceFile
@@ -181,9 +182,9 @@ def _from_json(body: Any) -> Job:
         raise DecodeError("it does not say whether it is a part")
     if destination is None:
         return Job(plan, about, partial, None)
-    if not isinstance(destination, str) or "\0" in destination or not Path(destination).is_absolute():
+    if not isinstance(destination, str) or "\0" in destination or not as_path(destination).is_absolute():
         raise DecodeError("its destination is not an absolute path")
-    return Job(plan, about, partial, Path(destination))
+    return Job(plan, about, partial, as_path(destination))
 
 
 def _check_sources(path: Path, sources: Sequence[SourceFile], times: Sequence[int]) -> None:

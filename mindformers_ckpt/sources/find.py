@@ -11,6 +11,8 @@ from itertools import islice
 from pathlib import Path
 
 from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.objects.listing import look_again
+from mindformers_ckpt.objects.path import ObjectPath, as_path, may_be_mixture
 from mindformers_ckpt.sources import checkpoint2, complete, foreign, huggingface, rank_folders
 from mindformers_ckpt.sources.complete import at_step, separate_checkpoints
 from mindformers_ckpt.sources.listing import Listing, rank_of
@@ -20,7 +22,7 @@ from mindformers_ckpt.strategy.metadata import METADATA_FILE
 __all__ = ["SUFFIXES", "find_huggingface", "find_mindspore", "find_source", "separate_checkpoints"]
 
 _LOOKED_INTO = 20  # folders of a folder, for advice
-_URL_SCHEMES = ("obs://", "s3://", "http://", "https://", "hf://")
+_URL_SCHEMES = ("http://", "https://", "hf://")
 
 
 def find_source(
@@ -119,20 +121,40 @@ def _huggingface(path: str | os.PathLike[str], step: str | None) -> Source:
 
 def is_huggingface_folder(path: str | os.PathLike[str]) -> bool:
     """Whether a folder is a Hugging Face model."""
-    return os.path.isdir(path) and huggingface.is_model(Listing(Path(path)))
+    folder = as_path(path)
+    return folder.is_dir() and huggingface.is_model(Listing(folder))
 
 
 def _checked(path: str | os.PathLike[str]) -> Path:
+    found = as_path(path)
+    if isinstance(found, ObjectPath):
+        return _checked_object(found)
     text = os.fspath(path)
     if not text.strip():
         raise PlanError("the path of the checkpoint is empty; is a variable not set?")
     # Path() makes obs:/bucket of obs://bucket.
     if text.startswith((*_URL_SCHEMES, *(scheme.replace("//", "/") for scheme in _URL_SCHEMES))):
         raise PlanError(
-            f"{text} is in an object storage or on the web, but files of a disk are read here; copy it to one first (a "
-            "job reads obs:// and s3:// through load_checkpoint)"
+            f"{text} is on the web, but files of a disk or of an object storage (obs://, s3://) are read here; copy it "
+            "to one first"
         )
     return Path(os.path.abspath(text))
+
+
+def _checked_object(path: ObjectPath) -> ObjectPath:
+    """Refuse a whole bucket, and a result that a run was putting in place when it was killed."""
+    if not path.place.key:
+        raise PlanError(f"{path} is a whole bucket; name a folder or a file in it")
+    look_again()
+    if not path.exists():
+        return path  # which is said in other words
+    for place in (path, *list(path.parents)[:2]):  # a checkpoint, its rank folder, a file in that
+        if may_be_mixture(place):
+            raise PlanError(
+                f"{place} may be a mixture: a run is putting a result there, or was killed while it did; let it end, "
+                "or run its command again with --resume"
+            )
+    return path
 
 
 def _file(path: Path) -> Source:
@@ -180,6 +202,8 @@ def _refuse_part(path: Path) -> None:
 
 def _instead(path: Path) -> str:
     """What is where the path was expected to lead."""
+    if isinstance(path, ObjectPath):
+        return ""  # a folder further up may hold anything, and listing it takes as long
     parent = next((parent for parent in path.parents if parent.is_dir()), None)
     if parent is None or parent == Path(parent.anchor):
         return ""
