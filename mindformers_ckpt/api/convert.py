@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from mindformers_ckpt.api.request import read_optional_strategy
 from mindformers_ckpt.api.transform import PathLike, StrategyLike, given_strategy
 from mindformers_ckpt.convert.run import ConversionReport, Request

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mindformers_ckpt.cli.notices import complain, say, say_json, warn
-from mindformers_ckpt.cli.options import CONTENTS, STEP, AnyPath, StrategyPath, json_option
+from mindformers_ckpt.cli.options import CONTENTS, STEP, AnyPath, LocalPath, StrategyPath, json_option
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.look.verify import verify
 from mindformers_ckpt.look.verify_model import Difference, Verification

@@ -7,7 +7,6 @@ that the bundle of the source is one of the result.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -57,7 +56,7 @@ def take_over(bundle: Path, folder: Path, tensors: Iterable[TensorChecksum]) -> 
     if not theirs.is_file() or theirs.stat().st_size != len(record) or theirs.read_bytes() != record:
         return False
     (folder / RECORD_FILE).write_bytes(record)
-    shutil.copyfile(bundle, folder / BUNDLE_FILE)
+    (folder / BUNDLE_FILE).write_bytes(bundle.read_bytes())
     return True
 
 
