@@ -79,12 +79,13 @@ class Pieces:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._device = os.fstat(descriptor).st_dev
-        self._waits = _WAITS if self._device in _slow_devices else 0
+        # A file on a disk that was slow may be in memory all the same: its own first read decides.
+        self._waits = _WAITS - 1 if self._device in _slow_devices else 0
         self._pool: ThreadPoolExecutor | None = None
-        self._asked: set[Future[bytes]] = set()
+        self._asked: set[Future[list[bytes]]] = set()
         self._kinds: dict[str, _Kind] = {}
         self._last = ""
-        self._guessed: deque[tuple[int, Future[bytes]]] = deque()
+        self._guessed: deque[tuple[int, Future[list[bytes]]]] = deque()
         self._next: tuple[str, int, int, int] | None = None
 
     def read(self, start: int, length: int) -> bytes:
@@ -103,9 +104,10 @@ class Pieces:
         """Bytes of several ranges (start, length), in their order."""
         for number, (start, length) in enumerate(ranges):
             if self.is_slow:
-                asked = [self._ask(*each) for each in ranges[number:]]
-                for piece in asked:
-                    yield piece.result()
+                left = ranges[number:]
+                share = -(-len(left) // _AT_ONCE)
+                for pieces in [self._ask(left[at : at + share]) for at in range(0, len(left), share)]:
+                    yield from pieces.result()
                 return
             yield self.read(start, length)
 
@@ -132,7 +134,7 @@ class Pieces:
             if position < start:  # the guesses have gone astray
                 break
             if position < start + _WINDOW:
-                return data.result()[position - start :]
+                return data.result()[0][position - start :]
             self._guessed.popleft()
         for _, data in self._guessed:
             data.cancel()
@@ -168,16 +170,21 @@ class Pieces:
         while len(self._guessed) < _GUESSED and model:
             start = max(0, position - _BEFORE)
             if not self._guessed or position + _BEFORE > self._guessed[-1][0] + _WINDOW:
-                self._guessed.append((start, self._ask(start, _WINDOW)))
+                self._guessed.append((start, self._ask([(start, _WINDOW)])))
             model = self._kinds[model].following
             if model:
                 guessed = self._kinds[model]
                 position += guessed.head + longer + guessed.content * factor
         self._next = model, position, factor, longer
 
-    def _ask(self, start: int, length: int) -> Future[bytes]:
+    def _ask(self, ranges: Sequence[tuple[int, int]]) -> Future[list[bytes]]:
+        """Have ranges read by a thread, one after the other."""
         if self._pool is None:
             self._pool = _pool.enter()
-        asked = self._pool.submit(os.pread, self._descriptor, length, start)
+        asked = self._pool.submit(_read_in_turn, self._descriptor, ranges)
         self._asked.add(asked)
         return asked
+
+
+def _read_in_turn(descriptor: int, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    return [os.pread(descriptor, length, start) for start, length in ranges]

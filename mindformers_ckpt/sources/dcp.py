@@ -64,10 +64,11 @@ def read(listing: Listing, *, weights_only: bool = False) -> Source:
     _check_files(listing, metadata)
     names, weights, remarks = _names(root, metadata)
     tensors: dict[str, LogicalTensor] = {}
+    paths = {name: root / name for name in metadata.by_file}  # each of them one object, for millions of shards
     problems = []
     for told, described in metadata.tensors.items():
         try:
-            tensors[names[told]] = _tensor(root, names[told], told, described)
+            tensors[names[told]] = _tensor(paths, names[told], told, described)
         except PlanError as error:
             problems.append(f"{told}: {error}")
     if problems:
@@ -125,11 +126,11 @@ def _check_files(listing: Listing, metadata: DcpMetadata) -> None:
         raise PlanError(describe_problems(headline, problems))
 
 
-def _tensor(root: Path, name: str, told: str, described: Described) -> LogicalTensor:
+def _tensor(paths: Mapping[str, Path], name: str, told: str, described: Described) -> LogicalTensor:
     from mindformers_ckpt.formats.dcp_metadata import chunk_name
 
     shards = (
-        Shard(0, root / chunk.file, chunk.box, chunk.key or chunk_name(told, chunk.box, described.shape))
+        Shard(0, paths[chunk.file], chunk.box, chunk.key or chunk_name(told, chunk.box, described.shape))
         for chunk in described.chunks
     )
     return from_boxes(TensorSpec(name, described.dtype, described.shape), shards)
