@@ -224,7 +224,6 @@ class _Place(NamedTuple):
     offset: int
     length: int
     key: str
-    transforms: str
 
 
 def _content(path: Path, content: object, is_torch: bool) -> DcpMetadata:
@@ -256,29 +255,35 @@ def _check_name(name: object) -> None:
         raise Malformed("a tensor has a name that is not valid Unicode") from None
 
 
-def _places(storage: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, tuple[int, ...]], _Place]]:
-    """Name and offsets of a chunk -> where it is; what is no tensor is left out."""
+def _places(storage: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, tuple[int, ...]], object]]:
+    """Name and offsets of a chunk -> what is recorded of where it is; most of what is no tensor is left out."""
     for index, info in storage.items():
-        key, place = _fields(index, "MetadataIndex"), _fields(info, "_StorageInfo")
+        key = _fields(index, "MetadataIndex")
         name, offsets = key.get("fqn"), key.get("offset")
-        if not isinstance(name, str) or offsets is None:
-            continue
-        file, start, length = place.get("relative_path"), place.get("offset"), place.get("length")
-        if not _is_file_name(file):
-            raise Malformed(f"the place of {name[:80]!r} is not a file of its folder")
-        if type(start) is not int or type(length) is not int or not 0 <= start < 1 << 63 or not -1 <= length < 1 << 63:
-            raise Malformed(f"the place of {name[:80]!r} is not a range of bytes")
-        told, transforms = place.get("tensor_key"), place.get("transform_descriptors")
+        if isinstance(name, str) and offsets is not None:
+            yield (name, _size(offsets)), info
+
+
+def _place(name: str, info: object) -> _Place:
+    fields = _fields(info, "_StorageInfo")
+    file, start, length = fields.get("relative_path"), fields.get("offset"), fields.get("length")
+    if not _is_file_name(file):
+        raise Malformed("its place is not a file of the folder")
+    if type(start) is not int or type(length) is not int or not 0 <= start < 1 << 63 or not -1 <= length < 1 << 63:
+        raise Malformed("its place is not a range of bytes")
+    transforms = fields.get("transform_descriptors")
+    if transforms:
         words = ", ".join(word for word in transforms if isinstance(word, str)) if isinstance(transforms, list) else ""
-        tensor = (told if isinstance(told, str) and told else name) if length < 0 else ""
-        yield (name, _size(offsets)), _Place(str(file), start, length, tensor, words)
+        raise Malformed(f"it was changed when it was saved ({words[:80]}); save it without extensions")
+    told = fields.get("tensor_key")
+    return _Place(str(file), start, length, (told if isinstance(told, str) and told else name) if length < 0 else "")
 
 
 def _is_file_name(file: object) -> bool:
     return isinstance(file, str) and file not in ("", ".", "..") and not set(file) & {"/", "\0"} and file.isprintable()
 
 
-def _described(name: str, entry: object, places: Mapping[tuple[str, tuple[int, ...]], _Place]) -> Described:
+def _described(name: str, entry: object, places: Mapping[tuple[str, tuple[int, ...]], object]) -> Described:
     fields = _fields(entry, "TensorStorageMetadata")
     dtype, shape = _dtype(fields.get("properties")), _size(fields.get("size"))
     if any(extent < 0 for extent in shape):
@@ -291,12 +296,9 @@ def _described(name: str, entry: object, places: Mapping[tuple[str, tuple[int, .
     for each in listed:
         chunk = _fields(each, "ChunkStorageMetadata")
         box = _box(_size(chunk.get("offsets")), _size(chunk.get("sizes")), shape)
-        place = places.get((name, box.start))
-        if place is None:
+        if (name, box.start) not in places:
             raise Malformed(f"it is not told where its box {box} is")
-        if place.transforms:
-            raise Malformed(f"it was changed when it was saved ({place.transforms[:80]}); save it without extensions")
-        chunks.setdefault(box, Chunk(box, place.file, place.offset, place.length, place.key))
+        chunks.setdefault(box, Chunk(box, *_place(name, places[name, box.start])))
     return Described(dtype, shape, tuple(chunks.values()))
 
 
