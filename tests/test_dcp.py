@@ -41,10 +41,13 @@ from mindformers_ckpt.cli.main import cli
 from mindformers_ckpt.convert.model import models
 from mindformers_ckpt.convert.run import Request, convert
 from mindformers_ckpt.errors import CheckpointError, FormatError, PlanError
+from mindformers_ckpt.formats import TensorSpec
+from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.planning.model import Place, View
 from mindformers_ckpt.planning.shards import in_shard
+from mindformers_ckpt.sources import shards
 from mindformers_ckpt.sources.find import find_huggingface, find_source
 from mindformers_ckpt.sources.source import Kind
 from mindformers_ckpt.strategy.files import write_strategy
@@ -386,6 +389,14 @@ def test_gaps_and_overlaps_are_errors(boxes: list[Box], message: str, tmp_path: 
                 contents(folder)
 
 
+def test_boxes_that_would_take_for_ever_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_MOST_COMPARISONS", 1000)
+    spec = TensorSpec("w", by_name("float32"), (200, 100))
+    boxes = [Box((row, row), (row + 100, row + 1)) for row in range(100)]  # side by side, each as long as all others
+    with pytest.raises(PlanError, match="its 100 boxes are such that comparing them takes too long"):
+        shards.from_boxes(spec, [shards.Shard(0, Path("a"), box) for box in boxes])
+
+
 def test_boxes_that_ranks_repeat_are_read_once(tmp_path: Path) -> None:
     """As hyper-parallel leaves them where redundancy is not removed."""
     whole = Box.whole(W.shape)
@@ -432,6 +443,17 @@ def test_a_part_alone_is_refused(part: str, tmp_path: Path) -> None:
         find_source(folder, "3_1")
     with pytest.raises(PlanError, match=f"give {folder}"):
         find_source(tmp_path)
+
+
+def test_other_weights_beside_it(tmp_path: Path) -> None:
+    folder = write_dcp(tmp_path / "dcp", TENSORS)
+    (folder / "__9_0.distcp").write_bytes(b"x")
+    write_safetensors(folder / "model.safetensors", TENSORS, {})
+    assert "does not name them: __9_0.distcp, model.safetensors" in find_source(folder).warnings[0]
+    (folder / "rank_0").mkdir()
+    write_safetensors(folder / "rank_0/a.safetensors", TENSORS, {})
+    with pytest.raises(PlanError, match=r"holds a distributed checkpoint, and rank folders with files \(rank_0\)"):
+        find_source(folder)
 
 
 def test_a_strategy_is_not_asked_for_and_not_taken(tmp_path: Path) -> None:

@@ -24,13 +24,14 @@ from mindformers_ckpt.formats.distcp import SUFFIX
 from mindformers_ckpt.sources.index import listed
 from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.shards import LogicalTensor, Shard, from_boxes
-from mindformers_ckpt.sources.source import Kind, Source
+from mindformers_ckpt.sources.source import SUFFIXES, TORCH_SUFFIXES, Kind, Source
 from mindformers_ckpt.state_names import find_states
 
 if TYPE_CHECKING:
     from mindformers_ckpt.formats.dcp_metadata import DcpMetadata, Described
 
 _OF_HYPER_PARALLEL = re.compile(r".*_rank\d+_\.safetensors")
+_WEIGHTS = (SUFFIX, *SUFFIXES, *TORCH_SUFFIXES)
 # What training scripts call the weights where they save more than these.
 _WRAPPERS = ("state_dict", "model", "module")
 
@@ -78,6 +79,9 @@ def read(listing: Listing, *, weights_only: bool = False) -> Source:
         remarks += left
     if not tensors:
         raise PlanError(f"{root} holds no tensors")
+    surplus = [file.name for file in listing.weight_files(_WEIGHTS) if file.name not in paths]
+    if surplus:
+        remarks.append(f"{root}: left aside, since {metadata.path.name} does not name them: {listed(surplus)}")
     if metadata.others:
         remarks.append(f"{root}: left aside, since they are no tensors: {listed(list(metadata.others))}")
     files = tuple(sorted({shard.path for tensor in tensors.values() for shard in tensor.shards}))

@@ -37,7 +37,7 @@ def find_source(
     """
     path = _checked(path)
     if path.is_dir() and checkpoint2.is_checkpoint(listing := Listing(path)):
-        _refuse_two_kinds(listing)
+        _refuse_two_kinds(listing, "a checkpoint 2.0", "the folder of an iteration")
         return checkpoint2.read(listing, step, weights_only=weights_only)
     distributed = _distributed(listing, weights_only) if path.is_dir() else None
     if distributed is not None:
@@ -50,11 +50,11 @@ def find_source(
 
 def _distributed(listing: Listing, weights_only: bool) -> Source | None:
     """The source of a folder whose files hold boxes of any sizes, and say which; None for another one."""
-    if dcp.is_checkpoint(listing):
-        return dcp.read(listing, weights_only=weights_only)
-    if dcp_safetensors.is_checkpoint(listing):
-        return dcp_safetensors.read(listing)
-    return None
+    kind = next((kind for kind in (dcp, dcp_safetensors) if kind.is_checkpoint(listing)), None)
+    if kind is None:
+        return None
+    _refuse_two_kinds(listing, "a distributed checkpoint", "a folder with that alone")
+    return dcp.read(listing, weights_only=weights_only) if kind is dcp else dcp_safetensors.read(listing)
 
 
 def _without_steps(source: Source, step: str | None) -> Source:
@@ -80,13 +80,13 @@ def _folder(listing: Listing) -> Source:
     raise PlanError(_nothing(listing))
 
 
-def _refuse_two_kinds(listing: Listing) -> None:
-    """Refuse a checkpoint 2.0 beside rank folders that hold files: both could be meant."""
+def _refuse_two_kinds(listing: Listing, what: str, instead: str) -> None:
+    """Refuse a checkpoint beside rank folders that hold files: both could be meant."""
     holding = [place.name for place in listing.rank_folders.values() if Listing(place).weight_files()]
     if holding:
         raise PlanError(
-            f"{listing.folder} holds a checkpoint 2.0, and rank folders with files ({', '.join(holding[:4])}); give "
-            "the folder of an iteration, or move the one that is not meant"
+            f"{listing.folder} holds {what}, and rank folders with files ({', '.join(holding[:4])}); give {instead}, "
+            "or move the one that is not meant"
         )
 
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+# Of one tensor, in half a minute; the boxes of a mesh of 256 by 256 ranks take as many.
+_MOST_COMPARISONS = 1 << 24
+
+
 class Shard(NamedTuple):
     """A box of a tensor and the file that holds it; `tensor` is its name there, "" for the name of the tensor."""
 
@@ -49,7 +53,15 @@ def from_boxes(spec: TensorSpec, shards: Iterable[Shard]) -> LogicalTensor:
     if not spec.size:
         held = held[:1]
     boxes = [shard.box for shard in held]
-    if not are_disjoint(boxes):
+    left = _MOST_COMPARISONS
+
+    def compared(count: int) -> None:
+        nonlocal left
+        left -= count
+        if left < 0:
+            raise PlanError(f"its {len(boxes)} boxes are such that comparing them takes too long")
+
+    if not are_disjoint(boxes, compared):
         raise PlanError(f"boxes that files hold of it overlap: {', '.join(map(str, boxes[:4]))}, …")
     whole = Box.whole(spec.shape)
     lacking = spec.size - covered_volume(whole, boxes)
