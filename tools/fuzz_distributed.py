@@ -15,7 +15,7 @@ from dcp_files import HOSTILE, TORCH, metadata, saved, split
 from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.formats.dcp_metadata import read_metadata_file
 from mindformers_ckpt.geometry.box import Box
-from mindformers_ckpt.sources import dcp_safetensors
+from mindformers_ckpt.sources import dcp, dcp_safetensors
 from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.strategy.files import read_metadata
 
@@ -100,8 +100,15 @@ def read_checkpoint2(path: Path) -> Any:
 
 
 def read_dcp_metadata(path: Path) -> Any:
-    """Read a `.metadata`; every box must be one of its tensor."""
+    """Read a `.metadata`, and the folder that it describes; every box must be one of its tensor."""
+    folder = path.parent / "dcp"
+    folder.mkdir(exist_ok=True)
+    if not (folder / ".metadata").exists():
+        (folder / ".metadata").symlink_to(path)
+        for rank in range(2):
+            (folder / f"__{rank}_0.distcp").write_bytes(bytes(1000))
     found = read_metadata_file(path)
+    dcp.read(Listing(folder))
     for tensor in found.tensors.values():
         for chunk in tensor.chunks:
             assert Box.whole(tensor.shape).contains(chunk.box), tensor
