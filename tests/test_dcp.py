@@ -130,7 +130,7 @@ def test_weights_only_leaves_the_optimizer_aside(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- boxes of all sizes
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(st.randoms(use_true_random=False))
 def test_boxes_of_any_sizes_make_whole_tensors(tmp_path_factory: pytest.TempPathFactory, chance: random.Random) -> None:
     folder = tmp_path_factory.mktemp("dcp")

@@ -267,7 +267,7 @@ class _Planner:
         return found
 
     def _places(self, found: Found, box: Box, view: View | None, dtype: DType | None) -> list[Place]:
-        """Where a box lies; nowhere, and a problem, when the FP8 factors of it are missing."""
+        """Where a box lies; nowhere, and a problem, when the FP8 factors of it are missing, or it cannot be cut."""
         compute: Cast | Dequantise | None = None
         if dtype is not None and found.spec.dtype != dtype:
             compute = Cast(found.spec.dtype)
@@ -275,7 +275,11 @@ class _Planner:
             compute = self._dequantise(found)
             if compute is None:
                 return []
-        return found.places(Place(0, box, "", view, compute), self._number)
+        try:
+            return found.places(Place(0, box, "", view, compute), self._number)
+        except ValueError as error:
+            self.others.append(f"{found.spec.name}: {error}")
+            return []
 
     def _number(self, path: Path) -> int:
         """The number of a source file; new ones are put at the end."""

@@ -22,7 +22,7 @@ from mindformers_ckpt.strategy.model import Strategy
 
 
 class Found(NamedTuple):
-    """A tensor on disk; `spec` has the name of the file. `shards` are its boxes where it is not whole in there."""
+    """A tensor on disk; `spec` has the name of the file. `shards` are its boxes, where the source itself tells them."""
 
     path: Path
     spec: TensorSpec
@@ -58,11 +58,10 @@ class Weights:
 
 def read_weights(source: Source, canonical: Callable[[str], str] = lambda name: name) -> Weights:
     """Read the headers of all files. Raises FormatError and PlanError with everything that is wrong."""
-    tensors: dict[str, Found] = {}
-    damaged: list[str] = []
-    problems: list[str] = []
     if source.tensors is not None:
         return _read_boxes(source, canonical)
+    tensors: dict[str, Found] = {}
+    damaged, problems = [], []
     for path in source.files:
         try:
             header = read_header(path)
