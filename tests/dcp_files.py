@@ -280,7 +280,8 @@ def of_tensor(kind: Any = None, shape: Any = (5, 7), chunks: Any = ()) -> bytes:
 
 HOSTILE = {
     "a call": (evil(name("os", "system") + pickled(("touch hacked",)) + b"R"), "something else where a Metadata"),
-    "an object": (evil(made("os", "system", {})), "something else where a Metadata"),
+    "an object": (evil(made("os", "system", {})), "something else where a Metadata must be; it is made of os.system"),
+    "another kind": (evil(made("megatron.x", "MCoreMetadata", {})), "it is made of megatron.x.MCoreMetadata"),
     "a class that is called": (evil(name(MODULE, "Metadata") + b")R"), "something else where a Metadata"),
     "a reference": (evil(pickled("x") + b"Q"), "refers to storages"),
     "no fields": (evil(made(MODULE, "Metadata", ())), "something else where a Metadata"),
@@ -293,7 +294,7 @@ HOSTILE = {
     "a negative offset": (described(offset=-1), "its place is not a range of bytes"),
     "a huge length": (described(length=1 << 70), "its place is not a range of bytes"),
     "compressed": (described(transform_descriptors=["stream.zstd/1"]), "changed when it was saved .stream.zstd/1"),
-    "an unknown type": (of_tensor(name("torch", "float8_e8m0fnu")), "its element type is not known"),
+    "an unknown type": (of_tensor(name("torch", "float8_e8m0fnu")), "w: unknown element type 'float8_e8m0fnu'"),
     "a type that is none": (of_tensor(name("os", "float32")), "its element type is not known"),
     "a shape that overflows": (of_tensor(shape=(1 << 40, 1 << 40)), "overflows"),
     "a negative shape": (of_tensor(shape=(-5, 7)), r"it has the shape \[-5, 7\]"),

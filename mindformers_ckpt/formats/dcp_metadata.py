@@ -35,6 +35,7 @@ METADATA_FILE = ".metadata"
 _OF_A_RANK = re.compile(r"__\d+\.metadata|\d+\.metadata|\.rank\d+_metadata")
 # A chunk takes some 85 instructions, and an optimizer triples the tensors of a model: for 380,000 chunks.
 _MOST = 4
+_SHOWN = 3  # names that are not known
 # The names that a pickle may use: these classes of these modules, `torch.Size`, and element types.
 MODULES = (
     *("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"),
@@ -150,7 +151,10 @@ def read_metadata_file(path: Path) -> DcpMetadata:
             content = PickleReader(stream, names.find, _no_reference, _MOST).load()
             return _content(path, content, names.is_torch)
         except Malformed as error:
-            raise FormatError(f"{path}: no metadata of a distributed checkpoint that can be read: {error}") from None
+            others = f"; it is made of {', '.join(names.others)}" if names.others else ""
+            raise FormatError(
+                f"{path}: no metadata of a distributed checkpoint that can be read: {error}{others}"
+            ) from None
 
 
 def _joined(parts: Sequence[DcpMetadata]) -> DcpMetadata:
@@ -178,10 +182,11 @@ def _joined(parts: Sequence[DcpMetadata]) -> DcpMetadata:
 
 
 class _Names:
-    """Knows the names of the classes, and whether they are PyTorch's."""
+    """Knows the names of the classes, and whether they are PyTorch's; `others` are the first that it does not know."""
 
     def __init__(self) -> None:
         self.is_torch = False
+        self.others: list[str] = []
 
     def find(self, module: str, name: str) -> object:
         if module in MODULES and name in CLASSES:
@@ -189,7 +194,11 @@ class _Names:
             return Known("_StorageInfo" if name == "StorageInfo" else name)
         if (module, name) == ("torch", "Size"):
             return Builder(_size)
-        return (torch_dtype(name) if module == "torch" else None) or Foreign()
+        if module == "torch":
+            return torch_dtype(name) or name  # of an element type that is not known: what to say
+        if not module.startswith(("torch.", "pathlib")) and len(self.others) < _SHOWN:
+            self.others.append(f"{module}.{name}"[:200])
+        return Foreign()
 
 
 def _no_reference(_: object) -> object:
