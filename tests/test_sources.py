@@ -217,8 +217,7 @@ def test_a_shard_is_not_taken_for_the_whole(given: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ([".metadata", "__0_0.distcp"], "distributed checkpoint of PyTorch"),
-        (["m_rank0_.safetensors", ".metadata"], "hyper-parallel"),
+        (["m_rank0_.safetensors"], "hyper-parallel without its .metadata"),
         (["x.gguf"], "GGUF"),
         (["mp_rank_00/x"], "Megatron-LM or DeepSpeed"),
         (["readme.md"], r"neither rank_<n> folders nor .*, but readme\.md"),

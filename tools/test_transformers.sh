@@ -16,7 +16,7 @@ pip 'torch==2.13.0' 'transformers>=5' peft 'numpy>=2' safetensors \
 pip --no-deps --editable .
 
 if ((! $#)); then
-    set -- tests/convert/test_transformers.py tests/convert/test_round_trips.py tests/lora \
+    set -- tests/convert/test_transformers.py tests/convert/test_torch_dcp.py tests/convert/test_round_trips.py tests/lora \
         tests/test_box.py tests/test_layout.py tests/test_plan.py tests/test_execute.py tests/formats
 fi
 run_pytest "$@"

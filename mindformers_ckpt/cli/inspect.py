@@ -81,12 +81,16 @@ def _line(parameter: Parameter) -> str:
 
 def _say_boxes(found: Inspection, parameter: Parameter) -> None:
     """The boxes of a parameter with their ranks."""
-    boxes = list(parameter.boxes(found.stage_size))
+    if parameter.told is not None:
+        boxes = [(shard.box, shard.path.name) for shard in parameter.told.shards]
+    else:
+        held = parameter.boxes(found.stage_size)
+        boxes = [(box, f"{'rank' if len(ranks) == 1 else 'ranks'} {short_spans(ranks)}") for box, ranks in held]
     several = f" of stage {parameter.stages[0]}, as on stages {spans(parameter.stages)}" * (len(parameter.stages) > 1)
     say("")
     say(f"{parameter.name}: {counted(len(boxes), 'box', 'boxes')}{several}")
-    for box, ranks in boxes[:_BOXES]:
-        say(f"  {box!s:<24} {'rank' if len(ranks) == 1 else 'ranks'} {short_spans(ranks)}")
+    for box, holders in boxes[:_BOXES]:
+        say(f"  {box!s:<24} {holders}")
     if len(boxes) > _BOXES:
         say(f"  … and {len(boxes) - _BOXES} more (--json with --rank, or mindformers-ckpt show, tells all)")
 

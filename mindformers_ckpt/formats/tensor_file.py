@@ -106,7 +106,7 @@ class FileLayout:
 
 
 def read_header(path: str | Path, like: Header | None = None) -> Header:
-    """Read which tensors a `.ckpt`, `.safetensors` or PyTorch file holds, and where; the suffix tells the format.
+    """Read which tensors a `.ckpt`, `.safetensors`, PyTorch or `.distcp` file holds, and where, by the suffix.
 
     Reads headers only and checks every length against the size of the file. A file that was read shortly
     before and has not changed is not read again, and one whose header equals `like`, that of another file, is read
@@ -140,10 +140,12 @@ def scan(path: Path, like: Header | None = None) -> Header:
         return ckpt.scan(path, like)
     if path.suffix == ".safetensors":
         return safetensors.scan(path, like)
-    from mindformers_ckpt.formats import torch_bin
+    from mindformers_ckpt.formats import distcp, torch_bin
 
     if path.suffix in torch_bin.SUFFIXES:
         return torch_bin.scan(path)
+    if path.suffix == distcp.SUFFIX:
+        return distcp.scan(path)
     raise FormatError(f"{path}: a checkpoint file must end in .ckpt or .safetensors")
 
 

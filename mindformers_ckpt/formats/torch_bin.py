@@ -105,6 +105,27 @@ def scan(path: Path) -> Header:
     return Header(path, "torch", size, {record.spec.name: record for record in records}, {}, None)
 
 
+def read_tensor(stream: BinaryIO, name: str) -> TensorRecord:
+    """What and where the one tensor is that `torch.save` wrote; of that it gets the name.
+
+    Raises Malformed for whatever is not one, and where its bytes are not all there.
+    """
+    try:
+        content, places = _read_zip(stream)
+        if not isinstance(content, _Tensor):
+            raise Malformed("it is not a tensor")
+        return _record(name, content, places)
+    except zipfile.BadZipFile:
+        raise Malformed("there is nothing that torch.save wrote") from None
+    except (struct.error, *_DAMAGED_ZIP) as error:
+        raise Malformed(f"its list of entries makes no sense ({type(error).__name__})") from None
+
+
+def torch_dtype(name: str) -> DType | None:
+    """The element type that PyTorch calls so, None for one that files of MindSpore cannot hold."""
+    return by_name(name) if name in _DTYPES else None
+
+
 def _read_zip(stream: BinaryIO) -> tuple[object, Mapping[str, Segment]]:
     with zipfile.ZipFile(stream) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}

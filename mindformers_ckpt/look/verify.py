@@ -95,6 +95,11 @@ def _verify_against(
     except FormatError as error:
         found.differences.append(Difference(str(error)))
         return
+    if result.files.tensors is not None:
+        raise PlanError(
+            f"{result.files.root} is {result.files.kind.value}, whose boxes are not those of a strategy; compare both "
+            "as whole tensors (mindformers-ckpt diff)"
+        )
     if (source.files.kind is Kind.HUGGING_FACE) != (result.files.kind is Kind.HUGGING_FACE):
         raise PlanError(
             f"one of {source.files.root} and {result.files.root} is a Hugging Face model, the other is not: names and "

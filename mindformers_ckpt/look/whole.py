@@ -86,7 +86,7 @@ class WholeReader:
         for shard in tensor.shards:
             common = shard.box.intersect(block)
             if common is not None:
-                place = Place(self._numbers[shard.path], shard.box)
+                place = Place(self._numbers[shard.path], shard.box, shard.tensor)
                 self._reader.read(place, spec.name, spec.dtype, common, out[common.relative_to(block).slices()])
         return out
 

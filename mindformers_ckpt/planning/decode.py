@@ -66,6 +66,8 @@ def _check_whole(sources: Sequence[SourceFile], targets: Sequence[TargetFile], t
             entry_of(sources, place.file)
         for place in transfer.targets:
             entry_of(targets, place.file)
+            if place.tensor:
+                raise DecodeError(f"{transfer.name!r} has another name in {targets[place.file].path}")
             if transfer.name in made[place.file]:
                 raise DecodeError(f"{transfer.name!r} has two places in {targets[place.file].path}")
             made[place.file][transfer.name] = (transfer.dtype, place.box.shape)
@@ -104,8 +106,10 @@ def _target(entry: Any, lists: Sequence[tuple[TensorSpec, ...]]) -> TargetFile:
 
 
 def _place(entry: Any, boxes: Sequence[Box]) -> Place:
-    file, box = list_of(entry, 2)
-    return Place(number_of(file), entry_of(boxes, box))
+    file, box, *name = list_of(entry)
+    if len(name) > 1:
+        raise ValueError(f"a place of {len(name) + 2} values")
+    return Place(number_of(file), entry_of(boxes, box), text_of(name[0]) if name else "")
 
 
 def _transfer(entry: Any, places: Sequence[tuple[Place, ...]]) -> Transfer:

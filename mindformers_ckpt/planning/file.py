@@ -10,10 +10,10 @@ number. One line a table entry, so that a plan can be read, searched and compare
               "tensors":   [[name, element type, [shape]], …],
               "lists":     [[tensor, …], …],
               "boxes":     [[[start, …], [stop, …]], …],
-              "places":    [[[file, box], …], …],
+              "places":    [[[file, box], …], …],     and the name in a source file that calls a box otherwise
               "transfers": [[name, element type, [shape], source places, target places], …]}}
 
-Plans of `transform` only: what conversion adds (views, other names, computed elements) has no place here.
+Plans of `transform` only: what conversion adds (views, computed elements) has no place here.
 """
 
 from __future__ import annotations
@@ -165,10 +165,10 @@ def _number(table: dict[Entry, int], entry: Entry) -> int:
     return table.setdefault(entry, len(table))
 
 
-def _place_to_json(place: Place, boxes: dict[Box, int]) -> list[int]:
-    if place != Place(place.file, place.box):
-        raise PlanError("a plan that renames, rearranges or computes cannot be written to a file")
-    return [place.file, _number(boxes, place.box)]
+def _place_to_json(place: Place, boxes: dict[Box, int]) -> list[Any]:
+    if not place.is_plain:
+        raise PlanError("a plan that rearranges or computes cannot be written to a file")
+    return [place.file, _number(boxes, place.box), *([place.tensor] if place.tensor else [])]
 
 
 def _from_json(body: Any) -> Job:

@@ -13,7 +13,7 @@ from pathlib import Path
 from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.objects.listing import look_again
 from mindformers_ckpt.objects.path import ObjectPath, as_path, may_be_mixture
-from mindformers_ckpt.sources import checkpoint2, complete, foreign, huggingface, rank_folders
+from mindformers_ckpt.sources import checkpoint2, complete, dcp, dcp_safetensors, foreign, huggingface, rank_folders
 from mindformers_ckpt.sources.complete import at_step, separate_checkpoints
 from mindformers_ckpt.sources.listing import Listing, rank_of
 from mindformers_ckpt.sources.source import SUFFIXES, TORCH_SUFFIXES, Kind, Source
@@ -39,12 +39,30 @@ def find_source(
     """
     path = _checked(path)
     if path.is_dir() and checkpoint2.is_checkpoint(listing := Listing(path)):
-        _refuse_two_kinds(listing)
+        _refuse_two_kinds(listing, "a checkpoint 2.0", "the folder of an iteration")
         return checkpoint2.read(listing, step, weights_only=weights_only)
+    distributed = _distributed(listing, weights_only) if path.is_dir() else None
+    if distributed is not None:
+        return _without_steps(distributed, step)
     if path.is_dir() and listing.rank_folders:
         return rank_folders.read_to_resume(listing) if resume and not step else rank_folders.read(listing, step)
     source = _folder(listing) if path.is_dir() else _file(path)
     return at_step(source, step) if step else source
+
+
+def _distributed(listing: Listing, weights_only: bool) -> Source | None:
+    """The source of a folder whose files hold boxes of any sizes, and say which; None for another one."""
+    kind = next((kind for kind in (dcp, dcp_safetensors) if kind.is_checkpoint(listing)), None)
+    if kind is None:
+        return None
+    _refuse_two_kinds(listing, "a distributed checkpoint", "a folder with that alone")
+    return dcp.read(listing, weights_only=weights_only) if kind is dcp else dcp_safetensors.read(listing)
+
+
+def _without_steps(source: Source, step: str | None) -> Source:
+    if step:
+        raise PlanError(f"{source.root} is one checkpoint, which has no steps; leave {step!r} out")
+    return source
 
 
 def _folder(listing: Listing) -> Source:
@@ -64,13 +82,13 @@ def _folder(listing: Listing) -> Source:
     raise PlanError(_nothing(listing))
 
 
-def _refuse_two_kinds(listing: Listing) -> None:
-    """Refuse a checkpoint 2.0 beside rank folders that hold files: both could be meant."""
+def _refuse_two_kinds(listing: Listing, what: str, instead: str) -> None:
+    """Refuse a checkpoint beside rank folders that hold files: both could be meant."""
     holding = [place.name for place in listing.rank_folders.values() if Listing(place).weight_files()]
     if holding:
         raise PlanError(
-            f"{listing.folder} holds a checkpoint 2.0, and rank folders with files ({', '.join(holding[:4])}); give "
-            "the folder of an iteration, or move the one that is not meant"
+            f"{listing.folder} holds {what}, and rank folders with files ({', '.join(holding[:4])}); give {instead}, "
+            "or move the one that is not meant"
         )
 
 
@@ -89,7 +107,7 @@ def find_mindspore(path: str | os.PathLike[str], step: str | None = None, *, wei
 def find_huggingface(path: str | os.PathLike[str], step: str | None = None) -> Source:
     """`find_source` where weights of a Hugging Face model are expected, whatever describes them."""
     source = _huggingface(path, step)
-    return at_step(source, step) if step and not source.sharded else source
+    return at_step(source, step) if step and not source.sharded and source.tensors is None else source
 
 
 def _huggingface(path: str | os.PathLike[str], step: str | None) -> Source:
@@ -98,6 +116,7 @@ def _huggingface(path: str | os.PathLike[str], step: str | None) -> Source:
         if not checked.is_file():
             raise PlanError(f"there is nothing at {checked}")
         _refuse_shard(checked, checked.parent)
+        _refuse_part(checked)
         return huggingface.read_file(checked)
     listing = Listing(checked)
     if checkpoint2.is_checkpoint(listing):
@@ -105,6 +124,9 @@ def _huggingface(path: str | os.PathLike[str], step: str | None) -> Source:
             f"{checked} is a checkpoint of MindFormers' own format (checkpoint 2.0), not a Hugging Face model; "
             "--reversed converts from MindSpore to Hugging Face"
         )
+    distributed = _distributed(listing, weights_only=True)
+    if distributed is not None:
+        return _without_steps(distributed, step)
     if len(listing.rank_folders) > 1:
         raise PlanError(
             f"{checked} holds rank folders, as MindSpore saves them, not a Hugging Face model; --reversed converts "
@@ -191,7 +213,15 @@ def _refuse_shard(path: Path, folder: Path) -> None:
 
 
 def _refuse_part(path: Path) -> None:
-    """Refuse what is a part of a checkpoint 2.0. The two files of a job on one card are complete weights."""
+    """Refuse what is a part of a checkpoint 2.0, or of another distributed one.
+
+    The two files of a job on one card are complete weights.
+    """
+    if dcp.is_part(path.name) or dcp_safetensors.is_part(path.name):
+        raise PlanError(
+            f"{path} is by its name a part of a distributed checkpoint, which several files are together; give its "
+            f"folder, {path.parent}"
+        )
     found = checkpoint2.parse_name(path.name)
     if (found is not None and found.total > 1) or path.name == METADATA_FILE:
         raise PlanError(
@@ -231,6 +261,6 @@ def _holds_weights(folder: Path) -> bool:
     try:
         listing = Listing(folder)
         held = listing.rank_folders or listing.weight_files((*SUFFIXES, *TORCH_SUFFIXES))
-        return bool(held) or checkpoint2.is_checkpoint(listing)
+        return bool(held) or any(kind.is_checkpoint(listing) for kind in (checkpoint2, dcp, dcp_safetensors))
     except PlanError:
         return False
