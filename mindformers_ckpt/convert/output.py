@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,13 @@ def write_name_map(plan: Plan, folder: Path) -> None:
     write_json(folder / NAME_MAP_FILE, places, indent=2)
 
 
-def copy_companions(origin: Path | None, folder: Path, dtype: str | None, *, plain: bool) -> None:
+def copy_companions(
+    origin: Path | None, folder: Path, dtype: str | None, *, plain: bool, changes: Mapping[str, Any]
+) -> None:
     """Carry over config.json, tokenizer files and the like.
 
-    `dtype` is the element type that was chosen, and `plain` says that nothing is quantised any more: both are
-    put right in config.json, by which `from_pretrained` loads.
+    `dtype` is the element type that was chosen, `plain` says that nothing is quantised any more, and `changes` are
+    further values: all are put right in config.json, by which `from_pretrained` loads.
     """
     if origin is None:
         return
@@ -46,7 +49,7 @@ def copy_companions(origin: Path | None, folder: Path, dtype: str | None, *, pla
                 (folder / file.name).write_bytes(file.read_bytes())
     if (origin / CONFIG_FILE).is_file():
         values = read_json_object(origin / CONFIG_FILE, ConfigError, infinite=True)
-        adapted = _adapted_config(values, dtype, plain)
+        adapted = _adapted_config(values, dtype, plain) | dict(changes)
         if adapted == values:
             (folder / CONFIG_FILE).write_bytes((origin / CONFIG_FILE).read_bytes())
         else:

@@ -30,6 +30,7 @@ from mindformers_ckpt.formats.pickled import Builder, Foreign, Known, PickleRead
 from mindformers_ckpt.formats.tensor_file import Malformed, check_shape, open_to_read
 from mindformers_ckpt.formats.torch_bin import torch_dtype
 from mindformers_ckpt.geometry.box import Box
+from mindformers_ckpt.objects.reading import stream_of
 
 METADATA_FILE = ".metadata"
 _OF_A_RANK = re.compile(r"__\d+\.metadata|\d+\.metadata|\.rank\d+_metadata")
@@ -145,7 +146,7 @@ def read_metadata(folder: Path) -> DcpMetadata:
 
 def read_metadata_file(path: Path) -> DcpMetadata:
     """What one `.metadata` says; no code of it is run. Raises FormatError."""
-    with open_to_read(path) as (descriptor, _), os.fdopen(os.dup(descriptor), "rb") as stream:
+    with open_to_read(path) as (handle, _), stream_of(handle) as stream:
         names = _Names()
         try:
             content = PickleReader(stream, names.find, _no_reference, _MOST).load()

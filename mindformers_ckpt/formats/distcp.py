@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mindformers_ckpt.errors import FormatError, describe_problems
 from mindformers_ckpt.formats.tensor_file import Header, Malformed, Segment, TensorRecord, open_to_read
+from mindformers_ckpt.objects.reading import Handle, pread
 
 SUFFIX = ".distcp"
 
@@ -27,7 +28,7 @@ def scan(path: Path) -> Header:
     metadata = read_metadata(path.parent)
     tensors: dict[str, TensorRecord] = {}
     problems = []
-    with open_to_read(path, scattered=True) as (descriptor, size):
+    with open_to_read(path, scattered=True) as (handle, size):
         for tensor, chunk in metadata.by_file.get(path.name, ()):
             name = chunk_name(tensor, chunk.box, metadata.tensors[tensor].shape)
             try:
@@ -35,7 +36,7 @@ def scan(path: Path) -> Header:
                     raise Malformed("it is there twice")
                 if chunk.offset + chunk.length > size:
                     raise Malformed("it reaches over the end of the file, which is truncated")
-                tensors[name] = _record(name, descriptor, Segment(chunk.offset, chunk.length))
+                tensors[name] = _record(name, handle, Segment(chunk.offset, chunk.length))
             except Malformed as error:
                 problems.append(f"{name}: {error}")
     if problems:
@@ -43,10 +44,10 @@ def scan(path: Path) -> Header:
     return Header(path, "distcp", size, tensors, {}, None)
 
 
-def _record(name: str, descriptor: int, item: Segment) -> TensorRecord:
+def _record(name: str, handle: Handle, item: Segment) -> TensorRecord:
     from mindformers_ckpt.formats.torch_bin import read_tensor
 
-    window = _Window(lambda offset, length: os.pread(descriptor, length, item.offset + offset), item.length)
+    window = _Window(lambda offset, length: pread(handle, length, item.offset + offset), item.length)
     record = read_tensor(io.BufferedReader(window, 4096), name)
     if any(first + length > item.length for first, length in record.segments):
         raise Malformed("its bytes reach over its end")

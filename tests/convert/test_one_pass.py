@@ -78,14 +78,15 @@ def test_one_pass_equals_two_steps(case: str, naming: str, stages: int, tmp_path
     source = hf.write_folder(tmp_path / "source", tensors, config, shards=3)
     words = {"naming": naming.partition("+")[0], "qkv_concat": "+" in naming or None, **SETTINGS.get(case, {})}
     request = Request(case, source, **words)
-    whole = convert(request, tmp_path / "complete.ckpt", options=Options(fingerprints=True)).fingerprints
+    prints = Options(fingerprints=True)
+    whole = convert(request, tmp_path / "complete.ckpt", options=prints).fingerprints
     assert whole == {".": fingerprint(tmp_path / "complete.ckpt").digest}
     for seed in "abcd":
         strategy = random_strategy(tmp_path / "complete.ckpt", stages, seed)
         two = tmp_path / f"two {seed}"
         transform(build_plan(Checkpoint(find_source(tmp_path / "complete.ckpt"), Strategy.complete()), strategy), two)
         one = tmp_path / f"one {seed}"
-        assert convert(request, one, target=strategy, options=Options(fingerprints=True)).fingerprints == whole
+        assert convert(request, one, format="ckpt", target=strategy, options=prints).fingerprints == whole
         files = sorted(path.relative_to(two) for path in two.glob("rank_*/*"))
         assert len(files) == 8 * stages
         assert files == sorted(path.relative_to(one) for path in one.glob("rank_*/*"))

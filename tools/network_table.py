@@ -1,0 +1,34 @@
+#!/usr/bin/env python3
+"""Print what the tests of MindFormers' networks found, as the table of docs/conversion.md.
+
+    python tools/network_table.py FOLDER
+
+reads FOLDER/rows.jsonl, which tests/networks writes: a line for a family, its names and a version of MindFormers.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from mindformers_ckpt.text_files import parse_json
+
+HEAD = ("family", "names", "parameters", "MindFormers", "largest difference of logits")
+
+
+def main() -> None:
+    rows: dict[tuple[str, str], list[tuple[str, int, float]]] = {}
+    for line in (Path(sys.argv[1]) / "rows.jsonl").read_bytes().splitlines():
+        family, naming, version, count, largest = parse_json(line)
+        rows.setdefault((family, naming), []).append((version, count, largest))
+    print("| " + " | ".join(HEAD) + " |")
+    print("|---" * len(HEAD) + "|")
+    for (family, naming), found in sorted(rows.items()):
+        versions = ", ".join(version for version, _, _ in found)
+        counts = " or ".join(str(count) for count in dict.fromkeys(count for _, count, _ in found))
+        largest = max(largest for _, _, largest in found)
+        print(f"| {family} | {naming} | {counts} | {versions} | {largest:.0e} |")
+
+
+if __name__ == "__main__":
+    main()
