@@ -316,6 +316,7 @@ def _check_options(options: Options, destination: ObjectPath) -> None:
     asked = {
         "--hash": options.hashes,
         "--fingerprint": options.fingerprints,
+        "--sign": options.sign is not None,
         "--crc-check": options.crc,
         "--fsync": options.fsync,
     }
