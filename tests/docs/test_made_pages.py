@@ -128,8 +128,9 @@ def test_every_file_of_the_code_is_on_the_page_of_files() -> None:
     """The names that constants give to files, and those that runs leave (publish/strays.py)."""
     page = text_of(DOCS / "files.md")
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "mindformers_ckpt").rglob("*.py"))
-    names = set(re.findall(r'^[A-Z_]+_FILE = "([^"]+)"$', source, re.MULTILINE))
-    assert "manifest.json" in names
+    lines = re.findall(r"^[A-Z_]+_FILE(?:, [A-Z_]+_FILE)* = (\"[^(\n]*)$", source, re.MULTILINE)
+    names = {name for line in lines for name in re.findall(r'"([^"]+)"', line)}
+    assert {"manifest.json", "fingerprint.sig"} <= names
     strays = {".staging-", ".journal", "-joined", ".new-", ".part-", ".removed-", ".strategy.previous", ".meeting-"}
     assert all(stray in source for stray in strays)
     assert sorted(name for name in {*names, *strays, ".old", ".lock", ".owner"} if name not in page) == []
