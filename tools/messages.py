@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,14 +44,15 @@ class Message(NamedTuple):
     text: str
 
 
-def messages_of(root: Path) -> list[Message]:
+@lru_cache
+def messages_of(root: Path) -> tuple[Message, ...]:
     """All texts of the package in the order of its files; each once a file."""
     found: dict[Message, None] = {}
     for file in files_of(root):
         name = file.relative_to(root / "mindformers_ckpt").as_posix()
         for kind, text in _texts(ast.parse(file.read_text(encoding="utf-8"))):
             found[Message(room_of(file, root), name, kind, text)] = None
-    return list(found)
+    return tuple(found)
 
 
 def explained_by(message: Message, heading: str) -> bool:

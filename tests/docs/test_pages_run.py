@@ -58,7 +58,7 @@ def test_one_card_has_the_complete_weights(ran: Ran) -> None:
 
 @pytest.mark.parametrize("name", ["llama_dp2mp4pp2", "llama_own"])
 def test_every_node_has_its_ranks(ran: Ran, name: str) -> None:
-    reference = read_ranks(ran.folder / "llama_16")
+    reference = read_ranks(ran.folder / "llama_dp2mp4pp2")
     second = read_ranks(ran.folder / "node1" / name)
     assert second.keys() == set(range(8, 16))
     for rank, tensors in second.items():
