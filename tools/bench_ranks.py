@@ -8,6 +8,7 @@ Reads of rank 1 are those of its weights (10 MB), and do not count against its s
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import socket
@@ -18,9 +19,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
+import checkout  # noqa: F401 - finds the package of this checkout
 import click
-
-sys.path.insert(0, str(Path(__file__).parent))
 from bench_transform import ours, shapes, specs, strategy_argument, write_complete, write_strategies
 from slow_mount import mounted
 
@@ -110,4 +110,9 @@ def be_rank(rank: int, port: int, root: Path) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"seconds": be_rank(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))}))
+    parser = argparse.ArgumentParser(description="A rank of bench_storage.py --ranks, which starts it.")
+    parser.add_argument("rank", type=int)
+    parser.add_argument("port", type=int)
+    parser.add_argument("root", type=Path)
+    options = parser.parse_args()
+    print(json.dumps({"seconds": be_rank(options.rank, options.port, options.root)}))
