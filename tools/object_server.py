@@ -30,6 +30,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
+import checkout  # noqa: F401 - finds the package of this checkout
 import click
 
 BUCKET = "bench"
