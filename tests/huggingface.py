@@ -25,6 +25,7 @@ CODES = {
     "float8_e4m3fn": "F8_E4M3",
     "int64": "I64",
     "int32": "I32",
+    "float64": "F64",
     "int8": "I8",
     "uint8": "U8",
 }

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Write docs/api.md from the docstrings of the public names.
+"""Write docs/api.md and docs/zh/api.md from the docstrings of the public names.
 
-    python tools/api_page.py             # write it
-    python tools/api_page.py --check     # exit with 1 when it is not what the code says
+    python tools/api_page.py             # write them
+    python tools/api_page.py --check     # exit with 1 when they are not what the code says
 
-Head and order are in this file; all else is signatures and docstrings. Needs no MindSpore.
+Head and order are in this file, those in Chinese in page_texts.yaml; all else is signatures and docstrings. Needs no
+MindSpore.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "api.md"
+from generated_pages import FOLDERS, ROOT, main, texts_of
 
 _HEAD = """# The Python API
 
@@ -68,18 +68,21 @@ _LISTS = ("Args:", "Attributes:")
 _WIDTH = 100
 
 
-def page() -> str:
-    """The text of the page. Raises KeyError for a public name that has no section."""
+def page(head: str = _HEAD, titles: Mapping[str, str] | None = None) -> str:
+    """The text of the page, `titles` in place of the headings of its sections.
+
+    Raises KeyError for a public name without a docstring, and a heading that `titles` does not know.
+    """
     package = importlib.import_module("mindformers_ckpt")
     names = [name for name in package.__all__ if name != "__version__"]
     listed = {name for _, section in _SECTIONS for name in section}
     homeless = [name for name in names if name not in listed]
-    parts = [_HEAD]
+    parts = [head]
     sections = [*_SECTIONS, ("Other", tuple(homeless))]
     for title, section in sections:
         present = [name for name in section if name in names]
         if present:
-            parts.append(f"## {title}\n")
+            parts.append(f"## {title if titles is None else titles[title]}\n")
             parts += [_described(name, getattr(package, name)) for name in present]
     return "\n".join(parts)
 
@@ -174,20 +177,13 @@ def _as_list(text: str) -> str:
     return "\n".join(entries)
 
 
-def main(arguments: list[str]) -> int:
-    if arguments not in ([], ["--check"]):
-        print("usage: python tools/api_page.py [--check]", file=sys.stderr)
-        return 2
-    text = page()
-    if not arguments:
-        PAGE.write_text(text, encoding="utf-8")
-        return 0
-    if PAGE.read_text(encoding="utf-8") == text:
-        return 0
-    print("docs/api.md is not what the code says; run: python tools/api_page.py", file=sys.stderr)
-    return 1
+def pages() -> dict[Path, str]:
+    """The two pages by their files."""
+    texts = texts_of("api")
+    chinese = page(texts["head"]["zh"], texts["sections"])
+    return {FOLDERS["en"] / "api.md": page(), FOLDERS["zh"] / "api.md": chinese}
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(__doc__, pages, sys.argv[1:]))

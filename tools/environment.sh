@@ -1,5 +1,6 @@
 # Sourced by the scripts that run tests: a virtual environment in $VENV, made with $PYTHON when it is missing.
 # With COVERAGE=1 the tests also write what they execute into .coverage.* (see tools/coverage.sh).
+source tools/help.sh
 PYTHON=${PYTHON:-python3}
 
 make_environment() {

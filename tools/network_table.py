@@ -8,8 +8,10 @@ reads FOLDER/rows.jsonl, which tests/networks writes: a line for a family, its n
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
+
+import checkout  # noqa: F401 - finds the package of this checkout
 
 from mindformers_ckpt.text_files import parse_json
 
@@ -17,8 +19,11 @@ HEAD = ("family", "names", "parameters", "MindFormers", "largest difference of l
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
     rows: dict[tuple[str, str], list[tuple[str, int, float]]] = {}
-    for line in (Path(sys.argv[1]) / "rows.jsonl").read_bytes().splitlines():
+    for line in (folder / "rows.jsonl").read_bytes().splitlines():
         family, naming, version, count, largest = parse_json(line)
         rows.setdefault((family, naming), []).append((version, count, largest))
     print("| " + " | ".join(HEAD) + " |")

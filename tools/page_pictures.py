@@ -1,4 +1,4 @@
-"""Take the pictures of docs/look.md: the page of a plan for 1,024 ranks, in a headless Chromium.
+"""Take the pictures of docs/look.md and its Chinese twin: the page of a plan for 1,024 ranks, in a headless Chromium.
 
     python tools/page_pictures.py
 
@@ -8,12 +8,14 @@ or google-chrome on the PATH (Debian: apt-get install chromium); tests skip what
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import checkout  # noqa: F401 - finds the package of this checkout
 from simulate_scale import mesh_of, strategy_of, write_source
 
 from mindformers_ckpt.look.page import write_page
@@ -22,7 +24,9 @@ from mindformers_ckpt.planning.file import Job
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
 
-IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
+_DOCS = Path(__file__).resolve().parent.parent / "docs"
+# The same pictures twice: a link out of a language's folder would not work on the site.
+IMAGES = (_DOCS / "images", _DOCS / "zh" / "images")
 # As a program of a machine that has no network.
 _OPTIONS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
@@ -51,6 +55,7 @@ def browse(page: Path, state: str, *, dom: bool = False, size: tuple[int, int] =
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     source, target = strategy_of(mesh_of(1024, 8)), strategy_of(mesh_of(512, 16))
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "deepseek_v3"
@@ -59,10 +64,12 @@ def main() -> int:
         about = {"source": source.describe(), "target": target.describe()}
         page = Path(folder) / "page.html"
         write_page(Job(plan, about, False, None), page, (source.stage_size, target.stage_size))
-        IMAGES.mkdir(exist_ok=True)
         for theme in ("light", "dark"):
             state = f"tensor=model.layers.7.attention.wo.weight&search=layers.7.&rank=77&theme={theme}"
-            (IMAGES / f"plan_{theme}.png").write_bytes(browse(page, state, size=(1280, 1900)))
+            picture = browse(page, state, size=(1280, 1900))
+            for images in IMAGES:
+                images.mkdir(exist_ok=True)
+                (images / f"plan_{theme}.png").write_bytes(picture)
     return 0
 
 

@@ -11,7 +11,7 @@ source tools/environment.sh
 make_transformers
 
 if ((! $#)); then
-    set -- tests/convert/test_transformers.py tests/convert/test_round_trips.py tests/lora \
+    set -- tests/convert/test_transformers.py tests/convert/test_torch_dcp.py tests/convert/test_round_trips.py tests/lora \
         tests/test_box.py tests/test_layout.py tests/test_plan.py tests/test_execute.py tests/formats
 fi
 run_pytest "$@"

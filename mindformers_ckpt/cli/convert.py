@@ -18,6 +18,7 @@ from mindformers_ckpt.cli.options import (
     RESUME,
     SIGN,
     STEP,
+    AnyPath,
     LocalPath,
     StrategyPath,
     json_option,
@@ -30,7 +31,7 @@ from mindformers_ckpt.convert.run import DTYPES, Request, convert, plan_conversi
 from mindformers_ckpt.execution import Options, affordable_processes
 from mindformers_ckpt.strategy.model import Strategy
 
-_PATH = LocalPath()
+_PATH = AnyPath()
 
 
 def _models(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
@@ -116,7 +117,7 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
 @click.option("--strip-prefix", help="Text in front of the source's tensor names that the model's do not have.")
 @click.option("--write-tied", is_flag=True, help="Write a tied output layer as a tensor of its own.")
 @PROCESSES
-@click.option("--plugin", type=_PATH, help="Folder with convert_weight.py and convert_reversed.py of your own.")
+@click.option("--plugin", type=LocalPath(), help="Folder with convert_weight.py and convert_reversed.py of your own.")
 @STEP
 @FINGERPRINT
 @SIGN

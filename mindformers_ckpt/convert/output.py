@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,12 +46,12 @@ def copy_companions(
     for pattern in _COMPANIONS:
         for file in origin.glob(pattern):
             if file.is_file() and not file.name.endswith(_NOT_COMPANIONS) and file.name != CONFIG_FILE:
-                shutil.copyfile(file, folder / file.name)
+                (folder / file.name).write_bytes(file.read_bytes())
     if (origin / CONFIG_FILE).is_file():
         values = read_json_object(origin / CONFIG_FILE, ConfigError, infinite=True)
         adapted = _adapted_config(values, dtype, plain) | dict(changes)
         if adapted == values:
-            shutil.copyfile(origin / CONFIG_FILE, folder / CONFIG_FILE)
+            (folder / CONFIG_FILE).write_bytes((origin / CONFIG_FILE).read_bytes())
         else:
             write_json(folder / CONFIG_FILE, adapted, indent=2)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from mindformers_ckpt.convert.config import LAYOUT_SETTINGS, ModelConfig, read_c
 from mindformers_ckpt.convert.model import Model, find_model, model_of_config, models, raise_without_network
 from mindformers_ckpt.convert.weights import Weights, config_folder
 from mindformers_ckpt.errors import ConfigError, did_you_mean
+from mindformers_ckpt.objects.path import absolute
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # Options that only some models have.
@@ -75,7 +75,7 @@ class Request:
 
 def with_settings(request: Request, settings: Mapping[str, bool]) -> Request:
     """The request with those of a network's settings that its model has. Raises ConfigError for unknown models."""
-    path = Path(os.path.abspath(request.input_path))
+    path = absolute(request.input_path)
     model = model_of(request, read_config(config_folder(path if path.is_dir() else path.parent, request.hf_config)))
     has_fused_names = any(naming.endswith("+qkv_concat") for naming in model.namings)
     known = {*model.options, *(("qkv_concat",) if has_fused_names else ())}

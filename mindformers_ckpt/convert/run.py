@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +40,7 @@ from mindformers_ckpt.convert.weights import (
 from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.execution import Options, Progress, Report
 from mindformers_ckpt.formats.dtypes import by_name
+from mindformers_ckpt.objects.path import absolute
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
 from mindformers_ckpt.sources.find import find_huggingface
 from mindformers_ckpt.sources.source import SUFFIXES, Source
@@ -121,7 +121,7 @@ def prepare(request: Request, wanted: Collection[str] = ()) -> Prepared:
     `wanted` are names of the target's strategy, which may tell settings of the network.
     Raises ConfigError, FormatError and PlanError.
     """
-    path = Path(os.path.abspath(request.input_path))
+    path = absolute(request.input_path)
     check_path(path, request.reverse)
     find = mindspore_source if request.reverse else find_huggingface
     found = find(request.input_path, request.step)
@@ -192,7 +192,7 @@ def convert(
     """
     started = time.monotonic()
     prepared, plan, companions = _planned(request, output, format, target, shard_bytes)
-    output = Path(os.path.abspath(output))
+    output = absolute(output)
     shapes = _shapes(prepared.conversion)
     if not request.reverse and target is None and output.suffix in SUFFIXES and format != CHECKPOINT2:
         report = transform(plan, output, options, progress=progress, check=check, file=True, shapes=shapes)
@@ -234,7 +234,7 @@ def _planned(
     if format == CHECKPOINT2:
         plan, companions = _checkpoint2(prepared, target or Strategy.complete())
     else:
-        plan = _targets(prepared, Path(os.path.abspath(output)), format, target, shard_bytes)
+        plan = _targets(prepared, absolute(output), format, target, shard_bytes)
         companions = partial(_add_companions, prepared=prepared, plan=plan)
     plan.check()
     return prepared, plan, companions

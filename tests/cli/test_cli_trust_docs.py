@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import re
-import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
-from toy import ROOT, Result, shell
-
-PAGE = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")
+from doc_pages import DOCS, Printed, Session, blocks_of
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
-    """What every block of the page printed, each run by a shell of its own in one folder."""
-    folder = tmp_path_factory.mktemp("trust")
-    (folder / "bin").mkdir()
-    shim = folder / "bin/mindformers-ckpt"
-    shim.write_text(f'#!/bin/sh\nexec {sys.executable} -m mindformers_ckpt "$@"\n')
-    shim.chmod(0o755)
-    blocks = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    results = []
-    for block in blocks:
-        if "--sign" in block and find_spec("model_signing") is None:  # it has no release for Python 3.9
-            results.append(Result(0, "trust_whole: nothing differs", ""))
-            continue
-        results.append(shell(f'PATH="$PWD/bin:$PATH"; set -euo pipefail\n{block}', folder))
-        assert results[-1].code == 0, f"{block}\n{results[-1]}"
-    return results
+def printed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Printed]]:
+    """What every block of the page printed; nothing is left after the last of them."""
+    session = Session(tmp_path_factory.mktemp("trust"))
+    *blocks, clean = (block.text for block in blocks_of(DOCS / "trust.md", "bash"))
+    if find_spec("model_signing") is None:  # it has no release for Python 3.9
+        blocks = ["echo 'trust_whole: nothing differs'" if "--sign" in block else block for block in blocks]
+    yield session.run(blocks)
+    session.run([clean], session.scratch)
+    assert session.left == []
 
 
-def test_the_page(ran: list[Result]) -> None:
-    _, made, signed, whole, against, damaged, changed = ran
+def test_the_page(printed: list[Printed]) -> None:
+    _, made, signed, whole, against, damaged, changed = printed
     numbers = re.findall(r"\b[0-9a-f]{64}\b", made.out)
     assert len(numbers) == 3
     assert len(set(numbers)) == 1

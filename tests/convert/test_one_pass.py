@@ -12,9 +12,9 @@ import pytest
 
 from mindformers_ckpt.convert.model import models
 from mindformers_ckpt.convert.run import Request, convert
-from mindformers_ckpt.convert.targets import _runs
 from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.execution import Options
+from mindformers_ckpt.geometry.axes import runs
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.look.fingerprint import fingerprint
 from mindformers_ckpt.planning.build import build_plan
@@ -124,7 +124,7 @@ def test_runs_cover_a_range_in_order() -> None:
     for first in range(24):
         for last in range(first + 1, 25):
             at = first
-            for run in _runs(first, last, (2, 3, 4), 0):
+            for run in runs(first, last, (2, 3, 4), 0):
                 volume = 1
                 for start, stop in zip(run.start, run.stop):
                     volume *= stop - start

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from doc_pages import DOCS, Session, blocks_of, text_of
 from lora_model import (
     SCALING,
     Model,
@@ -25,17 +22,14 @@ from lora_model import (
 )
 from recorded import read_ranks, read_tensors
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-PAGE = (ROOT / "docs" / "lora.md").read_text()
+PAGE = DOCS / "lora.md"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that the page names, in which all its blocks were run."""
-    folder = tmp_path_factory.mktemp("lora")
-    (folder / "tools").symlink_to(ROOT / "tools")
-    (folder / "mindformers-ckpt").write_text(f'#!/bin/sh\nexec {sys.executable} -m mindformers_ckpt "$@"\n')
-    (folder / "mindformers-ckpt").chmod(0o755)
+    session = Session(tmp_path_factory.mktemp("lora"))
+    folder = session.root
     (folder / "output").mkdir()
     write_complete(folder / "llama_lora.ckpt", lora_model())
     write_complete(folder / "llama.ckpt", base_model())
@@ -43,15 +37,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_distributed(folder / "model_dir", lora_model(), pipeline())
     write_strategies(folder / "output/strategy", pipeline())
     write_strategies(folder / "target_strategy", [layouts()])
-    path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
-    blocks = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    blocks = [block.text for block in blocks_of(PAGE, "bash")]
     assert len(blocks) == 4
-    for block in blocks:
-        done = subprocess.run(
-            ["bash", "-euc", block], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, f"{block}\n{done.stderr}"
+    session.run(blocks)
     return folder
 
 
@@ -79,6 +67,6 @@ def test_every_option_is_documented() -> None:
         option
         for parameter in command.params
         for option in parameter.opts
-        if option.replace("-", "_").replace("__", "--", 1) not in PAGE and option != "--dst-ckpt-strategy"
+        if option.replace("-", "_").replace("__", "--", 1) not in text_of(PAGE) and option != "--dst-ckpt-strategy"
     ]
     assert undocumented == []
