@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from mindformers_ckpt.disk.files import FileState
 from mindformers_ckpt.engine import page_cache
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES, PIECE_BYTES, TRANSPOSE_BYTES
 from mindformers_ckpt.engine.copier import Done, Task, cut_into_tasks
+from mindformers_ckpt.engine.object_sink import Uploads
 from mindformers_ckpt.engine.pool import copy_tasks
 from mindformers_ckpt.engine.sinks import FileSink
 from mindformers_ckpt.errors import (
@@ -36,6 +36,8 @@ from mindformers_ckpt.errors import (
     describe_problems,
 )
 from mindformers_ckpt.formats import read_header
+from mindformers_ckpt.objects.listing import look_again
+from mindformers_ckpt.objects.path import absolute
 from mindformers_ckpt.planning.digest import digest_of
 from mindformers_ckpt.planning.model import Plan, SourceFile
 from mindformers_ckpt.publish import MANIFEST_FILE, Staging, check_free_space, read_manifests
@@ -133,7 +135,7 @@ class Run:
         if options.sign is not None:
             options = replace(options, fingerprints=True)
         self.plan, self.options = plan, options
-        self.destination = Path(os.path.abspath(destination))
+        self.destination = absolute(destination)
         self._about = dict(about or {})
         self._shapes = dict(shapes or {})
         check_apart(plan, self.destination)
@@ -143,7 +145,7 @@ class Run:
             _check_signable(options.sign, file)
         self.digest = digest_of(plan)
         self._states = states_of(plan.sources)
-        self.fingerprint = identity or _fingerprint(self.digest, self._states, options)
+        self.fingerprint = identity or identity_of(self.digest, self._states, options)
         self._staging = Staging(
             self.destination,
             self.fingerprint,
@@ -152,7 +154,7 @@ class Run:
             Kind.FILE if file else Kind.PART if options.partial else Kind.FOLDER,
             is_made=self._is_made,
             check=self._check_beside,
-            is_ours=_is_checkpoint,
+            is_ours=is_checkpoint,
         )
         self._journal = Journal(self._staging, self.fingerprint)
         self._done: dict[int, Done] = {}
@@ -341,7 +343,7 @@ class Run:
 
 def copy_into(
     plan: Plan,
-    folder: Path,
+    folder: Path | Uploads,
     tasks: Sequence[Task],
     options: Options,
     *,
@@ -351,7 +353,7 @@ def copy_into(
     report: Callable[[Done], None] = lambda done: None,
     proofs: bool = False,
 ) -> None:
-    """Copy tasks into target files that are prepared; `report` is told each as it is done."""
+    """Copy tasks into target files that are prepared, or into uploads; `report` is told each as it is done."""
     total, written = before + sum(task.bytes_written for task in tasks), before
     copied = copy_tasks(
         plan,
@@ -406,6 +408,7 @@ def check_apart(plan: Plan, destination: Path) -> None:
 
 def check_unchanged(states: Mapping[Path, FileState]) -> None:
     """Compare files with what they were. Raises TransferError that names those which were written meanwhile."""
+    look_again()
     changed = changed_files(states)
     if changed:
         headline = "source files were written or replaced while they were read; run the command again"
@@ -494,7 +497,7 @@ def _describe_sources(plan: Plan, states: Mapping[Path, FileState]) -> list[dict
     ]
 
 
-def _fingerprint(digest: str, states: Mapping[Path, FileState], options: Options) -> str:
+def identity_of(digest: str, states: Mapping[Path, FileState], options: Options) -> str:
     """A digest of everything that decides which bytes are written where, and of the sources' identity."""
     from mindformers_ckpt import __version__
 
@@ -503,7 +506,7 @@ def _fingerprint(digest: str, states: Mapping[Path, FileState], options: Options
     cut = (__version__, *sizes, options.by_rank, options.hashes, options.fingerprints, options.crc)
     whole = hashlib.blake2b(f"{digest} {cut}\n".encode(), digest_size=16)
     for path, state in states.items():
-        whole.update(os.fsencode(path) + f" {tuple(state)}\n".encode())
+        whole.update(f"{path} {tuple(state)}\n".encode(errors="surrogateescape"))
     return whole.hexdigest()
 
 
@@ -525,7 +528,7 @@ def _state(path: Path) -> FileState | None:
         return None
 
 
-def _is_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: Path) -> bool:
     """Whether a file has the form of what is written: a checkpoint that can be read."""
     try:
         return bool(read_header(path).tensors)

@@ -20,7 +20,7 @@ from mindformers_ckpt.lora_scaling import Scaling
 from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.planning.computations import Factor, Merge, Piece
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan, SourceFile
-from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
+from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor, Shard
 from mindformers_ckpt.strategy.model import Strategy
 
 _TYPES = ("float16", "bfloat16", "float32")
@@ -220,7 +220,7 @@ def _base_plan(source: Checkpoint, weights: Weights, target: Strategy, prefix: s
     transfers = tuple(
         transfer._replace(
             name=plain.get(transfer.name, transfer.name),
-            sources=tuple(place._replace(tensor=transfer.name) for place in transfer.sources),
+            sources=tuple(place._replace(tensor=place.tensor or transfer.name) for place in transfer.sources),
         )
         for transfer in plan.transfers
     )
@@ -372,11 +372,11 @@ def _up(fold: _Fold, rows: int, files: dict[Path, int]) -> Factor:
     for spot, tensor in zip(fold.spots, fold.ups):
         own = tensor.spec.shape[1]
         if spot.view:
-            ((_, path, _),) = tensor.shards
+            (shard,) = tensor.shards
             box = Box((*spot.box.start, rank), (*spot.box.stop, rank + own))
-            pieces.append(Piece(_number(path, files), tensor.spec.name, box))
+            pieces.append(_piece(shard, tensor, box, files))
         else:
-            pieces += [Piece(_number(path, files), tensor.spec.name, box) for _, path, box in tensor.shards]
+            pieces += [_piece(shard, tensor, shard.box, files) for shard in tensor.shards]
         rank += own
     return Factor(fold.ups[0].spec.dtype, (rows, rank), (*(fold.spots[0].view or (rows,)), rank), tuple(pieces))
 
@@ -386,13 +386,13 @@ def _down(fold: _Fold, columns: int, files: dict[Path, int]) -> Factor:
     pieces: list[Piece] = []
     rank = 0
     for tensor in fold.downs:
-        for _, path, box in tensor.shards:
-            start, stop = (rank + box.start[0], box.start[1]), (rank + box.stop[0], box.stop[1])
-            pieces.append(Piece(_number(path, files), tensor.spec.name, Box(start, stop)))
+        for shard in tensor.shards:
+            (first, left), (last, right) = shard.box
+            pieces.append(_piece(shard, tensor, Box((rank + first, left), (rank + last, right)), files))
         rank += tensor.spec.shape[0]
     return Factor(fold.downs[0].spec.dtype, (rank, columns), (rank, columns), tuple(pieces))
 
 
-def _number(path: Path, files: dict[Path, int]) -> int:
-    """The number of a source file in the plan; new ones are put at the end."""
-    return files.setdefault(path, len(files))
+def _piece(shard: Shard, tensor: LogicalTensor, box: Box, files: dict[Path, int]) -> Piece:
+    """A shard as a box of a factor. A file that the plan does not have yet is put at the end."""
+    return Piece(files.setdefault(shard.path, len(files)), shard.tensor or tensor.spec.name, box)

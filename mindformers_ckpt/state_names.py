@@ -27,6 +27,8 @@ _STATE_WORDS = (
 )
 # CAME joins the word to the name with "_".
 _STATE = re.compile(rf"({'|'.join(sorted(_STATE_WORDS, key=len, reverse=True))})[._](.+)")
+# As PyTorch nests them: "optim.state.<weight>.exp_avg".
+_TORCH_STATE = re.compile(r"(?:.+\.)?optim(?:izer)?s?(?:_\d+)?\.state\..+\.(\w+)")
 _PLACEHOLDER = re.compile(r"(?:muon_m|adam_m|adam_v)\.placeholder\.\d+")
 # What MindFormers' networks count or keep between steps.
 _BUFFER = re.compile(
@@ -56,7 +58,7 @@ class States(NamedTuple):
 
     def __str__(self) -> str:
         """ "6 optimizer states (adam_m.*, adam_v.*), 2 counters (epoch_num, step_num)" """
-        words = list(dict.fromkeys(f"{_word(name)}.*" for name in self.optimizer))
+        words = list(dict.fromkeys(map(_words, self.optimizer)))
         endings = list(dict.fromkeys(name.rpartition(".")[2] for name in self.buffers))
         kinds = (
             (self.optimizer, "optimizer states", words),
@@ -80,7 +82,7 @@ def find_states(names: Iterable[str], weights: Container[str]) -> States:
             found.counters.append(name)
         elif _BUFFER.fullmatch(name):
             found.buffers.append(name)
-        elif _PLACEHOLDER.fullmatch(name) or _is_known_state(name, weights):
+        elif _PLACEHOLDER.fullmatch(name) or _TORCH_STATE.fullmatch(name) or _is_known_state(name, weights):
             found.optimizer.append(name)
     return found
 
@@ -109,9 +111,13 @@ def _is_known_state(name: str, weights: Container[str]) -> bool:
     return of_a_buffer or state_of(name, weights, known=True) is not None
 
 
-def _word(name: str) -> str:
+def _words(name: str) -> str:
+    """ "adam_m.*" or "*.exp_avg": what a state is called for any weight."""
+    match = _TORCH_STATE.fullmatch(name)
+    if match is not None:
+        return f"*.{match[1]}"
     match = _STATE.fullmatch(name)
-    return match[1] if match else name
+    return f"{match[1] if match else name}.*"
 
 
 def _shortened(names: list[str], limit: int = 8) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ckpt.errors import CheckpointError
+from mindformers_ckpt.objects.path import ObjectPath
 
 MAX_DEPTH = 64
 MAX_BYTES = 1 << 28  # an index of 100,000 tensors has about 10 MB
@@ -81,6 +82,10 @@ def read_yaml_mapping(path: Path, error: type[CheckpointError]) -> dict[Any, Any
 
 def read_regular(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> bytes:
     """The bytes of a regular file. Raises OSError; ValueError for a FIFO, a device and more than `limit` bytes."""
+    if isinstance(path, ObjectPath):
+        if path.stat().st_size > limit:
+            raise ValueError(f"it has more than {limit:,} bytes")
+        return path.read_bytes()
     # Without O_NONBLOCK the opening of a FIFO waits for a writer, for ever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:

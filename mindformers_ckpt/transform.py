@@ -1,4 +1,4 @@
-"""Re-slicing from one folder to another."""
+"""Re-slicing from one folder to another, on a disk or in an object storage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ckpt.execution import Options, Progress, Report, Run
+from mindformers_ckpt.objects.path import ObjectPath, absolute
 from mindformers_ckpt.planning.model import Plan
+from mindformers_ckpt.uploads.run import ObjectRun
 
 _PLAIN = Options()
 
@@ -31,7 +33,13 @@ def transform(
     the result before it is published, `shapes` are those of target tensors that the plan has in another form.
     Raises TransferError and PublishError; then the destination is as it was.
     """
-    with Run(plan, destination, options, about=about, file=file, shapes=shapes) as run:
+    where = absolute(destination)
+    run: Run | ObjectRun
+    if isinstance(where, ObjectPath):
+        run = ObjectRun(plan, where, options, about=about, file=file)
+    else:
+        run = Run(plan, where, options, about=about, file=file, shapes=shapes)
+    with run:
         run.prepare(check=check)
         run.copy(progress=progress, check=check)
         return run.publish(companions)

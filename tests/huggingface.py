@@ -25,6 +25,7 @@ CODES = {
     "float8_e4m3fn": "F8_E4M3",
     "int64": "I64",
     "int32": "I32",
+    "float64": "F64",
     "int8": "I8",
     "uint8": "U8",
 }
@@ -222,6 +223,37 @@ def _kin(config: dict[str, Any], *without: str) -> tuple[dict[str, Any], dict[st
         tensors |= {name: random_tensor(name, (16, 8)) for name in names}
     found = {name: array for name, array in tensors.items() if not any(part in name for part in without)}
     return {**DEEPSEEK_CONFIG, **config}, found
+
+
+DEEPSEEK_V32_CONFIG = {**DEEPSEEK_CONFIG, "model_type": "deepseek_v32", "index_n_heads": 3, "index_head_dim": 12}
+
+
+def deepseek_v32_tensors() -> dict[str, Any]:
+    """Those of DeepSeek-V3, and an indexer in every layer: 3 heads of 12, of which 4 are rotary."""
+    shapes = {"wq_b.weight": (36, 6), "wk.weight": (12, 8), "k_norm.weight": (12,), "k_norm.bias": (12,)}
+    indexer = {**shapes, "weights_proj.weight": (3, 8)}
+    names = {f"model.layers.{n}.self_attn.indexer.{name}": shape for n in range(3) for name, shape in indexer.items()}
+    return {**deepseek_tensors(), **random_tensors(names)}
+
+
+GLM_MOE_CONFIG = decoder_config(
+    model_type="glm4_moe",
+    attention_bias=True,
+    use_qk_norm=True,
+    n_routed_experts=11,
+    n_shared_experts=1,
+    moe_intermediate_size=5,
+    first_k_dense_replace=1,
+    num_nextn_predict_layers=1,
+)
+
+
+def glm_moe_tensors() -> dict[str, Any]:
+    """GLM-4.5: the attention of Llama with biases and norms, everything else as in DeepSeek-V3."""
+    attention = {name: shape for name, shape in llama_shapes(layers=3, bias=True, ffn=False).items() if "attn" in name}
+    norms = {f"model.layers.{n}.self_attn.{name}_norm.weight": (4,) for n in range(3) for name in "qk"}
+    others = {name: array for name, array in deepseek_tensors().items() if "self_attn" not in name}
+    return {**random_tensors({**attention, **norms}), **others}
 
 
 CHATGLM_CONFIG = {

@@ -12,10 +12,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import fuzz_distributed
 import pytest
 from campaign import Campaign
 from child import build
-from fuzz_inputs import inputs
+from fuzz_inputs import READERS, inputs
 from fuzz_oracles import compare
 from make_broken import entry, record, safetensors
 
@@ -114,3 +115,17 @@ def test_many_inputs_are_whole(reader: str, tmp_path: Path) -> None:
             continue
         accepted += 1
     assert accepted >= 10
+
+
+@pytest.mark.parametrize("reader", fuzz_distributed.READERS)
+def test_some_inputs_of_folders_are_whole(reader: str, tmp_path: Path) -> None:
+    chance, accepted = random.Random(1), 0
+    file = tmp_path / f"{reader}{READERS[reader][0]}"
+    for data in itertools.islice(inputs(chance, reader), 60):
+        file.write_bytes(data)
+        try:
+            fuzz_distributed.READERS[reader](file)
+        except CheckpointError:
+            continue
+        accepted += 1
+    assert accepted >= 2

@@ -90,8 +90,10 @@ def test_forms_of_issues_ask_something() -> None:
         assert any(field.get("validations", {}).get("required") for field in form["body"])
 
 
-def test_the_changelog_begins_with_this_version() -> None:
+def test_the_changelog_begins_with_what_is_unreleased_and_this_version() -> None:
+    """Version 0.1.0 was never released."""
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    headings = re.findall(r"^## (\S+) \((unreleased|\d{4}-\d{2}-\d{2})\)$", text, re.MULTILINE)
-    assert len(headings) == text.count("\n## ")
-    assert headings[0][0] == __version__
+    first, *dated = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert first == "Unreleased"
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+(rc\d+)? \(\d{4}-\d{2}-\d{2}\)", heading) for heading in dated)
+    assert [heading.partition(" ")[0] for heading in dated[:1]] == ([__version__] if __version__ != "0.1.0" else [])

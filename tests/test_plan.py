@@ -11,6 +11,7 @@ from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.planning.build import Slices, build_plan, compare_slices
+from mindformers_ckpt.planning.computations import Cast, Dequantise
 from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
@@ -345,3 +346,15 @@ def test_tensors_that_are_cut_alike_are_checked_once() -> None:
     plan_of_cuts(*[cut] * 1000).check(1000)
     with pytest.raises(PlanError, match="w0: of the box"):
         plan_of_cuts((grid(8, 8)[1:], grid(4, 4))).check(1000)
+
+
+def test_what_is_read_has_the_type_of_the_source() -> None:
+    """FP8 that becomes bf16 is half of what is written, fp32 twice as much; each shard counts by itself."""
+    kinds = {name: by_name(name) for name in ("float8_e4m3fn", "float32", "bfloat16")}
+    halves = Box((0, 0), (4, 4)), Box((4, 0), (8, 4))
+    blocks = Dequantise(kinds["float8_e4m3fn"], 0, "w_scale_inv", (4, 4), (4, 4), kinds["float32"])
+    sources = (Place(0, halves[0], compute=blocks), Place(1, halves[1], compute=Cast(kinds["float32"])))
+    transfer = Transfer("w", kinds["bfloat16"], (8, 4), sources, (Place(0, Box.whole((8, 4))),))
+    assert (transfer.bytes_read, transfer.bytes_written) == (16 + 64, 64)
+    upper = transfer._replace(targets=(Place(0, halves[0]),))
+    assert (upper.bytes_read, upper.bytes_written) == (16, 32)

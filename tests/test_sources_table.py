@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoint2_files import write_checkpoint2
+from dcp_files import rows as rows_of_ranks
+from dcp_files import write_dcp, write_hyper_parallel, write_shards
 from entrances import ENTRANCES, Given, expected
 from recorded import Tensor
 from small_llama import (
@@ -181,7 +183,39 @@ def given(path: str) -> Callable[[Path], Given]:
 SHARDS = {"convert": "holds the shards of 2 ranks; merge them first", "hook, as it is": "does not fit the network"}
 # transform cannot read a Hugging Face model, and the hook does where it may convert.
 FOREIGN = {"transform": "is a Hugging Face model", "hook, as it is": "set auto_trans_ckpt: True"}
+COMMANDS = ("transform", "convert", "merge-lora")
+DISTCP = "a folder of `.distcp` files and `.metadata`"
 TWO_STEPS = {"l_rank_{}-1_1.ckpt": 1, "l_rank_{}-1_2.ckpt": 2}
+
+
+def distributed(
+    write: Callable[..., Path], given: str = "saved", *, hugging_face: bool = True
+) -> Callable[[Path], Given]:
+    """A distributed checkpoint of the model, cut into rows as FSDP does it."""
+
+    def build(root: Path) -> Given:
+        tensors = hugging_face_weights(1) if hugging_face else weights(1)
+        write(root / "saved", tensors, rows_of_ranks(tensors))
+        if hugging_face:
+            write_config(root / "saved")
+        return Given(root / given, hugging_face=hugging_face)
+
+    return build
+
+
+def unified(given: str = "saved") -> Callable[[Path], Given]:
+    """What unified_safetensors writes of a model of more than 3 GB."""
+
+    def build(root: Path) -> Given:
+        places = {}
+        for number, tensors in enumerate(halves(weights(1))):
+            write_mindspore(root / f"saved/part{number}.safetensors", tensors)
+            places.update(dict.fromkeys(tensors, f"part{number}.safetensors"))
+        text = json.dumps({"metadata": {"total_size": 0}, "weight_map": places})
+        (root / "saved/param_name_map.json").write_text(text)
+        return Given(root / given)
+
+    return build
 
 
 def only_on_rank(rank: int, name: str, tag: int) -> Callable[[Path], object]:
@@ -498,6 +532,29 @@ CASES = [
         then(iterations({7: 1}), lambda r: (r / "saved/iteration_00000007/metadata.json").unlink()),
         refused={**dict.fromkeys(ALL, "holds the shards of 2 ranks"), "hook, as it is": "does not fit the network"},
     ),
+    Case(DISTCP, distributed(write_dcp), takes=1, only=COMMANDS),
+    Case(DISTCP, distributed(write_dcp, hugging_face=False), takes=1, only=COMMANDS),
+    Case(
+        "a folder of `shard-<n>-model-<n>-of-<n>.safetensors` files", distributed(write_shards), takes=1, only=COMMANDS
+    ),
+    Case(
+        "a folder of `_rank<n>_.safetensors` files and `.metadata`",
+        distributed(write_hyper_parallel, hugging_face=False),
+        takes=1,
+        only=COMMANDS,
+    ),
+    Case("the folder that MindSpore's `unified_safetensors` writes", unified(), takes=1),
+    Case("the folder that MindSpore's `unified_safetensors` writes", unified("saved/part1.safetensors"), takes=1),
+    refused_by_all(
+        "the folder that MindSpore's `unified_safetensors` writes",
+        then(unified(), lambda root: (root / "saved/part1.safetensors").unlink()),
+        r"names files that are not there.*\n.*part1\.safetensors",
+    ),
+    Case(
+        "the folder that MindSpore's `unified_safetensors` writes",
+        then(unified(), lambda root: (root / "saved/param_name_map.json").write_text('{"w": "part0.safetensors"}')),
+        takes=1,
+    ),
     # Recognised and refused
     refused_by_all(
         "one file of a checkpoint 2.0 of several ranks, or its `metadata.json`",
@@ -505,9 +562,26 @@ CASES = [
         "is by its name a part of a checkpoint",
     ),
     refused_by_all(
-        "a distributed checkpoint of PyTorch (DCP)", entries(".metadata", "__0_0.distcp"), "distributed checkpoint"
+        "a distributed checkpoint without its `.metadata`, which is written last",
+        entries("__0_0.distcp"),
+        r"holds no \.metadata, which is written last",
     ),
-    refused_by_all("a checkpoint of hyper-parallel", entries("m_rank0_.safetensors"), "hyper-parallel"),
+    refused_by_all(
+        "a distributed checkpoint without its `.metadata`, which is written last",
+        entries("m_rank0_.safetensors"),
+        r"hyper-parallel without its \.metadata; copy that",
+    ),
+    refused_by_all(
+        "one file of a distributed checkpoint",
+        distributed(write_dcp, given="saved/__0_0.distcp"),
+        "a part of a distributed checkpoint",
+    ),
+    Case(
+        "a distributed checkpoint of PyTorch or hyper-parallel, in a job (`load_checkpoint`)",
+        distributed(write_hyper_parallel, hugging_face=False),
+        refused=dict.fromkeys(HOOKS, "is a distributed checkpoint of hyper-parallel .*, which a job does not read"),
+        only=HOOKS,
+    ),
     refused_by_all(
         "Megatron-LM's or DeepSpeed's, without weight files beside it",
         entries("mp_rank_00/model_optim_rng.pt"),
@@ -550,9 +624,11 @@ CASES = [
     ),
     refused_by_all("an empty path (a variable that is not set)", given(""), "is a variable not set", only=ALL[:3]),
     refused_by_all(
-        "`obs://` and `s3://`, on the command line", given("obs://bucket/m"), "object storage", only=ALL[:3]
+        "a whole bucket of an object storage",
+        given("s3://bucket"),
+        "s3://bucket is (a whole bucket|in an object storage)",
+        only=ALL[:3],
     ),
-    refused_by_all("`obs://` and `s3://`, on the command line", given("s3://bucket/m"), "object storage", only=ALL[:3]),
     refused_by_all(
         "a folder whose folders hold what was looked for", ranks({"a.ckpt": 1}, given="."), r"give \S+/model$"
     ),

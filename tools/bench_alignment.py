@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import checkout  # noqa: F401 - finds the package of this checkout
 import click
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -25,6 +25,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import checkout  # noqa: F401 - finds the package of this checkout
 import click
 import numpy as np
 

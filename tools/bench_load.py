@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import checkout  # noqa: F401 - finds the package of this checkout
 import click
 
 if TYPE_CHECKING:

@@ -12,6 +12,8 @@ limited to 200 MB/s, it prints
 
 The files below are warm, so that only the added latency counts; every run has a mount of its own, for what was read
 once stays in the page cache above it. Ways are measured in turn, `--repeats` times; the least times count.
+
+`--s3` measures object storage (tools/bench_objects.py), `--ranks N` how a rank starts (tools/bench_ranks.py).
 """
 
 from __future__ import annotations
@@ -29,9 +31,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import checkout  # noqa: F401 - finds the package of this checkout
 import click
 
 sys.path.insert(0, str(Path(__file__).parent))
+from bench_objects import report_s3
+from bench_ranks import report_ranks
 from bench_transform import machine, ours, shapes, specs, strategy_argument, write_complete, write_strategies
 from slow_mount import mounted, why_not
 
@@ -179,6 +184,9 @@ def report(case: Case, bench: Bench, repeats: int, readers: list[int], options: 
 @click.option("--repeats", default=2, show_default=True)
 @click.option("--option", "options", multiple=True, help="Further options of ours, e.g. --option=--hash.")
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("output/bench_storage"), show_default=True)
+@click.option("--s3", is_flag=True, help="Object storage instead: a local S3 server behind a delay and a link.")
+@click.option("--link", default=200.0, show_default=True, help="With --s3: MB a second in each direction.")
+@click.option("--ranks", type=int, help="The start of a rank instead, of a source of so many rank files.")
 @click.option("--result", type=click.Path(path_type=Path), help="Where results go. Default: memory (/dev/shm).")
 def main(
     gb: float,
@@ -188,17 +196,30 @@ def main(
     repeats: int,
     options: tuple[str, ...],
     folder: Path,
+    s3: bool,
+    link: float,
+    ranks: int | None,
     result: Path | None,
 ) -> None:
     """Measure re-slicing on slow storage and print a table."""
-    reason = why_not()
+    reason = None if s3 else why_not()
     if reason is not None:
         raise click.ClickException(f"no slow file system can be mounted here: {reason}")
     folder = folder.absolute()
     shutil.rmtree(folder, ignore_errors=True)
+    if ranks is not None:
+        for latency in latencies or (1,):
+            report_ranks(folder, ranks, latency)
+            shutil.rmtree(folder)
+        return
     make_checkpoint(folder, gb)
     size = sum(path.stat().st_size for path in (folder / "data" / "source").rglob("*.ckpt"))
     click.echo(f"{size / 1e9:.2f} GB, mp4 -> mp8; {machine()}")
+    if s3:
+        for latency in latencies or (20,):
+            report_s3(folder, result or folder / "result", delay_ms=latency, link=link * 1e6, repeats=repeats)
+        shutil.rmtree(folder)
+        return
     header = "case      way                           seconds   x T_io  opens  names   reads  in flight"
     click.echo(f"{header}\n{'-' * len(header)}")
     cases = [Case(f"{latency:g} ms", latency, 0) for latency in latencies or (0, 1, 5, 30)]

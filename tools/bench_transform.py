@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import checkout  # noqa: F401 - finds the package of this checkout
 import click
 import numpy as np
 import psutil

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import checkout  # noqa: F401 - finds the package of this checkout
 import click
 import numpy as np
 

@@ -26,6 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kills")]
 
+import checkout  # noqa: E402, F401 - finds the package of this checkout
 from attacks.kinds import KINDS  # noqa: E402
 from child import build  # noqa: E402
 

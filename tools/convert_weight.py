@@ -5,6 +5,8 @@ python tools/convert_weight.py --model llama --input_path /home/user/torch_weigh
 
 import sys
 
+import checkout  # noqa: F401 - finds the package of this checkout
+
 from mindformers_ckpt.cli.main import main
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 #   bash tools/coverage.sh
 # Processes that tests start are counted. The floor is `fail_under` in pyproject.toml.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 rm -f .coverage .coverage.*

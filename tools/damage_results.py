@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import checkout  # noqa: E402, F401 - finds the package of this checkout
 import numpy as np  # noqa: E402
 from recorded import random_bits, write_tensors  # noqa: E402
 

@@ -28,6 +28,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 
+import checkout  # noqa: E402, F401 - finds the package of this checkout
+import fuzz_distributed  # noqa: E402
 from fuzz_inputs import READERS, inputs, seeds_of  # noqa: E402
 from fuzz_oracles import compare, load  # noqa: E402
 
@@ -45,7 +47,7 @@ def reader_of(name: str) -> Callable[[Path], Any]:
     from mindformers_ckpt.sources.index import read_index
     from mindformers_ckpt.strategy.files import read_strategy
 
-    table: dict[str, Callable[[Path], Any]] = {"plan": read_plan, "index": read_index}
+    table = {"plan": read_plan, "index": read_index, **fuzz_distributed.READERS}
     return table.get(name, read_strategy if name.startswith("strategy") else read_header)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any
 
+import fuzz_distributed as distributed
 import make_broken as made
 
 # Reader -> the suffix of its files and their folder in the corpus.
@@ -21,6 +22,10 @@ READERS = {
     "strategy_json": (".json", "strategy"),
     "plan": (".json", "plan"),
     "index": (".json", "index"),
+    "dcp_metadata": (".metadata", "dcp"),
+    "distcp": (".distcp", "dcp"),
+    "checkpoint2": (".json", "checkpoint2"),
+    "shards": (".safetensors", "dcp"),
 }
 WORDS = [
     *(b"", b"\0", b"\xff" * 9 + b"\x01", b"[" * 70, b"1e999", b"NaN", b'"', b"-1", b"true", b"\xed\xa0\x80", b"(" * 70),
@@ -37,6 +42,7 @@ def seeds_of(name: str) -> list[bytes]:
     chance = random.Random(name)
     suffix, folder = READERS[name]
     broken = [data for path, data in made.FILES.items() if path.endswith(suffix) and path.rpartition("/")[0] == folder]
+    broken += [data for data, _ in distributed.HOSTILE.values()] if name == "dcp_metadata" else []
     return [*(_WHOLE[name](chance) for _ in range(8)), *broken]
 
 
@@ -197,4 +203,8 @@ _WHOLE: dict[str, Callable[[random.Random], bytes]] = {
     "strategy_json": _strategy_json,
     "plan": _plan,
     "index": _index,
+    "dcp_metadata": distributed.dcp_metadata,
+    "distcp": distributed.distcp,
+    "checkpoint2": lambda chance: distributed.checkpoint2(chance, _change),
+    "shards": lambda chance: distributed.shards(chance, _change),
 }

@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import checkout  # noqa: F401 - finds the package of this checkout
 import click
 
 from mindformers_ckpt.job.cluster import proof

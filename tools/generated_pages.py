@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import checkout  # noqa: F401 - finds the package of this checkout
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent

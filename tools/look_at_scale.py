@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import checkout  # noqa: F401 - finds the package of this checkout
 import click
 from simulate_scale import mesh_of, strategy_of, write_source
 

@@ -8,12 +8,14 @@ or google-chrome on the PATH (Debian: apt-get install chromium); tests skip what
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import checkout  # noqa: F401 - finds the package of this checkout
 from simulate_scale import mesh_of, strategy_of, write_source
 
 from mindformers_ckpt.look.page import write_page
@@ -53,6 +55,7 @@ def browse(page: Path, state: str, *, dom: bool = False, size: tuple[int, int] =
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     source, target = strategy_of(mesh_of(1024, 8)), strategy_of(mesh_of(512, 16))
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "deepseek_v3"

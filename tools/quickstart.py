@@ -23,6 +23,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import checkout
+
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
 CONFIGS = ROOT / "configs" / "tiny_llama"
@@ -89,6 +91,7 @@ class Finding(NamedTuple):
 def main() -> int:
     """Run the reference and the chain, compare, print the summary; 1 if anything does not hold."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
+    checkout.need("mindspore", extra="mindspore")
     # The yaml files name the folders of the quickstart relative to the root of the project.
     os.chdir(ROOT)
     output = Path("output", "quickstart")

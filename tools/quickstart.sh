@@ -4,6 +4,28 @@
 # VENV names the environment (.venv; made when it is missing), PYTHON the interpreter to make it with (python3).
 set -euo pipefail
 
+usage() {
+    cat <<'TEXT'
+usage: bash tools/quickstart.sh
+
+Installs the project and MindSpore (CPU; 3 GB on disk) into the virtual environment .venv and runs tools/quickstart.py
+there: real msrun jobs on this machine, each of which goes on from the checkpoint of the one before. It takes a few
+minutes, and leaves checkpoints, strategies and logs in output/quickstart.
+
+  VENV    the environment; made when it is missing   (.venv)
+  PYTHON  the interpreter to make it with: 3.10, 3.11 or 3.12   (python3)
+TEXT
+}
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    usage
+    exit 0
+fi
+if (($#)); then
+    usage >&2
+    exit 2
+fi
+
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=${VENV:-.venv}
 PYTHON=${PYTHON:-python3}
@@ -55,4 +77,4 @@ fi
 echo "Installing the project and its dependencies (MindSpore is large: 3 GB on disk)"
 "${PIP[@]}" install --disable-pip-version-check --quiet '.[mindspore]' || fail "pip could not install the project; see above"
 
-exec "$VENV/bin/python" tools/quickstart.py "$@"
+exec "$VENV/bin/python" tools/quickstart.py

@@ -10,6 +10,7 @@ arrow goes upwards. Needs Python only.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
 import sys
@@ -121,9 +122,11 @@ def picture(found: Mapping[str, Room], rooms: tuple[str, ...]) -> Iterable[str]:
 
 
 def main(arguments: list[str]) -> int:
-    root = Path(arguments[0]) if arguments else Path(__file__).resolve().parent.parent
-    if len(arguments) > 1 or not (root / PACKAGE).is_dir() or not (root / "CONTRIBUTING.md").is_file():
-        print(f"usage: python tools/rooms.py [FOLDER with {PACKAGE}/ and CONTRIBUTING.md]", file=sys.stderr)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).resolve().parent.parent)
+    root = parser.parse_args(arguments).folder
+    if not (root / PACKAGE).is_dir() or not (root / "CONTRIBUTING.md").is_file():
+        print(f"{parser.format_usage()}error: {root} holds no {PACKAGE}/ and CONTRIBUTING.md", file=sys.stderr)
         return 2
     found, rooms = survey(root), read_map(root)
     print(*picture(found, rooms), sep="\n")

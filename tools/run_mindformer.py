@@ -1,7 +1,9 @@
-"""Train the tiny Llama as a MindFormers-like yaml says.
+r"""Train the tiny Llama as a MindFormers-like yaml says.
 
-    python tools/run_mindformer.py --config configs/tiny_llama/one_card.yaml --run_mode train
-    bash tools/msrun_launcher.sh "tools/run_mindformer.py --config CONFIG --run_mode train" 4
+    bash tools/msrun_launcher.sh \
+        "tools/run_mindformer.py --config configs/tiny_llama/pretrain_dp2mp2.yaml --run_mode train" 4
+    python tools/run_mindformer.py --config configs/tiny_llama/pretrain_dp2mp2.yaml --run_mode train \
+        --use_parallel False
 
 Any key of the yaml can be set in the command line, also in a section:
 `--use_parallel False --runner_config.steps 20`.
@@ -18,6 +20,8 @@ import os
 import sys
 from pathlib import Path
 
+import checkout
+
 from mindformers_ckpt.errors import CheckpointError
 
 # Several ranks share the cores of one machine; MindSpore reads this when it is imported.
@@ -32,6 +36,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="training yaml")
     arguments, rest = parser.parse_known_args()
+    checkout.need("mindspore", extra="mindspore")
 
     from tiny_llama.settings import SettingsError, parse_overrides, read_yaml
     from tiny_llama.trainer import run

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import checkout  # noqa: F401 - finds the package of this checkout
 import click
 
 from mindformers_ckpt.engine.copier import cut_into_tasks

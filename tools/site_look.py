@@ -26,8 +26,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import websocket
-
 WIDTHS = {"phone": 390, "desk": 1280}
 # Folder of a language, what is searched, and the page that must be among the results.
 SEARCHES = (
@@ -66,7 +64,9 @@ class Page:
     """A tab of a browser, spoken to over its debugging protocol."""
 
     def __init__(self, address: str) -> None:
-        self._socket = websocket.create_connection(address, timeout=30, suppress_origin=True)
+        from websocket import create_connection
+
+        self._socket = create_connection(address, timeout=30, suppress_origin=True)
         self._numbers = itertools.count(1)
         self.requests: list[str] = []
         for domain in ("Page", "Network", "Runtime"):

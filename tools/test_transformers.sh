@@ -8,15 +8,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=${VENV:-.venv-transformers}
 source tools/environment.sh
-make_environment
-echo "Installing torch, transformers, peft and the project into $VENV"
-pip 'torch==2.13.0' 'transformers>=5' peft 'numpy>=2' safetensors \
-    click filelock ml_dtypes protobuf psutil pyyaml rich xxhash 'hypothesis>=6.90' 'pytest>=8' 'pytest-timeout>=2.3'
-# The default install keeps numpy below 2, for MindSpore; our own code must run on both.
-pip --no-deps --editable .
+make_transformers
 
 if ((! $#)); then
-    set -- tests/convert/test_transformers.py tests/convert/test_round_trips.py tests/lora \
+    set -- tests/convert/test_transformers.py tests/convert/test_torch_dcp.py tests/convert/test_round_trips.py tests/lora \
         tests/test_box.py tests/test_layout.py tests/test_plan.py tests/test_execute.py tests/formats
 fi
 run_pytest "$@"

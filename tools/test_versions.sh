@@ -6,6 +6,7 @@
 # Pythons are python3.X in PATH, and those of pyenv. LOWEST_MINDSPORE=1 tests with the lowest MindSpore, too, on the
 # oldest Python (3 GB). Several versions run side by side, one a core.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ROOT=$PWD

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import sys
 
+import checkout  # noqa: F401 - finds the package of this checkout
+
 from mindformers_ckpt.cli.main import main
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from mindformers_ckpt.api.transform import PathLike, StrategyLike, given_strateg
 from mindformers_ckpt.convert.run import ConversionReport, Request
 from mindformers_ckpt.convert.run import convert as run
 from mindformers_ckpt.execution import Options, Progress, affordable_processes
+from mindformers_ckpt.objects.path import as_path
 
 
 def convert(
@@ -59,12 +60,12 @@ def convert(
     """
     request = Request(
         model,
-        Path(src),
+        as_path(src),
         reverse,
         dtype=dtype,
         naming=naming,
         qkv_concat=qkv_concat,
-        hf_config=None if hf_config is None else Path(hf_config),
+        hf_config=None if hf_config is None else as_path(hf_config),
         write_tied=write_tied,
         strip_prefix=strip_prefix,
         step=step,
@@ -73,7 +74,7 @@ def convert(
     target = given_strategy(dst_strategy)
     return run(
         request,
-        Path(dst),
+        as_path(dst),
         format=format,
         target=None if target is None else read_optional_strategy(target),
         options=Options(

@@ -24,6 +24,7 @@ from mindformers_ckpt.execution import Options, Progress, Report, affordable_pro
 from mindformers_ckpt.lora import MergedBranch, plan_merge
 from mindformers_ckpt.lora_scaling import Scaling
 from mindformers_ckpt.lora_settings import read_settings
+from mindformers_ckpt.objects.path import as_path
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
 from mindformers_ckpt.publish import clear_waste
 from mindformers_ckpt.sources.adapter import AdapterSource, find_adapter
@@ -145,14 +146,14 @@ def merge_lora(
     if scaling is not None and (alpha is not None or rank is not None or use_rslora):
         raise ConfigError("scaling is the whole factor; leave out alpha, rank and use_rslora")
     request = MergeRequest(
-        Path(src),
-        Path(dst),
+        as_path(src),
+        as_path(dst),
         given_strategy(src_strategy),
         given_strategy(dst_strategy),
-        None if adapter is None else Path(adapter),
+        None if adapter is None else as_path(adapter),
         Scaling(scaling, alpha, rank, use_rslora),
         model,
-        None if hf_config is None else Path(hf_config),
+        None if hf_config is None else as_path(hf_config),
         prefix=prefix,
         format=format,
         step=step,

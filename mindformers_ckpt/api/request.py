@@ -60,6 +60,7 @@ class Request:
             check_outside(files, self.destination)
         source = files.strategy(read_optional_strategy(self.src_strategy))
         target = read_optional_strategy(self.dst_strategy)
+        _check_names(files, target)
         ranks = self._ranks(target)
         format = self._file_format(files)
         plans = {}
@@ -146,6 +147,17 @@ def _is_config(path: Path) -> bool:
     listing = Listing(path)
     is_bare = "config.json" in listing.file_names and not listing.rank_folders and not listing.weight_files()
     return is_bare or is_huggingface_folder(path)
+
+
+def _check_names(files: Source, target: Strategy) -> None:
+    """Refuse a distributed checkpoint of other names than the target's: its weights may be those of Hugging Face."""
+    names = target.names()
+    if files.tensors is not None and names and names.isdisjoint(files.tensors):
+        raise PlanError(
+            f"{files.root} and {target.origin} have no parameter in common ({min(files.tensors)}, … and {min(names)}, "
+            "…); a model with Hugging Face's names is converted: mindformers-ckpt convert --input-path … "
+            "--output-path … --dst-strategy …"
+        )
 
 
 def read_optional_strategy(path: Path | Strategy | None) -> Strategy:

@@ -12,6 +12,7 @@ from mindformers_ckpt.api.request import Request
 from mindformers_ckpt.errors import ConfigError, FormatError, describe_problems
 from mindformers_ckpt.execution import Options, Progress, Report, affordable_processes
 from mindformers_ckpt.formats import read_header
+from mindformers_ckpt.objects.path import as_path
 from mindformers_ckpt.planning.file import Job
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
 from mindformers_ckpt.strategy.model import Strategy
@@ -55,9 +56,9 @@ def plan(
     `bytes_written`, and `warnings` about choices that were made. Raises CheckpointError that lists all that is wrong.
     """
     request = Request(
-        Path(src),
+        as_path(src),
         given_strategy(src_strategy),
-        None if dst is None else Path(dst),
+        None if dst is None else as_path(dst),
         step,
         given_strategy(dst_strategy),
         prefix,
@@ -66,7 +67,7 @@ def plan(
         allow_missing=allow_missing,
         weights_only=weights_only,
         contents=contents,
-        like=None if like is None else Path(like),
+        like=None if like is None else as_path(like),
     )
     return request.prepare().job
 
@@ -148,7 +149,7 @@ def transform(
         resume=resume,
     )
     notes = verify_crcs(job.plan) if crc else []
-    report = run_job(job, None if dst is None else Path(dst), options, progress)
+    report = run_job(job, None if dst is None else as_path(dst), options, progress)
     return replace(report, warnings=(*notes, *report.warnings))
 
 
@@ -192,4 +193,4 @@ def verify_crcs(plan: Plan, progress: Progress | None = None) -> list[str]:
 
 def given_strategy(strategy: StrategyLike) -> Path | Strategy | None:
     """A strategy as it was given; a path is read when it is needed."""
-    return strategy if strategy is None or isinstance(strategy, Strategy) else Path(strategy)
+    return strategy if strategy is None or isinstance(strategy, Strategy) else as_path(strategy)

@@ -18,6 +18,7 @@ from mindformers_ckpt.cli.options import (
     RESUME,
     SIGN,
     STEP,
+    AnyPath,
     LocalPath,
     StrategyPath,
     json_option,
@@ -30,7 +31,7 @@ from mindformers_ckpt.convert.run import DTYPES, Request, convert, plan_conversi
 from mindformers_ckpt.execution import Options, affordable_processes
 from mindformers_ckpt.strategy.model import Strategy
 
-_PATH = LocalPath()
+_PATH = AnyPath()
 
 
 def _models(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
@@ -74,6 +75,8 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
 @click.option("--n-head", type=int, help="Attention heads, where config.json lacks them (BLOOM).")
 @click.option("--hidden-size", type=int, help="Hidden size, where config.json lacks it (BLOOM).")
 @click.option("--layers", type=int, help="Layers, where config.json lacks them (GPT2, WizardCoder).")
+@click.option("--num-layers", type=click.IntRange(1), help="Convert the first layers only: so many.")
+@click.option("--num-nextn-predict-layers", type=click.IntRange(0), help="Prediction (MTP) layers to convert.")
 @click.option("--is-pretrain", type=bool, help="Swin: weights of pre-training.")
 @click.option("--telechat-type", help="TeleChat: telechat_7b or telechat_12b.")
 @click.option("--mlp-concat", type=bool, help="GLM4: gate and up in one tensor; left out: they are.")
@@ -114,7 +117,7 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
 @click.option("--strip-prefix", help="Text in front of the source's tensor names that the model's do not have.")
 @click.option("--write-tied", is_flag=True, help="Write a tied output layer as a tensor of its own.")
 @PROCESSES
-@click.option("--plugin", type=_PATH, help="Folder with convert_weight.py and convert_reversed.py of your own.")
+@click.option("--plugin", type=LocalPath(), help="Folder with convert_weight.py and convert_reversed.py of your own.")
 @STEP
 @FINGERPRINT
 @SIGN

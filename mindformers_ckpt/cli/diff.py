@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mindformers_ckpt.cli.notices import say, say_json, warn
-from mindformers_ckpt.cli.options import CONTENTS, LocalPath, StrategyPath, json_option
+from mindformers_ckpt.cli.options import CONTENTS, AnyPath, StrategyPath, json_option
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.look.diff import Diff, TensorDiff, diff
@@ -19,8 +19,8 @@ _SHOWN = 20
 
 
 @click.command("diff")
-@click.argument("a", type=LocalPath())
-@click.argument("b", type=LocalPath())
+@click.argument("a", type=AnyPath())
+@click.argument("b", type=AnyPath())
 @click.option("--strategy-a", type=StrategyPath(), help="Strategy of the rank folders of A.")
 @click.option("--strategy-b", type=StrategyPath(), help="Strategy of the rank folders of B.")
 @click.option("--step-a", help="Of several files of A: the epoch and step to read, like 3_150, or a file's name.")

@@ -8,6 +8,7 @@ from typing import Any
 
 from mindformers_ckpt.cli.notices import amount, say, say_json, warn
 from mindformers_ckpt.formats import TensorSpec, layout_file
+from mindformers_ckpt.objects.path import ObjectPath
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.publish.manifest import is_result
 
@@ -32,7 +33,8 @@ def say_plan(plan: Plan, destination: Path, as_json: bool) -> None:
         return
     warn(plan.warnings)
     say(f"would read {amount(plan.bytes_read)} of {len(plan.transfers)} tensors in {len(plan.sources)} files")
-    say(f"would write {len(plan.targets)} files, {amount(needed)}, to {destination}; {amount(free)} are free")
+    room = "" if free is None else f"; {amount(free)} are free"
+    say(f"would write {len(plan.targets)} files, {amount(needed)}, to {destination}{room}")
     for problem in problems:
         say(f"would be refused: {problem}")
 
@@ -49,8 +51,10 @@ def file_bytes(plan: Plan) -> int:
     return total
 
 
-def free_bytes(destination: Path) -> int:
-    """Free bytes of the disk where the destination would be."""
+def free_bytes(destination: Path) -> int | None:
+    """Free bytes of the disk where the destination would be; None in an object storage."""
+    if isinstance(destination, ObjectPath):
+        return None
     return shutil.disk_usage(_existing(destination)).free
 
 
@@ -62,8 +66,9 @@ def refusals(destination: Path, needed: int, *, adds_ranks: bool = False) -> lis
         found.append(f"{destination} is not empty; choose another folder, or {way}")
     elif destination.is_file():
         found.append(f"{destination} is there; choose another name, or --overwrite-anything replaces it")
-    if needed > free_bytes(destination):
-        found.append(f"the disk has {amount(free_bytes(destination))} free, {amount(needed)} are needed")
+    free = free_bytes(destination)
+    if free is not None and needed > free:
+        found.append(f"the disk has {amount(free)} free, {amount(needed)} are needed")
     return found
 
 

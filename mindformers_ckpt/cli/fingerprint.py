@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mindformers_ckpt.cli.notices import say, say_json, warn
-from mindformers_ckpt.cli.options import CONTENTS, STEP, LocalPath, StrategyPath, json_option
+from mindformers_ckpt.cli.options import CONTENTS, STEP, AnyPath, StrategyPath, json_option
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.look.fingerprint import Fingerprint, fingerprint
 
@@ -18,7 +18,7 @@ STRATEGY = click.option(
 
 
 @click.command("fingerprint")
-@click.argument("path", type=LocalPath())
+@click.argument("path", type=AnyPath())
 @STRATEGY
 @STEP
 @CONTENTS

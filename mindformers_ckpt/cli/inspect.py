@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mindformers_ckpt.cli.notices import amount, say, say_json
-from mindformers_ckpt.cli.options import STEP, LocalPath, StrategyPath, json_option
+from mindformers_ckpt.cli.options import STEP, AnyPath, StrategyPath, json_option
 from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.look.inspect import Inspection, inspect
 from mindformers_ckpt.look.parameters import Parameter
@@ -19,7 +19,7 @@ _BOXES = 64
 
 
 @click.command("inspect")
-@click.argument("path", type=LocalPath())
+@click.argument("path", type=AnyPath())
 @click.option(
     "--strategy",
     "--src-strategy",
@@ -81,12 +81,16 @@ def _line(parameter: Parameter) -> str:
 
 def _say_boxes(found: Inspection, parameter: Parameter) -> None:
     """The boxes of a parameter with their ranks."""
-    boxes = list(parameter.boxes(found.stage_size))
+    if parameter.told is not None:
+        boxes = [(shard.box, shard.path.name) for shard in parameter.told.shards]
+    else:
+        held = parameter.boxes(found.stage_size)
+        boxes = [(box, f"{'rank' if len(ranks) == 1 else 'ranks'} {short_spans(ranks)}") for box, ranks in held]
     several = f" of stage {parameter.stages[0]}, as on stages {spans(parameter.stages)}" * (len(parameter.stages) > 1)
     say("")
     say(f"{parameter.name}: {counted(len(boxes), 'box', 'boxes')}{several}")
-    for box, ranks in boxes[:_BOXES]:
-        say(f"  {box!s:<24} {'rank' if len(ranks) == 1 else 'ranks'} {short_spans(ranks)}")
+    for box, holders in boxes[:_BOXES]:
+        say(f"  {box!s:<24} {holders}")
     if len(boxes) > _BOXES:
         say(f"  … and {len(boxes) - _BOXES} more (--json with --rank, or mindformers-ckpt show, tells all)")
 

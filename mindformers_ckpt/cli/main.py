@@ -23,7 +23,7 @@ import click
 
 from mindformers_ckpt import __version__
 from mindformers_ckpt.cli.help import EXIT_CODES, complete_help
-from mindformers_ckpt.cli.notices import complain, escape_what_the_locale_lacks, open_closed_streams, say_json
+from mindformers_ckpt.cli.notices import complain, escape_what_the_locale_lacks, notice, open_closed_streams, say_json
 from mindformers_ckpt.cli.verbosity import add_verbosity
 from mindformers_ckpt.errors import CheckpointError, did_you_mean
 from mindformers_ckpt.printable import printable
@@ -58,6 +58,15 @@ class _Failure(click.ClickException):
 
     def show(self, file: IO[Any] | None = None) -> None:
         complain(self.message, self.__cause__)
+
+
+class _WrongCall(click.UsageError):
+    """A call that is not as the command wants it: its usage, and the error in the style of all others."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        if self.ctx is not None:
+            notice("", f"{self.ctx.get_usage()}\nTry '{self.ctx.command_path} --help' for help.\n")
+        complain(self.format_message())
 
 
 class _Interrupted(_Failure):
@@ -161,10 +170,14 @@ def _is_of_short_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def _printable_usage_errors() -> Iterator[None]:
-    """What click says of wrong options repeats what was given."""
+    """What click says of wrong options repeats what was given. A command without any gets its help, which is ours."""
     try:
         yield
     except click.ClickException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # from click 8.2 on
+            raise
+        if isinstance(error, click.UsageError):
+            raise _WrongCall(printable(error.format_message()), error.ctx) from error
         vars(error)["message"] = printable(error.message)  # click calls it final
         raise
 

@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from mindformers_ckpt.engine.page_cache import CAN_DROP
+from mindformers_ckpt.objects.path import as_path, is_url
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX
 from mindformers_ckpt.sources.plausibility import MODES
 
@@ -34,9 +35,19 @@ class LocalPath(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
             return value
         if not value.strip():
             self.fail("the path is empty; is a variable not set? Give a path, or leave the option out", param, ctx)
-        if value.startswith(("obs://", "s3://")):
+        return self.found(value, param, ctx)
+
+    def found(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if is_url(value):
             self.fail(f"{value} is in an object storage, a path on a disk is expected; copy it first", param, ctx)
         return Path(value)
+
+
+class AnyPath(LocalPath):
+    """A path on a disk, or the URL of an object storage."""
+
+    def found(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return as_path(value)
 
 
 class StrategyPath(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
@@ -49,7 +60,7 @@ class StrategyPath(click.ParamType):  # type: ignore[type-arg]  # generic in new
     ) -> Path | None:
         if value is None or str(value) in ("", "None"):
             return None
-        return Path(value)
+        return as_path(value)
 
 
 class Ranks(click.ParamType):  # type: ignore[type-arg]
@@ -92,7 +103,7 @@ _REQUEST_OPTIONS = (
         "--src-checkpoint",
         "--src-ckpt-path-or-dir",
         "src_checkpoint",
-        type=LocalPath(),
+        type=AnyPath(),
         help="File of complete weights, a folder of such files, or the folder that holds rank_<n> folders.",
     ),
     click.option(
@@ -145,7 +156,7 @@ _REQUEST_OPTIONS = (
     CONTENTS,
     click.option(
         "--like",
-        type=click.Path(path_type=Path),
+        type=AnyPath(),
         metavar="CHECKPOINT_OR_HF_CONFIG",
         help="Refuse a source with other full shapes than this: complete weights, rank folders with a folder "
         "`strategy` in or beside them, or the config.json (or folder) of a Hugging Face model.",
@@ -162,7 +173,7 @@ DESTINATION = click.option(
     "--dst-checkpoint",
     "--dst-ckpt-dir",
     "destination",
-    type=LocalPath(),
+    type=AnyPath(),
     help="Folder for the result.",
 )
 PROCESSES = click.option(

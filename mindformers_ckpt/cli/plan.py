@@ -159,7 +159,8 @@ def _is_replicated(transfer: Transfer, files: int) -> bool:
 
 
 def _one_sided(prepared: Prepared) -> list[str]:
-    """Tensors of the plan that one of two strategies names: the other takes them for replicated."""
+    """Tensors of the plan that one of two strategies names: the other takes them for replicated, or cuts states of
+    an optimizer like their weights."""
     if prepared.source.is_complete or prepared.target.is_complete:
         return []
     in_one = prepared.source.names() ^ prepared.target.names()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,8 @@ def command(
 
     The result is rank_<n>/<prefix><n>.ckpt under the target folder, which appears only when it is complete.
     """
+    if plan_file is None:
+        _check_given(asked)
     job = request_of(asked).prepare().job if plan_file is None else planned(plan_file, {"destination", "processes"})
     destination = asked["destination"] or job.destination
     if destination is None:
@@ -145,3 +148,11 @@ def _as_text(report: Report) -> str:
         return f"nothing to do: {report.destination} has {files} of this run already"
     resumed = f" ({amount(report.resumed_bytes)} of it before)" if report.resumed_bytes else ""
     return f"{files} written to {report.destination} in {report.seconds:.2f} s{resumed}"
+
+
+def _check_given(asked: Mapping[str, Any]) -> None:
+    """Raise UsageError that names what is missing of what must be given, before anything is looked at."""
+    needed = {"src_checkpoint": "--src-checkpoint", "destination": "--dst-checkpoint-dir"}
+    missing = [repr(option) for name, option in needed.items() if asked[name] is None]
+    if missing:
+        raise click.UsageError(f"Missing {'options' if len(missing) > 1 else 'option'} {' and '.join(missing)}.")

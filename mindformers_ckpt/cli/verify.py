@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mindformers_ckpt.cli.notices import complain, say, say_json, warn
-from mindformers_ckpt.cli.options import CONTENTS, STEP, LocalPath, StrategyPath, json_option
+from mindformers_ckpt.cli.options import CONTENTS, STEP, AnyPath, LocalPath, StrategyPath, json_option
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.look.verify import verify
 from mindformers_ckpt.look.verify_model import Difference, Verification
@@ -33,9 +33,9 @@ class Share(click.ParamType):  # type: ignore[type-arg]  # generic in newer vers
 
 
 @click.command("verify")
-@click.argument("result", type=LocalPath())
+@click.argument("result", type=AnyPath())
 @click.option("--strategy", type=StrategyPath(), help="Strategy of the result; left out: what its manifest names.")
-@click.option("--against", type=LocalPath(), metavar="SOURCE", help="Compare with what this checkpoint gives.")
+@click.option("--against", type=AnyPath(), metavar="SOURCE", help="Compare with what this checkpoint gives.")
 @click.option("--src-strategy", type=StrategyPath(), help="Strategy of the source, for --against.")
 @STEP
 @CONTENTS

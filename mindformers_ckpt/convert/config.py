@@ -29,11 +29,13 @@ _LARGEST = (1 << 31) - 1
 # What there is a name for each of in a checkpoint.
 _COUNTED = re.compile("layer|expert")
 _MOST_COUNTED = 65_536
+# The number of layers, as models call it.
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 # The options of the guide, and the keys of config.json that say the same.
 _OPTION_KEYS = {
     "n_head": ("num_attention_heads", "n_head"),
     "hidden_size": ("hidden_size", "n_embed", "n_embd"),
-    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "layers": LAYERS,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from mindformers_ckpt.convert.weights import Found
 from mindformers_ckpt.errors import PlanError, describe_problems
@@ -36,13 +37,19 @@ def _are_equal(first: Found, second: Found) -> bool:
     if (first.spec.dtype, first.spec.shape) != (second.spec.dtype, second.spec.shape):
         return False
     whole = Box.whole(first.spec.shape)
-    reader = ShardReader([SourceFile(found.path, found.path.stat().st_size) for found in (first, second)])
+    files: dict[Path, int] = {}
+    both = [found.places(Place(0, whole), lambda path: files.setdefault(path, len(files))) for found in (first, second)]
+    reader = ShardReader([SourceFile(path, path.stat().st_size) for path in files])
     try:
         for block in blocks(whole, _COMPARED_BYTES // first.spec.dtype.itemsize):
             contents = []
-            for file, found in enumerate((first, second)):
-                out = np.empty(block.shape, found.spec.dtype.carrier)
-                reader.read(Place(file, whole, found.spec.name), found.spec.name, found.spec.dtype, block, out)
+            for places in both:
+                out = np.empty(block.shape, first.spec.dtype.carrier)
+                for place in places:
+                    part = place.box.intersect(block)
+                    if part is not None:
+                        target = out[part.relative_to(block).slices()]
+                        reader.read(place, place.tensor, first.spec.dtype, part, target)
                 contents.append(out)
             if not np.array_equal(contents[0], contents[1]):
                 return False

@@ -59,10 +59,11 @@ def match(table: Table, facts: Facts, source: Weights, to: Side) -> Matching:
             if not entry.optional or (entry.optional, *captures.values()) in present:
                 _match_copy(entry, captures, source, to, origin, found)
         else:
-            if entry.note:
+            dropped = _dropped(entry.name.format(**captures), source)
+            if entry.note and (dropped or origin == "ms"):
                 found.notes[entry.note] = None
             if origin == "hf":
-                found.used.add(entry.name.format(**captures))
+                found.used.update(dropped)
     if origin == "hf":
         found.used.update(filter(_ROTARY_BUFFER.fullmatch, source.tensors))
     return found
@@ -71,6 +72,13 @@ def match(table: Table, facts: Facts, source: Weights, to: Side) -> Matching:
 def other_side(side: Side) -> Side:
     """The side that weights come from when they go to this one, and the reverse."""
     return "ms" if side == "hf" else "hf"
+
+
+def _dropped(name: str, source: Weights) -> list[str]:
+    """The names that a `Drop` means: its own, or all that begin like it."""
+    if not name.endswith("*"):
+        return [name]
+    return [known for known in source.tensors if known.startswith(name[:-1])]
 
 
 def known_names(table: Table, facts: Facts, side: Side) -> set[str]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from mindformers_ckpt.convert.config import ModelConfig
+from mindformers_ckpt.convert.config import LAYERS, ModelConfig
 from mindformers_ckpt.convert.matching import known_names, other_side
 from mindformers_ckpt.convert.model import Facts, Model, layer_of
 from mindformers_ckpt.convert.rules import Side, Table
@@ -170,7 +170,7 @@ def _wrong_naming(misfit: Misfit, attempt: Attempt) -> str | None:
 
 def _other_depth(misfit: Misfit, attempt: Attempt) -> str | None:
     """A config.json with another number of layers, when that is all that is wrong."""
-    told = attempt.config.integer("num_hidden_layers", "n_layer", "num_layers")
+    told = attempt.config.integer(*LAYERS)
     count = attempt.model.counted(misfit.source.tensors).get("num_hidden_layers")
     wrong = [*misfit.missing, *misfit.unknown]
     if told is None or not isinstance(count, int) or not wrong or misfit.shapes or misfit.integers or misfit.others:
@@ -179,7 +179,8 @@ def _other_depth(misfit: Misfit, attempt: Attempt) -> str | None:
     if told == count or any(layer is None or layer < min(told, count) for layer in layers):
         return None
     path = attempt.config.path
-    says = f"{path} says {told}; give the config.json of these weights (--hf_config)"
+    fewer = f", or --num_layers {count}" if attempt.to == "hf" and count < told else ""
+    says = f"{path} says {told}; give the config.json of these weights (--hf_config){fewer}"
     if path is None:
         says = f"--layers says {told}"
     return f"{misfit.source.root} cannot be converted: its tensors are of {count} layers, {says}"

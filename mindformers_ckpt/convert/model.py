@@ -14,6 +14,8 @@ from mindformers_ckpt.convert.config import ModelConfig
 from mindformers_ckpt.convert.rules import Side, Table, check_table
 from mindformers_ckpt.errors import ConfigError
 
+# Models that are asked for, and of which MindFormers has no network up to this version.
+_NO_NETWORK = {"qwen3_next": "2.1"}
 _LAYER = re.compile(r"\b(?:layers|blocks|h)\.(\d+)\.")
 
 Runs = Mapping[str, Sequence[Mapping[str, int]]]
@@ -121,9 +123,20 @@ def model_of_config(config: ModelConfig) -> Model:
     for model in _models_like(kind):
         if kind and kind in model.model_types:
             return model
+    raise_without_network(kind)
     known = sorted(kind for model in models().values() for kind in model.model_types)
     what = f"model_type {kind!r}" if kind else "no model_type"
     raise ConfigError(f"{config.path or 'config.json'}: {what}; known are {', '.join(known)}")
+
+
+def raise_without_network(name: str) -> None:
+    """Raise ConfigError where MindFormers has no network of a model, by its `model_type`."""
+    version = _NO_NETWORK.get(_plain(name))
+    if version is not None:
+        raise ConfigError(
+            f"MindFormers has no network of {name} (up to {version}): there are no names and shapes that its weights "
+            "could be converted to"
+        )
 
 
 def _models_like(name: str) -> Iterator[Model]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +33,25 @@ def write_name_map(plan: Plan, folder: Path) -> None:
     write_json(folder / NAME_MAP_FILE, places, indent=2)
 
 
-def copy_companions(origin: Path | None, folder: Path, dtype: str | None, *, plain: bool) -> None:
+def copy_companions(
+    origin: Path | None, folder: Path, dtype: str | None, *, plain: bool, changes: Mapping[str, Any]
+) -> None:
     """Carry over config.json, tokenizer files and the like.
 
-    `dtype` is the element type that was chosen, and `plain` says that nothing is quantised any more: both are
-    put right in config.json, by which `from_pretrained` loads.
+    `dtype` is the element type that was chosen, `plain` says that nothing is quantised any more, and `changes` are
+    further values: all are put right in config.json, by which `from_pretrained` loads.
     """
     if origin is None:
         return
     for pattern in _COMPANIONS:
         for file in origin.glob(pattern):
             if file.is_file() and not file.name.endswith(_NOT_COMPANIONS) and file.name != CONFIG_FILE:
-                shutil.copyfile(file, folder / file.name)
+                (folder / file.name).write_bytes(file.read_bytes())
     if (origin / CONFIG_FILE).is_file():
         values = read_json_object(origin / CONFIG_FILE, ConfigError, infinite=True)
-        adapted = _adapted_config(values, dtype, plain)
+        adapted = _adapted_config(values, dtype, plain) | dict(changes)
         if adapted == values:
-            shutil.copyfile(origin / CONFIG_FILE, folder / CONFIG_FILE)
+            (folder / CONFIG_FILE).write_bytes((origin / CONFIG_FILE).read_bytes())
         else:
             write_json(folder / CONFIG_FILE, adapted, indent=2)
 

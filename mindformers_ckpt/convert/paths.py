@@ -7,14 +7,13 @@ from pathlib import Path
 
 from mindformers_ckpt.errors import ConfigError, PlanError
 
-_READ = (".safetensors", ".bin", ".pth", ".pt")
+_READ = (".safetensors", ".bin", ".pth", ".pt", ".distcp")
 # Files that stand in repositories in place of the weights, and what to do about them.
 _FOREIGN = (
     ((".gguf", ".ggml"), "GGUF", "take the repository that it was made from"),
     ((".h5", ".tflite"), "TensorFlow", "save it from PyTorch (from_pretrained(…, from_tf=True), then save_pretrained)"),
     ((".msgpack",), "Flax", "save it from PyTorch (from_pretrained(…, from_flax=True), then save_pretrained)"),
     ((".onnx",), "ONNX", "take the repository that it was made from"),
-    ((".distcp",), "PyTorch's distributed checkpoints", "gather them with torch.distributed.checkpoint first"),
     ((".ckpt",), "MindSpore's .ckpt", "give --reversed to convert to Hugging Face"),
     ((".incomplete", ".crdownload", ".part", ".aria2", ".tmp"), "unfinished downloads", "download it again"),
 )

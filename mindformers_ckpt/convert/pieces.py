@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from mindformers_ckpt.convert.rules import PART, Bound, Rule, flat, parse_axes
+from mindformers_ckpt.convert.rules import PART, Bound, Rule, axes_of_tensor, flat, parse_axes
 from mindformers_ckpt.geometry.box import Box
 
 
@@ -55,7 +55,7 @@ def _form(rule: Rule, number: int, extents: Mapping[str, int], spans: Sequence[i
     part, whole = rule.parts[number], flat(parse_axes(rule.whole.axes))
     shared = [other for other, tensor in enumerate(rule.parts) if tensor.name == part.name]
     first, last = sum(spans[: shared[0]]), sum(spans[: shared[-1] + 1])
-    axes = rule.parts[shared[0]].axes
+    axes = axes_of_tensor(rule, part.name)
     own = flat(parse_axes(part.axes))
     if own == whole and not joined:
         # Its elements are in the order of the whole, which may as well be cut into the axes that its tensor has.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,10 +153,10 @@ class _Planner:
             except ValueError as error:
                 self.shapes.append(str(error))
         box = Box.whole(found.spec.shape)
-        place = self._place(found, box, None, dtype)
-        if place is not None and dtype is not None:
+        places = self._places(found, box, None, dtype)
+        if places and dtype is not None:
             spec = TensorSpec(name, dtype, found.spec.shape)
-            yield Converted(spec, Transfer(name, dtype, spec.shape, (place,), ()), (1,) * len(spec.shape))
+            yield Converted(spec, Transfer(name, dtype, spec.shape, tuple(places), ()), (1,) * len(spec.shape))
 
     def _joined(self, bound: Bound, extents: Mapping[str, int]) -> Iterator[Converted]:
         """The whole tensor out of its parts."""
@@ -166,9 +166,9 @@ class _Planner:
         places = []
         for piece, tensor in zip(pieces_of(bound, extents, self._spans(bound.rule), joined=True), found):
             view = View(piece.shape, piece.run, piece.order)
-            places.append(self._place(tensor, piece.box, view, dtype))
-        if dtype is not None and None not in places:
-            yield _converted(bound.whole, dtype, axes, extents, tuple(filter(None, places)))
+            places.append(self._places(tensor, piece.box, view, dtype))
+        if dtype is not None and [] not in places:
+            yield _converted(bound.whole, dtype, axes, extents, tuple(chain.from_iterable(places)))
 
     def _split(self, bound: Bound, extents: Mapping[str, int]) -> Iterator[Converted]:
         """The parts out of their whole tensor."""
@@ -179,11 +179,12 @@ class _Planner:
             places = []
             for piece in together:
                 order = tuple(map(piece.order.index, range(len(piece.order))))
-                places.append(self._place(whole, piece.run, View(piece.space, piece.box, order), dtype))
-            if dtype is None or None in places:
+                places.append(self._places(whole, piece.run, View(piece.space, piece.box, order), dtype))
+            if dtype is None or [] in places:
                 return
             own = {**extents, PART: piece.extent}
-            yield _converted(name, dtype, parse_axes(piece.axes), own, tuple(filter(None, places)), piece.shape)
+            sources = tuple(chain.from_iterable(places))
+            yield _converted(name, dtype, parse_axes(piece.axes), own, sources, piece.shape)
 
     def _extents(self, bound: Bound, to: Side) -> dict[str, int]:
         """The extents of all axes, of `part` the sum; from config.json and the shapes of the source."""
@@ -265,17 +266,24 @@ class _Planner:
                 found.append(f"{len(names)} tensors stay {kind} ({what}): {', '.join(names[:3])}{more}")
         return found
 
-    def _place(self, found: Found, box: Box, view: View | None, dtype: DType | None) -> Place | None:
-        """Where a box lies; None, and a problem, when the FP8 factors of it are missing."""
-        file = self._index.setdefault(found.path, len(self._index))
+    def _places(self, found: Found, box: Box, view: View | None, dtype: DType | None) -> list[Place]:
+        """Where a box lies; nowhere, and a problem, when the FP8 factors of it are missing, or it cannot be cut."""
         compute: Cast | Dequantise | None = None
         if dtype is not None and found.spec.dtype != dtype:
             compute = Cast(found.spec.dtype)
         if found.spec.dtype.name.startswith("float8"):
             compute = self._dequantise(found)
             if compute is None:
-                return None
-        return Place(file, box, found.spec.name, view, compute)
+                return []
+        try:
+            return found.places(Place(0, box, "", view, compute), self._number)
+        except ValueError as error:
+            self.others.append(f"{found.spec.name}: {error}")
+            return []
+
+    def _number(self, path: Path) -> int:
+        """The number of a source file; new ones are put at the end."""
+        return self._index.setdefault(path, len(self._index))
 
     def _dequantise(self, found: Found) -> Dequantise | None:
         spec = found.spec
@@ -284,14 +292,17 @@ class _Planner:
             self.others.append(f"missing: {spec.name}{_SCALE}, the factors of an FP8 tensor")
             return None
         self._used.add(spec.name + _SCALE)
+        if len(found.shards) > 1 or len(scale.shards) > 1:
+            self.others.append(f"{spec.name}: FP8, and cut over several files; put the checkpoint together first")
+            return None
         block = self._config.quantisation("weight_block_size")
         if not isinstance(block, list) or len(block) != 2 or len(spec.shape) != 2:
             self.others.append(f"{spec.name}: FP8, but config.json has no quantization_config.weight_block_size")
             return None
         task = Dequantise(
             spec.dtype,
-            self._index.setdefault(scale.path, len(self._index)),
-            scale.spec.name,
+            self._number(scale.path),
+            scale.shards[0].tensor if scale.shards else scale.spec.name,
             (spec.shape[0], spec.shape[1]),
             (block[0], block[1]),
             scale.spec.dtype,

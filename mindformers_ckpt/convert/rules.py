@@ -8,8 +8,8 @@ where a part lies; nothing is computed, and both directions follow from the one 
 - The axis `part` is the one that parts share out: each takes its `span` of it, in the order of the rule.
 - An axis of the whole that is a capture in the parts' names ("…experts.{expert}.gate_proj.weight") is
   indexed by it: one part for every number below its size.
-- Parts of one name are runs of that tensor along `part`, one behind the other, or `backwards`; where their axes
-  differ, they are those of the first of them, or those of the whole.
+- Parts of one name are runs of that tensor along `part`, one behind the other, or `backwards`; of their axes some
+  may be those of the whole, and all others are the same.
 - Sizes come from the model's config.json; an axis that it does not tell follows from the shape on disk.
 """
 
@@ -99,7 +99,8 @@ class Copy(NamedTuple):
 class Drop(NamedTuple):
     """A Hugging Face tensor that MindSpore has no use for: a buffer that is computed anew.
 
-    A `note` says why where it is more than that; it is told in both directions.
+    A name that ends with "*" is that of all tensors that begin so. A `note` says why where it is more than a buffer;
+    it is told in both directions.
     """
 
     name: str
@@ -325,12 +326,19 @@ def _rule_faults(rule: Rule) -> Iterator[str]:
     for first, *others in _same_names(rule.parts):
         if others and (PART not in flat(parse_axes(first.axes)) or fixed != {PART}):
             yield f"{first.name}: stands for several parts, which needs the axis {PART!r} and no captures"
+        common = axes_of_tensor(rule, first.name)
         for part in others:
-            if part.axes not in (first.axes, rule.whole.axes):
-                yield f"{part.name}: the axes {part.axes!r} are neither {first.axes!r} nor those of the whole"
+            if part.axes not in (common, rule.whole.axes):
+                yield f"{part.name}: the axes {part.axes!r} are neither {common!r} nor those of the whole"
     for tensor in (rule.whole, *rule.parts):
         if bool(rule.over) != bool(set(captures_of(tensor.name)) - fixed):
             yield f"{tensor.name}: is repeated over {rule.over or 'nothing'}, which its captures do not say"
+
+
+def axes_of_tensor(rule: Rule, name: str) -> str:
+    """The axes of a tensor that has parts of this name: those of the first part whose axes are not the whole's."""
+    own = [part.axes for part in rule.parts if part.name == name]
+    return next((axes for axes in own if axes != rule.whole.axes), rule.whole.axes)
 
 
 def _same_names(parts: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,13 +9,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mindformers_ckpt.convert.config import LAYOUT_SETTINGS, ModelConfig, read_config
+from mindformers_ckpt.convert import depth
+from mindformers_ckpt.convert.config import ModelConfig, read_config
 from mindformers_ckpt.convert.copies import check_copies
 from mindformers_ckpt.convert.misfit import Attempt, Misfit, explain, other_naming, without_prefix
-from mindformers_ckpt.convert.model import Model, find_model, model_of_config, models
+from mindformers_ckpt.convert.model import Model
 from mindformers_ckpt.convert.output import copy_companions, write_index, write_name_map
 from mindformers_ckpt.convert.paths import check_path
 from mindformers_ckpt.convert.planning import Conversion, plan_tensors
+from mindformers_ckpt.convert.request import (
+    DTYPES,
+    Request,
+    as_recorded,
+    as_told,
+    ask_for_rows,
+    completed,
+    layout_name,
+    model_of,
+    with_settings,
+)
 from mindformers_ckpt.convert.rules import Side
 from mindformers_ckpt.convert.targets import rank_files, whole_files
 from mindformers_ckpt.convert.weights import (
@@ -26,9 +37,10 @@ from mindformers_ckpt.convert.weights import (
     read_weights,
     recorded_naming,
 )
-from mindformers_ckpt.errors import ConfigError, did_you_mean
+from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.execution import Options, Progress, Report
 from mindformers_ckpt.formats.dtypes import by_name
+from mindformers_ckpt.objects.path import absolute
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
 from mindformers_ckpt.sources.find import find_huggingface
 from mindformers_ckpt.sources.source import SUFFIXES, Source
@@ -36,75 +48,37 @@ from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.targets.checkpoint2 import Made, as_checkpoint2
 from mindformers_ckpt.transform import transform
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# Names of `request` are taken from here as well: together they are what a conversion is started with.
+__all__ = [
+    "CHECKPOINT2",
+    "DTYPES",
+    "SHARD_BYTES",
+    "ConversionReport",
+    "Prepared",
+    "Request",
+    "convert",
+    "plan_conversion",
+    "plan_ranks",
+    "prepare",
+    "with_settings",
+]
+
 SHARD_BYTES = 5 * 10**9
-# Options that only some models have.
-_OWN_OPTIONS = (
-    *("is_pretrain", "telechat_type", "mlp_concat", "use_rearrange_rope", "use_gmm", "use_gmm_training"),
-    *("use_contiguous_weight_layout_attention", "use_interleaved_weight_layout_mlp", "mla_qkv_concat", "pynative"),
-)
 CHECKPOINT2 = "checkpoint2"
 _PLAIN = Options()
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is to be converted, and how. Words are those of the command line.
-
-    Attributes:
-        model: name or alias; None for the model of the config.json.
-        input_path: a Hugging Face folder or a file in it; with `reverse` a MindSpore file or folder.
-        reverse: from MindSpore to Hugging Face.
-        dtype: "fp32", "bf16" or "fp16" for all floating-point tensors; None keeps what they are.
-        naming: "legacy" or "mcore" names on the MindSpore side; None for the model's default.
-        qkv_concat: query, key and value, and gate and up, in one tensor each (legacy names); None for the
-            model's usual.
-        hf_config: folder of the model's config.json and tokenizer, if not the source's own.
-        write_tied: write the output layer too where it is tied to the embedding.
-        n_head, hidden_size, layers: what config.json may lack; a contradiction to it is an error.
-        strip_prefix: what the names of the source have in front of what the model calls its tensors.
-        is_pretrain, telechat_type: options of Swin and TeleChat.
-        mlp_concat, use_rearrange_rope: settings of MindSpore's GLM4; use_gmm, use_gmm_training: of its Mixtral.
-        use_contiguous_weight_layout_attention, use_interleaved_weight_layout_mlp: settings of its networks that have
-            query, key and value, or gate and up, in one tensor.
-        mla_qkv_concat, pynative: settings of its networks with latent attention.
-        step: with `reverse`, the file of a rank folder to read: its name, or an epoch and step like "3_150".
-    """
-
-    model: str | None
-    input_path: Path
-    reverse: bool = False
-    dtype: str | None = None
-    naming: str | None = None
-    qkv_concat: bool | None = None
-    hf_config: Path | None = None
-    write_tied: bool = False
-    n_head: int | None = None
-    hidden_size: int | None = None
-    layers: int | None = None
-    strip_prefix: str | None = None
-    is_pretrain: bool | None = None
-    telechat_type: str | None = None
-    mlp_concat: bool | None = None
-    use_rearrange_rope: bool | None = None
-    use_gmm: bool | None = None
-    use_gmm_training: bool | None = None
-    use_contiguous_weight_layout_attention: bool | None = None
-    use_interleaved_weight_layout_mlp: bool | None = None
-    mla_qkv_concat: bool | None = None
-    pynative: bool | None = None
-    step: str | None = None
-
-
-@dataclass(frozen=True)
 class Prepared:
-    """A conversion that has been planned: the model, the naming, and the folder of its config.json."""
+    """A conversion that has been planned: the model, the naming, the folder of its config.json, and what of that file
+    is to be changed where it is copied."""
 
     request: Request
     model: Model
     naming: str
     config: ModelConfig
     config_folder: Path | None
+    config_changes: Mapping[str, Any]
     conversion: Conversion
 
     @property
@@ -147,29 +121,35 @@ def prepare(request: Request, wanted: Collection[str] = ()) -> Prepared:
     `wanted` are names of the target's strategy, which may tell settings of the network.
     Raises ConfigError, FormatError and PlanError.
     """
-    path = Path(os.path.abspath(request.input_path))
+    path = absolute(request.input_path)
     check_path(path, request.reverse)
     find = mindspore_source if request.reverse else find_huggingface
     found = find(request.input_path, request.step)
     recorded = recorded_naming(path, found.files) if request.reverse else None
     if recorded is not None:
-        request = _as_recorded(request, recorded)
+        request = as_recorded(request, recorded)
     folder = config_folder(path if path.is_dir() else path.parent, request.hf_config)
     options = {"n_head": request.n_head, "hidden_size": request.hidden_size, "layers": request.layers}
     config = read_config(folder).with_options(options)
-    model = _model(request, config)
+    changed = depth.changes(config, request.num_layers, request.num_nextn_predict_layers)
+    if changed:
+        config = depth.shortened(config, changed, whole=not request.reverse)
+    model = model_of(request, config)
     as_setting = "qkv_concat" in model.options
     naming = model.naming(request.naming, bool(request.qkv_concat) and not as_setting)
     if request.reverse and recorded is None and naming.endswith("+qkv_concat"):
-        _ask_for_rows(path, request)
+        ask_for_rows(path, request)
     origin: Side = "ms" if request.reverse else "hf"
     source = _stripped(found, model.canonical.get(origin, str), request.strip_prefix)
+    told: tuple[str, ...] = ()
+    if changed and not request.reverse:
+        source, told = depth.without_layers(source, config)
     chosen = [option for option in model.options if getattr(request, option) is True]
-    request = _as_told(request, model.told(source.tensors if request.reverse else wanted, chosen))
-    layout = _layout_name(naming, model, request)
+    request = as_told(request, model.told(source.tensors if request.reverse else wanted, chosen))
+    layout = layout_name(naming, model, request)
     if recorded not in (None, layout):
         raise ConfigError(f"{path} says that its names and layout are {recorded}, the options say {layout}")
-    config, warnings = _completed(model, request, config, source)
+    config, warnings = completed(model, request, config, source)
     table = model.tables[_table_key(model, naming, config, source)]
     to: Side = "hf" if request.reverse else "ms"
     facts = model.facts(config)
@@ -188,9 +168,9 @@ def prepare(request: Request, wanted: Collection[str] = ()) -> Prepared:
     if unfit is not None:
         raise ConfigError(unfit)
     check_copies(conversion.copies)
-    warnings = (*found.warnings, *warnings, *_other_type(model, config), *conversion.warnings)
+    warnings = (*found.warnings, *told, *warnings, *_other_type(model, config), *conversion.warnings)
     conversion = replace(conversion, warnings=warnings)
-    return Prepared(request, model, layout, config, folder, conversion)
+    return Prepared(request, model, layout, config, folder, changed, conversion)
 
 
 def convert(
@@ -212,7 +192,7 @@ def convert(
     """
     started = time.monotonic()
     prepared, plan, companions = _planned(request, output, format, target, shard_bytes)
-    output = Path(os.path.abspath(output))
+    output = absolute(output)
     shapes = _shapes(prepared.conversion)
     if not request.reverse and target is None and output.suffix in SUFFIXES and format != CHECKPOINT2:
         report = transform(plan, output, options, progress=progress, check=check, file=True, shapes=shapes)
@@ -254,20 +234,10 @@ def _planned(
     if format == CHECKPOINT2:
         plan, companions = _checkpoint2(prepared, target or Strategy.complete())
     else:
-        plan = _targets(prepared, Path(os.path.abspath(output)), format, target, shard_bytes)
+        plan = _targets(prepared, absolute(output), format, target, shard_bytes)
         companions = partial(_add_companions, prepared=prepared, plan=plan)
     plan.check()
     return prepared, plan, companions
-
-
-def with_settings(request: Request, settings: Mapping[str, bool]) -> Request:
-    """The request with those of a network's settings that its model has. Raises ConfigError for unknown models."""
-    path = Path(os.path.abspath(request.input_path))
-    model = _model(request, read_config(config_folder(path if path.is_dir() else path.parent, request.hf_config)))
-    has_fused_names = any(naming.endswith("+qkv_concat") for naming in model.namings)
-    known = {*model.options, *(("qkv_concat",) if has_fused_names else ())}
-    own: dict[str, Any] = {key: value for key, value in settings.items() if key in known}
-    return replace(request, model=model.name, **own)
 
 
 def plan_ranks(
@@ -298,8 +268,10 @@ def plan_ranks(
 
 def _targets(prepared: Prepared, output: Path, format: str | None, target: Strategy | None, shard_bytes: int) -> Plan:
     request, conversion = prepared.request, prepared.conversion
+    # Jobs of networks with mcore names load nothing else.
+    usual = "safetensors" if prepared.naming.startswith("mcore") else "ckpt"
     if target is not None:
-        return rank_files(conversion, target, format=format or "ckpt", origin=str(request.input_path))
+        return rank_files(conversion, target, format=format or usual, origin=str(request.input_path))
     if request.reverse:
         pytorch = (("format", "pt"),)
         return whole_files(conversion, "model", "safetensors", limit=shard_bytes, metadata=pytorch)
@@ -308,7 +280,7 @@ def _targets(prepared: Prepared, output: Path, format: str | None, target: Strat
         raise ConfigError(f"--format {format} contradicts the name {output.name}")
     if suffix:
         return whole_files(conversion, output.name, suffix, metadata=prepared.record)
-    return whole_files(conversion, "ms-model", format or "ckpt", limit=shard_bytes, metadata=prepared.record)
+    return whole_files(conversion, "ms-model", format or usual, limit=shard_bytes, metadata=prepared.record)
 
 
 def _write_folder(
@@ -350,7 +322,8 @@ def _add_companions(folder: Path, prepared: Prepared, plan: Plan) -> None:
     """Put indexes, and the model's other files, beside converted weights."""
     if prepared.request.reverse:
         write_index(plan, folder)
-        copy_companions(prepared.config_folder, folder, prepared.dtype, plain=True)
+        changes = prepared.config_changes
+        copy_companions(prepared.config_folder, folder, prepared.dtype, plain=True, changes=changes)
     elif all(target.format == "safetensors" and "/" not in target.path for target in plan.targets):
         write_name_map(plan, folder)
 
@@ -382,74 +355,6 @@ def _other_type(model: Model, config: ModelConfig) -> tuple[str, ...]:
         f"{' or '.join(model.model_types)}): names and shapes fit, but the network may compute something else"
     )
     return (told,)
-
-
-def _model(request: Request, config: ModelConfig) -> Model:
-    if request.model is None:
-        return model_of_config(config)
-    model = find_model(request.model)
-    if model is None:
-        like = did_you_mean(request.model, models())
-        raise ConfigError(f"unknown model {request.model!r}.{like} Known are {', '.join(models())}")
-    return model
-
-
-def _completed(
-    model: Model, request: Request, config: ModelConfig, source: Weights
-) -> tuple[ModelConfig, tuple[str, ...]]:
-    """The configuration with the model's own options, and what must be counted where nothing tells it."""
-    values = dict(config.values)
-    for option in (*_OWN_OPTIONS, *({"qkv_concat"} & set(model.options))):
-        value = getattr(request, option)
-        if value is not None and option not in model.options:
-            raise ConfigError(f"--{option} is not an option of the model {model.name}")
-        if value is not None:
-            values[option] = value
-    if config.path is not None:
-        return ModelConfig(values, config.path), ()
-    counted = {key: value for key, value in model.counted(source.tensors).items() if key not in values}
-    told = ", ".join(f"{key} {value}" for key, value in counted.items())
-    warnings = [f"{source.folder} has no config.json; by the names of the tensors: {told}"] if counted else []
-    if request.reverse:
-        warnings.append("the result has no config.json, which from_pretrained needs; give its folder with --hf_config")
-    return ModelConfig({**counted, **values}), tuple(warnings)
-
-
-def _as_recorded(request: Request, recorded: str) -> Request:
-    """The request, with what a source says of its own layout where no option says it: "legacy+use_gmm"."""
-    naming, *settings = recorded.split("+")
-    values: dict[str, Any] = {"naming": naming}
-    for option in LAYOUT_SETTINGS:
-        if option in settings or f"no_{option}" in settings:
-            values[option] = option in settings
-    return replace(request, **{key: value for key, value in values.items() if getattr(request, key) is None})
-
-
-def _as_told(request: Request, told: Mapping[str, bool | None]) -> Request:
-    """The request, with what names tell where no option says it."""
-    values = {key: value for key, value in told.items() if value is None or getattr(request, key) is None}
-    own: dict[str, Any] = values
-    return replace(request, **own)
-
-
-def _layout_name(naming: str, model: Model, request: Request) -> str:
-    """The naming, and the settings by which its tensors differ from the usual ones: "legacy+use_gmm"."""
-    for option, usual in LAYOUT_SETTINGS.items():
-        if option in model.options and getattr(request, option) not in (None, usual):
-            naming += f"+{option}" if not usual else f"+no_{option}"
-    return naming
-
-
-def _ask_for_rows(path: Path, request: Request) -> None:
-    """Two layouts have had these names, and nothing in the file tells which it is. Raises ConfigError."""
-    if None not in (request.use_contiguous_weight_layout_attention, request.use_interleaved_weight_layout_mlp):
-        return
-    raise ConfigError(
-        f"{path} does not say how query, key and value, and gate and up, lie in its fused tensors; give "
-        "--use_contiguous_weight_layout_attention False --use_interleaved_weight_layout_mlp True for files of "
-        "MindFormers 1.4 and later (by groups of heads, and row by row in turn), True and False for those of 1.3 and "
-        "before (one behind the other)"
-    )
 
 
 def _table_key(model: Model, naming: str, config: ModelConfig, source: Weights) -> str:

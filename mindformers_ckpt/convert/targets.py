@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 from mindformers_ckpt.convert.planning import Conversion, Converted
 from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
+from mindformers_ckpt.geometry.axes import runs
 from mindformers_ckpt.geometry.box import Box, hull
 from mindformers_ckpt.planning.build import rank_targets
 from mindformers_ckpt.planning.missing import missing_names, patterns_of
@@ -99,15 +98,6 @@ def rank_files(
     return Plan(conversion.files, files, tuple(transfers), (*conversion.warnings, *notes))
 
 
-class _Run(NamedTuple):
-    """A box of the axes of one dimension, and the indices of the dimension that it takes."""
-
-    start: tuple[int, ...]
-    stop: tuple[int, ...]
-    first: int
-    last: int
-
-
 def _cut(converted: Converted, boxes: Sequence[tuple[int, Box]]) -> Transfer:
     """The transfer with target places for boxes of the real shape, (file, box) each.
 
@@ -131,42 +121,14 @@ def _cut(converted: Converted, boxes: Sequence[tuple[int, Box]]) -> Transfer:
 def _in_view(box: Box, converted: Converted) -> Iterator[tuple[Box, View | None]]:
     """A box of the tensor's real shape as boxes of its view, each with its place in the shard."""
     space, at = converted.transfer.shape, 0
-    runs = []
+    by_dimension = []
     for first, last, count in zip(box.start, box.stop, converted.groups):
-        runs.append(list(_runs(first, last, space[at : at + count], 0)))
+        by_dimension.append(list(runs(first, last, space[at : at + count])))
         at += count
-    for choice in itertools.product(*runs):
+    for choice in itertools.product(*by_dimension):
         part = Box(
             tuple(index for run in choice for index in run.start), tuple(index for run in choice for index in run.stop)
         )
         inner = Box(tuple(run.first for run in choice), tuple(run.last for run in choice)).relative_to(box)
         whole = inner == Box.whole(box.shape)
         yield part, None if whole else View(box.shape, inner, ())
-
-
-def _runs(first: int, last: int, extents: tuple[int, ...], base: int) -> Iterator[_Run]:
-    """Cut the indices first:last of a dimension into boxes of the axes that make it up, in order.
-
-    `base` is added to the indices that are reported.
-    """
-    inner = math.prod(extents[1:])
-    if len(extents) == 1:
-        yield _Run((first,), (last,), base + first, base + last)
-        return
-
-    def within(index: int, low: int, high: int) -> Iterator[_Run]:
-        for run in _runs(low, high, extents[1:], base + index * inner):
-            yield run._replace(start=(index, *run.start), stop=(index + 1, *run.stop))
-
-    (head, low), (tail, high) = divmod(first, inner), divmod(last, inner)
-    if head == tail:
-        yield from within(head, low, high)
-        return
-    if low:
-        yield from within(head, low, inner)
-        head += 1
-    if head < tail:
-        rest = extents[1:]
-        yield _Run((head, *(0 for _ in rest)), (tail, *rest), base + head * inner, base + tail * inner)
-    if high:
-        yield from within(tail, 0, high)

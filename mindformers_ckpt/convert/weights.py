@@ -10,16 +10,35 @@ from typing import Any, NamedTuple
 from mindformers_ckpt.convert.config import CONFIG_FILE
 from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
 from mindformers_ckpt.formats import TensorSpec, read_header
+from mindformers_ckpt.planning.model import Place
+from mindformers_ckpt.planning.shards import in_shard
 from mindformers_ckpt.publish import MANIFEST_FILE, read_manifests
+from mindformers_ckpt.sources import dcp
+from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
+from mindformers_ckpt.sources.shards import Shard
 from mindformers_ckpt.sources.source import Kind, Source
+from mindformers_ckpt.strategy.model import Strategy
 
 
 class Found(NamedTuple):
-    """A tensor on disk; `spec` has the name of the file."""
+    """A tensor on disk; `spec` has the name of the file. `shards` are its boxes, where the source itself tells them."""
 
     path: Path
     spec: TensorSpec
+    shards: tuple[Shard, ...] = ()
+
+    def places(self, place: Place, file: Callable[[Path], int]) -> list[Place]:
+        """A place in the whole tensor as places in files, whose numbers `file` gives. Raises ValueError."""
+        if not self.shards:
+            return [place._replace(file=file(self.path), tensor=self.spec.name)]
+        if len(self.shards) == 1:
+            return [place._replace(file=file(self.path), tensor=self.shards[0].tensor)]
+        found = []
+        for shard in self.shards:
+            for part in in_shard(place, self.spec.shape, shard.box):
+                found.append(part._replace(file=file(shard.path), tensor=shard.tensor))
+        return found
 
 
 @dataclass(frozen=True)
@@ -39,6 +58,8 @@ class Weights:
 
 def read_weights(source: Source, canonical: Callable[[str], str] = lambda name: name) -> Weights:
     """Read the headers of all files. Raises FormatError and PlanError with everything that is wrong."""
+    if source.tensors is not None:
+        return _read_boxes(source, canonical)
     tensors: dict[str, Found] = {}
     damaged, problems = [], []
     for path in source.files:
@@ -56,7 +77,22 @@ def read_weights(source: Source, canonical: Callable[[str], str] = lambda name: 
             tensors[name] = Found(path, record.spec)
     if damaged:
         raise FormatError(damaged[0] if len(damaged) == 1 else describe_problems("files cannot be read", damaged))
-    root = source.root
+    return _weights(source.root, tensors, problems)
+
+
+def _read_boxes(source: Source, canonical: Callable[[str], str]) -> Weights:
+    """`read_weights` of a source that says itself which boxes of its tensors are in which files."""
+    tensors: dict[str, Found] = {}
+    problems = []
+    for told, tensor in Checkpoint(source, Strategy.complete()).tensors().items():
+        name = canonical(told)
+        if name in tensors:
+            problems.append(f"{name}: as {tensors[name].spec.name} and as {told}")
+        tensors[name] = Found(tensor.shards[0].path, tensor.spec, tensor.shards)
+    return _weights(source.root, tensors, problems)
+
+
+def _weights(root: Path, tensors: Mapping[str, Found], problems: Sequence[str]) -> Weights:
     if problems:
         raise PlanError(describe_problems(f"{root} holds several weights, name the file to convert", problems))
     return Weights(root, root if root.is_dir() else root.parent, tensors)
@@ -68,6 +104,8 @@ def mindspore_source(path: Path, step: str | None = None) -> Source:
     if source.kind is Kind.HUGGING_FACE:
         raise PlanError(f"{path} is a Hugging Face model already; to convert it to MindSpore leave --reversed out")
     source.raise_absent()
+    if source.tensors is not None:
+        return dcp.weights_of(source)
     if source.own_strategy is not None and not source.own_strategy.is_complete:
         raise PlanError(
             f"{path} holds the shards of {source.own_strategy.rank_count} ranks; merge them first: mindformers-ckpt "

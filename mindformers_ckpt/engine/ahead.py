@@ -32,6 +32,8 @@ from mindformers_ckpt.engine import page_cache
 from mindformers_ckpt.engine.descriptors import Descriptors, fill
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.formats.waiting import waits
+from mindformers_ckpt.objects.path import ObjectPath
+from mindformers_ckpt.objects.reading import Handle, preadv
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,6 +45,7 @@ _MEMORY_BYTES = 9 << 20  # for a batch, with what lies between
 # What is looked at to see whether reading has to wait: enough for a place that no header is near to.
 _TRIED_BYTES = 512 << 10
 REQUEST_BYTES = 1 << 20
+_OBJECT_REQUEST_BYTES = 4 << 20
 _MOST_REQUESTS = 64
 _PAGE = 4096
 # Extents with less between them are read with it, unless that is over a quarter of what is needed.
@@ -84,14 +87,14 @@ class _Range:
 
     def __init__(self, extent: Extent, memory: memoryview, requests: Sequence[Future[int]]) -> None:
         self.start, self.stop = extent.start, extent.stop
-        self._memory, self._requests = memory, requests
+        self._memory, self._requests, self._size = memory, requests, request_bytes(extent.path)
 
     def bytes(self, start: int, length: int) -> memoryview | None:
         """Bytes of the range once they are there, None when they could not be read."""
         first, last = start - self.start, start - self.start + length
-        for number in range(first // REQUEST_BYTES, -(-last // REQUEST_BYTES)):
-            at = number * REQUEST_BYTES
-            if self._requests[number].result() < min(last - at, REQUEST_BYTES):
+        for number in range(first // self._size, -(-last // self._size)):
+            at = number * self._size
+            if self._requests[number].result() < min(last - at, self._size):
                 return None
         return self._memory[first:last]
 
@@ -275,16 +278,17 @@ class Fetcher:
                 from concurrent.futures import ThreadPoolExecutor
 
                 pool = self._pool = ThreadPoolExecutor(_MOST_REQUESTS, "read-ahead")
+        size = request_bytes(extent.path)
         return [
-            pool.submit(self._read, extent.path, extent.start + at, memory[at : at + REQUEST_BYTES])
-            for at in range(0, len(memory), REQUEST_BYTES)
+            pool.submit(self._read, extent.path, extent.start + at, memory[at : at + size])
+            for at in range(0, len(memory), size)
         ]
 
     def has_to_wait(self, extents: Sequence[Extent]) -> bool:
         """Whether reading has to wait for a disk: whether the middle of the largest extent is not in memory."""
         if not extents:
             return False
-        if self._drops:
+        if self._drops or isinstance(extents[0].path, ObjectPath):
             return True
         path, start, stop = max(extents, key=lambda extent: extent.stop - extent.start)
         if path not in self._slow:
@@ -296,7 +300,8 @@ class Fetcher:
                 return False
         return True
 
-    def _is_in_memory(self, descriptor: int, at: int, path: Path) -> bool:
+    def _is_in_memory(self, descriptor: Handle, at: int, path: Path) -> bool:
+        assert isinstance(descriptor, int)
         buffer = bytearray(1)
         if hasattr(os, "RWF_NOWAIT"):
             try:
@@ -317,10 +322,11 @@ class Fetcher:
     def _read(self, path: Path, start: int, memory: memoryview) -> int:
         """Fill memory with bytes of a file, and say how many have come."""
         for files in (self._direct, self._plain):
-            if files is not None:
+            if files is not None and not (files is self._direct and isinstance(path, ObjectPath)):
                 try:
                     with files.borrowed(path) as descriptor:
-                        if files is self._plain and page_cache.CAN_DROP:  # nobody else needs to read ahead
+                        # Nobody else needs to read ahead.
+                        if files is self._plain and page_cache.CAN_DROP and isinstance(descriptor, int):
                             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
                         filled = _filled(descriptor, start, memory)
                         if self._drops:
@@ -338,10 +344,15 @@ class Fetcher:
             self._direct.close()
 
 
-def _filled(descriptor: int, start: int, memory: memoryview) -> int:
+def request_bytes(path: Path) -> int:
+    """Bytes of a request: more where each costs time of the processor, too."""
+    return _OBJECT_REQUEST_BYTES if isinstance(path, ObjectPath) else REQUEST_BYTES
+
+
+def _filled(descriptor: Handle, start: int, memory: memoryview) -> int:
     filled = 0
     while filled < len(memory):
-        count = os.preadv(descriptor, [memory[filled:]], start + filled)
+        count = preadv(descriptor, memory[filled:], start + filled)
         filled += count
         if count % _PAGE or not count:  # the end of the file
             break

@@ -134,6 +134,11 @@ class _BlockCounts:
         return self._counts[key]
 
 
+def block_boxes(transfer: Transfer) -> Iterator[Box]:
+    """The blocks of a transfer."""
+    return blocks(_wanted(transfer), _block_elements(transfer))
+
+
 def _wanted(transfer: Transfer) -> Box:
     return _hull(transfer.targets)
 
@@ -212,8 +217,7 @@ class _Piece:
     def blocks(self) -> Iterator[Box]:
         """The blocks of the slice."""
         first, count = self._slice.first, self._slice.blocks
-        limit = _block_elements(self.transfer)
-        return itertools.islice(blocks(_wanted(self.transfer), limit), first, first + count)
+        return itertools.islice(block_boxes(self.transfer), first, first + count)
 
     def parts(self, block: Box) -> Iterator[tuple[Place, Box]]:
         """What is read of the sources to copy a block."""

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.formats import Segment
+from mindformers_ckpt.objects.reading import Handle, close_handle, open_handle, preadv
 
 _MOST_FILES = 4096  # more make nothing faster
 _RESERVE = 64  # for what else a process opens meanwhile: journals, locks, pipes of workers, modules
@@ -70,7 +71,7 @@ class _File:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.users = 0
-        self.descriptor: int | None = None
+        self.descriptor: Handle | None = None
 
 
 class Descriptors:
@@ -80,12 +81,12 @@ class Descriptors:
     """
 
     def __init__(self, flags: int) -> None:
-        self._flags = flags | os.O_CLOEXEC
+        self._flags = flags
         self._files: OrderedDict[Path, _File] = OrderedDict()
         self._changed = threading.Condition()
         self._has_entered = False
 
-    def get(self, path: Path) -> int:
+    def get(self, path: Path) -> Handle:
         """The descriptor of a file, until the next one is asked for. For an object that one thread uses."""
         file = self._files.get(path)
         if file is not None and file.descriptor is not None and len(self._files) <= _room.share:
@@ -95,7 +96,7 @@ class Descriptors:
             return descriptor
 
     @contextmanager
-    def borrowed(self, path: Path) -> Iterator[int]:
+    def borrowed(self, path: Path) -> Iterator[Handle]:
         """The descriptor of a file, which nobody closes meanwhile."""
         file = self._entry(path)
         try:
@@ -135,10 +136,10 @@ class Descriptors:
             self._files[path].users += 1
             return self._files[path]
 
-    def _opened(self, path: Path) -> int:
+    def _opened(self, path: Path) -> Handle:
         while True:
             try:
-                return os.open(path, self._flags)
+                return open_handle(path, self._flags)
             except OSError as error:
                 if error.errno not in (errno.EMFILE, errno.ENFILE):
                     raise TransferError(f"{path}: cannot be opened: {error.strerror}") from error
@@ -165,7 +166,7 @@ class Descriptors:
         for path in surplus:
             descriptor = self._files.pop(path).descriptor
             if descriptor is not None:
-                os.close(descriptor)
+                close_handle(descriptor)
         return bool(surplus)
 
 
@@ -188,11 +189,11 @@ def _open_files() -> int:
     return 3
 
 
-def fill(descriptor: int, path: Path, offset: int, view: memoryview) -> None:
+def fill(descriptor: Handle, path: Path, offset: int, view: memoryview) -> None:
     """Fill `view` from a file. Raises TransferError when reading fails or the file ends before."""
     while view:
         try:
-            count = os.preadv(descriptor, [view], offset)
+            count = preadv(descriptor, view, offset)
         except OSError as error:
             raise TransferError(f"{path}: reading at byte {offset} failed: {error.strerror}") from error
         if count == 0:

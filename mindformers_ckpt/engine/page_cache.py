@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 
+from mindformers_ckpt.objects.reading import Handle
+
 CAN_DROP = hasattr(os, "posix_fadvise")
 
 
-def drop(descriptor: int, start: int = 0, length: int = 0) -> None:
+def drop(descriptor: Handle, start: int = 0, length: int = 0) -> None:
     """Have the system forget pages of a file that are on the disk, all of them by default."""
-    if CAN_DROP:
+    if CAN_DROP and isinstance(descriptor, int):
         os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
 
 

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mindformers_ckpt.engine.ahead import Fetcher
 from mindformers_ckpt.engine.copier import Copier, Done, Task
+from mindformers_ckpt.engine.object_sink import ObjectSink, Uploads
 from mindformers_ckpt.engine.proof import ProvingSink
-from mindformers_ckpt.engine.sinks import FileSink
+from mindformers_ckpt.engine.sinks import FileSink, Sink
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.planning.model import Plan, SourceFile, TargetFile
 
@@ -37,7 +38,7 @@ _FOR_THE_STARTER = {signal.SIGINT, signal.SIGHUP}
 
 def copy_tasks(
     plan: Plan,
-    folder: Path,
+    folder: Path | Uploads,
     tasks: Sequence[Task],
     *,
     processes: int = 1,
@@ -48,23 +49,24 @@ def copy_tasks(
     may_fork: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> Generator[Done, None, None]:
-    """Run tasks of a plan into prepared target files under `folder`, and yield each as it is done.
+    """Run tasks of a plan into prepared target files under `folder`, or into uploads, and yield each as it is done.
 
-    A single process copies in two threads; `check` is called in the calling one. With more than one process,
-    `processes - 1` workers are started and this process works as well, each in one thread. Workers are
-    spawned; with `may_fork` they are forked where that is safe, and start sooner.
+    A single process copies in two threads, or in one where tasks go on with each other's parts of objects; `check` is
+    called in the calling one. With more than one process, `processes - 1` workers are started and this process works
+    as well, each in one thread. Workers are spawned; with `may_fork` they are forked where that is safe, and start
+    sooner.
     With `drops` nothing that is read or written stays in the page cache.
     The first failure stops everything, and so does closing the generator. Raises TransferError, also when a
     worker dies; what `check` raises goes through.
     """
     arguments = (plan.sources, folder, plan.targets, hashes, proofs, drops, fingerprints)
-    two_threads = processes <= 1 and len(tasks) > 1
+    two_threads = processes <= 1 and len(tasks) > 1 and not isinstance(folder, Uploads)
     with contextlib.ExitStack() as stack:
         fetcher = stack.enter_context(contextlib.closing(Fetcher(readers=2 if two_threads else 1, drops=drops)))
         copier = stack.enter_context(contextlib.closing(_copier(*arguments, fetcher)))
-        if len(tasks) <= 1:
-            for task in tasks:
-                yield copier.run(task, check)
+        if len(tasks) <= 1 or (processes <= 1 and not two_threads):
+            for number, task in enumerate(tasks):
+                yield copier.run(task, check, tasks[number + 1] if number + 1 < len(tasks) else None)
         elif two_threads:
             with contextlib.closing(_copier(*arguments, fetcher)) as helper:
                 yield from _copy_with_thread(helper, tasks, copier, check)
@@ -75,7 +77,7 @@ def copy_tasks(
 
 def _copier(
     sources: Sequence[SourceFile],
-    folder: Path,
+    folder: Path | Uploads,
     targets: Sequence[TargetFile],
     hashes: bool,
     proofs: bool,
@@ -83,7 +85,11 @@ def _copier(
     fingerprints: bool,
     fetcher: Fetcher,
 ) -> Copier:
-    sink = (ProvingSink if proofs else FileSink)(folder, targets, drops=drops)
+    sink: Sink
+    if isinstance(folder, Uploads):
+        sink = ObjectSink(folder, targets)
+    else:
+        sink = (ProvingSink if proofs else FileSink)(folder, targets, drops=drops)
     return Copier(sources, sink, hashes=hashes, fingerprints=fingerprints, fetcher=fetcher)
 
 
@@ -211,7 +217,7 @@ _stop: ctypes.c_bool | None = None
 
 def _start_worker(
     sources: tuple[SourceFile, ...],
-    folder: Path,
+    folder: Path | Uploads,
     targets: tuple[TargetFile, ...],
     hashes: bool,
     proofs: bool,

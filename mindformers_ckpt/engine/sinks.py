@@ -42,6 +42,21 @@ class Sink(Protocol):
         """Close what was opened."""
 
 
+class Layouts:
+    """Where everything goes in target files; files with the same tensors share it."""
+
+    def __init__(self, files: Sequence[TargetFile]) -> None:
+        self._files = files
+        self._known: dict[tuple[str, int], FileLayout] = {}
+
+    def of(self, file: int) -> FileLayout:
+        target = self._files[file]
+        key = (target.format, id(target.tensors))
+        if key not in self._known:
+            self._known[key] = _layout_of(target.format, target.tensors, target.metadata)
+        return self._known[key]
+
+
 class FileSink:
     """Writes target files under a folder. `prepare` makes them; then any process may fill in contents.
 
@@ -54,16 +69,8 @@ class FileSink:
         self._written: set[Path] = set()
         self._paths = [folder / file.path for file in files]
         self._files = files
-        self._layouts: dict[tuple[str, int], FileLayout] = {}
+        self.layout = Layouts(files).of
         self._descriptors = Descriptors(os.O_WRONLY)
-
-    def layout(self, file: int) -> FileLayout:
-        """Where everything goes in a target file; files with the same tensors share it."""
-        target = self._files[file]
-        key = (target.format, id(target.tensors))
-        if key not in self._layouts:
-            self._layouts[key] = _layout_of(target.format, target.tensors, target.metadata)
-        return self._layouts[key]
 
     def path(self, file: int) -> Path:
         return self._paths[file]
@@ -106,7 +113,7 @@ class FileSink:
 
     def write(self, file: int, name: str, start: int, data: memoryview) -> None:
         path = self.path(file)
-        descriptor = self._descriptors.get(path)
+        descriptor = self._descriptor(path)
         if self._drops:
             self._written.add(path)
         for offset, length in file_ranges(self.layout(file).tensors[name].segments, start, len(data)):
@@ -119,6 +126,11 @@ class FileSink:
                 offset += count
                 piece = piece[count:]
 
+    def _descriptor(self, path: Path) -> int:
+        descriptor = self._descriptors.get(path)
+        assert isinstance(descriptor, int)  # results in an object storage have a sink of their own
+        return descriptor
+
     def offset(self, file: int, name: str, start: int) -> int:
         return next(file_ranges(self.layout(file).tensors[name].segments, start, 1))[0]
 
@@ -128,7 +140,7 @@ class FileSink:
     def end_task(self) -> None:
         for path in self._written:
             try:
-                page_cache.write_back(self._descriptors.get(path))
+                page_cache.write_back(self._descriptor(path))
             except OSError as error:
                 raise TransferError(f"{path}: writing failed: {error.strerror}") from error
         self._written.clear()

@@ -15,7 +15,6 @@ The records are parsed by hand because a protobuf library would copy the content
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -38,6 +37,7 @@ from mindformers_ckpt.formats.tensor_file import (
     describe_foreign_file,
     open_to_read,
 )
+from mindformers_ckpt.objects.reading import pread
 
 RECORD_LIMIT = 512 * 1024 * 1024
 
@@ -73,7 +73,7 @@ def scan(path: Path, like: Header | None = None) -> Header:
     `str` is its bytes (MindSpore ignores the dims of one). A file cut off exactly between two tensors
     cannot be told from a complete one. Raises FormatError.
     """
-    with open_to_read(path, scattered=True) as (descriptor, size), closing(Pieces(descriptor)) as pieces:
+    with open_to_read(path, scattered=True) as (handle, size), closing(Pieces(handle)) as pieces:
         scanner = _Scanner(path, pieces, size)
         if like is not None and scanner.has_heads_of(like):
             return Header(path, "ckpt", size, like.tensors, {}, scanner.trailer(), like.frames)
@@ -418,7 +418,7 @@ def _describe(spec: TensorSpec) -> str:
 def _crc32(path: Path, stop: int) -> int:
     """The CRC-32 of the first `stop` bytes of a file."""
     crc = 0
-    with open_to_read(path) as (descriptor, _):
+    with open_to_read(path) as (handle, _):
         for offset in range(0, stop, _CRC_BLOCK):
-            crc = zlib.crc32(os.pread(descriptor, min(_CRC_BLOCK, stop - offset), offset), crc)
+            crc = zlib.crc32(pread(handle, min(_CRC_BLOCK, stop - offset), offset), crc)
     return crc

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from mindformers_ckpt.formats.waiting import waits
+from mindformers_ckpt.objects.reading import Handle, pread
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -70,17 +71,19 @@ class _Pool:
 
 
 _pool = _Pool()
+_NO_DEVICE = -1  # of an object
 _slow_devices: set[int] = set()  # on which reading had to wait
 
 
 class Pieces:
-    """Reads small pieces of an open file."""
+    """Reads small pieces of an open file. Those of an object storage always have to be waited for."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._device = os.fstat(descriptor).st_dev
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+        self._device = os.fstat(handle).st_dev if isinstance(handle, int) else _NO_DEVICE
         # A file on a disk that was slow may be in memory all the same: its own first read decides.
-        self._waits = _WAITS - 1 if self._device in _slow_devices else 0
+        known = _WAITS - 1 if self._device in _slow_devices else 0
+        self._waits = known if isinstance(handle, int) else _WAITS
         self._pool: ThreadPoolExecutor | None = None
         self._asked: set[Future[list[bytes]]] = set()
         self._kinds: dict[str, _Kind] = {}
@@ -91,9 +94,9 @@ class Pieces:
     def read(self, start: int, length: int) -> bytes:
         """Bytes of the file, fewer at its end."""
         if self.is_slow:
-            return os.pread(self._descriptor, length, start)
+            return pread(self._handle, length, start)
         started, before = time.perf_counter(), waits()
-        data = os.pread(self._descriptor, length, start)
+        data = pread(self._handle, length, start)
         if time.perf_counter() - started > _QUICK_SECONDS and waits() > before:
             self._waits += 1
             if self.is_slow:
@@ -181,10 +184,10 @@ class Pieces:
         """Have ranges read by a thread, one after the other."""
         if self._pool is None:
             self._pool = _pool.enter()
-        asked = self._pool.submit(_read_in_turn, self._descriptor, ranges)
+        asked = self._pool.submit(_read_in_turn, self._handle, ranges)
         self._asked.add(asked)
         return asked
 
 
-def _read_in_turn(descriptor: int, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    return [os.pread(descriptor, length, start) for start, length in ranges]
+def _read_in_turn(handle: Handle, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    return [pread(handle, length, start) for start, length in ranges]

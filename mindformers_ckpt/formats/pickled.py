@@ -35,6 +35,25 @@ class Builder(NamedTuple):
     build: Callable[..., object]
 
 
+class Known(NamedTuple):
+    """What a known name of a class stands for: its objects become records of their state."""
+
+    name: str
+
+
+class Record:
+    """An object of a known class: the name of that, and the state that the pickle gives the object.
+
+    It is compared and hashed by what it is, never by its state.
+    """
+
+    __slots__ = ("kind", "state")
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.state: object = None
+
+
 class Stream(Protocol):
     """What is read from: a file, or bytes in memory."""
 
@@ -46,14 +65,18 @@ class Stream(Protocol):
 class PickleReader:
     """Reads the pickles that follow each other in a stream, 64 MiB and 8 million instructions of them at most.
 
-    `find` gives the meaning of a name (module, name): a value, a Builder, or a Foreign. `refer` gives what a
-    persistent id stands for. `load` raises Malformed for whatever is not a pickle, or exceeds the bounds.
+    `find` gives the meaning of a name (module, name): a value, a Builder, a Known class, or a Foreign. `refer` gives
+    what a persistent id stands for. `most` is a multiple of those bounds. `load` raises Malformed for whatever is not a
+    pickle, or exceeds them.
     """
 
-    def __init__(self, stream: Stream, find: Callable[[str, str], object], refer: Callable[[object], object]) -> None:
+    def __init__(
+        self, stream: Stream, find: Callable[[str, str], object], refer: Callable[[object], object], most: int = 1
+    ) -> None:
         self._stream = stream
-        self._left = MOST_BYTES
-        self._instructions_left = _MOST_INSTRUCTIONS
+        self._most_bytes, self._most_instructions = most * MOST_BYTES, most * _MOST_INSTRUCTIONS
+        self._left = self._most_bytes
+        self._instructions_left = self._most_instructions
         self._find = find
         self._refer = refer
         self._stack: list[Any] = []
@@ -76,13 +99,13 @@ class PickleReader:
         except (IndexError, KeyError, ValueError, TypeError, OverflowError, struct.error) as error:
             # The error is not shown whole: it may hold a value of the file.
             raise Malformed(f"its pickle makes no sense ({type(error).__name__})") from None
-        raise Malformed(f"its pickle has over {_MOST_INSTRUCTIONS} instructions")
+        raise Malformed(f"its pickle has over {self._most_instructions} instructions")
 
     # Bytes
 
     def _read(self, size: int) -> bytes:
         if size > self._left:
-            raise Malformed(f"its pickle describes more than {MOST_BYTES >> 20} MiB")
+            raise Malformed(f"its pickle describes more than {self._most_bytes >> 20} MiB")
         data = self._stream.read(size)
         if len(data) != size:
             raise Malformed("truncated inside its pickle")
@@ -171,6 +194,17 @@ class PickleReader:
             raise TypeError
         self.push(known.build(*arguments) if isinstance(known, Builder) else Foreign())
 
+    def create(self) -> None:
+        """A new object, as yet without a state."""
+        _, known = self.pop(), self.pop()
+        self.push(Record(known.name) if isinstance(known, Known) else Foreign())
+
+    def set_state(self) -> None:
+        state = self.pop()
+        holder = self.top()
+        if isinstance(holder, Record):
+            holder.state = state
+
     def refer(self, reference: object) -> None:
         self.push(self._refer(reference))
 
@@ -189,12 +223,15 @@ class PickleReader:
             raise TypeError
 
 
+_PLAIN_KEYS = (str, bytes, int, float, type(None), Record)
+
+
 def with_plain_keys(pairs: Iterable[tuple[object, object]]) -> dict[Any, Any]:
-    """A dictionary of pairs; a key that is neither text nor a number is replaced by an object of its own.
+    """A dictionary of pairs; a key that is neither text, a number nor a record is replaced by an object of its own.
 
     Such a key may be a tuple that takes forever, or more than the stack, to hash.
     """
-    return {key if isinstance(key, (str, bytes, int, float, type(None))) else Foreign(): value for key, value in pairs}
+    return {key if isinstance(key, _PLAIN_KEYS) else Foreign(): value for key, value in pairs}
 
 
 def _paired(items: list[Any]) -> dict[Any, Any]:
@@ -314,10 +351,10 @@ _INSTRUCTIONS: dict[bytes, Callable[[PickleReader], object]] = {
     b"c": lambda reader: reader.name(reader._line(), reader._line()),
     b"\x93": PickleReader.stack_name,
     b"R": PickleReader.call,
-    b"b": lambda reader: reader.pop(),  # the state of an object
+    b"b": PickleReader.set_state,
     b"i": _inst,
     b"o": _foreign_of_marked,
-    b"\x81": lambda reader: _foreign(reader, 2),
+    b"\x81": PickleReader.create,
     b"\x92": lambda reader: _foreign(reader, 3),
     b"\x82": lambda reader: _foreign(reader, 0, 1),
     b"\x83": lambda reader: _foreign(reader, 0, 2),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from mindformers_ckpt.formats.tensor_file import (
     describe_foreign_file,
     open_to_read,
 )
+from mindformers_ckpt.objects.reading import Handle, pread
 from mindformers_ckpt.text_files import check_structure
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ def scan(path: Path, like: Header | None = None) -> Header:
     An I8 tensor that the metadata calls Int4 is a qint4x2, which is how MindSpore saves one. Raises
     FormatError when the file breaks any rule of the format.
     """
-    with open_to_read(path, scattered=True) as (descriptor, size):
+    with open_to_read(path, scattered=True) as (handle, size):
         try:
-            text = _read_header_text(descriptor, size)
+            text = _read_header_text(handle, size)
             frames = ((0, hashlib.blake2b(text).digest()),)
             if like is not None and (like.format, like.size, like.frames) == ("safetensors", size, frames):
                 return Header(path, "safetensors", size, like.tensors, like.metadata, None, like.frames)
@@ -113,15 +113,15 @@ def _record(spec: TensorSpec, offset: int) -> TensorRecord:
     return TensorRecord(spec, (Segment(offset, nbytes),) if nbytes else ())
 
 
-def _read_header_text(descriptor: int, size: int) -> bytes:
-    start = os.pread(descriptor, 32, 0)
+def _read_header_text(handle: Handle, size: int) -> bytes:
+    start = pread(handle, 32, 0)
     length = int.from_bytes(start[:_LENGTH_SIZE], "little")
     if start[_LENGTH_SIZE : _LENGTH_SIZE + 1] != b"{" or length > HEADER_LIMIT:
         kind = "it looks like a .ckpt file" if start.startswith(b"\n") else describe_foreign_file(start)
         raise Malformed(f"no .safetensors file, or truncated ({size} bytes): {kind}")
     if _LENGTH_SIZE + length > size:
         raise Malformed(f"truncated: the header ends at byte {_LENGTH_SIZE + length}, the file at {size}")
-    return os.pread(descriptor, length, _LENGTH_SIZE)
+    return pread(handle, length, _LENGTH_SIZE)
 
 
 def _parse_json(text: bytes) -> dict[str, Any]:

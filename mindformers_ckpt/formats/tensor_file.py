@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 from mindformers_ckpt.errors import FormatError
 from mindformers_ckpt.formats.dtypes import DType
+from mindformers_ckpt.objects.path import as_path
+from mindformers_ckpt.objects.reading import Handle, close_handle, open_handle
 
 _NO_METADATA: Mapping[str, str] = MappingProxyType({})
 
@@ -104,14 +106,14 @@ class FileLayout:
 
 
 def read_header(path: str | Path, like: Header | None = None) -> Header:
-    """Read which tensors a `.ckpt`, `.safetensors` or PyTorch file holds, and where; the suffix tells the format.
+    """Read which tensors a `.ckpt`, `.safetensors`, PyTorch or `.distcp` file holds, and where, by the suffix.
 
     Reads headers only and checks every length against the size of the file. A file that was read shortly
     before and has not changed is not read again, and one whose header equals `like`, that of another file, is read
     in a fraction of the time. Raises FormatError when the file is missing, truncated, damaged, encrypted, or
     something else than its suffix says.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
         status = path.stat()
     except OSError:
@@ -138,10 +140,12 @@ def scan(path: Path, like: Header | None = None) -> Header:
         return ckpt.scan(path, like)
     if path.suffix == ".safetensors":
         return safetensors.scan(path, like)
-    from mindformers_ckpt.formats import torch_bin
+    from mindformers_ckpt.formats import distcp, torch_bin
 
     if path.suffix in torch_bin.SUFFIXES:
         return torch_bin.scan(path)
+    if path.suffix == distcp.SUFFIX:
+        return distcp.scan(path)
     raise FormatError(f"{path}: a checkpoint file must end in .ckpt or .safetensors")
 
 
@@ -161,28 +165,35 @@ def layout_file(format: str, specs: Sequence[TensorSpec], metadata: Mapping[str,
 
 
 @contextmanager
-def open_to_read(path: Path, scattered: bool = False) -> Iterator[tuple[int, int]]:
-    """Open a regular file: its descriptor and its size in bytes.
+def open_to_read(path: Path, scattered: bool = False) -> Iterator[tuple[Handle, int]]:
+    """Open a regular file, or an object: what reads it, and its size in bytes.
 
     `scattered` keeps the system from reading ahead, which would fetch the contents between the headers.
     Raises FormatError when it is missing, no regular file, empty, or cannot be read.
     """
     try:
         # Without O_NONBLOCK the opening of a pipe waits for a writer, for ever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        handle = open_handle(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise FormatError(f"{path}: a checkpoint file is expected here, this is not a regular file")
-            if status.st_size == 0:
+            size = _size_of_regular(handle, path)
+            if size == 0:
                 raise FormatError(f"{path}: the file is empty; save or copy it again")
-            if scattered and sys.platform == "linux":
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-            yield descriptor, status.st_size
+            if scattered and sys.platform == "linux" and isinstance(handle, int):
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
+            yield handle, size
         finally:
-            os.close(descriptor)
+            close_handle(handle)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _size_of_regular(handle: Handle, path: Path) -> int:
+    if not isinstance(handle, int):
+        return handle.size
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        raise FormatError(f"{path}: a checkpoint file is expected here, this is not a regular file")
+    return status.st_size
 
 
 def check_shape(name: str, shape: Sequence[int], itemsize: int) -> None:

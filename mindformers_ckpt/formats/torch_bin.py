@@ -33,6 +33,7 @@ from mindformers_ckpt.formats.tensor_file import (
     describe_foreign_file,
     open_to_read,
 )
+from mindformers_ckpt.objects.reading import stream_of
 from mindformers_ckpt.text_files import MAX_DEPTH
 
 SUFFIXES = (".bin", ".pth", ".pt")
@@ -87,7 +88,7 @@ def scan(path: Path) -> Header:
     A dictionary under "model" or "state_dict" is taken for the weights where tensors are not at the top. Raises
     FormatError when the file is damaged, its tensors are not contiguous, or it holds no weights.
     """
-    with open_to_read(path) as (descriptor, size), os.fdopen(os.dup(descriptor), "rb") as stream:
+    with open_to_read(path) as (handle, size), stream_of(handle) as stream:
         try:
             is_zip = stream.read(4) == b"PK\x03\x04"
             stream.seek(0)
@@ -102,6 +103,27 @@ def scan(path: Path) -> Header:
                 if segment.offset + segment.length > size:
                     raise FormatError(f"{path}: truncated: {record.spec.name!r} reaches over the end of the file")
     return Header(path, "torch", size, {record.spec.name: record for record in records}, {}, None)
+
+
+def read_tensor(stream: BinaryIO, name: str) -> TensorRecord:
+    """What and where the one tensor is that `torch.save` wrote; of that it gets the name.
+
+    Raises Malformed for whatever is not one, and where its bytes are not all there.
+    """
+    try:
+        content, places = _read_zip(stream)
+        if not isinstance(content, _Tensor):
+            raise Malformed("it is not a tensor")
+        return _record(name, content, places)
+    except zipfile.BadZipFile:
+        raise Malformed("there is nothing that torch.save wrote") from None
+    except (struct.error, *_DAMAGED_ZIP) as error:
+        raise Malformed(f"its list of entries makes no sense ({type(error).__name__})") from None
+
+
+def torch_dtype(name: str) -> DType | None:
+    """The element type that PyTorch calls so, None for one that files of MindSpore cannot hold."""
+    return by_name(name) if name in _DTYPES else None
 
 
 def _read_zip(stream: BinaryIO) -> tuple[object, Mapping[str, Segment]]:

@@ -150,7 +150,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @property
     def kind(self) -> str:
-        """What it is: "complete weights", "rank folders", "a Hugging Face model" or "a checkpoint 2.0"."""
+        """What it is, in words: "complete weights", "rank folders", "a Hugging Face model", "a checkpoint 2.0", …"""
         return self._source.files.kind.value
 
     @property
@@ -226,7 +226,7 @@ class Checkpoint(Mapping[str, Tensor]):
         for shard in tensor.shards:
             common = shard.box.intersect(part)
             if common is not None:
-                place = Place(self._number(shard.path), shard.box)
+                place = Place(self._number(shard.path), shard.box, shard.tensor)
                 target = out[common.relative_to(part).slices()]
                 reader.read(place, tensor.spec.name, tensor.spec.dtype, common, target)
 
@@ -248,7 +248,7 @@ class Checkpoint(Mapping[str, Tensor]):
 def open_checkpoint(
     path: PathLike, strategy: PathLike | Strategy | None = None, *, step: str | None = None
 ) -> Checkpoint:
-    """Open a checkpoint: rank folders, complete weights (.ckpt, .safetensors), or a Hugging Face model.
+    """Open a checkpoint: rank folders, complete weights, a Hugging Face model, or a distributed one (2.0, DCP, …).
 
         with mc.open_checkpoint("checkpoint/llama", "checkpoint/llama/strategy") as checkpoint:
             checkpoint["model.layers.3.attention.wq.weight"].shape

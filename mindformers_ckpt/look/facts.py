@@ -102,6 +102,8 @@ def counter_facts(files: Checkpoint, parameters: Sequence[Parameter]) -> dict[st
     wanted = [one for one in parameters if one.kind == "counters" and one.nbytes <= _COUNTER_BYTES]
     values = [_value(spec, content) for spec, content in files.files.counters]
     for parameter in wanted[:_MOST_COUNTERS]:
+        if not files.holds(parameter.ranks[0], parameter.name):
+            continue  # cut, as no counter is
         path, record = files.records_of(parameter.ranks[0])[parameter.name]
         try:
             with path.open("rb") as stream:

@@ -17,6 +17,7 @@ from mindformers_ckpt.look.odd import odd_things
 from mindformers_ckpt.look.parameters import KINDS, Parameter, find_parameters, kinds_of, read_quickly
 from mindformers_ckpt.look.whole import as_strategy
 from mindformers_ckpt.look.words import counted, shortened, spans
+from mindformers_ckpt.objects.path import absolute
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source, separate_checkpoints
 from mindformers_ckpt.sources.listing import Listing, is_strategy_file
@@ -102,7 +103,12 @@ class Inspection:
         records = self._files.records_of(rank)
         found = []
         for parameter in self.parameters:
-            if parameter.name in records:
+            if parameter.told is not None:
+                found += [
+                    Held(parameter.name, parameter.dtype, shard.box, shard.path, self._files.offset_of(shard))
+                    for shard in parameter.told.shards
+                ]
+            elif parameter.name in records:
                 path, record = records[parameter.name]
                 offset = record.segments[0].offset if record.segments else 0
                 found.append(
@@ -132,7 +138,7 @@ class Inspection:
                     "dtype": parameter.dtype.name,
                     "shape": list(parameter.shape),
                     "nbytes": parameter.nbytes,
-                    "cut": None if parameter.layout is None else list(parameter.layout.cuts),
+                    "cut": None if parameter.pieces is None else list(parameter.pieces),
                     "stages": list(parameter.stages),
                     "ranks": spans(parameter.ranks),
                     "replicas": parameter.replicas,
@@ -149,7 +155,7 @@ def inspect(path: PathLike, strategy: PathLike | Strategy | None = None, *, step
     left out, one in a folder `strategy` in them or beside them is taken, which the facts say. `step` chooses among
     several files. Raises CheckpointError when there is nothing that can be read.
     """
-    path = Path(os.path.abspath(path))
+    path = absolute(path)
     if step is None and strategy is None:
         other = _of_file(path) if path.is_file() else _of_folder(path) if path.is_dir() else None
         if other is not None:
@@ -298,8 +304,9 @@ def _source(source: Source, strategy: Strategy | None, facts: dict[str, str]) ->
 
     ranks = max((*source.by_rank, *source.absent), default=0) + 1
     used = strategy or (Strategy(({},), ranks, "not known") if source.sharded else Strategy.complete())
-    headers, damaged = read_quickly(source.files)
-    if not headers:
+    # A source that tells its own boxes has told all that is shown.
+    headers, damaged = read_quickly(source.files) if source.tensors is None else ({}, [])
+    if not headers and source.tensors is None:
         raise FormatError(damaged[0] if len(damaged) == 1 else describe_problems("no file can be read", damaged))
     files = Checkpoint(source, used, _headers=headers)
     parameters, problems = find_parameters(files, headers)
@@ -314,7 +321,7 @@ def _source(source: Source, strategy: Strategy | None, facts: dict[str, str]) ->
         facts.update(model_facts(source.root))
     facts.update(step_facts(source))
     facts.update(counter_facts(files, parameters))
-    size = sum(header.size for header in headers.values())
+    size = sum(path.stat().st_size for path in source.files if path in headers or source.tensors is not None)
     facts["files"] = f"{counted(len(source.files), 'file')}, {size:,} bytes"
     is_known = strategy is not None or ranks == 1
     notes = (*source.warnings, *damaged, *problems, *odd_things(source, files, parameters, is_known))

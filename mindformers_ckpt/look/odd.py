@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 
 from mindformers_ckpt.look.parameters import Parameter
 from mindformers_ckpt.look.words import counted, shortened, spans
+from mindformers_ckpt.objects.path import names_of
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.source import Kind, Source
 
@@ -58,7 +58,7 @@ def _leftovers(source: Source) -> list[str]:
     for rank, taken in source.by_rank.items():
         own = {path.name for path in taken}
         try:
-            names = os.listdir(taken[0].parent)
+            names = list(names_of(taken[0].parent))
         except OSError:
             continue
         for name in sorted(names):

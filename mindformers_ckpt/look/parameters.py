@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,8 @@ from mindformers_ckpt.formats.tensor_file import scan
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.lora_names import is_adapter_name
-from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
+from mindformers_ckpt.sources.shards import cuts
 from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.state_names import find_states
 
@@ -36,6 +36,7 @@ class Parameter(NamedTuple):
         expected: how many ranks hold it where nothing is left out.
         missing: boxes that no file holds.
         is_known: whether the strategy is, so that `shape` is that of the whole tensor.
+        told: the tensor, where the source itself says which boxes of it files hold.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Parameter(NamedTuple):
     expected: int
     missing: tuple[Box, ...] = ()
     is_known: bool = True
+    told: LogicalTensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -59,10 +61,18 @@ class Parameter(NamedTuple):
         """How it is cut, in words: "rows / 8", "whole"."""
         if not self.is_known:
             return "a shard or all of it"
-        if self.layout is None or not self.shape:
-            return "whole"
-        words = [f"{_axis(axis, len(self.shape))} / {cut}" for axis, cut in enumerate(self.layout.cuts) if cut > 1]
+        pieces = self.pieces
+        if pieces is None:
+            return "whole" if self.told is None or not self.shape else f"{len(self.told.shards)} boxes"
+        words = [f"{_axis(axis, len(self.shape))} / {cut}" for axis, cut in enumerate(pieces) if cut > 1]
         return ", ".join(words) or "whole"
+
+    @property
+    def pieces(self) -> tuple[int, ...] | None:
+        """Into how many pieces every dimension is cut; None where nothing says it, or they are no grid."""
+        if self.told is not None:
+            return cuts(self.told)
+        return None if self.layout is None else self.layout.cuts
 
     @property
     def replicas(self) -> int:
@@ -72,6 +82,9 @@ class Parameter(NamedTuple):
 
     def boxes(self, stage_size: int) -> Iterator[tuple[Box, tuple[int, ...]]]:
         """The distinct boxes of the first stage that holds it, each with the ranks whose files hold it."""
+        if self.told is not None:
+            yield from ((shard.box, (shard.rank,)) for shard in self.told.shards)
+            return
         first, held = self.stages[0] * stage_size, set(self.ranks)
         layout = self.layout
         shards = (
@@ -98,7 +111,7 @@ def read_quickly(files: Sequence[Path]) -> tuple[dict[Path, Header], list[str]]:
     known: dict[tuple[str, int], Header] = {}
     for path in files:
         try:
-            key = path.suffix, os.stat(path).st_size
+            key = path.suffix, path.stat().st_size
             header = scan(path, known.get(key))
         except FormatError as error:
             problems.append(str(error))
@@ -120,6 +133,8 @@ def _sampled(header: Header) -> Header:
 
 def find_parameters(files: Checkpoint, headers: Mapping[Path, Header]) -> tuple[list[Parameter], list[str]]:
     """All tensors of a checkpoint whose headers were read, and what contradicts each other or the strategy."""
+    if files.files.tensors is not None:
+        return list(_with_kinds({name: _told(tensor) for name, tensor in files.files.tensors.items()})), []
     found: dict[str, Parameter] = {}
     problems: list[str] = []
     size = files.strategy.stage_size
@@ -135,6 +150,12 @@ def find_parameters(files: Checkpoint, headers: Mapping[Path, Header]) -> tuple[
                 continue
             found[name] = _joined(found[name], own) if name in found else own
     return list(_with_kinds(found)), problems
+
+
+def _told(tensor: LogicalTensor) -> Parameter:
+    """A tensor whose boxes the source itself tells."""
+    name, dtype, shape = tensor.spec
+    return Parameter(name, dtype, shape, "", None, (0,), (0,), 1, told=tensor)
 
 
 def _holders(

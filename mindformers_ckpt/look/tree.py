@@ -92,4 +92,6 @@ def _described(own: Sequence[Parameter], amount: Callable[[float], str]) -> str:
     text = f"{first.dtype.name} {list(first.shape)}  {size}"
     if first.expected > 1 or len(ranks) > 1:
         text += f"  {first.cut}, on {'rank' if len(ranks) == 1 else 'ranks'} {short_spans(ranks)}"
+    elif first.told is not None and len(first.told.shards) > 1:
+        text += f"  {first.cut}"
     return text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from mindformers_ckpt.look.verify_manifest import (
 from mindformers_ckpt.look.verify_model import Difference, Verification
 from mindformers_ckpt.look.verify_replicas import verify_checksums
 from mindformers_ckpt.look.whole import PathLike, as_strategy, checkpoint_at
+from mindformers_ckpt.objects.path import absolute, as_path
 from mindformers_ckpt.publish.fingerprints import folder_of, recorded_checksums
 from mindformers_ckpt.publish.signature import BUNDLE_FILE, check_signature
 from mindformers_ckpt.sources import checkpoint2
@@ -64,7 +64,7 @@ def verify(
     if against is not None:
         _verify_against(path, strategy, against, src_strategy, step, chosen, contents, progress, found)
     else:
-        folder = Path(os.path.abspath(path))
+        folder = absolute(path)
         _verify_manifest(folder, strategy, sample, chosen, progress, found)
         if public_key is not None:
             _verify_signatures(folder, Path(public_key), found)
@@ -86,8 +86,8 @@ def _verify_against(
 
     source = checkpoint_at(against, src_strategy, step)
     source.tensors()
-    if strategy is None and has_manifest(Path(path)) and not _brings_layouts(Path(path)):
-        strategy = _known_strategy(read_result(Path(path)), None, found)
+    if strategy is None and has_manifest(as_path(path)) and not _brings_layouts(as_path(path)):
+        strategy = _known_strategy(read_result(as_path(path)), None, found)
     try:
         result = checkpoint_at(path, strategy)
         for rank in result.files.by_rank:
@@ -95,6 +95,11 @@ def _verify_against(
     except FormatError as error:
         found.differences.append(Difference(str(error)))
         return
+    if result.files.tensors is not None:
+        raise PlanError(
+            f"{result.files.root} is {result.files.kind.value}, whose boxes are not those of a strategy; compare both "
+            "as whole tensors (mindformers-ckpt diff)"
+        )
     if (source.files.kind is Kind.HUGGING_FACE) != (result.files.kind is Kind.HUGGING_FACE):
         raise PlanError(
             f"one of {source.files.root} and {result.files.root} is a Hugging Face model, the other is not: names and "

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES, empty_bytes
 from mindformers_ckpt.engine.reader import ShardReader
 from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.geometry.box import Box, blocks
+from mindformers_ckpt.objects.path import absolute
 from mindformers_ckpt.planning.model import Place, SourceFile
 from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
 from mindformers_ckpt.sources.find import find_source, separate_checkpoints
@@ -44,7 +44,7 @@ def as_strategy(strategy: PathLike | Strategy | None) -> Strategy:
         return strategy
     from mindformers_ckpt.strategy.files import read_strategy  # protobuf
 
-    return read_strategy(Path(os.path.abspath(strategy)))
+    return read_strategy(absolute(strategy))
 
 
 def whole_tensors(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
@@ -86,7 +86,7 @@ class WholeReader:
         for shard in tensor.shards:
             common = shard.box.intersect(block)
             if common is not None:
-                place = Place(self._numbers[shard.path], shard.box)
+                place = Place(self._numbers[shard.path], shard.box, shard.tensor)
                 self._reader.read(place, spec.name, spec.dtype, common, out[common.relative_to(block).slices()])
         return out
 

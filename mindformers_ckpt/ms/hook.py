@@ -118,7 +118,11 @@ class CheckpointHook:
                 self._live.save_at_compile(network)
 
     def declare(self, layouts: Mapping[str, Layout], stage: int = 0) -> None:
-        """Write the live strategy from declared layouts, for a network whose parallelism is written by hand."""
+        """Write the live strategy from declared layouts, for a network whose parallelism is written by hand.
+
+        Those of the weights are enough: `load` adds the states of the optimizer that it is given (adam_m.X, moment1.X,
+        … of X), which are cut like their weights, and warns of states that have another shape.
+        """
         with self._together("declare"):
             self.cluster.check()
             self._live.declare(layouts, stage)
@@ -135,7 +139,7 @@ class CheckpointHook:
             return self._end_dry_run()
         with self._together("load"):
             cells = self._cells(network, optimizer)
-            target = self._live_strategy(cells)
+            target = self._live_strategy(cells, optimizer)
             loaded: dict[str, Any] = {}
             transformed = False
             if self.config.load_checkpoint and not self.config.only_save_strategy:
@@ -280,13 +284,17 @@ class CheckpointHook:
             )
         self.config = replace(self.config, load_checkpoint="")
 
-    def _live_strategy(self, cells: Sequence[Cell]) -> Strategy:
-        """The strategy of this job; with a pipeline the files of all ranks are merged into one (guide)."""
+    def _live_strategy(self, cells: Sequence[Cell], optimizer: Cell | None) -> Strategy:
+        """The strategy of this job; with a pipeline the files of all ranks are merged into one (guide).
+
+        States of an optimizer that starts anew belong to it, too: the next job loads them.
+        """
         from mindformers_ckpt.ms import live, weights
 
         if not self._is_parallel:
             return Strategy.complete()
-        self._live.complete(cells, weights.own_shapes(cells))
+        trained = [*cells, optimizer] if self._for_training and optimizer is not None else cells
+        self._live.complete(trained, weights.own_shapes(trained))
         told = self.cluster.gather("strategy written", [self._live.is_written, weights.are_cut(cells)])
         self._settled = True
         lacking = [rank for rank, (written, _) in enumerate(told) if not written]

@@ -10,6 +10,7 @@ layouts that it keeps of a compiled network say the same.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +21,7 @@ from mindformers_ckpt.errors import StrategyError
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.log import log
 from mindformers_ckpt.planning.missing import shortened
+from mindformers_ckpt.state_names import State, state_of
 from mindformers_ckpt.strategy.files import rank_file_name, read_rank_file, read_strategy, write_strategy
 from mindformers_ckpt.strategy.model import Strategy
 
@@ -65,7 +67,8 @@ class LiveFile:
 
         Where it wrote no file that is all of them; where a second network was compiled, for evaluation, it
         wrote over those that only the first has. `shapes` are those of the own parameters. States whose layout is
-        not to be had have that of their weight, where they have its shape.
+        not to be had have that of their weight, where they have its shape: of layouts that were declared those of the
+        weights are enough.
         """
         found = read_rank_file(self.path) if self.is_written else {}
         compiled = compiled_layouts(cells, shapes)
@@ -73,17 +76,40 @@ class LiveFile:
         if not found and not lost:
             return
         known = {**found, **lost}
-        for name, shape in shapes.items():
-            weight = name.partition(".")[2]
-            if name not in known and weight in known and shapes.get(weight) == shape:
-                lost[name] = known[weight]
-        if not lost:
+        states = {name: state_of(name, known) for name in shapes if name not in known}
+        alike = {
+            name: known[state.weight]
+            for name, state in states.items()
+            if state is not None and shapes.get(state.weight) == shapes[name]
+        }
+        self._warn_of_others({name: state for name, state in states.items() if name not in alike}, shapes, known)
+        if not lost and not alike:
             return
-        reason = "MindSpore wrote no strategy" if not found else "the strategy lacks parameters of the network"
-        log.info("rank %d: %s; added from the compiled network: %s", self.rank, reason, shortened(lost))
-        known.update(lost)
+        if lost:
+            reason = "MindSpore wrote no strategy" if not found else "the strategy lacks parameters of the network"
+            log.info("rank %d: %s; added from the compiled network: %s", self.rank, reason, shortened(lost))
+        if alike:
+            log.info("rank %d: added to the strategy, cut like their weights: %s", self.rank, shortened(alike))
+        known.update(alike)
         size = next(iter(known.values())).rank_count
         write_strategy(known, self.path, self.rank // size)
+
+    def _warn_of_others(
+        self, states: Mapping[str, State | None], shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, Layout]
+    ) -> None:
+        """Say which states have no layout, and another shape than their weight, which is cut: theirs cannot be told."""
+        doubtful = [
+            f"{name}{list(shapes[name])} of {state.weight}{list(shapes.get(state.weight, ()))}"
+            for name, state in states.items()
+            if state is not None and math.prod(shapes[name]) > 1 and max(known[state.weight].cuts, default=1) > 1
+        ]
+        if doubtful:
+            log.warning(
+                "rank %d: no layout says how these states are cut, and they have not the shape of their weights; they "
+                "are taken as whole on every rank. Declare their layouts if each rank holds a part: %s",
+                self.rank,
+                shortened(doubtful),
+            )
 
 
 def compiled_layouts(cells: Sequence[Cell], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Layout]:

@@ -16,6 +16,7 @@ from mindformers_ckpt.planning.places import Places, target_boxes
 from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
 from mindformers_ckpt.sources.plausibility import check_contents, check_names
 from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.strategy.states import with_states
 
 
 def build_plan(
@@ -47,7 +48,8 @@ def build_plan(
         raise PlanError(f"ranks {outside[:8]} are not among the {target.rank_count} ranks of the target strategy")
     check_names(source, tensors)
     warnings = [*source.warnings, *check_contents(source, tensors, contents)]
-    warnings += _one_sided(source.strategy, target, tensors)
+    warnings += _one_sided(source, target, tensors)
+    target = _with_states(target, tensors)
     allowed = patterns_of(allow_missing)
     _check_lost(source, target, tensors, allowed)
     missing = missing_names(target.names(), tensors, allowed)
@@ -190,6 +192,7 @@ def compare_slices(source: Checkpoint, target: Strategy) -> Slices:
     if (strategy.rank_count, strategy.stage_size) != (target.rank_count, target.stage_size):
         return Slices.OTHER
     ranks = range(strategy.rank_count)
+    target = _with_states(target, source.tensors())
     found = Slices.SAME
     for name, tensor in source.tensors().items():
         try:
@@ -210,7 +213,7 @@ def held_boxes(source: Checkpoint, name: str, tensor: LogicalTensor) -> dict[int
     held: dict[int, Box] = {}
     for stage in tensor.stages:
         first = stage * strategy.stage_size
-        layout = strategy.layout(name, stage)
+        layout = strategy.layout(name, stage) or tensor.layout
         boxes = layout.for_whole(shape).boxes(shape) if layout is not None else ()
         for position in range(strategy.stage_size):
             if source.holds(first + position, name):
@@ -225,14 +228,26 @@ def _target_order(source: Strategy, target: Strategy, tensors: Iterable[str]) ->
     return sorted(tensors, key=lambda name: not all(name in names for names in named))
 
 
-def _one_sided(source: Strategy, target: Strategy, tensors: Iterable[str]) -> list[str]:
-    """Warn of parameters that only one of two real strategies names: the file decides how they are read."""
-    if source.is_complete or target.is_complete:
-        return []
-    in_source, in_target = source.names(), target.names()
-    lost = [name for name in tensors if name in in_source and name not in in_target]
-    gained = [name for name in tensors if name in in_target and name not in in_source]
+def _with_states(target: Strategy, tensors: Mapping[str, LogicalTensor]) -> Strategy:
+    return with_states(target, {name: tensor.spec.shape for name, tensor in tensors.items()})
+
+
+def _one_sided(source: Checkpoint, target: Strategy, tensors: Mapping[str, LogicalTensor]) -> list[str]:
+    """Warn of parameters that only one of two real strategies names, and of states that are cut though one leaves
+    them out: the file decides how they are read."""
+    in_source, in_target = source.strategy.names(), target.names()
+    completed = _with_states(target, tensors).names()
+    is_told = source.files.metadata is not None  # MindFormers itself leaves states out there
+    like_weights = [name for name in tensors if name not in in_source and tensors[name].layout is not None]
+    cut_too = [name for name in tensors if name in completed and name not in in_target]
     warnings = []
+    for where, names in (("source", [] if is_told else like_weights), ("target", cut_too)):
+        if names:
+            warnings.append(f"not in the {where} strategy, cut like their weights: {shortened(names)}")
+    if source.strategy.is_complete or target.is_complete:
+        return warnings
+    lost = [name for name in tensors if name in in_source and name not in completed]
+    gained = [name for name in tensors if name in in_target and name not in in_source and name not in like_weights]
     if lost:
         warnings.append(f"not in the target strategy, every target rank gets them whole: {shortened(lost)}")
     if gained:

@@ -7,13 +7,14 @@ the plan checks itself (boxes in bounds, every element made exactly once) and wh
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 from mindformers_ckpt.formats import DType, TensorSpec
 from mindformers_ckpt.formats.tensor_file import Malformed
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.geometry.layout import MOST_RANKS
+from mindformers_ckpt.objects.path import as_path
 from mindformers_ckpt.planning.checked import (
     LARGEST,
     DecodeError,
@@ -65,6 +66,8 @@ def _check_whole(sources: Sequence[SourceFile], targets: Sequence[TargetFile], t
             entry_of(sources, place.file)
         for place in transfer.targets:
             entry_of(targets, place.file)
+            if place.tensor:
+                raise DecodeError(f"{transfer.name!r} has another name in {targets[place.file].path}")
             if transfer.name in made[place.file]:
                 raise DecodeError(f"{transfer.name!r} has two places in {targets[place.file].path}")
             made[place.file][transfer.name] = (transfer.dtype, place.box.shape)
@@ -83,9 +86,9 @@ def _table(body: Mapping[str, Any], key: str, make: Callable[[Any], Made]) -> li
 def _source(entry: Any) -> SourceFile:
     path, size, modified = list_of(entry, 3)
     number_of(modified, least=-LARGEST)
-    if not Path(text_of(path)).is_absolute():
+    if not as_path(text_of(path)).is_absolute():
         raise ValueError(f"the source file {path!r} is not an absolute path")
-    return SourceFile(Path(path), number_of(size))
+    return SourceFile(as_path(path), number_of(size))
 
 
 def _target(entry: Any, lists: Sequence[tuple[TensorSpec, ...]]) -> TargetFile:
@@ -103,8 +106,10 @@ def _target(entry: Any, lists: Sequence[tuple[TensorSpec, ...]]) -> TargetFile:
 
 
 def _place(entry: Any, boxes: Sequence[Box]) -> Place:
-    file, box = list_of(entry, 2)
-    return Place(number_of(file), entry_of(boxes, box))
+    file, box, *name = list_of(entry)
+    if len(name) > 1:
+        raise ValueError(f"a place of {len(name) + 2} values")
+    return Place(number_of(file), entry_of(boxes, box), text_of(name[0]) if name else "")
 
 
 def _transfer(entry: Any, places: Sequence[tuple[Place, ...]]) -> Transfer:

@@ -10,10 +10,10 @@ number. One line a table entry, so that a plan can be read, searched and compare
               "tensors":   [[name, element type, [shape]], …],
               "lists":     [[tensor, …], …],
               "boxes":     [[[start, …], [stop, …]], …],
-              "places":    [[[file, box], …], …],
+              "places":    [[[file, box], …], …],     and the name in a source file that calls a box otherwise
               "transfers": [[name, element type, [shape], source places, target places], …]}}
 
-Plans of `transform` only: what conversion adds (views, other names, computed elements) has no place here.
+Plans of `transform` only: what conversion adds (views, computed elements) has no place here.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from mindformers_ckpt.disk.files import replace_file
 from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.geometry.box import Box
+from mindformers_ckpt.objects.path import as_path
 from mindformers_ckpt.planning.checked import DecodeError
 from mindformers_ckpt.planning.decode import decode_plan
 from mindformers_ckpt.planning.model import Place, Plan, SourceFile
@@ -164,10 +165,10 @@ def _number(table: dict[Entry, int], entry: Entry) -> int:
     return table.setdefault(entry, len(table))
 
 
-def _place_to_json(place: Place, boxes: dict[Box, int]) -> list[int]:
-    if place != Place(place.file, place.box):
-        raise PlanError("a plan that renames, rearranges or computes cannot be written to a file")
-    return [place.file, _number(boxes, place.box)]
+def _place_to_json(place: Place, boxes: dict[Box, int]) -> list[Any]:
+    if not place.is_plain:
+        raise PlanError("a plan that rearranges or computes cannot be written to a file")
+    return [place.file, _number(boxes, place.box), *([place.tensor] if place.tensor else [])]
 
 
 def _from_json(body: Any) -> Job:
@@ -181,9 +182,9 @@ def _from_json(body: Any) -> Job:
         raise DecodeError("it does not say whether it is a part")
     if destination is None:
         return Job(plan, about, partial, None)
-    if not isinstance(destination, str) or "\0" in destination or not Path(destination).is_absolute():
+    if not isinstance(destination, str) or "\0" in destination or not as_path(destination).is_absolute():
         raise DecodeError("its destination is not an absolute path")
-    return Job(plan, about, partial, Path(destination))
+    return Job(plan, about, partial, as_path(destination))
 
 
 def _check_sources(path: Path, sources: Sequence[SourceFile], times: Sequence[int]) -> None:

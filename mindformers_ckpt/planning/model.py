@@ -119,9 +119,13 @@ class Transfer(NamedTuple):
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of the source shards that are in the hull of the targets: what execution reads."""
+        """Bytes of the source shards that are in the hull of the targets, in the type they have there: what is read."""
         wanted = hull([place.box for place in self.targets])
-        return covered_volume(wanted, [place.box for place in self.sources]) * self.dtype.itemsize
+        boxes: dict[int, list[Box]] = {}
+        for place in self.sources:
+            dtype = self.dtype if place.compute is None else place.compute.dtype
+            boxes.setdefault(dtype.itemsize, []).append(place.box)
+        return sum(covered_volume(wanted, held) * size for size, held in boxes.items())
 
 
 @dataclass(frozen=True)
@@ -154,17 +158,20 @@ class Plan:
                 transfers.append(transfer.for_places(targets))
         return replace(self, transfers=tuple(transfers))
 
-    def by_target(self) -> list[list[Transfer]]:
-        """For every target file the parts of the transfers that it takes; in one pass, whatever their number."""
-        taken: list[list[Transfer]] = [[] for _ in self.targets]
+    def by_target(self, together: int = 1) -> list[list[Transfer]]:
+        """For every target file, or every so many, the parts of the transfers that they take.
+
+        In one pass, whatever their number.
+        """
+        taken: list[list[Transfer]] = [[] for _ in range(0, len(self.targets), together)]
         known: dict[tuple[int, int], list[_Taken]] = {}
         for transfer in self.transfers:
             key = id(transfer.sources), id(transfer.targets)
             if key not in known:
-                known[key] = _taken(transfer)
+                known[key] = _taken(transfer, together)
             name, dtype, shape, _, _ = transfer
-            for file, sources, targets in known[key]:
-                taken[file].append(Transfer(name, dtype, shape, sources, targets))
+            for group, sources, targets in known[key]:
+                taken[group].append(Transfer(name, dtype, shape, sources, targets))
         return taken
 
     def check(self, most_comparisons: int | None = None) -> None:
@@ -202,25 +209,25 @@ class _Effort:
 
 
 class _Taken(NamedTuple):
-    """What a target file takes of a transfer."""
+    """What a group of target files, or a single one, takes of a transfer."""
 
-    file: int
+    group: int
     sources: tuple[Place, ...]
     targets: tuple[Place, ...]
 
 
-def _taken(transfer: Transfer) -> list[_Taken]:
+def _taken(transfer: Transfer, together: int) -> list[_Taken]:
     places: dict[int, list[Place]] = {}
     for place in transfer.targets:
-        places.setdefault(place.file, []).append(place)
+        places.setdefault(place.file // together, []).append(place)
     sources: dict[tuple[Box, ...], tuple[Place, ...]] = {}  # replicas take from the same ones
     index = BoxIndex([place.box for place in transfer.sources])
     found = []
-    for file, targets in places.items():
+    for group, targets in places.items():
         boxes = tuple(place.box for place in targets)
         if boxes not in sources:
             sources[boxes] = tuple(transfer.sources[number] for number in index.meeting(hull(boxes)))
-        found.append(_Taken(file, sources[boxes], tuple(targets)))
+        found.append(_Taken(group, sources[boxes], tuple(targets)))
     return found
 
 

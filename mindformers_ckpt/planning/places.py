@@ -103,7 +103,7 @@ class Places:
             assert way.needed is not None
             needed = way.needed
             way.sources[shards] = tuple(
-                Place(self._files[shard.path], shard.box) for shard in shards if meets(shard.box, needed)
+                Place(self._files[shard.path], shard.box, shard.tensor) for shard in shards if meets(shard.box, needed)
             )
         return way.sources[shards]
 

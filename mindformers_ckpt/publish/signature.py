@@ -7,7 +7,6 @@ that the bundle of the source is one of the result.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -57,7 +56,7 @@ def take_over(bundle: Path, folder: Path, tensors: Iterable[TensorChecksum]) -> 
     if not theirs.is_file() or theirs.stat().st_size != len(record) or theirs.read_bytes() != record:
         return False
     (folder / RECORD_FILE).write_bytes(record)
-    shutil.copyfile(bundle, folder / BUNDLE_FILE)
+    (folder / BUNDLE_FILE).write_bytes(bundle.read_bytes())
     return True
 
 
@@ -77,8 +76,10 @@ def check_signature(folder: Path, tensors: Iterable[TensorChecksum], public_key:
     with tempfile.TemporaryDirectory() as scratch:
         record = Path(scratch) / RECORD_FILE
         record.write_bytes(record_of(tensors))
+        copy = Path(scratch) / BUNDLE_FILE  # of what may be in an object storage
+        copy.write_bytes(bundle.read_bytes())
         try:
-            config.verify(record, bundle)
+            config.verify(record, copy)
         except Exception as error:  # whatever a bundle from outside makes the library raise
             raise PublishError(f"{bundle}: is not a signature of these tensors by this key: {error}") from error
 

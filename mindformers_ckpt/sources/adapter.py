@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mindformers_ckpt.errors import PlanError
+from mindformers_ckpt.objects.path import absolute
 from mindformers_ckpt.sources.find import find_source, separate_checkpoints
 from mindformers_ckpt.sources.source import SUFFIXES, Source
 
@@ -43,7 +44,7 @@ def find_adapter(path: str | os.PathLike[str]) -> AdapterSource:
 
     Raises PlanError when there is nothing at the path, or a folder holds an adapter of PEFT and a MindSpore checkpoint.
     """
-    path = Path(os.path.abspath(path))
+    path = absolute(path)
     if path.name == SETTINGS_FILE and path.is_file():
         path = path.parent
     if path.is_file():

@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from mindformers_ckpt.errors import FormatError, PlanError, StrategyError, describe_problems
 from mindformers_ckpt.formats import Header, TensorRecord, TensorSpec, read_header
 from mindformers_ckpt.formats.headers import read_headers
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.geometry.layout import Layout
-from mindformers_ckpt.sources.checkpoint2 import contradictions
+from mindformers_ckpt.sources import checkpoint2, shards
+from mindformers_ckpt.sources.shards import LogicalTensor, Shard
 from mindformers_ckpt.sources.source import Kind, Source
+from mindformers_ckpt.state_names import state_of
 from mindformers_ckpt.strategy.model import Strategy
 
-
-class Shard(NamedTuple):
-    """A box of a tensor and the file that holds it, under the tensor's name."""
-
-    rank: int
-    path: Path
-    box: Box
-
-
-class LogicalTensor(NamedTuple):
-    """A whole tensor, and where its distinct boxes lie: one replica of each, the first rank's.
-
-    `shards` are disjoint. `missing` are boxes that no file holds, with the ranks that should.
-    `layout` is None for a parameter that no strategy names: it is replicated.
-    `stages` are the pipeline stages whose files hold it.
-    """
-
-    spec: TensorSpec
-    shards: tuple[Shard, ...]
-    missing: tuple[tuple[Box, tuple[int, ...]], ...]
-    layout: Layout | None
-    stages: tuple[int, ...]
+__all__ = ["Checkpoint", "LogicalTensor", "Shard"]
 
 
 @dataclass
@@ -119,6 +99,9 @@ class Checkpoint:
     def _find_tensors(self) -> dict[str, LogicalTensor]:
         self._raise_damaged()
         self._raise_other_content()
+        if self.files.tensors is not None:
+            told = self.files.tensors.items()
+            return {name: tensor for name, tensor in told if self.names is None or name in self.names}
         found: dict[str, LogicalTensor] = {}
         problems: list[str] = []
         for stage in range(len(self.strategy.stages)):
@@ -147,6 +130,8 @@ class Checkpoint:
 
     def _read_headers(self, rank: int) -> dict[str, tuple[Path, TensorRecord]]:
         tensors: dict[str, tuple[Path, TensorRecord]] = {}
+        if self.files.tensors is not None:
+            return self._in_one_piece(self.files.tensors)
         for path in self.files.by_rank[rank]:
             for name, record in self.header(path).tensors.items():
                 if not self.files.assigns(name, path):
@@ -159,9 +144,24 @@ class Checkpoint:
                 tensors[name] = (path, record)
         return tensors
 
+    def _in_one_piece(self, told: Mapping[str, LogicalTensor]) -> dict[str, tuple[Path, TensorRecord]]:
+        """Those of the tensors that are whole in one of the files."""
+        found = {}
+        for name, tensor in told.items():
+            if len(tensor.shards) == 1:
+                shard = tensor.shards[0]
+                record = self.header(shard.path).tensors[shard.tensor or name]
+                found[name] = (shard.path, record._replace(spec=tensor.spec))
+        return found
+
     def holds(self, rank: int, name: str) -> bool:
         """Whether the files of a rank are there and hold a tensor."""
         return rank in self.files.by_rank and name in self.records_of(rank)
+
+    def offset_of(self, shard: Shard) -> int:
+        """Where in its file the first byte of a shard is that has a name there; 0 of one without elements."""
+        segments = self.header(shard.path).tensors[shard.tensor].segments
+        return segments[0].offset if segments else 0
 
     def size_of(self, path: Path) -> int:
         """The size of a file, in bytes, as its header was read."""
@@ -194,14 +194,15 @@ class Checkpoint:
 
     def _raise_other_content(self) -> None:
         """Compare the files with what the source itself records of them. Raises PlanError that lists what differs."""
-        if self.files.metadata is None:
-            return
         problems = []
-        for path in self.files.files:
-            held = {name: record.spec.shape for name, record in self.header(path).tensors.items()}
-            problems += contradictions(self.files.metadata, path, held)
+        if self.files.tensors is not None:
+            problems = shards.contradictions(self.files.tensors.values(), self._headers)
+        elif self.files.metadata is not None:
+            for path in self.files.files:
+                held = {name: record.spec.shape for name, record in self.header(path).tensors.items()}
+                problems += checkpoint2.contradictions(self.files.metadata, path, held)
         if problems:
-            headline = f"{self.files.root}: files and metadata.json do not belong together; copy the checkpoint again"
+            headline = f"{self.files.root}: files and their metadata do not belong together; copy the checkpoint again"
             raise PlanError(describe_problems(headline, problems))
 
     def _ranks(self, stage: int) -> list[int]:
@@ -232,16 +233,16 @@ class Checkpoint:
             whole = Shard(rank, holders[rank][0], Box.whole(shard_spec.shape))
             return LogicalTensor(shard_spec, (whole,), (), None, (stage,))
         shape = layout.full_shape(shard_spec.shape)
-        shards: list[Shard] = []
+        held: list[Shard] = []
         missing: list[tuple[Box, tuple[int, ...]]] = []
         first = stage * self.strategy.stage_size
         for box, members in layout.shards(shape):
             holder = next((first + member for member in members if first + member in holders), None)
             if holder is not None:
-                shards.append(Shard(holder, holders[holder][0], box))
+                held.append(Shard(holder, holders[holder][0], box))
             else:
                 missing.append((box, tuple(first + member for member in members)))
-        return LogicalTensor(shard_spec._replace(shape=shape), tuple(shards), tuple(missing), layout, (stage,))
+        return LogicalTensor(shard_spec._replace(shape=shape), tuple(held), tuple(missing), layout, (stage,))
 
     def layout_of(self, name: str, stage: int, shard: TensorSpec) -> Layout | None:
         """The layout of a tensor on a stage, fitted to the shape of its shards; None for one that is whole."""
@@ -257,19 +258,25 @@ class Checkpoint:
         return self._shared_layout(name, layout, shard)
 
     def _layout_of_weight(self, name: str, stage: int, shard: TensorSpec) -> Layout | None:
-        """The layout of a state that metadata.json leaves out ("muon_m.<weight>"): that of its weight.
+        """The layout of a state that no strategy names ("adam_m.<weight>"): that of its weight.
 
-        MindFormers itself reads such states so. Those of another shape than the weight's slice are whole (counters,
-        and placeholders of one element).
+        MindFormers leaves some out of metadata.json and reads them so; a strategy that was declared, or saved for the
+        weights alone, leaves out all. Those of another shape than the weight's slice are whole (counters, and
+        placeholders of one element).
         """
-        weight = name.partition(".")[2]
-        if self.files.metadata is None or not weight:
+        metadata = self.files.metadata
+        state = state_of(name, self.strategy.stages[stage], known=metadata is None)
+        if state is None:
             return None
-        layout = self.strategy.stages[stage].get(weight)
-        recorded = self.files.metadata.tensors.get(weight)
-        if layout is None or recorded is None:
-            return None
-        return layout if layout.box(recorded.shape, 0).shape == shard.shape else None
+        if metadata is None:
+            spec = next((self.header_of(rank)[state.weight][1] for rank in self._holding(state.weight, stage)), None)
+            return self._layout(state.weight, stage, spec) if spec is not None and spec.shape == shard.shape else None
+        layout, recorded = self.strategy.stages[stage][state.weight], metadata.tensors.get(state.weight)
+        return layout if recorded is not None and layout.box(recorded.shape, 0).shape == shard.shape else None
+
+    def _holding(self, name: str, stage: int) -> Iterator[int]:
+        """The ranks of a stage whose files hold a tensor."""
+        return (rank for rank in self._ranks(stage) if self.holds(rank, name))
 
     def _shared_layout(self, name: str, layout: Layout, shard: TensorSpec) -> Layout | None:
         """The layout of a parameter shared with another stage, whose layout alone is recorded.

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.formats import read_header
+from mindformers_ckpt.sources import unified
 from mindformers_ckpt.sources.huggingface import other_weights
-from mindformers_ckpt.sources.index import check_index, listed, read_index
+from mindformers_ckpt.sources.index import NAME_MAP_FILE, check_index, listed, read_index
 from mindformers_ckpt.sources.listing import Listing, is_strategy_file
 from mindformers_ckpt.sources.parts import is_part, sets_of, whole_set
 from mindformers_ckpt.sources.source import Kind, Source
@@ -33,6 +34,9 @@ def read(listing: Listing) -> Source | None:
     others = other_weights(listing)
     remarks = (f"{root}: left aside: {listed(others)}",) if others else ()
     if INDEX_FILE not in listing.file_names:
+        mapped = unified.read(listing)
+        if mapped is not None:
+            return replace(mapped, warnings=(*mapped.warnings, *remarks))
         sets_of(files)
         return Source(root, {0: tuple(files)}, warnings=remarks) if files else None
     single = root / SINGLE_FILE
@@ -62,6 +66,10 @@ def read_file(file: Path) -> Source:
             warnings = check_index(file.parent / INDEX_FILE, owners)
             warnings = (*warnings, f"{file.name} is one of the files of {INDEX_FILE}, all of which are read")
             return Source(file.parent, {0: tuple(sorted(set(owners.values())))}, owners=owners, warnings=warnings)
+    mapped = unified.read(listing)
+    if mapped is not None and file in mapped.files and len(mapped.files) > 1:
+        warning = f"{file.name} is one of the files of {NAME_MAP_FILE}, all of which are read"
+        return replace(mapped, warnings=(*mapped.warnings, warning))
     if is_part(file.name):
         files = whole_set(file, listing.weight_files((file.suffix,)))
         warnings = (f"{file.name} is one of {len(files)} files of one checkpoint, all of which are read",)
@@ -98,7 +106,8 @@ def separate_checkpoints(source: Source) -> list[Source]:
     Raises PlanError when files repeat some tensors of each other and some not, or two files would give results of the
     same name; FormatError for damaged files.
     """
-    if source.sharded or len(source.by_rank[0]) == 1 or source.owners is not None:
+    is_one = source.sharded or source.owners is not None or source.tensors is not None
+    if is_one or len(source.by_rank[0]) == 1:
         return [source]
     paths = source.by_rank[0]
     names = {path: set(read_header(path).tensors) for path in paths}

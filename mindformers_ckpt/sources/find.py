@@ -11,7 +11,9 @@ from itertools import islice
 from pathlib import Path
 
 from mindformers_ckpt.errors import PlanError, describe_problems
-from mindformers_ckpt.sources import checkpoint2, complete, foreign, huggingface, rank_folders
+from mindformers_ckpt.objects.listing import look_again
+from mindformers_ckpt.objects.path import ObjectPath, as_path, may_be_mixture
+from mindformers_ckpt.sources import checkpoint2, complete, dcp, dcp_safetensors, foreign, huggingface, rank_folders
 from mindformers_ckpt.sources.complete import at_step, separate_checkpoints
 from mindformers_ckpt.sources.listing import Listing, rank_of
 from mindformers_ckpt.sources.source import SUFFIXES, TORCH_SUFFIXES, Kind, Source
@@ -20,7 +22,7 @@ from mindformers_ckpt.strategy.metadata import METADATA_FILE
 __all__ = ["SUFFIXES", "find_huggingface", "find_mindspore", "find_source", "separate_checkpoints"]
 
 _LOOKED_INTO = 20  # folders of a folder, for advice
-_URL_SCHEMES = ("obs://", "s3://", "http://", "https://", "hf://")
+_URL_SCHEMES = ("http://", "https://", "hf://")
 
 
 def find_source(
@@ -37,12 +39,30 @@ def find_source(
     """
     path = _checked(path)
     if path.is_dir() and checkpoint2.is_checkpoint(listing := Listing(path)):
-        _refuse_two_kinds(listing)
+        _refuse_two_kinds(listing, "a checkpoint 2.0", "the folder of an iteration")
         return checkpoint2.read(listing, step, weights_only=weights_only)
+    distributed = _distributed(listing, weights_only) if path.is_dir() else None
+    if distributed is not None:
+        return _without_steps(distributed, step)
     if path.is_dir() and listing.rank_folders:
         return rank_folders.read_to_resume(listing) if resume and not step else rank_folders.read(listing, step)
     source = _folder(listing) if path.is_dir() else _file(path)
     return at_step(source, step) if step else source
+
+
+def _distributed(listing: Listing, weights_only: bool) -> Source | None:
+    """The source of a folder whose files hold boxes of any sizes, and say which; None for another one."""
+    kind = next((kind for kind in (dcp, dcp_safetensors) if kind.is_checkpoint(listing)), None)
+    if kind is None:
+        return None
+    _refuse_two_kinds(listing, "a distributed checkpoint", "a folder with that alone")
+    return dcp.read(listing, weights_only=weights_only) if kind is dcp else dcp_safetensors.read(listing)
+
+
+def _without_steps(source: Source, step: str | None) -> Source:
+    if step:
+        raise PlanError(f"{source.root} is one checkpoint, which has no steps; leave {step!r} out")
+    return source
 
 
 def _folder(listing: Listing) -> Source:
@@ -62,13 +82,13 @@ def _folder(listing: Listing) -> Source:
     raise PlanError(_nothing(listing))
 
 
-def _refuse_two_kinds(listing: Listing) -> None:
-    """Refuse a checkpoint 2.0 beside rank folders that hold files: both could be meant."""
+def _refuse_two_kinds(listing: Listing, what: str, instead: str) -> None:
+    """Refuse a checkpoint beside rank folders that hold files: both could be meant."""
     holding = [place.name for place in listing.rank_folders.values() if Listing(place).weight_files()]
     if holding:
         raise PlanError(
-            f"{listing.folder} holds a checkpoint 2.0, and rank folders with files ({', '.join(holding[:4])}); give "
-            "the folder of an iteration, or move the one that is not meant"
+            f"{listing.folder} holds {what}, and rank folders with files ({', '.join(holding[:4])}); give {instead}, "
+            "or move the one that is not meant"
         )
 
 
@@ -87,7 +107,7 @@ def find_mindspore(path: str | os.PathLike[str], step: str | None = None, *, wei
 def find_huggingface(path: str | os.PathLike[str], step: str | None = None) -> Source:
     """`find_source` where weights of a Hugging Face model are expected, whatever describes them."""
     source = _huggingface(path, step)
-    return at_step(source, step) if step and not source.sharded else source
+    return at_step(source, step) if step and not source.sharded and source.tensors is None else source
 
 
 def _huggingface(path: str | os.PathLike[str], step: str | None) -> Source:
@@ -96,6 +116,7 @@ def _huggingface(path: str | os.PathLike[str], step: str | None) -> Source:
         if not checked.is_file():
             raise PlanError(f"there is nothing at {checked}")
         _refuse_shard(checked, checked.parent)
+        _refuse_part(checked)
         return huggingface.read_file(checked)
     listing = Listing(checked)
     if checkpoint2.is_checkpoint(listing):
@@ -103,6 +124,9 @@ def _huggingface(path: str | os.PathLike[str], step: str | None) -> Source:
             f"{checked} is a checkpoint of MindFormers' own format (checkpoint 2.0), not a Hugging Face model; "
             "--reversed converts from MindSpore to Hugging Face"
         )
+    distributed = _distributed(listing, weights_only=True)
+    if distributed is not None:
+        return _without_steps(distributed, step)
     if len(listing.rank_folders) > 1:
         raise PlanError(
             f"{checked} holds rank folders, as MindSpore saves them, not a Hugging Face model; --reversed converts "
@@ -119,20 +143,40 @@ def _huggingface(path: str | os.PathLike[str], step: str | None) -> Source:
 
 def is_huggingface_folder(path: str | os.PathLike[str]) -> bool:
     """Whether a folder is a Hugging Face model."""
-    return os.path.isdir(path) and huggingface.is_model(Listing(Path(path)))
+    folder = as_path(path)
+    return folder.is_dir() and huggingface.is_model(Listing(folder))
 
 
 def _checked(path: str | os.PathLike[str]) -> Path:
+    found = as_path(path)
+    if isinstance(found, ObjectPath):
+        return _checked_object(found)
     text = os.fspath(path)
     if not text.strip():
         raise PlanError("the path of the checkpoint is empty; is a variable not set?")
     # Path() makes obs:/bucket of obs://bucket.
     if text.startswith((*_URL_SCHEMES, *(scheme.replace("//", "/") for scheme in _URL_SCHEMES))):
         raise PlanError(
-            f"{text} is in an object storage or on the web, but files of a disk are read here; copy it to one first (a "
-            "job reads obs:// and s3:// through load_checkpoint)"
+            f"{text} is on the web, but files of a disk or of an object storage (obs://, s3://) are read here; copy it "
+            "to one first"
         )
     return Path(os.path.abspath(text))
+
+
+def _checked_object(path: ObjectPath) -> ObjectPath:
+    """Refuse a whole bucket, and a result that a run was putting in place when it was killed."""
+    if not path.place.key:
+        raise PlanError(f"{path} is a whole bucket; name a folder or a file in it")
+    look_again()
+    if not path.exists():
+        return path  # which is said in other words
+    for place in (path, *list(path.parents)[:2]):  # a checkpoint, its rank folder, a file in that
+        if may_be_mixture(place):
+            raise PlanError(
+                f"{place} may be a mixture: a run is putting a result there, or was killed while it did; let it end, "
+                "or run its command again with --resume"
+            )
+    return path
 
 
 def _file(path: Path) -> Source:
@@ -169,7 +213,15 @@ def _refuse_shard(path: Path, folder: Path) -> None:
 
 
 def _refuse_part(path: Path) -> None:
-    """Refuse what is a part of a checkpoint 2.0. The two files of a job on one card are complete weights."""
+    """Refuse what is a part of a checkpoint 2.0, or of another distributed one.
+
+    The two files of a job on one card are complete weights.
+    """
+    if dcp.is_part(path.name) or dcp_safetensors.is_part(path.name):
+        raise PlanError(
+            f"{path} is by its name a part of a distributed checkpoint, which several files are together; give its "
+            f"folder, {path.parent}"
+        )
     found = checkpoint2.parse_name(path.name)
     if (found is not None and found.total > 1) or path.name == METADATA_FILE:
         raise PlanError(
@@ -180,6 +232,8 @@ def _refuse_part(path: Path) -> None:
 
 def _instead(path: Path) -> str:
     """What is where the path was expected to lead."""
+    if isinstance(path, ObjectPath):
+        return ""  # a folder further up may hold anything, and listing it takes as long
     parent = next((parent for parent in path.parents if parent.is_dir()), None)
     if parent is None or parent == Path(parent.anchor):
         return ""
@@ -207,6 +261,6 @@ def _holds_weights(folder: Path) -> bool:
     try:
         listing = Listing(folder)
         held = listing.rank_folders or listing.weight_files((*SUFFIXES, *TORCH_SUFFIXES))
-        return bool(held) or checkpoint2.is_checkpoint(listing)
+        return bool(held) or any(kind.is_checkpoint(listing) for kind in (checkpoint2, dcp, dcp_safetensors))
     except PlanError:
         return False

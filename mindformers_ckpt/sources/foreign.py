@@ -28,10 +28,6 @@ def _has_weights(listing: Listing) -> bool:
     return any(not file.name.startswith("adapter_model") for file in files)
 
 
-def _has(*endings: str) -> Callable[[Listing], bool]:
-    return lambda listing: any(name.endswith(endings) for name in listing.file_names)
-
-
 def _has_only(pattern: str) -> Callable[[Listing], bool]:
     """Entries of such names, and no weight files beside them, which would be what is meant."""
     return lambda listing: any(re.fullmatch(pattern, name) for name in listing.names) and not _has_weights(listing)
@@ -39,14 +35,9 @@ def _has_only(pattern: str) -> Callable[[Listing], bool]:
 
 _KINDS = (
     _Foreign(
-        _has(".distcp"),
-        "a distributed checkpoint of PyTorch (DCP)",
-        "it cannot be read yet: make a Hugging Face folder of it with torch first",
-    ),
-    _Foreign(
         lambda listing: any(re.fullmatch(r".*_rank\d+_\.safetensors", name) for name in listing.file_names),
-        "a checkpoint of hyper-parallel",
-        "it cannot be read yet",
+        "a checkpoint of hyper-parallel without its .metadata",
+        "copy that, too: it says where in its tensor each box is",
     ),
     _Foreign(
         _is_adapter,

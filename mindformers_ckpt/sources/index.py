@@ -8,13 +8,16 @@ from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
 from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.text_files import read_json_object
 
+NAME_MAP_FILE = "param_name_map.json"
 # What a download that has not finished leaves in the place of a file.
 _UNFINISHED = (".incomplete", ".crdownload", ".part", ".tmp", ".download", ".aria2")
 
 
 def read_index(path: Path) -> dict[str, Path]:
     """Tensor -> file, as the index says. Raises PlanError when it is none, or names files that are not there."""
-    weight_map = read_json_object(path, PlanError).get("weight_map")
+    content = read_json_object(path, PlanError)
+    # MindFormers writes the map alone (param_name_map.json).
+    weight_map = content.get("weight_map", content if path.name == NAME_MAP_FILE else None)
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
         raise PlanError(f"{path} is not an index of weight files: its weight_map does not map tensors to file names")
     names = sorted(set(weight_map.values()))

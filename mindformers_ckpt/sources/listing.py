@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
+from mindformers_ckpt.objects.path import names_of
 from mindformers_ckpt.sources.source import SUFFIXES
 from mindformers_ckpt.text_files import read_json
 
@@ -35,8 +36,7 @@ class Listing:
     def _entries(self) -> dict[str, bool]:
         """Name -> whether it is a folder; links count as what they lead to."""
         try:
-            with os.scandir(self.folder) as entries:
-                found = {entry.name: _is_folder(entry) for entry in entries if not entry.name.startswith(".")}
+            found = {name: is_folder for name, is_folder in names_of(self.folder).items() if not name.startswith(".")}
         except OSError as error:
             raise PlanError(f"{self.folder}: cannot be read: {error.strerror}") from error
         return dict(sorted(found.items()))
@@ -139,13 +139,6 @@ class Listing:
 def is_strategy_file(name: str) -> bool:
     """Whether a file is a strategy by its name."""
     return _STRATEGY_FILE.fullmatch(name) is not None
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself
-        return False
 
 
 def rank_of(folder: Path) -> int | None:

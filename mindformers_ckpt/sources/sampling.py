@@ -16,6 +16,7 @@ from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.formats import TensorRecord
 from mindformers_ckpt.formats.guesses import Pieces
 from mindformers_ckpt.geometry.layout import Layout
+from mindformers_ckpt.objects.reading import opened
 from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
 
 _T = TypeVar("_T")
@@ -202,7 +203,7 @@ def _windows(record: TensorRecord) -> Iterator[tuple[int, int]]:
 
 def _read(path: Path, windows: Sequence[tuple[int, int]]) -> list[bytes]:
     try:
-        with path.open("rb", buffering=0) as stream, closing(Pieces(stream.fileno())) as pieces:
+        with opened(path) as handle, closing(Pieces(handle)) as pieces:
             contents = list(pieces.read_all(windows))
     except OSError as error:
         raise TransferError(f"{path}: reading samples of its tensors failed: {error.strerror or error}") from error

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
+from mindformers_ckpt.sources.shards import LogicalTensor
 from mindformers_ckpt.strategy.metadata import Metadata
 from mindformers_ckpt.strategy.model import Strategy
 
@@ -24,6 +25,8 @@ class Kind(Enum):
     RANK_FOLDERS = "rank folders"
     HUGGING_FACE = "a Hugging Face model"
     CHECKPOINT2 = "a checkpoint 2.0"
+    TORCH_DCP = "a distributed checkpoint of PyTorch"
+    HYPER_PARALLEL = "a distributed checkpoint of hyper-parallel"
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Source:
         warnings: what the user should know of the choice.
         metadata: the layouts that the source has itself, None where it has none.
         counters: of the training, where they are in a file of text: what each is as a tensor, and its bytes.
+        tensors: where files hold boxes of any sizes, and the source says which: all tensors, by name.
+        weights: of those, the names of the model's weights; None where all are.
     """
 
     root: Path
@@ -51,6 +56,8 @@ class Source:
     warnings: tuple[str, ...] = ()
     metadata: Metadata | None = None
     counters: tuple[tuple[TensorSpec, bytes], ...] = ()
+    tensors: Mapping[str, LogicalTensor] | None = None
+    weights: frozenset[str] | None = None
 
     @property
     def sharded(self) -> bool:

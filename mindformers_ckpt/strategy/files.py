@@ -18,6 +18,7 @@ from typing import Any
 from mindformers_ckpt.disk.files import replace_file
 from mindformers_ckpt.errors import StrategyError, describe_problems
 from mindformers_ckpt.geometry.layout import Layout
+from mindformers_ckpt.objects.path import as_path, names_of
 from mindformers_ckpt.strategy.iterations import chosen_iteration, is_save_path
 from mindformers_ckpt.strategy.metadata import LARGEST, METADATA_FILE, Metadata, is_metadata, parse_metadata
 from mindformers_ckpt.strategy.model import Strategy
@@ -41,7 +42,7 @@ def read_strategy(path: str | os.PathLike[str]) -> Strategy:
     when the file cannot be read, stages are missing, files of one stage differ, files of different runs are mixed, or
     a parameter is split manually (unevenly).
     """
-    path = Path(path)
+    path = as_path(path)
     if path.is_dir():
         metadata = _metadata_in(path)
         return _read_folder(path) if metadata is None else read_metadata(metadata).strategy()
@@ -71,7 +72,7 @@ def _metadata_in(folder: Path) -> Path | None:
 
 def read_rank_file(path: str | os.PathLike[str]) -> dict[str, Layout]:
     """The layouts in the file of one rank, which are those of its pipeline stage. Raises StrategyError."""
-    path = Path(path)
+    path = as_path(path)
     content = parse(path, read_data(path))
     if content.merged:
         raise StrategyError(f"{path} is a merged strategy; the file of one rank was expected")
@@ -90,7 +91,7 @@ def write_strategy(layouts: Mapping[str, Layout], path: str | os.PathLike[str], 
     The flavour follows the suffix; MindSpore's own tools read the result. JSON cannot hold a dimension that
     is cut along several axes without the shape of the tensor, so such layouts are refused there.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.suffix == ".json":
         data = json.dumps(_to_json(layouts, stage), indent=1).encode()
     else:
@@ -157,8 +158,7 @@ def _rank_files(folder: Path) -> dict[int, Path]:
 def _names(folder: Path, *, folders: bool = False) -> list[str]:
     """The names in a folder, without those of folders in it unless they are asked for."""
     try:
-        with os.scandir(folder) as entries:
-            return [entry.name for entry in entries if folders or not entry.is_dir()]
+        return [name for name, is_folder in names_of(folder).items() if folders or not is_folder]
     except OSError as error:
         raise StrategyError(f"the strategy folder {folder} cannot be read: {error.strerror}") from error
 

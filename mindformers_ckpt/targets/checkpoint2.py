@@ -25,6 +25,7 @@ from mindformers_ckpt.state_names import COUNTERS
 from mindformers_ckpt.strategy.iterations import TRACKER_FILE, folder_name
 from mindformers_ckpt.strategy.metadata import MARK, METADATA_FILE, number_of
 from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.strategy.states import with_states
 from mindformers_ckpt.text_files import write_json, write_text
 
 DEFAULT_PREFIX = "CKP"  # what MindFormers itself writes in graph mode
@@ -52,7 +53,8 @@ def as_checkpoint2(
     folder = folder_name(int(step))
     split = _split(plan, folder, prefix, target.rank_count)
     split = replace(split, targets=tuple(file._replace(metadata=metadata) for file in split.targets))
-    described = None if target.is_complete else _metadata(split, target)
+    completed = with_states(target, {transfer.name: transfer.shape for transfer in plan.transfers})
+    described = None if target.is_complete else _metadata(split, completed)
     warnings = list(plan.warnings)
     if counters and counters.get("global_batch_size") is None:
         warnings.append(

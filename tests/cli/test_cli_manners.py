@@ -56,6 +56,33 @@ def inside(toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 # ------------------------------------------------------------------------------------------- help
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["transform"], "Missing options '--src-checkpoint' and '--dst-checkpoint-dir'."),
+        (["transform", "--src-checkpoint", "full.ckpt"], "Missing option '--dst-checkpoint-dir'."),  # before it plans
+        (["convert"], "Missing option '--input-path' / '--src-checkpoint'."),
+        (["diff", "full.ckpt"], "Missing argument 'B'."),
+        (["show"], "Give the NAME of a tensor (mindformers-ckpt inspect lists them), or --html FILE."),
+    ],
+)
+def test_wrong_calls_are_errors_in_the_style_of_all_others(
+    arguments: list[str], message: str, inside: Callable[..., Result]
+) -> None:
+    said = inside(arguments)
+    assert said.code == 2
+    assert said.err.startswith(f"Usage: mindformers-ckpt {arguments[0]} ")
+    assert said.err.endswith(f"Try 'mindformers-ckpt {arguments[0]} --help' for help.\n\nerror: {message}\n")
+
+
+def test_no_command_at_all_is_answered_with_help(inside: Callable[..., Result]) -> None:
+    """Not as a line with escapes for its newlines: click calls it an error."""
+    said = inside([])
+    text = said.out + said.err
+    assert "\n  transform  " in text
+    assert "\\n" not in text
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_help_has_examples_a_page_and_exit_codes(name: str) -> None:
     text = of(name).get_help(click.Context(of(name), info_name=name))

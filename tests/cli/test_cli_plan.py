@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,11 +196,25 @@ def test_only_plans_of_transform_can_be_written(toy: Path) -> None:
     job = _job(toy)
     transfer = job.plan.transfers[0]
     turned = View((6, 8), Box((0, 0), (6, 8)), (1, 0))
-    for place in (Place(0, Box((0, 0), (8, 6)), "other.name"), Place(0, Box((0, 0), (8, 6)), "", turned)):
-        plan = Plan(job.plan.sources, job.plan.targets, (Transfer(*transfer[:3], (place,), transfer.targets),))
-        with pytest.raises(PlanError, match="renames, rearranges or computes"):
-            write_plan(Job(plan, {}, False, None), toy / "view.json")
+    place = Place(0, Box((0, 0), (8, 6)), "", turned)
+    plan = Plan(job.plan.sources, job.plan.targets, (Transfer(*transfer[:3], (place,), transfer.targets),))
+    with pytest.raises(PlanError, match="rearranges or computes"):
+        write_plan(Job(plan, {}, False, None), toy / "view.json")
     assert not (toy / "view.json").exists()
+
+
+def test_another_name_is_one_of_a_source(toy: Path) -> None:
+    job = _job(toy)
+    transfer = job.plan.transfers[0]
+    named = [place._replace(tensor="other.name") for place in transfer.sources]
+    plan = replace(job.plan, transfers=(transfer._replace(sources=tuple(named)), *job.plan.transfers[1:]))
+    write_plan(replace(job, plan=plan), toy / "named.json")
+    assert read_plan(toy / "named.json").plan == plan
+    targets = tuple(place._replace(tensor="other.name") for place in transfer.targets)
+    plan = replace(job.plan, transfers=(transfer._replace(targets=targets), *job.plan.transfers[1:]))
+    write_plan(replace(job, plan=plan), toy / "named.json", anything=True)
+    with pytest.raises(PlanError, match="has another name in rank_0"):
+        read_plan(toy / "named.json")
 
 
 def test_repeated_parts_are_written_once(toy: Path) -> None:

@@ -64,9 +64,23 @@ def test_shell_script_to_complete_weights_with_blanks_in_paths(toy: Path) -> Non
     assert read_tensors(toy / "my result/rank_0/llama 0.ckpt").keys() == MODEL.keys()
 
 
+def test_shell_script_over_an_earlier_result(toy: Path) -> None:
+    """The guide's examples write to one folder: the refusal names an option, which the script takes, too."""
+    script = f"bash {SHELL_SCRIPT} full.ckpt None out mp2pp2 4 2"
+    assert shell(script, toy).code == 0
+    refused = shell(script, toy)
+    assert refused.code == 1, refused
+    assert "--overwrite" in refused.err
+    for options in ("--overwrite", "checkpoint_ --overwrite --quiet"):
+        done = shell(f"{script} {options}", toy)
+        assert done.code == 0, done
+    assert_ranks(_without_manifest(toy / "out"), mp2pp2())
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
+        ("full.ckpt None out mp2pp2 4 2 --overwrit", 2, "No such option"),
         ("full.ckpt None out mp2pp2 8 2", 1, "world_size is 8, but the target strategy is for 4 ranks"),
         ("absent.ckpt None out mp2pp2 4 2", 1, "there is no checkpoint at"),
         ("full.ckpt None out mp2pp2 4 two", 2, "'two' is not a valid integer"),

@@ -215,7 +215,7 @@ def test_bloom_takes_query_key_value_of_every_head_apart(tmp_path: Path) -> None
     tensors = hf.random_tensors(hf.bloom_shapes())
     found = converted(tmp_path, "bloom", tensors, {"n_layer": 2, "n_head": 2, "hidden_size": 8})
     fused = tensors["transformer.h.1.self_attention.query_key_value.weight"]
-    layer = "transformer.blocks.1."
+    layer = "blocks.1."
     # Heads of 4: rows q0 k0 v0 q1 k1 v1.
     for number, first in ((1, 0), (2, 4), (3, 8)):
         rows = [*range(first, first + 4), *range(first + 12, first + 16)]

@@ -105,7 +105,6 @@ def test_another_model_type_that_fits_is_a_warning(tmp_path: Path) -> None:
         (["flax_model.msgpack"], "from_flax=True"),
         (["model.ckpt"], "give --reversed"),
         (["model-00001-of-00002.safetensors.incomplete"], "download it again"),
-        (["__0_0.distcp"], "distributed checkpoints"),
         ([], "a cloned Hugging Face repository"),
     ],
 )

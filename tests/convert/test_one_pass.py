@@ -12,9 +12,9 @@ import pytest
 
 from mindformers_ckpt.convert.model import models
 from mindformers_ckpt.convert.run import Request, convert
-from mindformers_ckpt.convert.targets import _runs
 from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.execution import Options
+from mindformers_ckpt.geometry.axes import runs
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.look.fingerprint import fingerprint
 from mindformers_ckpt.planning.build import build_plan
@@ -78,14 +78,15 @@ def test_one_pass_equals_two_steps(case: str, naming: str, stages: int, tmp_path
     source = hf.write_folder(tmp_path / "source", tensors, config, shards=3)
     words = {"naming": naming.partition("+")[0], "qkv_concat": "+" in naming or None, **SETTINGS.get(case, {})}
     request = Request(case, source, **words)
-    whole = convert(request, tmp_path / "complete.ckpt", options=Options(fingerprints=True)).fingerprints
+    prints = Options(fingerprints=True)
+    whole = convert(request, tmp_path / "complete.ckpt", options=prints).fingerprints
     assert whole == {".": fingerprint(tmp_path / "complete.ckpt").digest}
     for seed in "abcd":
         strategy = random_strategy(tmp_path / "complete.ckpt", stages, seed)
         two = tmp_path / f"two {seed}"
         transform(build_plan(Checkpoint(find_source(tmp_path / "complete.ckpt"), Strategy.complete()), strategy), two)
         one = tmp_path / f"one {seed}"
-        assert convert(request, one, target=strategy, options=Options(fingerprints=True)).fingerprints == whole
+        assert convert(request, one, format="ckpt", target=strategy, options=prints).fingerprints == whole
         files = sorted(path.relative_to(two) for path in two.glob("rank_*/*"))
         assert len(files) == 8 * stages
         assert files == sorted(path.relative_to(one) for path in one.glob("rank_*/*"))
@@ -123,7 +124,7 @@ def test_runs_cover_a_range_in_order() -> None:
     for first in range(24):
         for last in range(first + 1, 25):
             at = first
-            for run in _runs(first, last, (2, 3, 4), 0):
+            for run in runs(first, last, (2, 3, 4), 0):
                 volume = 1
                 for start, stop in zip(run.start, run.stop):
                     volume *= stop - start

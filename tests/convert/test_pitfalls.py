@@ -191,11 +191,21 @@ def test_12_half_an_adapter_is_missing_its_other_half(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])
-def test_12_bloom_keeps_its_prefix_or_its_absence(prefix: str, tmp_path: Path) -> None:
+def test_12_bloom_has_no_prefix_in_mindspore_and_has_it_in_hugging_face(prefix: str, tmp_path: Path) -> None:
     tensors = hf.random_tensors(hf.bloom_shapes(prefix))
     path = weights(tmp_path, "bloom", tensors, None, n_head=2, hidden_size=8)
-    assert f"{prefix}blocks.1.layernorm1.gamma" in read_header(path).tensors
-    hf.assert_equal(back(tmp_path, "bloom", path, n_head=2, hidden_size=8), tensors)
+    assert "blocks.1.layernorm1.gamma" in read_header(path).tensors
+    named = {f"transformer.{name.removeprefix('transformer.')}": array for name, array in tensors.items()}
+    hf.assert_equal(back(tmp_path, "bloom", path, n_head=2, hidden_size=8), named)
+
+
+def test_12_bloom_with_the_prefix_of_other_converters(tmp_path: Path) -> None:
+    tensors = hf.random_tensors(hf.bloom_shapes())
+    path = weights(tmp_path, "bloom", tensors, None, n_head=2, hidden_size=8)
+    theirs = {f"transformer.{name}": array for name, array in hf.read_file(path).items()}
+    hf.write_safetensors(tmp_path / "theirs.safetensors", theirs)
+    found = back(tmp_path, "bloom", tmp_path / "theirs.safetensors", n_head=2, hidden_size=8)
+    hf.assert_equal(found, tensors)
 
 
 @pytest.mark.parametrize("kind", ["telechat_7b", "telechat_12b"])

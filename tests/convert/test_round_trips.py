@@ -48,6 +48,11 @@ GLM_NATIVE = {
         "post_mlp_layernorm.weight": (8,),
     }.items()
 }
+QWEN2_5_VL = {
+    "model_type": "qwen2_5_vl",
+    "tie_word_embeddings": False,
+    "text_config": {**hf.decoder_config(), "model_type": "qwen2_5_vl_text"},
+}
 BF16 = ml_dtypes.bfloat16
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
@@ -77,6 +82,10 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
     ),
     "deepseek": ("deepseek", hf.deepseek_tensors(dtype=BF16), hf.DEEPSEEK_CONFIG),
     "deepseek without prediction layers": ("deepseek", hf.deepseek_tensors(mtp=False), hf.DEEPSEEK_CONFIG),
+    "deepseek_v32": ("deepseek_v32", hf.deepseek_v32_tensors(), hf.DEEPSEEK_V32_CONFIG),
+    "glm4_moe": ("glm4_moe", hf.glm_moe_tensors(), hf.GLM_MOE_CONFIG),
+    "mistral": ("mistral", hf.random_tensors(hf.llama_shapes()), hf.decoder_config(model_type="mistral")),
+    "qwen2_5_vl": ("qwen2_5_vl", hf.random_tensors(hf.llama_shapes(bias=True)), QWEN2_5_VL),
     "glm native": (
         "glm-n",
         hf.random_tensors(GLM_NATIVE),
@@ -90,7 +99,6 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
     "telechat_7b": ("telechat", hf.random_tensors(hf.telechat_shapes("telechat_7b")), {"n_layer": 2}),
     "telechat_12b": ("telechat", hf.random_tensors(hf.telechat_shapes("telechat_12b")), {"n_layer": 2}),
     "bloom": ("bloom", hf.random_tensors(hf.bloom_shapes()), {"n_layer": 2, "n_head": 2, "hidden_size": 8}),
-    "bloom plain": ("bloom", hf.random_tensors(hf.bloom_shapes("")), {"n_layer": 2, "n_head": 2, "n_embed": 8}),
     "gpt2": ("gpt2", hf.random_tensors(hf.gpt2_shapes()), {"n_layer": 2, "n_embd": 8}),
     "swin": ("swin", hf.microsoft_swin_tensors(), None),
     "swin pre-training": ("swin", hf.microsoft_swin_tensors(pretrained=True), None),
@@ -120,6 +128,20 @@ def test_there_and_back(case: str, naming: str, suffix: str, tmp_path: Path) -> 
     convert(Request(name, weights, reverse=True, hf_config=folder, **words), tmp_path / "back", shard_bytes=700)
     hf.assert_equal(hf.read_folder(tmp_path / "back"), tensors)
     assert (tmp_path / "back" / "model.safetensors.index.json").is_file()
+
+
+def test_experts_of_qwen2_for_training_with_grouped_multiplication(tmp_path: Path) -> None:
+    _, tensors, config = CASES["qwen2_moe"]
+    source = hf.write_folder(tmp_path / "source", tensors, config)
+    convert(Request(None, source, use_gmm_training=True), tmp_path / "weights.ckpt")
+    found, ours = hf.read_file(tmp_path / "weights.ckpt"), "model.layers.1.feed_forward.routed_experts."
+    for expert in range(11):
+        gate, up = (tensors[f"model.layers.1.mlp.experts.{expert}.{part}_proj.weight"].T for part in ("gate", "up"))
+        assert np.array_equal(found[f"{ours}ffn.w1"][expert], np.concatenate([gate, up], axis=1))
+    assert f"{ours}router_dense.weight" in found
+    # Names tell it on the way back.
+    convert(Request(None, tmp_path / "weights.ckpt", True, hf_config=tmp_path / "source"), tmp_path / "back")
+    hf.assert_equal(hf.read_folder(tmp_path / "back"), tensors)
 
 
 @pytest.mark.parametrize("use_gmm", [False, True])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests" / "auto")]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests")]
 
 import quickstart  # noqa: E402
 from s3_server import BUCKET, environment, s3_server  # noqa: E402

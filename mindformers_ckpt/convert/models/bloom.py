@@ -1,11 +1,11 @@
-"""BLOOM. Files have the prefix "transformer." or not, on both sides alike."""
+"""BLOOM. Hugging Face files have the prefix "transformer." or not; MindFormers' network has no such prefix."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from mindformers_ckpt.convert.config import ModelConfig, product, quotient
 from mindformers_ckpt.convert.model import Facts, Model
 from mindformers_ckpt.convert.models.decoder import EMBEDDING, layer_run, tied_head
-from mindformers_ckpt.convert.rules import Entry, Rule, Table, prefixed, rename, split, transpose
+from mindformers_ckpt.convert.rules import Entry, Rule, prefixed, rename, split, transpose
 
 _PREFIX = "transformer."
 NO_HEAD = (
@@ -28,11 +28,6 @@ def facts(config: ModelConfig) -> Facts:
         "vocab": config.integer("vocab_size"),
     }
     return Facts(sizes, layer_run(config), frozenset({"tied"} if tied else ()))
-
-
-def layout(config: ModelConfig, names: Sequence[str]) -> str:
-    """Whether names have the prefix."""
-    return "prefixed" if any(name.startswith(_PREFIX) for name in names) else "plain"
 
 
 def norm(hf: str, ms: str, axes: str = "hidden") -> list[Rule]:
@@ -65,27 +60,37 @@ def turned_linear(layers: Iterable[tuple[str, str, str, str]]) -> list[Entry]:
     return found
 
 
-def _table(prefix: str) -> Table:
-    layer: list[Entry] = [
-        *norm("input_layernorm", "layernorm1"),
-        *_QKV,
-        *norm("post_attention_layernorm", "layernorm2"),
-        *turned_linear(_LINEAR),
-    ]
-    embedding = (f"{prefix}word_embeddings.weight", f"{prefix}embedding.word_embedding.embedding_table")
-    return (
-        rename(*embedding, EMBEDDING),
-        *norm(f"{prefix}word_embeddings_layernorm", f"{prefix}embedding.norm"),
-        *prefixed(layer, prefix + "h.{n}.", prefix + "blocks.{n}.", over="layer"),
-        *norm(f"{prefix}ln_f", f"{prefix}ln_f"),
-        *tied_head(*embedding, "lm_head.weight", "head.weight", note=NO_HEAD),
-    )
+_LAYER: list[Entry] = [
+    *norm("input_layernorm", "layernorm1"),
+    *_QKV,
+    *norm("post_attention_layernorm", "layernorm2"),
+    *turned_linear(_LINEAR),
+]
+_EMBEDDING = (f"{_PREFIX}word_embeddings.weight", "embedding.word_embedding.embedding_table")
+
+
+def canonical_hf(name: str) -> str:
+    """The name with the prefix of the language model, which published files lack."""
+    return name if name.startswith((_PREFIX, "lm_head.")) else _PREFIX + name
+
+
+def canonical_ms(name: str) -> str:
+    """The name as the network has it; other converters put the prefix of Hugging Face before it."""
+    return name[len(_PREFIX) :] if name.startswith(_PREFIX) else name
 
 
 MODEL = Model(
     name="bloom",
     model_types=("bloom",),
-    tables={"legacy:prefixed": _table(_PREFIX), "legacy:plain": _table("")},
+    tables={
+        "legacy": (
+            rename(*_EMBEDDING, EMBEDDING),
+            *norm(f"{_PREFIX}word_embeddings_layernorm", "embedding.norm"),
+            *prefixed(_LAYER, _PREFIX + "h.{n}.", "blocks.{n}.", over="layer"),
+            *norm(f"{_PREFIX}ln_f", "ln_f"),
+            *tied_head(*_EMBEDDING, "lm_head.weight", "head.weight", note=NO_HEAD),
+        )
+    },
     facts=facts,
-    layout=layout,
+    canonical={"hf": canonical_hf, "ms": canonical_ms},
 )

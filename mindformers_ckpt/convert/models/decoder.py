@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from mindformers_ckpt.convert.config import ModelConfig, quotient
+from mindformers_ckpt.convert.config import LAYERS, ModelConfig, quotient
 from mindformers_ckpt.convert.model import Facts, Runs
 from mindformers_ckpt.convert.rules import Copy, Drop, Entry, Rule, join, prefixed, rename
 
@@ -22,7 +22,7 @@ EMBEDDING = "vocab hidden"
 
 def layer_run(config: ModelConfig) -> Runs:
     """The captures of all layers."""
-    count = config.integer("num_hidden_layers", "n_layer", "num_layers") or 0
+    count = config.integer(*LAYERS) or 0
     return {"layer": [{"n": number} for number in range(count)]}
 
 

@@ -10,10 +10,11 @@ part of a head as two halves where Hugging Face keeps pairs. The mcore networks 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
+from mindformers_ckpt.convert import depth
 from mindformers_ckpt.convert.config import ModelConfig, product, quotient, total
-from mindformers_ckpt.convert.model import Facts, Model
+from mindformers_ckpt.convert.model import Facts, Model, Runs
 from mindformers_ckpt.convert.models import decoder
 from mindformers_ckpt.convert.rules import Copy, Entry, join, prefixed, rename, split
 from mindformers_ckpt.errors import ConfigError
@@ -24,13 +25,9 @@ _HF_MTP = "model.layers.{m}."
 
 def facts(config: ModelConfig) -> Facts:
     """Sizes of latent attention, and which layers are dense, sparse or MTP; MTP layers follow the others."""
-    count = config.integer("num_hidden_layers") or 0
-    dense = config.integer("first_k_dense_replace") or 0
     rope, nope = config.integer("qk_rope_head_dim"), config.integer("qk_nope_head_dim")
     latent, value = config.integer("kv_lora_rank"), config.integer("v_head_dim")
     hidden, expert_ffn = config.integer("hidden_size"), config.integer("moe_intermediate_size")
-    experts = config.integer("n_routed_experts")
-    layers = [{"n": number} for number in range(count)]
     head, query_dim = config.integer("num_attention_heads"), total(nope, rope)
     return Facts(
         {
@@ -54,16 +51,27 @@ def facts(config: ModelConfig) -> Facts:
             "ffn": config.integer("intermediate_size"),
             "expert_ffn": expert_ffn,
             "shared_ffn": product(config.integer("n_shared_experts"), expert_ffn),
-            "expert": experts,
+            "expert": config.integer("n_routed_experts"),
         },
-        {
-            "layer": layers,
-            "dense": layers[:dense] if experts else layers,
-            "sparse": layers[dense:] if experts else [],
-            "mtp": [{"i": i, "m": count + i} for i in range(config.integer("num_nextn_predict_layers") or 0)],
-        },
+        runs(config),
         frozenset(_flags(config)),
     )
+
+
+def runs(config: ModelConfig) -> Runs:
+    """The numbers of all layers, of dense and sparse ones, and of prediction layers on both sides."""
+    dense = config.integer("first_k_dense_replace") or 0
+    experts = config.integer("n_routed_experts")
+    layers = decoder.layer_run(config)["layer"]
+    first = config.integer(depth.FIRST_PREDICTION)
+    theirs = len(layers) if first is None else first
+    predictions = range(config.integer(*depth.PREDICTIONS) or 0)
+    return {
+        "layer": layers,
+        "dense": layers[:dense] if experts else layers,
+        "sparse": layers[dense:] if experts else [],
+        "mtp": [{"i": i, "m": theirs + i, "k": len(layers) + i} for i in predictions],
+    }
 
 
 def _flags(config: ModelConfig) -> set[str]:
@@ -215,7 +223,7 @@ LEGACY: tuple[Entry, ...] = (
         optional="mtp",
         backwards=True,
     ),
-    *prefixed([*LEGACY_ATTENTION, *LEGACY_SPARSE], _HF_MTP, "model.layers.{m}.", over="mtp", optional="mtp"),
+    *prefixed([*LEGACY_ATTENTION, *LEGACY_SPARSE], _HF_MTP, "model.layers.{k}.", over="mtp", optional="mtp"),
     _mtp("shared_head.norm.weight", "model.mtp_norms.{i}.weight"),
     *_mtp_copies(),
     *decoder.LEGACY_END,
@@ -272,21 +280,27 @@ MCORE_SPARSE: list[Entry] = [
     *stacked_experts("mlp.experts.weight1", "mlp.experts.weight2", "pynative"),
 ]
 
-MCORE: tuple[Entry, ...] = (
-    *decoder.MCORE_START,
-    *decoder.layers(MCORE_ATTENTION, decoder.MCORE_LAYER),
-    *decoder.layers(decoder.MCORE_FFN, decoder.MCORE_LAYER, over="dense"),
-    *decoder.layers(MCORE_SPARSE, decoder.MCORE_LAYER, over="sparse"),
-    _mtp("enorm.weight", "mtp.layers.{i}.enorm.weight"),
-    _mtp("hnorm.weight", "mtp.layers.{i}.hnorm.weight"),
-    _mtp("eh_proj.weight", "mtp.layers.{i}.eh_proj.weight", "hidden twice_hidden"),
-    *prefixed(
-        [*MCORE_ATTENTION, *MCORE_SPARSE], _HF_MTP, "mtp.layers.{i}.transformer_layer.", over="mtp", optional="mtp"
-    ),
-    _mtp("shared_head.norm.weight", "mtp.layers.{i}.final_layernorm.weight"),
-    *_mtp_copies(),
-    *decoder.MCORE_END,
-)
+
+def mcore(attention: Sequence[Entry]) -> tuple[Entry, ...]:
+    """The table of a model with this attention: dense and sparse layers, and prediction layers, which are sparse."""
+    return (
+        *decoder.MCORE_START,
+        *decoder.layers(attention, decoder.MCORE_LAYER),
+        *decoder.layers(decoder.MCORE_FFN, decoder.MCORE_LAYER, over="dense"),
+        *decoder.layers(MCORE_SPARSE, decoder.MCORE_LAYER, over="sparse"),
+        _mtp("enorm.weight", "mtp.layers.{i}.enorm.weight"),
+        _mtp("hnorm.weight", "mtp.layers.{i}.hnorm.weight"),
+        _mtp("eh_proj.weight", "mtp.layers.{i}.eh_proj.weight", "hidden twice_hidden"),
+        *prefixed(
+            [*attention, *MCORE_SPARSE], _HF_MTP, "mtp.layers.{i}.transformer_layer.", over="mtp", optional="mtp"
+        ),
+        _mtp("shared_head.norm.weight", "mtp.layers.{i}.final_layernorm.weight"),
+        *_mtp_copies(),
+        *decoder.MCORE_END,
+    )
+
+
+MCORE = mcore(MCORE_ATTENTION)
 
 MODEL = Model(
     name="deepseek",

@@ -29,7 +29,7 @@ def facts(config: ModelConfig) -> Facts:
 
 def told(names: Collection[str], chosen: Collection[str]) -> Mapping[str, bool | None]:
     """A training yaml says `use_gmm` too: only names tell the two networks apart."""
-    if any(name.endswith("feed_forward.ffn.w1") for name in names):
+    if any(name.endswith((".feed_forward.ffn.w1", ".routed_experts.ffn.w1")) for name in names):
         return {"use_gmm_training": True, "use_gmm": None}
     return {}
 

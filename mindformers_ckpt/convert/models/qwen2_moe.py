@@ -1,6 +1,7 @@
 """Qwen2 with experts (Qwen1.5-MoE, Qwen2-57B-A14B): routed ones, stacked by number, and a shared one behind a gate.
 
-With `use_gmm` every expert's matrices are turned, for grouped multiplication.
+For grouped multiplication it has the two networks of Mixtral: that for inference (`use_gmm`), where every expert's
+matrices are turned, and that of a training yaml with `use_gmm: True` (`use_gmm_training`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from dataclasses import replace
 
 from mindformers_ckpt.convert.config import ModelConfig
 from mindformers_ckpt.convert.model import Facts, Model
-from mindformers_ckpt.convert.models import decoder, qwen3_moe
+from mindformers_ckpt.convert.models import decoder, deepseek, mixtral, qwen3_moe
 from mindformers_ckpt.convert.rules import Entry, join, rename
 
 
@@ -17,6 +18,8 @@ def facts(config: ModelConfig) -> Facts:
     """Those of Qwen3 with experts; query, key and value have biases whatever config.json says."""
     found = qwen3_moe.facts(config)
     flags = found.flags - {"output_bias"} | {"bias"} | ({"turned"} if config.flag("use_gmm") else set())
+    if config.flag("use_gmm_training"):
+        flags = flags - {"turned"} | {"training"}
     sizes = {**found.sizes, "shared_ffn": config.integer("shared_expert_intermediate_size"), "gate": 1}
     return replace(found, sizes=sizes, flags=flags)
 
@@ -28,7 +31,7 @@ EXPERTS: list[Entry] = [
         f"feed_forward.routed_experts.ffn.{ms}.weight",
         f"expert {' '.join(reversed(axes.split())) if turned else axes}",
         (f"mlp.experts.{{expert}}.{hf}.weight", 1, axes),
-        when="turned" if turned else "!turned",
+        when="turned !training" if turned else "!turned !training",
     )
     for hf, ms, axes in ((hf, ms, axes.format("expert_ffn")) for hf, ms, axes in _PROJECTIONS)
     for turned in (False, True)
@@ -40,7 +43,12 @@ SHARED: list[Entry] = [
     ),
     rename("mlp.shared_expert_gate.weight", "feed_forward.shared_experts_gate.weight", "gate hidden"),
 ]
-_ROUTER = rename("mlp.gate.weight", "feed_forward.routed_experts.router.dense.weight", "expert hidden")
+_ROUTED = "feed_forward.routed_experts."
+TRAINING: list[Entry] = [
+    rename("mlp.gate.weight", f"{_ROUTED}router.dense.weight", "expert hidden", when="!training"),
+    rename("mlp.gate.weight", f"{_ROUTED}router_dense.weight", "expert hidden", when="training"),
+    *deepseek.stacked_experts(f"{_ROUTED}ffn.w1", f"{_ROUTED}ffn.w2", "training"),
+]
 
 MODEL = Model(
     name="qwen2_moe",
@@ -51,10 +59,11 @@ MODEL = Model(
             *decoder.LEGACY_START,
             *decoder.layers([*decoder.LEGACY_NORMS, *decoder.LEGACY_QKV, *decoder.LEGACY_OUTPUT]),
             *decoder.layers(decoder.LEGACY_FFN, over="dense"),
-            *decoder.layers([_ROUTER, *EXPERTS, *SHARED], over="sparse"),
+            *decoder.layers([*EXPERTS, *TRAINING, *SHARED], over="sparse"),
             *decoder.LEGACY_END,
         )
     },
     facts=facts,
-    options=("use_gmm",),
+    options=("use_gmm", "use_gmm_training"),
+    told=mixtral.told,
 )

@@ -64,16 +64,27 @@ def environment(port: int) -> dict[str, str]:
 
 
 class Fault(NamedTuple):
-    """What happens to the next `times` requests of a method whose path holds `path`.
+    """What happens to the next `times` requests of a method whose path holds `path`, after `skip` that do not count.
 
     `kind`: "500" and "403" are answers, "cut" ends the connection amid the answer's body, "refuse" before an
-    answer, "corrupt" changes a byte of the body.
+    answer, "corrupt" changes a byte of the body, "lose" ends the connection in place of the answer, "hold" passes
+    nothing on, sets `held` and never answers.
     """
 
     kind: str
     method: str
     path: str
     times: int = 1
+    skip: int = 0
+
+
+class Answer(NamedTuple):
+    """An answer that was passed on: the range of the request, the status, and how much of the body was sent."""
+
+    request: str
+    span: str
+    status: int
+    sent: int
 
 
 class FlakyProxy:
@@ -83,11 +94,19 @@ class FlakyProxy:
         self.server = server
         self.faults: list[Fault] = []
         self.requests: list[str] = []
+        self.answers: list[Answer] = []
+        self.held = threading.Event()
         self._lock = threading.Lock()
         self._http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._http.daemon_threads = True
         self.port = self._http.server_address[1]
         threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
+
+    def clear(self) -> None:
+        """Pass everything on from now on, and count anew."""
+        self.faults.clear()
+        self.requests.clear()
+        self.answers.clear()
 
     def close(self) -> None:
         self._http.shutdown()
@@ -97,7 +116,9 @@ class FlakyProxy:
         with self._lock:
             self.requests.append(f"{method} {path}")
             for number, fault in enumerate(self.faults):
-                if fault.method == method and fault.path in path and fault.times:
+                if fault.method == method and fault.path in path and fault.skip:
+                    self.faults[number] = fault._replace(skip=fault.skip - 1)
+                elif fault.method == method and fault.path in path and fault.times:
                     self.faults[number] = fault._replace(times=fault.times - 1)
                     return fault.kind
         return ""
@@ -112,7 +133,10 @@ class FlakyProxy:
             def handle_any(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 kind = proxy.fault(self.command, self.path)
-                if kind == "refuse":
+                if kind == "hold":
+                    proxy.held.set()
+                    time.sleep(60)
+                if kind in ("refuse", "hold"):
                     self.close_connection = True
                 elif kind.isdecimal():
                     self.send_response(int(kind))
@@ -133,13 +157,19 @@ class FlakyProxy:
                     upstream.close()
                 if kind == "corrupt":
                     content = content[:-1] + bytes([content[-1] ^ 1])
+                if kind == "lose":
+                    self.close_connection = True
+                    return
+                sent = len(content) // 2 if kind == "cut" else len(content)
+                span = self.headers.get("Range", "")
+                proxy.answers.append(Answer(f"{self.command} {self.path}", span, answer.status, sent))
                 self.send_response_only(answer.status)
                 for name, value in answer.getheaders():
                     if name.lower() not in ("transfer-encoding", "connection"):
                         self.send_header(name, value)
                 self.end_headers()
                 if kind == "cut":
-                    self.wfile.write(content[: len(content) // 2])
+                    self.wfile.write(content[:sent])
                     self.close_connection = True
                 elif self.command != "HEAD":
                     self.wfile.write(content)

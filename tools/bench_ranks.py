@@ -1,0 +1,118 @@
+"""How a rank of a job starts on a source of many rank files (tools/bench_storage.py --ranks N).
+
+Two ranks of a job of two, each on a node of its own: a slow mount of the same folder. Rank 0 looks at all files of the
+source and plans, rank 1 is told what is its own (`auto_trans_save: False`). Every other rank of a larger job does what
+rank 1 does. Seconds of rank 0 are from the meeting to the plan, those of rank 1 from being told to its first block.
+Reads of rank 1 are those of its weights (10 MB), and do not count against its start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import checkout  # noqa: F401 - finds the package of this checkout
+import click
+from bench_transform import ours, shapes, specs, strategy_argument, write_complete, write_strategies
+from slow_mount import mounted
+
+from mindformers_ckpt import Layout
+from mindformers_ckpt.strategy.files import rank_file_name, write_strategy
+
+_GB = 0.02  # of the checkpoint that the files of four ranks are cut from
+_SECONDS = 300.0
+
+
+def make_source(folder: Path, ranks: int) -> None:
+    """A source of so many ranks, four of which differ, the others being links to them; and its strategy."""
+    weights = shapes(_GB)
+    write_strategies(folder / "strategy", weights)
+    write_complete(folder / "complete" / "rank_0" / "full.ckpt", specs(weights))
+    target = strategy_argument(folder / "strategy", "mp4")
+    subprocess.run(ours(folder / "complete", "None", folder / "ranks", target), check=True)
+    for rank in range(4, ranks):
+        (file,) = (folder / "ranks" / f"rank_{rank % 4}").glob("*.ckpt")
+        (folder / "ranks" / f"rank_{rank}").mkdir()
+        os.link(file, folder / "ranks" / f"rank_{rank}" / f"checkpoint_{rank}.ckpt")
+    for name, mesh in {"many": {"dp": ranks // 4, "mp": 4}, "two": {"mp": 2}}.items():
+        layouts: dict[str, Layout] = {}
+        for tensor, shape in weights.items():
+            layout = Layout.on(mesh, *(("mp", None) if len(shape) > 1 else (None,)))
+            layouts |= {f"{prefix}{tensor}": layout for prefix in ("", "adam_m.", "adam_v.")}
+        (folder / "strategy" / name).mkdir()
+        write_strategy(layouts, folder / "strategy" / name / rank_file_name(0))
+
+
+def report_ranks(folder: Path, ranks: int, latency_ms: float) -> None:
+    """Measure the start of ranks on slow mounts, and print its rows."""
+    data = folder / "data"
+    data.mkdir(parents=True)
+    make_source(data, ranks)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with ExitStack() as stack:
+        mounts = [
+            stack.enter_context(
+                mounted(data, folder / f"node{rank}", scratch=folder / f"scratch{rank}", latency_ms=latency_ms)
+            )
+            for rank in range(2)
+        ]
+        processes = []
+        for rank, mount in enumerate(mounts):
+            command = [sys.executable, __file__, str(rank), str(port), str(mount.mountpoint)]
+            processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        told = [json.loads(process.communicate(timeout=_SECONDS)[0]) for process in processes]
+        counted = [mount.counters() for mount in mounts]
+    header = "rank                  opens  names  reads  to start  seconds"
+    click.echo(f"a source of {ranks} rank files, {latency_ms:g} ms a request\n{header}\n{'-' * len(header)}")
+    for name, seconds, asked in zip(("0, plans for all", "1, is told"), told, counted):
+        opens, names, reads = asked["opens"], asked["stats"] + asked["listings"], asked["reads"]
+        start = opens + names + (reads if name.startswith("0") else 0)
+        click.echo(f"{name:<20} {opens:6d} {names:6d} {reads:6d} {start:9d} {seconds['seconds']:8.2f}")
+
+
+def be_rank(rank: int, port: int, root: Path) -> float:
+    """Take part in the job; seconds as the head of this file says."""
+    from mindformers_ckpt.job.cluster.cluster import Address, Cluster
+    from mindformers_ckpt.job.config import Config
+    from mindformers_ckpt.job.direct import read_direct
+    from mindformers_ckpt.job.reslice import Reslicing
+    from mindformers_ckpt.strategy.files import read_strategy
+
+    keys = {
+        "load_checkpoint": str(root / "ranks"),
+        "src_strategy_path_or_dir": str(root / "strategy" / "many" / rank_file_name(0)),
+        "auto_trans_ckpt": True,
+        "auto_trans_save": False,
+    }
+    target = read_strategy(Path(os.path.realpath(root.parent / "data")) / "strategy" / "two" / rank_file_name(0))
+    with Cluster.connect(rank, 2, Address("127.0.0.1", port), _SECONDS) as cluster:
+        started = time.perf_counter()
+        own = Reslicing(Config.from_mapping(keys), cluster, cast(Any, None), target).own_plan()
+        assert own is not None
+        if rank == 0:
+            seconds = time.perf_counter() - started
+        else:
+            blocks = [time.perf_counter()]
+            next(read_direct(own.plan, lambda: blocks.append(time.perf_counter()), own.headers))
+            seconds = blocks[2] - blocks[0]  # it is called before every block
+        cluster.barrier("measured")
+    return seconds
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="A rank of bench_storage.py --ranks, which starts it.")
+    parser.add_argument("rank", type=int)
+    parser.add_argument("port", type=int)
+    parser.add_argument("root", type=Path)
+    options = parser.parse_args()
+    print(json.dumps({"seconds": be_rank(options.rank, options.port, options.root)}))
