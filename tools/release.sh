@@ -70,8 +70,9 @@ rm -f "$WORK"/clean/lib/python*/site-packages/mindformers_ckpt-*.dist-info/direc
 
 if [[ -f tools/site.sh ]]; then
     echo "== site"
-    (cd "$WORK/source" && git stash --quiet && bash tools/site.sh >"$WORK/site.log" 2>&1) ||
+    (cd "$WORK/source" && git checkout --quiet README.md && bash tools/site.sh >"$WORK/site.log" 2>&1) ||
         { tail -40 "$WORK/site.log"; fail "the site could not be built"; }
+    tar -czf "$WORK/dist/mindformers_ckpt-$VERSION-site.tar.gz" -C "$WORK/source" site
 fi
 
 (cd "$WORK/dist" && sha256sum -- * >"$WORK/SHA256SUMS" && mv "$WORK/SHA256SUMS" .)

@@ -16,7 +16,6 @@ Where ranks save without talking to each other every rank writes its own (`__0.m
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from mindformers_ckpt.formats.pickled import Builder, Foreign, Known, PickleRead
 from mindformers_ckpt.formats.tensor_file import Malformed, check_shape, open_to_read
 from mindformers_ckpt.formats.torch_bin import torch_dtype
 from mindformers_ckpt.geometry.box import Box
+from mindformers_ckpt.objects.path import names_of
 from mindformers_ckpt.objects.reading import stream_of
 
 METADATA_FILE = ".metadata"
@@ -109,7 +109,7 @@ def metadata_files(folder: Path) -> list[Path]:
     if (folder / METADATA_FILE).exists():
         return [folder / METADATA_FILE]
     try:
-        names = sorted(name for name in os.listdir(folder) if _OF_A_RANK.fullmatch(name))
+        names = sorted(name for name in names_of(folder) if _OF_A_RANK.fullmatch(name))
     except OSError as error:
         raise FormatError(f"{folder}: cannot be read: {error.strerror}") from error
     return [folder / name for name in names]
@@ -132,7 +132,8 @@ def read_metadata(folder: Path) -> DcpMetadata:
             "cut off, or were hidden files left out when it was copied?"
         )
     try:
-        state = tuple((path, os.stat(path).st_ino, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths)
+        states = ((path, path.stat()) for path in paths)
+        state = tuple((path, status.st_ino, status.st_size, status.st_mtime_ns) for path, status in states)
     except OSError as error:
         raise FormatError(f"{paths[0]}: cannot be read: {error.strerror}") from error
     found = _recent.get(state)

@@ -121,6 +121,11 @@ def test_looking(storage: FlakyProxy, disk: Path) -> None:
     assert mc.diff(ranks, disk / "complete", strategy).ok
 
 
+def test_a_distributed_checkpoint_of_pytorch(storage: FlakyProxy) -> None:
+    folder = min(path.parent for path in (Path(__file__).parents[1] / "data").rglob(".metadata"))
+    assert mc.fingerprint(send(folder, "r/dcp")).digest == mc.fingerprint(folder).digest
+
+
 def test_conversion(storage: FlakyProxy, tmp_path: Path) -> None:
     config = {
         "model_type": "llama",
