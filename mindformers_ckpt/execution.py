@@ -23,9 +23,9 @@ from typing import Any
 from mindformers_ckpt.disk.files import FileState
 from mindformers_ckpt.engine import page_cache
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES, PIECE_BYTES, TRANSPOSE_BYTES
-from mindformers_ckpt.engine.copier import Done, Task, cut_into_tasks
 from mindformers_ckpt.engine.pool import copy_tasks
 from mindformers_ckpt.engine.sinks import FileSink
+from mindformers_ckpt.engine.tasks import Done, Task, cut_into_tasks
 from mindformers_ckpt.errors import (
     CheckpointError,
     ConfigError,

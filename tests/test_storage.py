@@ -23,7 +23,7 @@ from recorded import assert_ranks, random_model, write_ranks
 from slow_mount import mounted, why_not
 from test_execute import MP2, MP4, parts, plan_from
 
-from mindformers_ckpt.engine import ahead, copier
+from mindformers_ckpt.engine import ahead, tasks
 from mindformers_ckpt.engine.ahead import Ahead, Extent, Fetcher, merged
 from mindformers_ckpt.errors import FormatError, TransferError
 from mindformers_ckpt.execution import Options
@@ -118,7 +118,7 @@ def test_a_request_a_megabyte_and_few_opens(
     smallest_task: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: Reads, opened: Counter[str]
 ) -> None:
     """Of tensors that are cut by rows and by columns, in one process of two threads; nothing is read twice."""
-    monkeypatch.setattr(copier, "_SMALLEST_TASK", smallest_task)
+    monkeypatch.setattr(tasks, "_SMALLEST_TASK", smallest_task)
     model = random_model({"w": (4096, 1024), "v": (4096, 1024)})
     plan = plan_from(write_ranks(tmp_path / "source", parts(MP4, model)), MP4, MP2)
     opened.clear()

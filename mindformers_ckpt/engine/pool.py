@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mindformers_ckpt.engine.ahead import Fetcher
-from mindformers_ckpt.engine.copier import Copier, Done, Task
+from mindformers_ckpt.engine.copier import Copier
 from mindformers_ckpt.engine.proof import ProvingSink
 from mindformers_ckpt.engine.sinks import FileSink
+from mindformers_ckpt.engine.tasks import Done, Task
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.planning.model import Plan, SourceFile, TargetFile
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindformers_ckpt.engine.buffers import PIECE_BYTES, empty_bytes
-from mindformers_ckpt.engine.copier import Copier, Task
+from mindformers_ckpt.engine.copier import Copier
 from mindformers_ckpt.engine.descriptors import Descriptors, file_ranges, fill
 from mindformers_ckpt.engine.reader import S
 from mindformers_ckpt.engine.sinks import FileSink
+from mindformers_ckpt.engine.tasks import Task
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.formats import DType
 from mindformers_ckpt.geometry.box import Box

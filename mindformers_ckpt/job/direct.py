@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mindformers_ckpt.disk.files import FileState
 from mindformers_ckpt.engine.ahead import Fetcher
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES, empty_bytes
-from mindformers_ckpt.engine.copier import Copier, cut_into_tasks
+from mindformers_ckpt.engine.copier import Copier
 from mindformers_ckpt.engine.reader import Read, ShardReader
 from mindformers_ckpt.engine.sinks import ArraySink
+from mindformers_ckpt.engine.tasks import cut_into_tasks
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.execution import check_unchanged, states_of
 from mindformers_ckpt.formats import Header, TensorSpec
