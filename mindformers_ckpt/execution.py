@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from mindformers_ckpt.disk.files import FileState
+from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.engine import page_cache
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES, PIECE_BYTES, TRANSPOSE_BYTES
 from mindformers_ckpt.engine.pool import copy_tasks
@@ -378,9 +379,10 @@ def affordable_processes(wanted: int) -> int:
 def check_apart(plan: Plan, destination: Path) -> None:
     """Refuse a destination that holds a source file: publishing would replace it."""
     real = destination.resolve()
-    inside = [file.path for file in plan.sources if file.path.resolve().is_relative_to(real)]
-    if inside:
-        raise PlanError(f"the target folder {destination} holds the source file {inside[0]}; choose another folder")
+    paths = [file.path for file in plan.sources]
+    for path, found in zip(paths, each(Path.resolve, paths)):
+        if found.is_relative_to(real):
+            raise PlanError(f"the target folder {destination} holds the source file {path}; choose another folder")
 
 
 def check_unchanged(states: Mapping[Path, FileState]) -> None:
@@ -393,7 +395,7 @@ def check_unchanged(states: Mapping[Path, FileState]) -> None:
 
 def changed_files(states: Mapping[Path, FileState]) -> list[str]:
     """The files that are not what they were."""
-    return [str(path) for path, state in states.items() if _state(path) != state]
+    return [str(path) for path, now in zip(states, each(_state, list(states))) if now != states[path]]
 
 
 def check_addable(
@@ -488,13 +490,15 @@ def _fingerprint(digest: str, states: Mapping[Path, FileState], options: Options
 
 def states_of(files: Iterable[SourceFile]) -> dict[Path, FileState]:
     """What the source files are at this moment. Raises TransferError."""
-    states = {}
-    for file in files:
-        try:
-            states[file.path] = FileState.of(file.path)
-        except OSError as error:
-            raise TransferError(f"{file.path}: cannot be read: {error.strerror}") from error
-    return states
+    paths = list(dict.fromkeys(file.path for file in files))
+    return dict(zip(paths, each(_state_of, paths)))
+
+
+def _state_of(path: Path) -> FileState:
+    try:
+        return FileState.of(path)
+    except OSError as error:
+        raise TransferError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _state(path: Path) -> FileState | None:

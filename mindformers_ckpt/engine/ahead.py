@@ -28,10 +28,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
+from mindformers_ckpt.disk.waiting import waits
 from mindformers_ckpt.engine import page_cache
 from mindformers_ckpt.engine.descriptors import Descriptors, fill
 from mindformers_ckpt.errors import TransferError
-from mindformers_ckpt.formats.waiting import waits
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor

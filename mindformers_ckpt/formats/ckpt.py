@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -73,8 +72,8 @@ def scan(path: Path, like: Header | None = None) -> Header:
     `str` is its bytes (MindSpore ignores the dims of one). A file cut off exactly between two tensors
     cannot be told from a complete one. Raises FormatError.
     """
-    with open_to_read(path, scattered=True) as (descriptor, size), closing(Pieces(descriptor)) as pieces:
-        scanner = _Scanner(path, pieces, size)
+    with open_to_read(path, scattered=True) as (descriptor, size):
+        scanner = _Scanner(path, Pieces(descriptor), size)
         if like is not None and scanner.has_heads_of(like):
             return Header(path, "ckpt", size, like.tensors, {}, scanner.trailer(), like.frames)
         scanner.check_start()

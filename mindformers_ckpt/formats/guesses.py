@@ -1,28 +1,28 @@
-"""Small pieces of a file, many at once where the disk lets a reader wait; and guesses of which will be needed.
+"""Small pieces of a file, asked for in time where the disk lets a reader wait; and guesses of which will be needed.
 
 The heads of a `.ckpt` file are a chain: where the next record begins is known when the one before has been read. On
 storage with latency that is one round trip a tensor. But layers repeat, and the moments of an optimizer repeat the
 weights: after a few records it can be guessed where the next hundred begin. A guess only decides what is read early.
 Where one is wrong, the head is read as if there had been none.
+
+The system is told what will be needed (`POSIX_FADV_WILLNEED`), and sends all requests at once: no threads are needed,
+which would take more time than such small reads.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from mindformers_ckpt.formats.waiting import waits
+from mindformers_ckpt.disk.waiting import waits
 
-if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
-
-_AT_ONCE = 64
 _GUESSED = 128
+_ASKED = 512  # ranges that are on their way before the first of them is read
+_CAN_ASK = hasattr(os, "posix_fadvise")
 # A guess may be wrong by a byte a record, where the numbers in names get longer.
 _BEFORE, _WINDOW = 256, 4096
 # What is read of the chain itself, at least.
@@ -42,34 +42,6 @@ class _Kind(NamedTuple):
     following: str = ""
 
 
-class _Pool:
-    """Threads that all files share which are looked at; they end with the last of these."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._threads: ThreadPoolExecutor | None = None
-
-    def enter(self) -> ThreadPoolExecutor:
-        from concurrent.futures import ThreadPoolExecutor
-
-        with self._lock:
-            self._users += 1
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(_AT_ONCE, "heads")
-            return self._threads
-
-    def leave(self) -> None:
-        with self._lock:
-            self._users -= 1
-            threads = None if self._users else self._threads
-            if threads is not None:
-                self._threads = None
-        if threads is not None:
-            threads.shutdown(wait=True)
-
-
-_pool = _Pool()
 _slow_devices: set[int] = set()  # on which reading had to wait
 
 
@@ -80,11 +52,9 @@ class Pieces:
         self._descriptor = descriptor
         self._device = os.fstat(descriptor).st_dev
         self._waits = _WAITS if self._device in _slow_devices else 0
-        self._pool: ThreadPoolExecutor | None = None
-        self._asked: set[Future[bytes]] = set()
         self._kinds: dict[str, _Kind] = {}
         self._last = ""
-        self._guessed: deque[tuple[int, Future[bytes]]] = deque()
+        self._guessed: deque[int] = deque()
         self._next: tuple[str, int, int, int] | None = None
 
     def read(self, start: int, length: int) -> bytes:
@@ -101,12 +71,12 @@ class Pieces:
 
     def read_all(self, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         """Bytes of several ranges (start, length), in their order."""
+        asked = 0
         for number, (start, length) in enumerate(ranges):
-            if self.is_slow:
-                asked = [self._ask(*each) for each in ranges[number:]]
-                for piece in asked:
-                    yield piece.result()
-                return
+            if self.is_slow and number >= asked:
+                asked = number + _ASKED
+                for each in ranges[number:asked]:
+                    self._ask(*each)
             yield self.read(start, length)
 
     @property
@@ -128,14 +98,12 @@ class Pieces:
     def window(self, position: int) -> bytes:
         """What was read early of the file from `position` on; nothing, where no guess was right."""
         while self._guessed:
-            start, data = self._guessed[0]
+            start = self._guessed[0]
             if position < start:  # the guesses have gone astray
                 break
             if position < start + _WINDOW:
-                return data.result()[position - start :]
+                return os.pread(self._descriptor, start + _WINDOW - position, position)
             self._guessed.popleft()
-        for _, data in self._guessed:
-            data.cancel()
         self._guessed.clear()
         self._next = None
         return b""
@@ -144,14 +112,6 @@ class Pieces:
     def least(self) -> int:
         """How many bytes of the chain are read at once, at least."""
         return _SLOW_BYTES if self.is_slow else _QUICK_BYTES
-
-    def close(self) -> None:
-        """Wait until nothing reads the file any more."""
-        if self._pool is not None:
-            for piece in self._asked:
-                if not piece.cancel():
-                    piece.exception()
-            _pool.leave()
 
     def _guess(self, kind: str, end: int) -> None:
         """Have the heads read that are expected after a record."""
@@ -167,17 +127,16 @@ class Pieces:
         model, position, factor, longer = self._next
         while len(self._guessed) < _GUESSED and model:
             start = max(0, position - _BEFORE)
-            if not self._guessed or position + _BEFORE > self._guessed[-1][0] + _WINDOW:
-                self._guessed.append((start, self._ask(start, _WINDOW)))
+            if not self._guessed or position + _BEFORE > self._guessed[-1] + _WINDOW:
+                self._ask(start, _WINDOW)
+                self._guessed.append(start)
             model = self._kinds[model].following
             if model:
                 guessed = self._kinds[model]
                 position += guessed.head + longer + guessed.content * factor
         self._next = model, position, factor, longer
 
-    def _ask(self, start: int, length: int) -> Future[bytes]:
-        if self._pool is None:
-            self._pool = _pool.enter()
-        asked = self._pool.submit(os.pread, self._descriptor, length, start)
-        self._asked.add(asked)
-        return asked
+    def _ask(self, start: int, length: int) -> None:
+        """Have bytes read that will be needed."""
+        if _CAN_ASK:
+            os.posix_fadvise(self._descriptor, start, length, os.POSIX_FADV_WILLNEED)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
 from mindformers_ckpt.sources.source import SUFFIXES
 from mindformers_ckpt.text_files import read_json
@@ -30,16 +31,11 @@ class Listing:
     """
 
     folder: Path
+    _known: dict[str, bool] | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def _entries(self) -> dict[str, bool]:
-        """Name -> whether it is a folder; links count as what they lead to."""
-        try:
-            with os.scandir(self.folder) as entries:
-                found = {entry.name: _is_folder(entry) for entry in entries if not entry.name.startswith(".")}
-        except OSError as error:
-            raise PlanError(f"{self.folder}: cannot be read: {error.strerror}") from error
-        return dict(sorted(found.items()))
+        return _entries_of(self.folder) if self._known is None else self._known
 
     @property
     def names(self) -> list[str]:
@@ -104,7 +100,9 @@ class Listing:
     @cached_property
     def of_ranks(self) -> dict[int, Listing]:
         """Rank -> what its folder holds. Raises what `rank_folders` raises."""
-        return {rank: Listing(folder) for rank, folder in self.rank_folders.items()}
+        folders = self.rank_folders
+        entries = each(_entries_of, list(folders.values()))
+        return {rank: Listing(folder, known) for (rank, folder), known in zip(folders.items(), entries)}
 
     def check_rank_folders(self) -> None:
         """Raise what `rank_folders` raises."""
@@ -139,6 +137,16 @@ class Listing:
 def is_strategy_file(name: str) -> bool:
     """Whether a file is a strategy by its name."""
     return _STRATEGY_FILE.fullmatch(name) is not None
+
+
+def _entries_of(folder: Path) -> dict[str, bool]:
+    """Name -> whether it is a folder, sorted by name; links count as what they lead to. Raises PlanError."""
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        raise PlanError(f"{folder}: cannot be read: {error.strerror}") from error
+    return dict(zip((entry.name for entry in found), each(_is_folder, found)))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
