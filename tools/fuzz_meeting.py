@@ -3,8 +3,8 @@
     python tools/fuzz_meeting.py --streams 1000000       # mutated handshakes, garbage, half-open connections
     python tools/fuzz_meeting.py --ranks 2000            # so many ranks at once, and how long they take to join
 
-A job of three ranks shares values all the time. Before the last of them joins, and after it, strangers connect and
-send what `streams` makes. The job has to end with the right values on every rank.
+A job of three ranks shares values and hands them out all the time. Before the last of them joins, and after it,
+strangers connect and send what `streams` makes. The job has to end with the right values on every rank.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ EARLY = 5000  # at most, before the last rank joins
 GARBAGE = (
     *(b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01", b"SSH-2.0-x\r\n", b"\0" * 4, b"\xff" * 4, b""),
     *(struct.pack(">I", 4000) + b"[" * 4000, struct.pack(">I", 4000) + b'{"a":' * 800, b"[" * 100_000),
-    *(encode({"kind": kind}) for kind in ("hello", "leave", "gather", "failed", "welcome")),
+    *(encode({"kind": kind}) for kind in ("hello", "leave", "gather", "hand", "failed", "welcome")),
 )
 HELLOS = (
     encode({"kind": "hello", "rank": 2, "node": "evil"}),
     encode({"kind": "failed", "rank": 0, "step": "x", "text": "\x1b[31mgive me money"}),
     encode({"kind": "gather", "step": "share 1", "value": {"folder": "/evil"}}),
+    encode({"kind": "hand", "step": "told 1", "values": [{"folder": "/evil"}] * SIZE}),
     encode({"kind": "leave"}),
 )
 
@@ -178,6 +179,8 @@ def fuzz(count: int, seed: int, trust: Trust) -> dict[str, object]:
             while go_on:
                 values = cluster.gather(f"share {steps}", [rank, steps, over.is_set()])
                 assert [value[:2] for value in values] == [[other, steps] for other in range(SIZE)]
+                told = [[other, steps] for other in range(SIZE)] if rank == 0 else None
+                assert cluster.hand_out(f"told {steps}", told) == [rank, steps]
                 steps, go_on = steps + 1, not values[0][2]
                 time.sleep(0.05)
             return steps

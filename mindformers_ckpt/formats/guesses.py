@@ -51,7 +51,8 @@ class Pieces:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._device = os.fstat(descriptor).st_dev
-        self._waits = _WAITS if self._device in _slow_devices else 0
+        # A file on a disk that was slow may be in memory all the same: its own first read decides.
+        self._waits = _WAITS - 1 if self._device in _slow_devices else 0
         self._kinds: dict[str, _Kind] = {}
         self._last = ""
         self._guessed: deque[int] = deque()

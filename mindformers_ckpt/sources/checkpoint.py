@@ -169,7 +169,9 @@ class Checkpoint:
 
     def used_files(self, tensors: Mapping[str, LogicalTensor]) -> list[Path]:
         """The files that hold the chosen replicas, in order."""
-        return sorted({shard.path for tensor in tensors.values() for shard in tensor.shards})
+        # There may be millions of shards, and few thousand paths, each of them one object: it is hashed once.
+        paths = {id(shard.path): shard.path for tensor in tensors.values() for shard in tensor.shards}
+        return sorted(set(paths.values()))
 
     def header(self, path: Path) -> Header:
         """The header of one of the files, as it was when it was read first."""

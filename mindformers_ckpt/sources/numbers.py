@@ -44,8 +44,14 @@ def compare(first: bytes, second: bytes, dtype: DType) -> Comparison:
 
 def are_constant(sample: bytes, dtype: DType) -> bool:
     """Whether a sample has so few different elements that equality with another proves nothing."""
-    unit = dtype.itemsize
-    return len({sample[start : start + unit] for start in range(0, len(sample), unit)}) < _FEW_VALUES
+    unit, found = dtype.itemsize, set()
+    if sample == sample[:unit] * (len(sample) // unit):
+        return True
+    for start in range(0, len(sample), unit):
+        found.add(sample[start : start + unit])
+        if len(found) == _FEW_VALUES:
+            return False
+    return True
 
 
 def _is_float(dtype: DType) -> bool:
