@@ -23,7 +23,7 @@ from recorded import Tensor, assert_ranks, random_bits, random_model, read_ranks
 
 from mindformers_ckpt import execution
 from mindformers_ckpt.convert.output import NAME_MAP_FILE, write_name_map
-from mindformers_ckpt.engine import ahead, copier, descriptors, sinks, tasks, views
+from mindformers_ckpt.engine import ahead, descriptors, sinks, tasks, views, ways
 from mindformers_ckpt.engine.copier import Copier
 from mindformers_ckpt.engine.pool import copy_tasks
 from mindformers_ckpt.engine.sinks import FileSink
@@ -627,8 +627,8 @@ def test_boxes_that_overlap_are_read_once() -> None:
     whole, upper, lower = Box((0, 0), (8, 4)), Box((0, 0), (4, 4)), Box((4, 0), (8, 4))
     places = tuple(Place(file, box) for file, box in enumerate((upper, lower, lower)))
     transfer = Transfer("w", by_name("float32"), (8, 4), (Place(0, whole),), places)
-    assert copier._is_cut_by_rows(transfer)
-    assert not copier._is_cut_by_rows(transfer._replace(targets=(*places, Place(3, whole))))
+    assert ways.is_cut_by_rows(transfer)
+    assert not ways.is_cut_by_rows(transfer._replace(targets=(*places, Place(3, whole))))
 
 
 @pytest.mark.parametrize("may_fork", [False, True])

@@ -124,7 +124,7 @@ class FileSink:
                 piece = piece[count:]
 
     def offset(self, file: int, name: str, start: int) -> int:
-        return next(file_ranges(self.layout(file).tensors[name].segments, start, 1))[0]
+        return file_ranges(self.layout(file).tensors[name].segments, start, 1)[0][0]
 
     def proof(self) -> str:
         return ""

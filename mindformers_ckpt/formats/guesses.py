@@ -20,8 +20,7 @@ from typing import NamedTuple
 
 from mindformers_ckpt.disk.waiting import waits
 
-_GUESSED = 128
-_ASKED = 512  # ranges that are on their way before the first of them is read
+_AT_ONCE = 64
 _CAN_ASK = hasattr(os, "posix_fadvise")
 # A guess may be wrong by a byte a record, where the numbers in names get longer.
 _BEFORE, _WINDOW = 256, 4096
@@ -35,7 +34,7 @@ _NUMBER = re.compile(r"(?<![A-Za-z\d])\d+")
 
 
 class _Kind(NamedTuple):
-    """A record as it was met last, apart from the numbers in its name: its bytes, and what came after it."""
+    """A record as it was met last, by its name, and by its name without the numbers: its bytes, and what came then."""
 
     head: int
     content: int
@@ -54,7 +53,7 @@ class Pieces:
         # A file on a disk that was slow may be in memory all the same: its own first read decides.
         self._waits = _WAITS - 1 if self._device in _slow_devices else 0
         self._kinds: dict[str, _Kind] = {}
-        self._last = ""
+        self._last: tuple[str, ...] = ()
         self._guessed: deque[int] = deque()
         self._next: tuple[str, int, int, int] | None = None
 
@@ -74,10 +73,10 @@ class Pieces:
         """Bytes of several ranges (start, length), in their order."""
         asked = 0
         for number, (start, length) in enumerate(ranges):
-            if self.is_slow and number >= asked:
-                asked = number + _ASKED
-                for each in ranges[number:asked]:
+            if self.is_slow:
+                for each in ranges[max(asked, number) : number + _AT_ONCE]:
                     self._ask(*each)
+                asked = number + _AT_ONCE
             yield self.read(start, length)
 
     @property
@@ -87,14 +86,17 @@ class Pieces:
 
     def met(self, name: str, start: int, content: int, end: int) -> None:
         """A record was read that begins at `start`, its content at `content`; guess the next ones."""
-        kind = _NUMBER.sub("#", name)
-        if self._last:
-            self._kinds[self._last] = self._kinds[self._last]._replace(following=kind)
-        known = self._kinds.get(kind)
-        self._kinds[kind] = _Kind(content - start, end - content, known.following if known else "")
-        self._last = kind
+        is_moment = name.partition(".")[2] in self._kinds
+        kind = _NUMBER.sub("#", name) + "#"
+        for last, this in zip(self._last, (name, kind)):
+            if this == kind or not is_moment:  # what comes after the last weight does not come after its moments
+                self._kinds[last] = self._kinds[last]._replace(following=this)
+        for this in (name, kind):
+            known = self._kinds.get(this)
+            self._kinds[this] = _Kind(content - start, end - content, known.following if known else "")
+        self._last = name, kind
         if self.is_slow:
-            self._guess(kind, end)
+            self._guess(name, kind, end)
 
     def window(self, position: int) -> bytes:
         """What was read early of the file from `position` on; nothing, where no guess was right."""
@@ -114,19 +116,20 @@ class Pieces:
         """How many bytes of the chain are read at once, at least."""
         return _SLOW_BYTES if self.is_slow else _QUICK_BYTES
 
-    def _guess(self, kind: str, end: int) -> None:
+    def _guess(self, name: str, kind: str, end: int) -> None:
         """Have the heads read that are expected after a record."""
         if self._next is None:
             # The moments of `wq` are named `adam_m.wq`: what follows them is known from the weights.
-            model = kind if self._kinds[kind].following else kind.partition(".")[2]
-            if model not in self._kinds or not self._kinds[model].following:
+            likely = (name.partition(".")[2], kind, kind.partition(".")[2])
+            model = next((other for other in likely if other in self._kinds and self._kinds[other].following), None)
+            if model is None:
                 return
             own, its = self._kinds[kind], self._kinds[model]
             if own.content % max(its.content, 1):
                 return
             self._next = model, end, own.content // max(its.content, 1), own.head - its.head
         model, position, factor, longer = self._next
-        while len(self._guessed) < _GUESSED and model:
+        while len(self._guessed) < _AT_ONCE and model:
             start = max(0, position - _BEFORE)
             if not self._guessed or position + _BEFORE > self._guessed[-1] + _WINDOW:
                 self._ask(start, _WINDOW)
