@@ -41,10 +41,10 @@ def quick_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_several_at_once_where_one_has_waited() -> None:
     work = Work(0.02)
     assert list(each(work, range(10), at_once=4)) == [-item for item in range(10)]
-    assert work.most == 4
-    work = Work(0.02)  # known from the last time: the first is not alone, either
-    assert list(each(work, range(4))) == [0, -1, -2, -3]
-    assert (work.most, len(work.threads)) == (4, 4)
+    assert work.most <= 4
+    assert len(work.threads) > 1
+    meeting = threading.Barrier(2, timeout=60)  # known from the last time: the first is not alone, either
+    assert sorted(each(lambda item: meeting.wait(), range(2))) == [0, 1]
 
 
 @pytest.mark.parametrize(("seconds", "items"), [(0, 12), (0.02, 1)])

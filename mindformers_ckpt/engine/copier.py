@@ -184,11 +184,14 @@ class Copier:
 
     def _read_parts(self, piece: _Piece, block: Box) -> list[tuple[Box, np.ndarray[Any, np.dtype[Any]]]]:
         """What the sources hold of a block, each part contiguous in memory."""
-        transfer, parts = piece.transfer, piece.way.parts(block)
-        arrays = self._arrays("read", transfer.dtype, [part.shape for _, part in parts])
-        for (place, part), array in zip(parts, arrays):
-            self._reader.read(place, transfer.name, transfer.dtype, part, array)
-        return [(part, array) for (_, part), array in zip(parts, arrays)]
+        name, dtype, parts = piece.transfer.name, piece.transfer.dtype, piece.way.parts(block)
+        held = [(part, self._reader.held(place, name, dtype, part)) for place, part in parts]
+        lacking = [read for read, (_, array) in zip(parts, held) if array is None]
+        arrays = self._arrays("read", dtype, [part.shape for _, part in lacking])
+        for (place, part), array in zip(lacking, arrays):
+            self._reader.read(place, name, dtype, part, array)
+        found = iter(arrays)
+        return [(part, next(found) if array is None else array) for part, array in held]
 
     def _gathered(
         self, part: Box, held: Sequence[tuple[Box, np.ndarray[Any, np.dtype[Any]]]], dtype: DType
@@ -209,6 +212,8 @@ class Copier:
         self, purpose: str, dtype: DType, shapes: Sequence[tuple[int, ...]]
     ) -> list[np.ndarray[Any, np.dtype[Any]]]:
         """Arrays in a buffer that is used again and again: fresh memory would cost a page fault every 4 KiB."""
+        if not shapes:
+            return []
         sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
         starts = list(itertools.accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
         buffer = self._buffers.get(purpose)

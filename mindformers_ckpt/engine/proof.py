@@ -82,6 +82,9 @@ class _NoReader:
     def read(self, place: Place, name: str, dtype: DType, part: Box, out: np.ndarray[Any, Any]) -> None:
         """Leave the array as it is."""
 
+    def held(self, place: Place, name: str, dtype: DType, part: Box) -> None:
+        """Nothing was read."""
+
     def stream(self, place: Place, name: str, dtype: DType, start: int, length: int, lead: int) -> Iterator[memoryview]:
         """Pieces as those of `ShardReader.stream`, of any contents."""
         piece = empty_bytes(PIECE_BYTES).data

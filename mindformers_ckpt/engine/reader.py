@@ -77,6 +77,9 @@ class Reader(Protocol):
     def read(self, place: Place, name: str, dtype: DType, part: Box, out: Array) -> None:
         """Read a part into an array of its shape."""
 
+    def held(self, place: Place, name: str, dtype: DType, part: Box) -> Array | None:
+        """A part as it is in memory that was read ahead, None where it is not."""
+
     def stream(self, place: Place, name: str, dtype: DType, start: int, length: int, lead: int) -> Iterator[memoryview]:
         """Bytes of a shard from `start` on, piece by piece, as `cuts` has them."""
 
@@ -137,6 +140,21 @@ class ShardReader:
             copy_transposed(straight, out)
         else:
             self._read_part(path, segments, dtype, part, outer, out)
+
+    def held(self, place: Place, name: str, dtype: DType, part: Box) -> Array | None:
+        """A part as it is in memory that was read ahead, until the next step; None where it has to be read or made."""
+        if not place.is_plain:
+            return None
+        (start, length), *others = self._spans(part, place.box, dtype.itemsize)
+        if others or length != part.volume * dtype.itemsize:
+            return None
+        segments, path = self._segments(place, place.tensor or name, dtype), self._files[place.file].path
+        data = self._held(path, segments, start, length)
+        if data is None:
+            return None
+        import numpy as np
+
+        return np.frombuffer(data, dtype.carrier).reshape(part.shape)
 
     def stream(self, place: Place, name: str, dtype: DType, start: int, length: int, lead: int) -> Iterator[memoryview]:
         """Bytes of a shard from `start` on, piece by piece, as `cuts` has them; each is gone when the next comes."""

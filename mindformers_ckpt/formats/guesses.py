@@ -18,9 +18,10 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from mindformers_ckpt.disk.waiting import waits
+from mindformers_ckpt.disk.waiting import each, waits
 
 _AT_ONCE = 64
+_TRIED = 32  # pieces after which it is known whether asking for them has an effect
 _CAN_ASK = hasattr(os, "posix_fadvise")
 # A guess may be wrong by a byte a record, where the numbers in names get longer.
 _BEFORE, _WINDOW = 256, 4096
@@ -61,9 +62,8 @@ class Pieces:
         """Bytes of the file, fewer at its end."""
         if self.is_slow:
             return os.pread(self._descriptor, length, start)
-        started, before = time.perf_counter(), waits()
-        data = os.pread(self._descriptor, length, start)
-        if time.perf_counter() - started > _QUICK_SECONDS and waits() > before:
+        data, has_waited = self._timed(start, length)
+        if has_waited:
             self._waits += 1
             if self.is_slow:
                 _slow_devices.add(self._device)
@@ -71,13 +71,20 @@ class Pieces:
 
     def read_all(self, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         """Bytes of several ranges (start, length), in their order."""
-        asked = 0
+        asked = tried = late = 0
         for number, (start, length) in enumerate(ranges):
-            if self.is_slow:
-                for each in ranges[max(asked, number) : number + _AT_ONCE]:
-                    self._ask(*each)
-                asked = number + _AT_ONCE
-            yield self.read(start, length)
+            if not self.is_slow:
+                yield self.read(start, length)
+                continue
+            if tried == _TRIED and late > _TRIED // 2:  # asking has no effect, as on a mount that caches nothing
+                yield from each(lambda piece: self.read(*piece), ranges[number:], at_once=_AT_ONCE)
+                return
+            for piece in ranges[max(asked, number) : number + _AT_ONCE]:
+                self._ask(*piece)
+            asked = number + _AT_ONCE
+            data, is_late = self._timed(start, length)
+            tried, late = tried + 1, late + is_late
+            yield data
 
     @property
     def is_slow(self) -> bool:
@@ -139,6 +146,12 @@ class Pieces:
                 guessed = self._kinds[model]
                 position += guessed.head + longer + guessed.content * factor
         self._next = model, position, factor, longer
+
+    def _timed(self, start: int, length: int) -> tuple[bytes, bool]:
+        """Bytes of the file, and whether the disk had to be waited for."""
+        started, before = time.perf_counter(), waits()
+        data = os.pread(self._descriptor, length, start)
+        return data, time.perf_counter() - started > _QUICK_SECONDS and waits() > before
 
     def _ask(self, start: int, length: int) -> None:
         """Have bytes read that will be needed."""

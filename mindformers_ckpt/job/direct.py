@@ -26,12 +26,12 @@ from mindformers_ckpt.engine.reader import Read, ShardReader
 from mindformers_ckpt.engine.sinks import ArraySink
 from mindformers_ckpt.engine.tasks import cut_into_tasks
 from mindformers_ckpt.errors import TransferError
-from mindformers_ckpt.execution import check_unchanged, states_of
 from mindformers_ckpt.formats import Header, TensorSpec
 from mindformers_ckpt.geometry.box import Box, blocks
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.planning.model import Place, Plan, SourceFile, Transfer
+from mindformers_ckpt.planning.source_states import check_unchanged, states_of
 
 if TYPE_CHECKING:
     import numpy as np
