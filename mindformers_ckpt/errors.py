@@ -17,17 +17,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mindformers_ckpt.printable import printable
+from mindformers_ckpt.printable import printable, shortened
 
 
 class CheckpointError(Exception):
     """Base of all errors that a user can act on; the command line prints them without a traceback.
 
-    The text of an error is printable, whatever names from outside are in it.
+    The text of an error is printable, and can be read to its end, whatever names from outside are in it.
     """
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return shortened(printable(super().__str__()))
 
 
 class ConfigError(CheckpointError, ValueError):

@@ -40,10 +40,11 @@ from mindformers_ckpt.planning.digest import digest_of
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.planning.source_states import changed_files, check_unchanged, states_of
 from mindformers_ckpt.publish import MANIFEST_FILE, Staging, check_free_space, read_manifests
-from mindformers_ckpt.publish.fingerprints import KEY, check_countable, describe_fingerprints
+from mindformers_ckpt.publish.fingerprints import KEY, check_countable, describe_fingerprints, recorded_checksums
 from mindformers_ckpt.publish.journal import Journal
 from mindformers_ckpt.publish.manifest import is_whole
 from mindformers_ckpt.publish.results import check_addable, describe_result, partial_manifest_name
+from mindformers_ckpt.publish.signature import check_key, find_bundle, sign, take_over
 from mindformers_ckpt.publish.staging import Kind, Replace
 
 Progress = Callable[[int, int], None]
@@ -58,6 +59,7 @@ class Options:
         by_rank: one target rank is the unit of work (`transform_by_rank`), instead of equal shares of bytes.
         hashes: take xxh3-128 of every written tensor into the manifest.
         fingerprints: count the checksum of every whole tensor while it is copied, into the manifest.
+        sign: a private key (PEM) to sign the fingerprints with, which are counted then.
         fsync: force everything to the disk before the result is put in place.
         crc: append the CRC-32 trailer that `mindspore.load_checkpoint(crc_check=True)` verifies.
         overwrite: replace an earlier result at the destination.
@@ -74,6 +76,7 @@ class Options:
     by_rank: bool = False
     hashes: bool = False
     fingerprints: bool = False
+    sign: Path | None = None
     fsync: bool = False
     crc: bool = False
     overwrite: bool = False
@@ -129,6 +132,8 @@ class Run:
         shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self._started = time.monotonic()
+        if options.sign is not None:
+            options = replace(options, fingerprints=True)
         self.plan, self.options = plan, options
         self.destination = Path(os.path.abspath(destination))
         self._about = dict(about or {})
@@ -136,6 +141,8 @@ class Run:
         check_apart(plan, self.destination)
         if options.fingerprints:
             _check_countable(plan, options)
+        if options.sign is not None:
+            _check_signable(options.sign, file)
         self.digest = digest_of(plan)
         self._states = states_of(plan.sources)
         self.fingerprint = identity or _fingerprint(self.digest, self._states, options)
@@ -248,11 +255,14 @@ class Run:
                 _append_crcs(self.plan, self.folder)
                 if self.options.drop_cache:
                     _drop(self.folder / target.path for target in self.plan.targets)
+            self._add_companions(self._sign)
             self._add_companions(companions)
             is_file = self._staging.kind is Kind.FILE
             content = None if is_file else manifest or self._describe()
             name = partial_manifest_name(self.plan) if self.options.partial else MANIFEST_FILE
             self._staging.publish(content, name=name, fsync=self.options.fsync)
+        elif self.options.sign is not None:
+            self._sign(self.destination)
         resumed = self.plan.bytes_written if self.already_made else self._resumed_bytes
         seconds = time.monotonic() - self._started
         plan = self.plan
@@ -269,6 +279,17 @@ class Run:
         except OSError as error:
             file = error.filename2 or error.filename or self.folder
             raise TransferError(f"{file}: cannot be written: {error.strerror}") from error
+
+    def _sign(self, folder: Path) -> None:
+        """Sign the fingerprints of the checkpoints in the result; without a key, keep the signature of the source."""
+        if self._staging.kind is Kind.FILE:
+            return
+        bundle = find_bundle(self.plan.sources[0].path) if self.plan.sources else None
+        for part, entry in self._fingerprints.items():
+            if self.options.sign is not None:
+                sign(folder / part, recorded_checksums(entry), self.options.sign)
+            elif bundle is not None:
+                take_over(bundle, folder / part, recorded_checksums(entry))
 
     def _finished(self, task: Done) -> None:
         if self.options.keep:
@@ -415,6 +436,13 @@ def _check_countable(plan: Plan, options: Options) -> None:
         way = "one rank is a unit of work (--transform-by-rank)" if options.by_rank else "some ranks are made only"
         raise ConfigError(f"a fingerprint is that of whole tensors, but {way}; leave one of the two out")
     check_countable(plan)
+
+
+def _check_signable(key: Path, is_file: bool) -> None:
+    """Refuse to sign a result that has no manifest, or with what is not a key. Raises ConfigError."""
+    if is_file:
+        raise ConfigError("a signature goes with a manifest, which a single file has not; name a folder for the result")
+    check_key(key)
 
 
 def _append_crcs(plan: Plan, folder: Path) -> None:

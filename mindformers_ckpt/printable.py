@@ -15,6 +15,8 @@ from typing import Any
 # Our own messages of several lines indent what follows the first; a break without that comes from a name.
 _OWN_BREAK = re.compile(r"\n(?=  )")
 _WIDE_SPACES = "\u3000\xa0"  # not printable to Python, harmless, and frequent in Chinese text
+_LONGEST_LINE = 6_000  # characters: the longest path, and what is said of it
+_LONGEST_TEXT = 18_000
 _BYTES = range(0xDC80, 0xDD00)  # how Python holds the bytes of a file name that are not UTF-8
 
 
@@ -27,6 +29,20 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "\n".join("".join(map(_shown, line)) for line in _OWN_BREAK.split(text))
+
+
+def shortened(text: str) -> str:
+    """A message without the middle of lines that nobody reads to their end, and without the end of what has many."""
+    lines: list[str] = []
+    room = _LONGEST_TEXT
+    for line in text.split("\n"):
+        if len(line) > _LONGEST_LINE:
+            line = f"{line[: _LONGEST_LINE - 1000]} … {line[-900:]}"
+        room -= len(line)
+        if room < 0 and lines:
+            return "\n".join([*lines, "  … and more"])
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def ascii_json(value: Any) -> str:

@@ -141,6 +141,7 @@ FILES: dict[str, bytes] = {
     "overflow.safetensors": safetensors({"w": entry([2**62, 2**62], 0, 0)}),
     "overflow_behind_zero.safetensors": safetensors({"w": entry([0, 2**62, 2**62], 0, 0)}),
     "true_as_dimension.safetensors": safetensors({"w": entry([True, 2], 0, 8)}, bytes(8)),
+    "minus_zero.safetensors": safetensors(b'{"w":{"dtype":"I8","shape":[],"data_offsets":[-0,1]}}', b"1"),
     "nested.safetensors": safetensors(nested()),
     "long_number.safetensors": safetensors(b'{"w":' + b"9" * 5000 + b"}"),
     "key_twice.safetensors": safetensors(b'{"w":1,"w":2}'),

@@ -43,6 +43,7 @@ MESSAGES = {
     "overflow.safetensors": "tensor 'w': the shape (4611686018427387904, 4611686018427387904) overflows",
     "overflow_behind_zero.safetensors": "tensor 'w': the shape (0, 4611686018427387904, 4611686018427387904) overflows",
     "true_as_dimension.safetensors": "the entry of tensor 'w' is not of the form dtype, shape, data_offsets",
+    "minus_zero.safetensors": "the entry of tensor 'w' is not of the form dtype, shape, data_offsets",
     "nested.safetensors": "the header is not valid JSON",
     "long_number.safetensors": "the header is not valid JSON",
     "key_twice.safetensors": "the key 'w' appears twice",

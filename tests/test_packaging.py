@@ -25,7 +25,7 @@ def requirements(text: str) -> list[Requirement]:
 NEEDED = requirements(SETUP["options"]["install_requires"])
 OPTIONAL = [
     requirement
-    for extra in ("mindspore", "object-storage", "fingerprint")
+    for extra in ("mindspore", "object-storage", "fingerprint", "sign")
     for requirement in requirements(SETUP["options.extras_require"][extra])
 ]
 

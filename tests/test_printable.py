@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mindformers_ckpt.errors import CheckpointError, FormatError, TransferError, describe_problems
+from mindformers_ckpt.errors import CheckpointError, FormatError, PlanError, TransferError, describe_problems
 from mindformers_ckpt.log import log
-from mindformers_ckpt.printable import ascii_json, printable
+from mindformers_ckpt.printable import ascii_json, printable, shortened
 from mindformers_ckpt.text_files import readable_json
 
 
@@ -89,3 +89,15 @@ def test_json_files_are_utf8_without_control_characters_and_exact(names: dict[st
 
 def test_json_files_show_chinese_as_it_is() -> None:
     assert readable_json({"模型": "a\udcc4\x7f\U000e0001"}) == '{"模型": "a\\udcc4\\u007f\\udb40\\udc01"}'
+
+
+def test_messages_can_be_read_to_their_end() -> None:
+    """Other libraries quote whole files, and names may have 65,535 characters."""
+    long, path = "x" * 65_535, "/" + "p" * 4_094
+    shown = str(FormatError(f"{path}: {long}; copy it again"))
+    assert shown.startswith(path) and shown.endswith("; copy it again")
+    assert len(shown) < 7_000
+    many = str(PlanError(describe_problems("these differ", [long] * 20)))
+    assert many.startswith("these differ") and many.endswith("  … and more")
+    assert len(many) < 20_000
+    assert shortened("a\n  b\n") == "a\n  b\n"

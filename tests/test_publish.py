@@ -281,7 +281,7 @@ def staging_folders(destination: Path) -> list[Path]:
 
 @pytest.mark.parametrize("options", [{}, {"hashes": True}, {"crc": True}, {"by_rank": True}])
 def test_resume(
-    options: dict[str, bool], source: Checkpoint, destination: Path, many_tasks: None, tasks_run: list[int]
+    options: dict[str, Any], source: Checkpoint, destination: Path, many_tasks: None, tasks_run: list[int]
 ) -> None:
     plan = build_plan(source, strategy(8))
     transform(plan, destination.with_name("direct"), Options(**options))

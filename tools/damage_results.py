@@ -64,7 +64,7 @@ def strategy_of(folder: Path) -> Strategy:
     return read_strategy(file)
 
 
-def make(folder: Path, format: str = "ckpt", **options: bool) -> Path:
+def make(folder: Path, format: str = "ckpt", **options: Any) -> Path:
     """Write source.ckpt, the strategy, and a result for its 4 ranks."""
     source, target = write_tensors(folder / "source.ckpt", MODEL), strategy_of(folder)
     about = {"source": "complete weights", "target": target.describe()}

@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 
-from fuzz_inputs import READERS, new_input, seeds_of  # noqa: E402
+from fuzz_inputs import READERS, inputs, seeds_of  # noqa: E402
 from fuzz_oracles import compare, load  # noqa: E402
 
 from mindformers_ckpt.errors import CheckpointError  # noqa: E402
@@ -106,8 +106,10 @@ def _mutate(case: Case, seconds: float, seed: int) -> None:
     chance, stop = random.Random(seed), time.monotonic() + seconds
     for data in seeds_of(case.name):
         case.run(data)
-    while time.monotonic() < stop:
-        case.run(new_input(chance, case.name))
+    for data in inputs(chance, case.name):
+        if time.monotonic() >= stop:
+            return
+        case.run(data)
 
 
 def _instrumented() -> Any:

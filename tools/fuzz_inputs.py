@@ -6,7 +6,7 @@ import io
 import json
 import random
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -40,14 +40,13 @@ def seeds_of(name: str) -> list[bytes]:
     return [*(_WHOLE[name](chance) for _ in range(8)), *broken]
 
 
-def new_input(chance: random.Random, name: str) -> bytes:
-    """A whole file, a whole file that is changed, or a broken one that is changed."""
-    draw = chance.random()
-    if draw < 0.1:
-        return _WHOLE[name](chance)
-    if draw < 0.6:
-        return mutated(chance, _WHOLE[name](chance))
-    return mutated(chance, chance.choice(_broken(name)))
+def inputs(chance: random.Random, name: str) -> Iterator[bytes]:
+    """Without end: whole files, each with some changed forms of it and of broken files."""
+    while True:
+        whole = _WHOLE[name](chance)
+        yield whole
+        for _ in range(9):
+            yield mutated(chance, whole if chance.random() < 0.6 else chance.choice(_broken(name)))
 
 
 def _broken(name: str) -> list[bytes]:

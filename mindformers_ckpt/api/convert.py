@@ -28,6 +28,7 @@ def convert(
     write_tied: bool = False,
     processes: int = 1,
     fingerprints: bool = False,
+    sign: PathLike | None = None,
     overwrite: bool = False,
     overwrite_anything: bool = False,
     resume: bool = False,
@@ -52,7 +53,8 @@ def convert(
         model_options: what only some models have, under the names of the command line: n_head, hidden_size, layers,
             use_gmm, mlp_concat, ….
 
-    `processes`, `fingerprints`, `overwrite`, `overwrite_anything`, `resume` and `progress` are those of `transform`.
+    `processes`, `fingerprints`, `sign`, `overwrite`, `overwrite_anything`, `resume` and `progress` are those of
+    `transform`.
     Raises CheckpointError; then `dst` is as it was.
     """
     request = Request(
@@ -77,6 +79,7 @@ def convert(
         options=Options(
             processes=affordable_processes(processes),
             fingerprints=fingerprints,
+            sign=None if sign is None else Path(sign),
             overwrite=overwrite,
             overwrite_anything=overwrite_anything,
             resume=resume,

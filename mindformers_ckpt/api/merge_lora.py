@@ -124,6 +124,7 @@ def merge_lora(
     step: str | None = None,
     processes: int = 1,
     fingerprints: bool = False,
+    sign: PathLike | None = None,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -156,7 +157,12 @@ def merge_lora(
         format=format,
         step=step,
     )
-    options = Options(processes=affordable_processes(processes), fingerprints=fingerprints, resume=resume)
+    options = Options(
+        processes=affordable_processes(processes),
+        fingerprints=fingerprints,
+        sign=None if sign is None else Path(sign),
+        resume=resume,
+    )
     return request.prepare(resume=resume).run(options, progress)
 
 

@@ -92,6 +92,7 @@ def transform(
     resume: bool = False,
     hashes: bool = False,
     fingerprints: bool = False,
+    sign: PathLike | None = None,
     fsync: bool = False,
     crc: bool = False,
     progress: Progress | None = None,
@@ -107,6 +108,7 @@ def transform(
         resume: go on after what an interrupted call has done.
         hashes: take xxh3-128 of every written tensor into the manifest.
         fingerprints: count the fingerprint of the result while it is made, into the manifest and the report.
+        sign: file of a private key (PEM) to sign the fingerprint with, which is counted then.
         fsync: force the result to the disk before it gets its name.
         crc: verify the CRC-32 that source .ckpt files store, and append one to target files.
         progress: is told the bytes written and the bytes in all, after every piece of work.
@@ -138,6 +140,7 @@ def transform(
         by_rank=by_rank,
         hashes=hashes,
         fingerprints=fingerprints,
+        sign=None if sign is None else Path(sign),
         fsync=fsync,
         crc=crc,
         overwrite=overwrite,

@@ -23,13 +23,18 @@ class TensorChecksum(NamedTuple):
 
 
 def digest_of(tensors: Iterable[TensorChecksum]) -> str:
-    """SHA-256 over a line of JSON a tensor, [name, dtype, shape, checksum], in the order of the names.
+    """SHA-256 of the record of tensors."""
+    return hashlib.sha256(record_of(tensors)).hexdigest()
+
+
+def record_of(tensors: Iterable[TensorChecksum]) -> bytes:
+    """A line of JSON a tensor, [name, dtype, shape, checksum], in the order of the names.
 
     Tensors without elements do not count: a `.ckpt` file cannot hold them.
     """
-    whole = hashlib.sha256()
-    for tensor in sorted(tensors):
-        if 0 not in tensor.shape:
-            line = json.dumps([tensor.name, tensor.dtype, list(tensor.shape), tensor.hex])
-            whole.update(line.encode() + b"\n")
-    return whole.hexdigest()
+    lines = (
+        json.dumps([tensor.name, tensor.dtype, list(tensor.shape), tensor.hex]) + "\n"
+        for tensor in sorted(tensors)
+        if 0 not in tensor.shape
+    )
+    return "".join(lines).encode()

@@ -16,6 +16,7 @@ from mindformers_ckpt.cli.options import (
     FINGERPRINT,
     PROCESSES,
     RESUME,
+    SIGN,
     STEP,
     LocalPath,
     StrategyPath,
@@ -116,6 +117,7 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
 @click.option("--plugin", type=_PATH, help="Folder with convert_weight.py and convert_reversed.py of your own.")
 @STEP
 @FINGERPRINT
+@SIGN
 @replace_options
 @RESUME
 @CACHE
@@ -133,6 +135,7 @@ def command(
     processes: int,
     plugin: Path | None,
     fingerprints: bool,
+    sign: Path | None,
     overwrite: bool,
     overwrite_anything: bool,
     resume: bool,
@@ -151,7 +154,7 @@ def command(
     if converter is not None:
         if dry_run:
             raise click.UsageError("--dry-run is for our own models; what a plugin would do it alone knows.")
-        if fingerprints:
+        if fingerprints or sign is not None:
             raise click.UsageError(
                 "a plugin writes its result itself; take its fingerprint afterwards: fingerprint PATH."
             )
@@ -173,6 +176,7 @@ def command(
     options = Options(
         processes=affordable_processes(processes),
         fingerprints=fingerprints,
+        sign=sign,
         overwrite=overwrite,
         overwrite_anything=overwrite_anything,
         resume=resume,

@@ -18,6 +18,7 @@ from mindformers_ckpt.cli.options import (
     FINGERPRINT,
     PROCESSES,
     RESUME,
+    SIGN,
     STEP,
     LocalPath,
     StrategyPath,
@@ -136,6 +137,7 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
 @STEP
 @PROCESSES
 @FINGERPRINT
+@SIGN
 @RESUME
 @CACHE
 @DRY_RUN
@@ -155,6 +157,7 @@ def command(
     step: str | None,
     processes: int,
     fingerprints: bool,
+    sign: Path | None,
     resume: bool,
     drop_cache: bool,
     dry_run: bool,
@@ -193,6 +196,7 @@ def command(
     options = Options(
         processes=affordable_processes(processes),
         fingerprints=fingerprints,
+        sign=sign,
         resume=resume,
         may_fork=True,
         drop_cache=drop_cache,

@@ -215,6 +215,12 @@ def planned(plan_file: Path, free: Container[str]) -> Job:
 FINGERPRINT = click.option(
     "--fingerprint", "fingerprints", is_flag=True, help="Count the fingerprint of the result while it is made."
 )
+SIGN = click.option(
+    "--sign",
+    type=LocalPath(),
+    metavar="KEY",
+    help="Sign the fingerprint of the result with a private key (PEM); see docs/trust.md.",
+)
 RESUME = click.option(
     "--resume", is_flag=True, help="Go on after what an interrupted run of the same command has done."
 )

@@ -16,6 +16,7 @@ from mindformers_ckpt.cli.options import (
     DRY_RUN,
     FINGERPRINT,
     RESUME,
+    SIGN,
     LocalPath,
     json_option,
     planned,
@@ -49,6 +50,7 @@ from mindformers_ckpt.publish.results import ranks_of
 @RESUME
 @click.option("--hash", "hashes", is_flag=True, help="Take xxh3-128 of every written tensor into the manifest.")
 @FINGERPRINT
+@SIGN
 @click.option("--fsync", is_flag=True, help="Force the result to the disk before it gets its name.")
 @CACHE
 @click.option(
@@ -65,6 +67,7 @@ def command(
     resume: bool,
     hashes: bool,
     fingerprints: bool,
+    sign: Path | None,
     fsync: bool,
     drop_cache: bool,
     crc_check: bool,
@@ -96,6 +99,7 @@ def command(
         by_rank=transform_by_rank,
         hashes=hashes,
         fingerprints=fingerprints,
+        sign=sign,
         fsync=fsync,
         drop_cache=drop_cache,
         crc=crc_check,

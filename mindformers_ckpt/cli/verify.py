@@ -40,6 +40,9 @@ class Share(click.ParamType):  # type: ignore[type-arg]  # generic in newer vers
 @STEP
 @CONTENTS
 @click.option("--sample", type=Share(), default="100%", show_default=True, help="Share of the tensors to read.")
+@click.option(
+    "--public-key", type=LocalPath(), metavar="KEY", help="Check the signature of the fingerprint, made with --sign."
+)
 @json_option
 @click.option("--quiet", is_flag=True, help="Print differences and errors only.")
 def command(
@@ -50,6 +53,7 @@ def command(
     step: str | None,
     contents: str,
     sample: float,
+    public_key: Path | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -60,6 +64,8 @@ def command(
     """
     if against is None and (src_strategy is not None or step is not None):
         raise click.UsageError("--src-strategy and --step are of the source; give it with --against.")
+    if against is not None and public_key is not None:
+        raise click.UsageError("--public-key checks the result by its manifest; leave --against out.")
     with show_progress("verify", quiet=quiet or as_json) as progress:
         found = verify(
             result,
@@ -68,6 +74,7 @@ def command(
             src_strategy=src_strategy,
             step=step,
             sample=sample,
+            public_key=public_key,
             contents=contents,
             progress=progress,
         )

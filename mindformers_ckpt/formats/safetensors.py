@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 HEADER_LIMIT = 100_000_000
 
+_MINUS_ZERO = re.compile(rb"-0(?![.\deE])")
 _OTHER_PARTS = 1000  # the header itself, its metadata, and what is told better of one that is not
 _METADATA = "__metadata__"
 _LENGTH_SIZE = 8
@@ -127,7 +129,8 @@ def _parse_json(text: bytes) -> dict[str, Any]:
         # Before a parser that recurses looks at it; MindSpore raises Python's own bound. A tensor has one object and
         # two lists.
         check_structure(text, 3 * text.count(b'"data_offsets"') + _OTHER_PARTS)
-        fields = json.loads(text.decode(), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        hooks: dict[str, Any] = {"parse_int": _whole} if _MINUS_ZERO.search(text) else {}
+        fields = json.loads(text.decode(), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, **hooks)
         if b"\\u" in text:
             json.dumps(fields, ensure_ascii=False).encode()  # an escape may be half of a surrogate pair
     except (ValueError, RecursionError) as error:
@@ -144,6 +147,11 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {name!r} appears twice")
         fields[name] = value
     return fields
+
+
+def _whole(text: str) -> float:
+    """A whole number; to the reference library -0 is none."""
+    return -0.0 if text == "-0" else int(text)
 
 
 def _refuse_constant(constant: str) -> None:

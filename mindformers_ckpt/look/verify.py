@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mindformers_ckpt.checksums.digest import digest_of
-from mindformers_ckpt.errors import CheckpointError, ConfigError, FormatError, PlanError
+from mindformers_ckpt.errors import CheckpointError, ConfigError, FormatError, PlanError, PublishError
 from mindformers_ckpt.look.verify_manifest import (
     Choose,
     Manifest,
@@ -23,6 +23,7 @@ from mindformers_ckpt.look.verify_model import Difference, Verification
 from mindformers_ckpt.look.verify_replicas import verify_checksums
 from mindformers_ckpt.look.whole import PathLike, as_strategy, checkpoint_at
 from mindformers_ckpt.publish.fingerprints import folder_of, recorded_checksums
+from mindformers_ckpt.publish.signature import BUNDLE_FILE, check_signature
 from mindformers_ckpt.sources import checkpoint2
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.listing import Listing
@@ -41,6 +42,7 @@ def verify(
     step: str | None = None,
     sample: float = 1.0,
     contents: str = "error",
+    public_key: PathLike | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Check a result, by its manifest or against a source.
@@ -51,7 +53,8 @@ def verify(
     several files): every rank of the result is compared with what the source gives it, bit by bit.
 
     `sample` is the share of tensors whose contents are read. `contents` says what samples of the source that contradict
-    its strategy are: "error", "warn" or "off". `progress` is told bytes read and the total.
+    its strategy are: "error", "warn" or "off". With `public_key`, a PEM file, the fingerprint must be signed with the
+    key that belongs to it, and hold. `progress` is told bytes read and the total.
     Raises PlanError when there is nothing to go by, and what reading the source raises; all that is wrong with the
     result is in `differences`.
     """
@@ -61,7 +64,10 @@ def verify(
     if against is not None:
         _verify_against(path, strategy, against, src_strategy, step, chosen, contents, progress, found)
     else:
-        _verify_manifest(Path(os.path.abspath(path)), strategy, sample, chosen, progress, found)
+        folder = Path(os.path.abspath(path))
+        _verify_manifest(folder, strategy, sample, chosen, progress, found)
+        if public_key is not None:
+            _verify_signatures(folder, Path(public_key), found)
     return found
 
 
@@ -124,6 +130,22 @@ def _verify_manifest(
             "the contents: the run recorded neither hashes (--hash) nor fingerprints (--fingerprint); --against SOURCE "
             "compares them with what they were made of"
         )
+
+
+def _verify_signatures(folder: Path, public_key: Path, found: Verification) -> None:
+    """Check that what is recorded of whole tensors is signed. Whether the tensors are so is checked beside it."""
+    parts = read_result(folder).fingerprints
+    if not parts:
+        found.differences.append(Difference("the result is not signed: it was made without --fingerprint", folder))
+    for part, entry in parts.items():
+        try:
+            check_signature(folder / part, recorded_checksums(entry), public_key)
+        except (KeyError, TypeError, ValueError, AttributeError, PublishError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            found.differences.append(Difference(str(error), folder / part / BUNDLE_FILE))
+        else:
+            found.checked.append(f"signature: {folder / part / BUNDLE_FILE}, by the key of {public_key}")
 
 
 def _known_strategy(manifest: Manifest, strategy: PathLike | Strategy | None, found: Verification) -> Strategy | None:

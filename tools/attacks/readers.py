@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 
@@ -24,8 +25,7 @@ class Readers:
         chance = random.Random(seed)
         name = chance.choice(list(self._cases))
         case = self._cases[name]
-        for number in range(INPUTS):
-            data = fuzz_inputs.new_input(chance, name)
+        for number, data in enumerate(itertools.islice(fuzz_inputs.inputs(chance, name), INPUTS)):
             try:
                 case.run(data)
             except Exception as error:

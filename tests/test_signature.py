@@ -1,0 +1,154 @@
+"""Signatures go with fingerprints: through a re-slicing, and no further."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from recorded import random_bits, write_tensors
+
+import mindformers_ckpt as mc
+from mindformers_ckpt.errors import ConfigError
+from mindformers_ckpt.formats.dtypes import by_name
+from mindformers_ckpt.geometry.layout import Layout
+from mindformers_ckpt.publish.signature import BUNDLE_FILE, RECORD_FILE
+from mindformers_ckpt.strategy.files import write_strategy
+
+pytest.importorskip("model_signing", reason="model-signing has no release for this Python")
+
+FLOAT32, BFLOAT16 = by_name("float32"), by_name("bfloat16")
+RANDOM = np.random.default_rng(1)
+MODEL = {"a.weight": random_bits(FLOAT32, (8, 6), RANDOM), "b.weight": random_bits(BFLOAT16, (4, 8), RANDOM)}
+
+
+def write_key(path: Path, password: bytes | None = None) -> Path:
+    """A private key, with its public key beside it (.pub)."""
+    from cryptography.hazmat.primitives import serialization as form
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    lock = form.NoEncryption() if password is None else form.BestAvailableEncryption(password)
+    path.write_bytes(key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, lock))
+    public = key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo)
+    path.with_suffix(".pub").write_bytes(public)
+    return path
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    return write_key(tmp_path / "key.pem")
+
+
+@pytest.fixture
+def strategy(tmp_path: Path) -> Path:
+    mesh = {"dp": 2, "mp": 2}
+    layouts = {"a.weight": Layout.on(mesh, "mp", None), "b.weight": Layout.on(mesh, None, "mp")}
+    path = tmp_path / "strategy" / "ckpt_strategy_rank_0.ckpt"
+    write_strategy(layouts, path)
+    return path
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_tensors(tmp_path / "source.ckpt", MODEL)
+
+
+@pytest.fixture
+def signed(source: Path, strategy: Path, key: Path, tmp_path: Path) -> Path:
+    report = mc.transform(source, tmp_path / "signed", dst_strategy=strategy, sign=key)
+    assert report.fingerprints["."] == mc.fingerprint(source).digest
+    return report.destination
+
+
+def differences(result: Path, key: Path, strategy: Path | None = None) -> list[str]:
+    found = mc.verify(result, strategy, public_key=key.with_suffix(".pub"))
+    assert bool(found.differences) != any("signature" in line for line in found.checked)
+    return [str(difference) for difference in found.differences]
+
+
+def test_a_signed_result_is_verified(signed: Path, key: Path, tmp_path: Path) -> None:
+    assert differences(signed, key) == []
+    (error,) = differences(signed, write_key(tmp_path / "other.pem"))
+    assert f"{signed / BUNDLE_FILE}: is not a signature of these tensors by this key" in error
+
+
+def test_the_signature_outlives_re_slicing(signed: Path, strategy: Path, key: Path, tmp_path: Path) -> None:
+    whole = mc.transform(signed, tmp_path / "whole", src_strategy=strategy, fingerprints=True).destination
+    assert (whole / BUNDLE_FILE).read_bytes() == (signed / BUNDLE_FILE).read_bytes()
+    assert differences(whole, key) == []
+    again = mc.transform(whole, tmp_path / "again", dst_strategy=strategy, fingerprints=True, format="safetensors")
+    assert differences(again.destination, key) == []
+
+
+def test_other_tensors_are_not_what_was_signed(signed: Path, strategy: Path, key: Path, tmp_path: Path) -> None:
+    """Of a part of the tensors, of changed ones, and where somebody made a new record of them."""
+    other = write_tensors(tmp_path / "other.ckpt", {**MODEL, "a.weight": random_bits(FLOAT32, (8, 6), RANDOM)})
+    forged = mc.transform(other, tmp_path / "forged", dst_strategy=strategy, fingerprints=True).destination
+    assert not (forged / BUNDLE_FILE).exists()
+    assert "is not signed" in differences(forged, key)[0]
+    for name in (BUNDLE_FILE, RECORD_FILE):
+        shutil.copyfile(signed / name, forged / name)
+    assert "is not a signature of these tensors" in differences(forged, key)[0]
+    shutil.copytree(signed, tmp_path / "broken")
+    file = tmp_path / "broken/rank_1/checkpoint_1.ckpt"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    found = mc.verify(tmp_path / "broken", strategy, public_key=key.with_suffix(".pub"))
+    assert found.differences and not any("signature" in str(difference) for difference in found.differences)
+    (signed / BUNDLE_FILE).write_text("{", encoding="utf-8")
+    assert "is not a signature" in differences(signed, key)[0]
+
+
+def test_what_cannot_be_signed_is_said_first(
+    source: Path, strategy: Path, key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "result"
+    for wrong in (source, tmp_path / "none.pem", write_key(tmp_path / "locked.pem", b"password")):
+        with pytest.raises(ConfigError, match=f"{wrong}: cannot sign: .*\n? .*openssl"):
+            mc.transform(source, target, dst_strategy=strategy, sign=wrong)
+    with pytest.raises(ConfigError, match="whole tensors, but one rank is a unit of work"):
+        mc.transform(source, target, dst_strategy=strategy, sign=key, by_rank=True)
+    result = mc.transform(source, target, dst_strategy=strategy).destination
+    assert "made without --fingerprint" in differences(result, key)[0]
+    with pytest.raises(ConfigError, match="is not the PEM file of a public key"):
+        mc.verify(
+            mc.transform(source, tmp_path / "more", dst_strategy=strategy, sign=key).destination, public_key=source
+        )
+    monkeypatch.setitem(sys.modules, "model_signing.signing", None)
+    with pytest.raises(ConfigError, match=r"pip install 'mindformers_ckpt\[sign\]'"):
+        mc.transform(source, tmp_path / "without", dst_strategy=strategy, sign=key)
+    assert not (tmp_path / "without").exists()
+
+
+def test_a_finished_result_is_signed_with_resume(source: Path, strategy: Path, key: Path, tmp_path: Path) -> None:
+    mc.transform(source, tmp_path / "result", dst_strategy=strategy, fingerprints=True)
+    result = mc.transform(source, tmp_path / "result", dst_strategy=strategy, sign=key, resume=True).destination
+    assert differences(result, key) == []
+
+
+def test_the_command_line_signs_and_verifies(signed: Path, source: Path, key: Path, tmp_path: Path) -> None:
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "mindformers_ckpt", *words], capture_output=True, text=True)
+
+    public = str(key.with_suffix(".pub"))
+    done = run("verify", str(signed), "--public-key", public)
+    assert done.returncode == 0, done.stderr
+    assert f"checked: signature: {signed / BUNDLE_FILE}" in done.stdout
+    assert run("verify", str(signed), "--public-key", public, "--against", str(source)).returncode == 2
+    out = tmp_path / "llama.ckpt"
+    done = run(
+        "convert", "--model", "llama", "--input_path", str(source), "--output_path", str(out), "--sign", str(key)
+    )
+    assert done.returncode == 1 and not out.exists()
+
+
+def test_other_tools_can_verify(signed: Path, key: Path) -> None:
+    """The record and the bundle are those of the library's own command."""
+    words = ["verify", "key", str(signed / RECORD_FILE), "--signature", str(signed / BUNDLE_FILE)]
+    words += ["--public_key", str(key.with_suffix(".pub"))]
+    subprocess.run([sys.executable, "-m", "model_signing", *words], check=True, capture_output=True)
