@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +20,13 @@ from types import TracebackType
 from typing import Any
 
 from mindformers_ckpt.disk.files import FileState
+from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.engine import page_cache
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES, PIECE_BYTES, TRANSPOSE_BYTES
-from mindformers_ckpt.engine.copier import Done, Task, cut_into_tasks
 from mindformers_ckpt.engine.object_sink import Uploads
 from mindformers_ckpt.engine.pool import copy_tasks
 from mindformers_ckpt.engine.sinks import FileSink
+from mindformers_ckpt.engine.tasks import Done, Task, cut_into_tasks
 from mindformers_ckpt.errors import (
     CheckpointError,
     ConfigError,
@@ -33,17 +34,17 @@ from mindformers_ckpt.errors import (
     PlanError,
     PublishError,
     TransferError,
-    describe_problems,
 )
 from mindformers_ckpt.formats import read_header
-from mindformers_ckpt.objects.listing import look_again
 from mindformers_ckpt.objects.path import absolute
 from mindformers_ckpt.planning.digest import digest_of
-from mindformers_ckpt.planning.model import Plan, SourceFile
+from mindformers_ckpt.planning.model import Plan
+from mindformers_ckpt.planning.source_states import changed_files, check_unchanged, states_of
 from mindformers_ckpt.publish import MANIFEST_FILE, Staging, check_free_space, read_manifests
 from mindformers_ckpt.publish.fingerprints import KEY, check_countable, describe_fingerprints, recorded_checksums
 from mindformers_ckpt.publish.journal import Journal
-from mindformers_ckpt.publish.manifest import is_whole, without
+from mindformers_ckpt.publish.manifest import is_whole
+from mindformers_ckpt.publish.results import check_addable, describe_result, partial_manifest_name
 from mindformers_ckpt.publish.signature import check_key, find_bundle, sign, take_over
 from mindformers_ckpt.publish.staging import Kind, Replace
 
@@ -384,11 +385,6 @@ def copy_unchanged(
     check_unchanged(states)
 
 
-def ranks_of(plan: Plan) -> list[int]:
-    """The target ranks that a plan makes, in order."""
-    return sorted({target.rank for target in plan.targets})
-
-
 def affordable_processes(wanted: int) -> int:
     """So many of the wanted processes as the free memory is enough for, at least one."""
     if wanted == 1:
@@ -401,100 +397,10 @@ def affordable_processes(wanted: int) -> int:
 def check_apart(plan: Plan, destination: Path) -> None:
     """Refuse a destination that holds a source file: publishing would replace it."""
     real = destination.resolve()
-    inside = [file.path for file in plan.sources if file.path.resolve().is_relative_to(real)]
-    if inside:
-        raise PlanError(f"the target folder {destination} holds the source file {inside[0]}; choose another folder")
-
-
-def check_unchanged(states: Mapping[Path, FileState]) -> None:
-    """Compare files with what they were. Raises TransferError that names those which were written meanwhile."""
-    look_again()
-    changed = changed_files(states)
-    if changed:
-        headline = "source files were written or replaced while they were read; run the command again"
-        raise TransferError(describe_problems(headline, changed))
-
-
-def changed_files(states: Mapping[Path, FileState]) -> list[str]:
-    """The files that are not what they were."""
-    return [str(path) for path, state in states.items() if _state(path) != state]
-
-
-def check_addable(
-    plan: Plan, destination: Path, about: Mapping[str, Any], overwrite: bool, states: Mapping[Path, FileState]
-) -> None:
-    """Refuse to put ranks beside those of another run, or (without `overwrite`) over ranks that are there.
-
-    Ranks go together when their manifests say the same of source and target, and of every source file that both
-    read. Raises PublishError.
-    """
-    if not destination.is_dir() or not any(destination.iterdir()):
-        return
-    made = read_manifests(destination)
-    if not made:
-        raise PublishError(f"{destination} holds something else than the other ranks; choose another folder")
-    own = {Path(target.path).parent for target in plan.targets}
-    sources = {entry["path"]: entry for entry in _describe_sources(plan, states)}
-    for name, manifest in made.items():
-        others = without(manifest, own)
-        if others is None:
-            continue
-        is_other = any(manifest.get(key) != value for key, value in about.items())
-        theirs = manifest.get("sources", ())
-        if is_other or any(sources.get(entry["path"], entry) != entry for entry in theirs if "modified" in entry):
-            raise PublishError(
-                f"{destination} holds ranks of another source or target ({name}); they cannot be mixed: "
-                "choose another folder"
-            )
-    taken = sorted(str(folder) for folder in own if (destination / folder).exists())
-    if taken and not overwrite:
-        listed = ", ".join(taken[:8])
-        raise PublishError(f"{destination} already holds {listed}; allow to replace them with --overwrite")
-
-
-def describe_result(
-    plan: Plan,
-    folder: Path,
-    done: Collection[Done],
-    about: Mapping[str, Any],
-    states: Mapping[Path, FileState],
-) -> dict[str, Any]:
-    """The manifest of a result: what was made of what, and the files with their sizes and hashes."""
-    from mindformers_ckpt import __version__
-
-    hashes: dict[int, dict[str, str]] = {}
-    for task in done:
-        for tensor in task.hashes:
-            hashes.setdefault(tensor.file, {})[tensor.name] = tensor.digest
-    files = []
-    for number, target in enumerate(plan.targets):
-        size = (folder / target.path).stat().st_size
-        entry = {"path": target.path, "rank": target.rank, "bytes": size, "tensors": len(target.tensors)}
-        if number in hashes:
-            entry["xxh3_128"] = hashes[number]
-        files.append(entry)
-    return {
-        "mindformers_ckpt": __version__,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        **about,
-        "sources": _describe_sources(plan, states),
-        "files": files,
-    }
-
-
-def partial_manifest_name(plan: Plan) -> str:
-    """Manifest name of a run that makes some ranks only: several such runs share a destination."""
-    ranks = ranks_of(plan)
-    spans = f"{ranks[0]}-{ranks[-1]}"
-    if len(ranks) <= ranks[-1] - ranks[0]:
-        spans += "_" + hashlib.blake2b(repr(ranks).encode(), digest_size=4).hexdigest()  # some in between are not
-    return f"manifest_rank_{spans}.json"
-
-
-def _describe_sources(plan: Plan, states: Mapping[Path, FileState]) -> list[dict[str, Any]]:
-    return [
-        {"path": str(file.path), "bytes": file.size, "modified": states[file.path].modified} for file in plan.sources
-    ]
+    paths = [file.path for file in plan.sources]
+    for path, found in zip(paths, each(lambda path: path.resolve(), paths)):
+        if found.is_relative_to(real):
+            raise PlanError(f"the target folder {destination} holds the source file {path}; choose another folder")
 
 
 def identity_of(digest: str, states: Mapping[Path, FileState], options: Options) -> str:
@@ -508,24 +414,6 @@ def identity_of(digest: str, states: Mapping[Path, FileState], options: Options)
     for path, state in states.items():
         whole.update(f"{path} {tuple(state)}\n".encode(errors="surrogateescape"))
     return whole.hexdigest()
-
-
-def states_of(files: Iterable[SourceFile]) -> dict[Path, FileState]:
-    """What the source files are at this moment. Raises TransferError."""
-    states = {}
-    for file in files:
-        try:
-            states[file.path] = FileState.of(file.path)
-        except OSError as error:
-            raise TransferError(f"{file.path}: cannot be read: {error.strerror}") from error
-    return states
-
-
-def _state(path: Path) -> FileState | None:
-    try:
-        return FileState.of(path)
-    except OSError:
-        return None
 
 
 def is_checkpoint(path: Path) -> bool:

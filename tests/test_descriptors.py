@@ -12,7 +12,7 @@ import pytest
 from recorded import assert_ranks, random_model, write_ranks
 from test_execute import parts, plan_from
 
-from mindformers_ckpt.engine import copier, descriptors
+from mindformers_ckpt.engine import descriptors, tasks
 from mindformers_ckpt.engine.descriptors import Descriptors
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.execution import Options
@@ -81,7 +81,7 @@ def rows_to_columns(ranks: int) -> tuple[Strategy, Strategy]:
 def test_more_ranks_than_files_may_be_open(
     processes: int, room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failed_opens: list[int]
 ) -> None:
-    monkeypatch.setattr(copier, "_SMALLEST_TASK", 1)  # several tasks, and so several readers and sinks at once
+    monkeypatch.setattr(tasks, "_SMALLEST_TASK", 1)  # several tasks, and so several readers and sinks at once
     rows, columns = rows_to_columns(64)
     model = random_model({"w": (64, 64), "v": (64, 64)})
     plan = plan_from(write_ranks(tmp_path / "source", parts(rows, model)), rows, columns)

@@ -23,10 +23,11 @@ from recorded import Tensor, assert_ranks, random_bits, random_model, read_ranks
 
 from mindformers_ckpt import execution
 from mindformers_ckpt.convert.output import NAME_MAP_FILE, write_name_map
-from mindformers_ckpt.engine import ahead, copier, descriptors, sinks, views
-from mindformers_ckpt.engine.copier import Copier, Done, Task, cut_into_tasks
+from mindformers_ckpt.engine import ahead, descriptors, sinks, tasks, views, ways
+from mindformers_ckpt.engine.copier import Copier
 from mindformers_ckpt.engine.pool import copy_tasks
 from mindformers_ckpt.engine.sinks import FileSink
+from mindformers_ckpt.engine.tasks import Done, Task, cut_into_tasks
 from mindformers_ckpt.errors import CheckpointError, TransferError
 from mindformers_ckpt.execution import Options, Run
 from mindformers_ckpt.formats import TensorSpec, layout_file
@@ -85,7 +86,7 @@ def worker_processes() -> list[psutil.Process]:
 
 @pytest.fixture
 def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copier, "_SMALLEST_TASK", 1)
+    monkeypatch.setattr(tasks, "_SMALLEST_TASK", 1)
 
 
 @st.composite
@@ -153,12 +154,12 @@ def test_any_layout_to_any_layout(
     model = {name: random_bits(by_name(dtype), shape, generator) for name, (dtype, shape) in tensors.items()}
     # hypothesis runs many examples in one test: the fixtures monkeypatch and tmp_path would be shared.
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        for module in (copier, views):
+        for module in (tasks, views):
             patch.setattr(module, "BLOCK_BYTES", block)
         patch.setattr(views, "_RUN_BYTES", run)
         patch.setattr(ahead, "_BATCH_BYTES", block)
         patch.setattr(ahead.Fetcher, "has_to_wait", lambda *_: is_slow)
-        patch.setattr(copier, "_SMALLEST_TASK", 1)
+        patch.setattr(tasks, "_SMALLEST_TASK", 1)
         folder = Path(name)
         root = write_ranks(folder / "source", parts(source, model), formats[0])
         plan = plan_from(root, source, target, format=formats[1])
@@ -176,7 +177,7 @@ def test_any_layout_to_any_layout(
 
 
 def test_hashes_are_those_of_the_written_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copier, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(tasks, "BLOCK_BYTES", 64)
     model = random_model({"w": (16, 8), "v": (8, 16), "step": ()})
     plan = plan_from(write_ranks(tmp_path / "source", parts(MP4, model)), MP4, MP2)
     from mindformers_ckpt.publish import read_manifest
@@ -196,8 +197,8 @@ def test_hashes_are_those_of_the_written_tensors(tmp_path: Path, monkeypatch: py
 def test_tasks_cover_every_block_once(
     options: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copier, "BLOCK_BYTES", 64)
-    monkeypatch.setattr(copier, "_SMALLEST_TASK", 300)
+    monkeypatch.setattr("mindformers_ckpt.engine.tasks.BLOCK_BYTES", 64)
+    monkeypatch.setattr("mindformers_ckpt.engine.tasks._SMALLEST_TASK", 300)
     model = random_model({"w": (16, 8), "v": (8, 16), "u": (64, 64), "step": ()})
     plan = plan_from(write_tensors(tmp_path / "model.ckpt", model), COMPLETE, MP4)
     tasks = cut_into_tasks(plan, **options)
@@ -218,7 +219,7 @@ def test_tasks_cover_every_block_once(
     assert tasks == cut_into_tasks(plan, **options)
 
 
-def blocks_of(piece: copier.Slice) -> range:
+def blocks_of(piece: tasks.Slice) -> range:
     return range(piece.first, piece.first + piece.blocks)
 
 
@@ -454,9 +455,9 @@ def test_a_source_that_is_shortened_while_it_is_read(
     is_slow: bool, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ahead.Fetcher, "has_to_wait", lambda *_: is_slow)
-    for module in (copier, views):
+    for module in (tasks, views):
         monkeypatch.setattr(module, "BLOCK_BYTES", 1 << 20)
-    monkeypatch.setattr(copier, "_SMALLEST_TASK", 1 << 30)  # a single task, and so a single thread
+    monkeypatch.setattr(tasks, "_SMALLEST_TASK", 1 << 30)  # a single task, and so a single thread
     plan = sparse_plan(tmp_path / "source", 32)
     path = tmp_path / "source" / "rank_3" / "checkpoint_3.ckpt"
     calls = 0
@@ -577,10 +578,10 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_execute import MP2, MP4, plan_from
-from mindformers_ckpt.engine import copier
+from mindformers_ckpt.engine import tasks
 from mindformers_ckpt.execution import Options
 from mindformers_ckpt.transform import transform
-copier._SMALLEST_TASK = 1
+tasks._SMALLEST_TASK = 1
 if __name__ == "__main__":
     plan = plan_from(Path({source!r}), MP4, MP2)
     {body}
@@ -626,8 +627,8 @@ def test_boxes_that_overlap_are_read_once() -> None:
     whole, upper, lower = Box((0, 0), (8, 4)), Box((0, 0), (4, 4)), Box((4, 0), (8, 4))
     places = tuple(Place(file, box) for file, box in enumerate((upper, lower, lower)))
     transfer = Transfer("w", by_name("float32"), (8, 4), (Place(0, whole),), places)
-    assert copier._is_cut_by_rows(transfer)
-    assert not copier._is_cut_by_rows(transfer._replace(targets=(*places, Place(3, whole))))
+    assert ways.is_cut_by_rows(transfer)
+    assert not ways.is_cut_by_rows(transfer._replace(targets=(*places, Place(3, whole))))
 
 
 @pytest.mark.parametrize("may_fork", [False, True])

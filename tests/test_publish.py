@@ -13,7 +13,7 @@ import pytest
 from recorded import Tensor, assert_ranks, random_model, write_ranks
 
 from mindformers_ckpt.disk import files
-from mindformers_ckpt.engine import copier
+from mindformers_ckpt.engine import tasks
 from mindformers_ckpt.engine.copier import Copier
 from mindformers_ckpt.errors import PlanError, PublishError, TransferError
 from mindformers_ckpt.execution import Options, Run
@@ -53,8 +53,8 @@ def plan(source: Checkpoint) -> Plan:
 
 @pytest.fixture
 def many_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copier, "BLOCK_BYTES", 64)
-    monkeypatch.setattr(copier, "_SMALLEST_TASK", 1)
+    monkeypatch.setattr(tasks, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(tasks, "_SMALLEST_TASK", 1)
 
 
 @pytest.fixture
@@ -266,8 +266,8 @@ def tasks_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     original = Copier.run
 
     def run(
-        self: Copier, task: copier.Task, check: Callable[[], None] = lambda: None, following: copier.Task | None = None
-    ) -> copier.Done:
+        self: Copier, task: tasks.Task, check: Callable[[], None] = lambda: None, following: tasks.Task | None = None
+    ) -> tasks.Done:
         numbers.append(task.number)
         return original(self, task, check, following)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mindformers_ckpt.engine.copier import cut_into_tasks
+from mindformers_ckpt.engine.tasks import cut_into_tasks
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box

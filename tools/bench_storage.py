@@ -7,8 +7,9 @@ Makes a Llama-like checkpoint cut as mp4, shows it through a slow file system th
 limited to 200 MB/s, it prints
 
 - T_io: the quickest raw read of the source's bytes, of 1 to 64 threads, through the page cache or past it (O_DIRECT);
-- the seconds of every way and their ratio to T_io; what the file system was asked for: opens, reads, and how many
-  reads were in flight at most.
+- the seconds of every way and their ratio to T_io, the seconds of the processor that it and the file system took; what
+  the file system was asked for: opens, reads, and how many reads were in flight at most;
+- the same for loading as a rank does it without files (`auto_trans_save: False`): one rank that gets all weights.
 
 The files below are warm, so that only the added latency counts; every run has a mount of its own, for what was read
 once stays in the page cache above it. Ways are measured in turn, `--repeats` times; the least times count.
@@ -21,6 +22,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -37,11 +39,33 @@ import click
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_objects import report_s3
 from bench_ranks import report_ranks
-from bench_transform import machine, ours, shapes, specs, strategy_argument, write_complete, write_strategies
+from bench_transform import (
+    machine,
+    ours,
+    shapes,
+    specs,
+    strategy_argument,
+    take_memory,
+    write_complete,
+    write_strategies,
+)
 from slow_mount import mounted, why_not
 
 _REQUEST = 1 << 20
 _THROTTLED = 200e6
+_LOAD = """
+import sys
+from pathlib import Path
+from mindformers_ckpt.job.direct import read_direct
+from mindformers_ckpt.planning.build import build_plan
+from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.sources.find import find_mindspore
+from mindformers_ckpt.strategy.files import read_strategy
+from mindformers_ckpt.strategy.model import Strategy
+checkpoint = Checkpoint(find_mindspore(sys.argv[1]), read_strategy(Path(sys.argv[2])))
+weights = list(read_direct(build_plan(checkpoint, Strategy.complete()), lambda: None))
+assert sum(content.nbytes for _, content in weights) > 0
+"""
 
 
 class Case(NamedTuple):
@@ -56,6 +80,8 @@ class Run(NamedTuple):
     """What a way took, and what it asked of the file system."""
 
     seconds: float
+    cpu: float
+    served: float
     counters: dict[str, int]
 
 
@@ -64,6 +90,7 @@ class Bench:
 
     def __init__(self, folder: Path, result: Path, case: Case) -> None:
         self._folder, self._result, self._case = folder, result, case
+        self._bytes = sum(path.stat().st_size for path in (folder / "data" / "source").rglob("*.ckpt"))
 
     def run(self, way: Callable[[Path], None]) -> Run:
         """Run one way on a mount of its own, that of the folder of data."""
@@ -76,12 +103,13 @@ class Bench:
             latency_ms=case.latency_ms,
             bytes_per_s=case.bytes_per_s,
         ) as mount:
-            started = time.perf_counter()
+            take_memory(self._bytes)
+            started, used = time.perf_counter(), _cpu_seconds()
             way(mount.mountpoint)
             seconds = time.perf_counter() - started
-            counters = mount.counters()
+            run = Run(seconds, _cpu_seconds() - used, mount.cpu_seconds(), mount.counters())
         shutil.rmtree(self._result, ignore_errors=True)
-        return Run(seconds, counters)
+        return run
 
     def raw(self, readers: int, direct: bool, limit: float) -> Run:
         """A raw read by some threads; it may end early when it takes longer than `limit` seconds."""
@@ -105,6 +133,17 @@ class Bench:
             subprocess.run(ours(mount / "source", src, self._result, dst, *words), check=True)
 
         return way
+
+    def load(self, mount: Path) -> None:
+        """Ours, as a rank of a job loads without files: one that gets all weights."""
+        strategy = strategy_argument(self._folder / "data" / "strategy", "mp4")
+        subprocess.run([sys.executable, "-c", _LOAD, str(mount / "source"), strategy], check=True)
+
+
+def _cpu_seconds() -> float:
+    """What this process and those that it has waited for took of the processor."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def read_all(files: list[Path], readers: int, direct: bool, limit: float = float("inf")) -> None:
@@ -163,6 +202,7 @@ def report(case: Case, bench: Bench, repeats: int, readers: list[int], options: 
     t_io, how = best_raw(bench, readers)
     ways: dict[str, Callable[[Path], None]] = {"cat": bench.cat, "cp -r": bench.copy}
     ways |= {f"ours, {count} process{'es' if count > 1 else ''}": bench.transform(count, *options) for count in (1, 2)}
+    ways["load in a job"] = bench.load
     runs: dict[str, list[Run]] = {way: [] for way in ways}
     for _ in range(repeats):
         for way, work in ways.items():
@@ -171,7 +211,8 @@ def report(case: Case, bench: Bench, repeats: int, readers: list[int], options: 
     for way, run in best.items():
         counted = run.counters
         click.echo(
-            f"{case.name:<9} {way:<28} {run.seconds:8.2f} {run.seconds / t_io.seconds:8.2f} {counted['opens']:6d} "
+            f"{case.name:<9} {way:<28} {run.seconds:8.2f} {run.seconds / t_io.seconds:8.2f} "
+            f"{run.cpu:6.2f} {run.served:7.2f} {counted['opens']:6d} "
             f"{counted['stats'] + counted['listings']:6d} {counted['reads']:7d} {counted['most_in_flight']:10d}"
         )
 
@@ -220,7 +261,7 @@ def main(
             report_s3(folder, result or folder / "result", delay_ms=latency, link=link * 1e6, repeats=repeats)
         shutil.rmtree(folder)
         return
-    header = "case      way                           seconds   x T_io  opens  names   reads  in flight"
+    header = "case      way                           seconds   x T_io  CPU s  served  opens  names   reads  in flight"
     click.echo(f"{header}\n{'-' * len(header)}")
     cases = [Case(f"{latency:g} ms", latency, 0) for latency in latencies or (0, 1, 5, 30)]
     cases += [Case("200 MB/s", 1, _THROTTLED)] if throttled else []

@@ -28,8 +28,8 @@ from typing import NamedTuple
 import checkout  # noqa: F401 - finds the package of this checkout
 import click
 
-from mindformers_ckpt.engine.copier import cut_into_tasks
 from mindformers_ckpt.engine.sinks import FileSink
+from mindformers_ckpt.engine.tasks import cut_into_tasks
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.layout import Layout

@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 _SOURCE = Path(__file__).with_name("slowfs.c")
 _CONTROL = ".slowfs"
 # What NFS and most others send in one request; a FUSE file system starts with 128 KiB.
@@ -42,9 +44,15 @@ def why_not() -> str | None:
 class Mount:
     """A mounted slow file system."""
 
-    def __init__(self, mountpoint: Path, stats: Path) -> None:
+    def __init__(self, mountpoint: Path, stats: Path, process: int) -> None:
         self.mountpoint = mountpoint
         self._stats = stats
+        self._process = psutil.Process(process)
+
+    def cpu_seconds(self) -> float:
+        """What the file system itself took of the processor."""
+        times = self._process.cpu_times()
+        return float(times.user + times.system)
 
     def counters(self, *, reset: bool = False) -> dict[str, int]:
         """What was asked of the file system since it was mounted, or since a `reset`."""
@@ -88,7 +96,7 @@ def mounted(
     process = subprocess.Popen([str(program), str(source), str(mountpoint), "-o", words], env=environment)
     try:
         _wait_for(mountpoint, process)
-        yield Mount(mountpoint, stats)
+        yield Mount(mountpoint, stats, process.pid)
     finally:
         subprocess.run(["fusermount3", "-u", "-z", str(mountpoint)], check=False, stderr=subprocess.DEVNULL)
         try:

@@ -13,10 +13,11 @@ from mindformers_ckpt.api.request import CHECKPOINT2, Prepared
 from mindformers_ckpt.cli.dry import file_bytes, free_bytes, refusals
 from mindformers_ckpt.cli.notices import amount, say, say_json, warn
 from mindformers_ckpt.cli.options import OVERWRITE_ANYTHING, LocalPath, json_option, request_of, request_options
-from mindformers_ckpt.execution import check_apart, ranks_of
+from mindformers_ckpt.execution import check_apart
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.planning.file import write_plan
 from mindformers_ckpt.planning.model import Plan, Transfer
+from mindformers_ckpt.publish.results import ranks_of
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ from mindformers_ckpt.cli.options import (
     resumable,
 )
 from mindformers_ckpt.cli.progress import show_progress
-from mindformers_ckpt.execution import Options, Report, affordable_processes, ranks_of
+from mindformers_ckpt.execution import Options, Report, affordable_processes
 from mindformers_ckpt.planning.file import Job
+from mindformers_ckpt.publish.results import ranks_of
 
 
 @click.command("transform")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from mindformers_ckpt.convert.config import CONFIG_FILE
 from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
 from mindformers_ckpt.formats import TensorSpec, read_header
+from mindformers_ckpt.formats.headers import read_headers
 from mindformers_ckpt.planning.model import Place
 from mindformers_ckpt.planning.shards import in_shard
 from mindformers_ckpt.publish import MANIFEST_FILE, read_manifests
@@ -62,11 +63,9 @@ def read_weights(source: Source, canonical: Callable[[str], str] = lambda name: 
         return _read_boxes(source, canonical)
     tensors: dict[str, Found] = {}
     damaged, problems = [], []
-    for path in source.files:
-        try:
-            header = read_header(path)
-        except FormatError as error:
-            damaged.append(str(error))
+    for path, header in read_headers(source.files):
+        if isinstance(header, FormatError):
+            damaged.append(str(header))
             continue
         for record in header.tensors.values():
             if not source.assigns(record.spec.name, path):

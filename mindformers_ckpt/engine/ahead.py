@@ -28,10 +28,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
+from mindformers_ckpt.disk.waiting import waits
 from mindformers_ckpt.engine import page_cache
 from mindformers_ckpt.engine.descriptors import Descriptors, fill
 from mindformers_ckpt.errors import TransferError
-from mindformers_ckpt.formats.waiting import waits
 from mindformers_ckpt.objects.path import ObjectPath
 from mindformers_ckpt.objects.reading import Handle, preadv
 
@@ -67,19 +67,26 @@ class Extent(NamedTuple):
 
 def merged(extents: Iterable[Extent]) -> list[Extent]:
     """The ranges of whole pages, by file and place, that hold all extents; near ones are one range."""
-    found: list[Extent] = []
-    needed = 0  # bytes of the last range that are asked for
-    for path, start, stop in sorted(extents):
+    by_file: dict[Path, list[tuple[int, int]]] = {}
+    for path, start, stop in extents:
+        by_file.setdefault(path, []).append((start, stop))
+    return [Extent(path, *pages) for path in sorted(by_file) for pages in _pages(sorted(by_file[path]))]
+
+
+def _pages(extents: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The ranges of whole pages of a file that hold its extents, which are in order."""
+    begin = end = needed = 0  # the last range, and how many bytes of it are asked for
+    for start, stop in extents:
         first, last = start // _PAGE * _PAGE, -(-stop // _PAGE) * _PAGE
-        if found and found[-1].path == path:
-            gap = first - found[-1].stop
-            if gap <= 0 or (gap <= _GAP_BYTES and gap * _OVER_READ <= needed + stop - start):
-                found[-1] = found[-1]._replace(stop=max(last, found[-1].stop))
-                needed += stop - start
-                continue
-        found.append(Extent(path, first, last))
-        needed = stop - start
-    return found
+        gap = first - end
+        if needed and (gap <= 0 or (gap <= _GAP_BYTES and gap * _OVER_READ <= needed + stop - start)):
+            end, needed = max(last, end), needed + stop - start
+            continue
+        if needed:
+            yield begin, end
+        begin, end, needed = first, last, stop - start
+    if needed:
+        yield begin, end
 
 
 class _Range:

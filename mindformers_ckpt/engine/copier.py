@@ -1,241 +1,54 @@
-"""Runs a plan: streams bytes from source files to target files.
+"""Runs the tasks of a plan: streams bytes from source files to target files.
 
-Work is cut into tasks by output bytes, so that one huge tensor is spread over processes like a thousand
-small ones. Every tensor is copied block by block; a block of source bytes is read once and goes to all
-target files that take a part of it. Nothing here knows of strategies.
+Every tensor is copied block by block; a block of source bytes is read once and goes to all target files that take a
+part of it. Nothing here knows of strategies.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mindformers_ckpt.checksums.shares import share_of_run
 from mindformers_ckpt.engine.ahead import Fetcher
-from mindformers_ckpt.engine.buffers import ALIGNMENT, BLOCK_BYTES, PIECE_BYTES, TRANSPOSE_BYTES, empty_bytes
+from mindformers_ckpt.engine.buffers import ALIGNMENT, BLOCK_BYTES, PIECE_BYTES, empty_bytes
 from mindformers_ckpt.engine.reader import Read, Reader, ShardReader
 from mindformers_ckpt.engine.sinks import Sink
+from mindformers_ckpt.engine.tasks import Done, Slice, Task, TensorHash, TensorShare, blocks_of
 from mindformers_ckpt.engine.views import target_runs
+from mindformers_ckpt.engine.ways import Way, Ways
 from mindformers_ckpt.formats import DType
-from mindformers_ckpt.geometry.box import Box, are_disjoint, block_count, blocks, hull, offset_in
-from mindformers_ckpt.planning.model import Place, Plan, SourceFile, Transfer, View, once, volume_of
+from mindformers_ckpt.geometry.box import Box, offset_in
+from mindformers_ckpt.planning.model import SourceFile, View
 
 if TYPE_CHECKING:
     import numpy as np
-
-_TASKS = 64
-_SMALLEST_TASK, _LARGEST_TASK = 8 << 20, 256 << 20
-
-
-class Slice(NamedTuple):
-    """Some consecutive blocks of a transfer, counted from `first`."""
-
-    transfer: Transfer
-    first: int
-    blocks: int
-
-
-class Task(NamedTuple):
-    """A unit of work: about equally many output bytes each."""
-
-    number: int
-    slices: tuple[Slice, ...]
-    bytes_written: int
-
-
-class TensorHash(NamedTuple):
-    """xxh3-128 of the content of a tensor in a target file."""
-
-    file: int
-    name: str
-    digest: str
-
-
-class TensorShare(NamedTuple):
-    """What some blocks add to the checksum of a whole target tensor; `file` is the first one that takes of it."""
-
-    file: int
-    name: str
-    share: int
-
-
-class Done(NamedTuple):
-    """What a finished task reports. `proof` is a digest of all that it wrote, "" where none was asked for."""
-
-    task: int
-    bytes_written: int
-    hashes: tuple[TensorHash, ...]
-    proof: str = ""
-    shares: tuple[TensorShare, ...] = ()
-
-
-def cut_into_tasks(plan: Plan, *, by_rank: bool = False, whole_tensors: bool = False) -> list[Task]:
-    """Cut a plan into tasks: by output bytes, or one a target file (`by_rank`).
-
-    With `whole_tensors` no tensor is cut over two tasks, as content hashes need it.
-    The cut depends on the plan alone, so that an interrupted run can be resumed.
-    """
-    if by_rank:
-        return _tasks_by_file(plan)
-    size = max(_SMALLEST_TASK, min(_LARGEST_TASK, plan.bytes_written // _TASKS))
-    written, cut = once(volume_of), _BlockCounts()
-    tasks: list[Task] = []
-    pending: list[Slice] = []
-    held = 0
-    for transfer in plan.transfers:
-        total = cut.blocks(transfer)
-        cost = written(transfer.targets) * transfer.dtype.itemsize / max(total, 1)
-        first = 0
-        while first < total:
-            room = total - first
-            if not whole_tensors:
-                room = min(room, max(1, int((size - held) / cost)))
-            pending.append(Slice(transfer, first, room))
-            held += int(room * cost)
-            first += room
-            if held >= size or (first < total and not whole_tensors):
-                tasks.append(Task(len(tasks), tuple(pending), held))
-                pending, held = [], 0
-    if pending:
-        tasks.append(Task(len(tasks), tuple(pending), held))
-    return tasks
-
-
-def _tasks_by_file(plan: Plan) -> list[Task]:
-    """A task a target file, of all that it takes."""
-    written, cut = once(volume_of), _BlockCounts()
-    return [
-        Task(
-            number,
-            tuple(Slice(part, 0, cut.blocks(part)) for part in parts),
-            sum(written(part.targets) * part.dtype.itemsize for part in parts),
-        )
-        for number, parts in enumerate(plan.by_target())
-    ]
-
-
-class _BlockCounts:
-    """The numbers of blocks of transfers, found once for those that share their places."""
-
-    def __init__(self) -> None:
-        self._wanted = once(_hull)
-        self._transposed = once(_is_transposed)
-        self._counts: dict[tuple[int, int], int] = {}
-
-    def blocks(self, transfer: Transfer) -> int:
-        """The number of blocks of a transfer that outlives this object."""
-        wanted = self._wanted(transfer.targets)
-        limit = _limit(transfer.dtype, self._transposed(transfer.sources))
-        key = id(wanted), limit
-        if key not in self._counts:
-            self._counts[key] = block_count(wanted, limit)
-        return self._counts[key]
-
-
-def block_boxes(transfer: Transfer) -> Iterator[Box]:
-    """The blocks of a transfer."""
-    return blocks(_wanted(transfer), _block_elements(transfer))
-
-
-def _wanted(transfer: Transfer) -> Box:
-    return _hull(transfer.targets)
-
-
-def _hull(places: Sequence[Place]) -> Box:
-    return hull([place.box for place in places])
-
-
-def _block_elements(transfer: Transfer) -> int:
-    return _limit(transfer.dtype, _is_transposed(transfer.sources))
-
-
-def _is_transposed(sources: Sequence[Place]) -> bool:
-    return any(place.view is not None and place.view.is_transposed for place in sources)
-
-
-def _limit(dtype: DType, transposed: bool) -> int:
-    """Elements of a block. One of a transposed tensor takes a little of every row of the source: larger is better."""
-    return max(1, (TRANSPOSE_BYTES if transposed else BLOCK_BYTES) // dtype.itemsize)
-
-
-def _is_cut_by_rows(transfer: Transfer) -> bool:
-    """Whether sources and targets are cut along the first dimension only: all they share are single runs of both.
-
-    Not where target boxes overlap without being equal, of which the common part would be read twice.
-    """
-    by_rows = bool(transfer.shape) and all(
-        place.is_plain and place.box.shape[1:] == transfer.shape[1:] for place in (*transfer.sources, *transfer.targets)
-    )
-    return by_rows and are_disjoint(list({place.box for place in transfer.targets}))
-
-
-class _Meeting(NamedTuple):
-    """What a source holds of a target's box, and the files that take it."""
-
-    box: Box
-    files: Sequence[int]
-    place: Place
-    common: Box
-
-
-def _row_meetings(transfer: Transfer, takers: Mapping[tuple[Box, View | None], Sequence[int]]) -> list[_Meeting]:
-    """Which sources a target that is cut by rows takes from; in one pass over both, however many ranks there are."""
-    sources = sorted(transfer.sources, key=lambda place: place.box.start[0])
-    found = []
-    number = 0
-    for (box, _), files in sorted(takers.items(), key=lambda taker: taker[0][0].start[0]):
-        while number < len(sources) and sources[number].box.stop[0] <= box.start[0]:
-            number += 1
-        for place in itertools.islice(sources, number, None):
-            if place.box.start[0] >= box.stop[0]:
-                break
-            common = place.box.intersect(box)
-            if common is not None:
-                found.append(_Meeting(box, files, place, common))
-    return found
 
 
 class _Piece:
     """A slice of a transfer while it is copied: who takes what, and the digests of what was taken."""
 
-    def __init__(self, piece: Slice, hashes: bool) -> None:
+    def __init__(self, piece: Slice, way: Way, hashes: bool) -> None:
         self._slice = piece
-        self.transfer = transfer = piece.transfer
-        self.takers: dict[tuple[Box, View | None], list[int]] = {}
-        for place in transfer.targets:
-            self.takers.setdefault((place.box, place.view), []).append(place.file)
+        self.transfer, self.way = piece.transfer, way
         # A tensor in several places of a file is not written in its order, so it has no digest.
         self.digests: dict[tuple[Box, View | None], Any] = {}
         if hashes:
-            self.digests = {taker: _new_hash() for taker in self.takers if taker[1] is None}
+            self.digests = {taker: _new_hash() for taker in way.takers if taker[1] is None}
         self.share = 0  # of what was copied, where fingerprints are taken
-        by_rows = not hashes and _is_cut_by_rows(transfer)
-        self.meetings = _row_meetings(transfer, self.takers) if by_rows else None
 
     def blocks(self) -> Iterator[Box]:
         """The blocks of the slice."""
-        first, count = self._slice.first, self._slice.blocks
-        return itertools.islice(block_boxes(self.transfer), first, first + count)
-
-    def parts(self, block: Box) -> Iterator[tuple[Place, Box]]:
-        """What is read of the sources to copy a block."""
-        if self.meetings is not None:
-            boxes = ((meeting.place, meeting.common) for meeting in self.meetings)
-        else:
-            boxes = ((place, place.box) for place in self.transfer.sources)
-        for place, box in boxes:
-            part = box.intersect(block)
-            if part is not None:
-                yield place, part
+        return blocks_of(self._slice)
 
     def tensor_share(self) -> TensorShare:
         return TensorShare(self.transfer.targets[0].file, self.transfer.name, self.share)
 
     def hashes(self) -> Iterator[TensorHash]:
         for taker, digest in self.digests.items():
-            for file in self.takers[taker]:
+            for file in self.way.takers[taker]:
                 yield TensorHash(file, self.transfer.name, digest.hexdigest())
 
 
@@ -247,7 +60,7 @@ class _Step(NamedTuple):
 
     def reads(self) -> Iterator[Read]:
         transfer = self.piece.transfer
-        for place, part in self.piece.parts(self.block):
+        for place, part in self.piece.way.parts(self.block):
             yield Read(place, transfer.name, transfer.dtype, part)
 
 
@@ -274,6 +87,7 @@ class Copier:
         self._sink = sink
         self._hashes = hashes
         self._fingerprints = fingerprints
+        self._ways = Ways(by_rows=not hashes)
         self._pieces: dict[int, list[_Piece]] = {}  # of the task that comes next
         self._buffers: dict[str, np.ndarray[Any, np.dtype[np.uint8]]] = {}
 
@@ -294,17 +108,14 @@ class Copier:
             ahead = following.number, _steps(self._pieces[following.number])
         for step in self._reader.ahead(task.number, _steps(pieces), ahead):
             check()
-            if step.piece.meetings is not None:
-                self._copy_rows(step.piece, step.block, step.piece.meetings)
-            else:
-                self._copy_block(step.piece, step.block)
+            (self._copy_rows if step.piece.way.is_by_rows else self._copy_block)(step.piece, step.block)
         self._sink.end_task()
         hashes = tuple(found for piece in pieces for found in piece.hashes())
         shares = tuple(piece.tensor_share() for piece in pieces) if self._fingerprints else ()
         return Done(task.number, task.bytes_written, hashes, self._sink.proof(), shares)
 
     def _pieces_of(self, task: Task) -> list[_Piece]:
-        return [_Piece(piece, self._hashes) for piece in task.slices]
+        return [_Piece(piece, self._ways.of(piece.transfer), self._hashes) for piece in task.slices]
 
     def forget(self) -> None:
         """Forget what a task that failed wrote."""
@@ -315,28 +126,23 @@ class Copier:
         self._reader.close()
         self._sink.close()
 
-    def _copy_rows(self, piece: _Piece, block: Box, meetings: Sequence[_Meeting]) -> None:
+    def _copy_rows(self, piece: _Piece, block: Box) -> None:
         """Copy what each target takes of each source as one run, in pieces small enough to stay in a core's cache."""
-        transfer = piece.transfer
-        for box, files, place, common in meetings:
-            part = common.intersect(block)
-            if part is None:
-                continue
-            position = offset_in(part, box) * transfer.dtype.itemsize
-            in_whole = offset_in(part, Box.whole(transfer.shape)) * transfer.dtype.itemsize
-            lead = PIECE_BYTES - self._sink.offset(files[0], transfer.name, position) % PIECE_BYTES
-            for data in self._reader.stream(place, transfer.name, transfer.dtype, part, lead):
+        name, dtype = piece.transfer.name, piece.transfer.dtype
+        for files, place, length, in_source, position, in_whole in piece.way.runs(block):
+            lead = PIECE_BYTES - self._sink.offset(files[0], name, position) % PIECE_BYTES
+            for data in self._reader.stream(place, name, dtype, in_source, length, lead):
                 for file in files:
-                    self._sink.write(file, transfer.name, position, data)
+                    self._sink.write(file, name, position, data)
                 self._count(piece, in_whole, data)
                 position, in_whole = position + len(data), in_whole + len(data)
 
     def _copy_block(self, piece: _Piece, block: Box) -> None:
         transfer = piece.transfer
-        held = self._read_parts(transfer, block)
+        held = self._read_parts(piece, block)
         if self._fingerprints:
             held = self._counted(piece, block, held)
-        for (box, view), files in piece.takers.items():
+        for (box, view), files in piece.way.takers.items():
             part = box.intersect(block)
             if part is None:
                 continue
@@ -376,14 +182,16 @@ class Copier:
             transfer = piece.transfer
             piece.share ^= share_of_run(data, start, math.prod(transfer.shape) * transfer.dtype.itemsize)
 
-    def _read_parts(self, transfer: Transfer, block: Box) -> list[tuple[Box, np.ndarray[Any, np.dtype[Any]]]]:
+    def _read_parts(self, piece: _Piece, block: Box) -> list[tuple[Box, np.ndarray[Any, np.dtype[Any]]]]:
         """What the sources hold of a block, each part contiguous in memory."""
-        common = [(place, place.box.intersect(block)) for place in transfer.sources]
-        parts = [(place, part) for place, part in common if part is not None]
-        arrays = self._arrays("read", transfer.dtype, [part.shape for _, part in parts])
-        for (place, part), array in zip(parts, arrays):
-            self._reader.read(place, transfer.name, transfer.dtype, part, array)
-        return [(part, array) for (_, part), array in zip(parts, arrays)]
+        name, dtype, parts = piece.transfer.name, piece.transfer.dtype, piece.way.parts(block)
+        held = [(part, self._reader.held(place, name, dtype, part)) for place, part in parts]
+        lacking = [read for read, (_, array) in zip(parts, held) if array is None]
+        arrays = self._arrays("read", dtype, [part.shape for _, part in lacking])
+        for (place, part), array in zip(lacking, arrays):
+            self._reader.read(place, name, dtype, part, array)
+        found = iter(arrays)
+        return [(part, next(found) if array is None else array) for part, array in held]
 
     def _gathered(
         self, part: Box, held: Sequence[tuple[Box, np.ndarray[Any, np.dtype[Any]]]], dtype: DType
@@ -404,6 +212,8 @@ class Copier:
         self, purpose: str, dtype: DType, shapes: Sequence[tuple[int, ...]]
     ) -> list[np.ndarray[Any, np.dtype[Any]]]:
         """Arrays in a buffer that is used again and again: fresh memory would cost a page fault every 4 KiB."""
+        if not shapes:
+            return []
         sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
         starts = list(itertools.accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
         buffer = self._buffers.get(purpose)

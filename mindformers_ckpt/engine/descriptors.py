@@ -202,14 +202,16 @@ def fill(descriptor: Handle, path: Path, offset: int, view: memoryview) -> None:
         view = view[count:]
 
 
-def file_ranges(segments: Sequence[Segment], start: int, length: int) -> Iterator[tuple[int, int]]:
+def file_ranges(segments: Sequence[Segment], start: int, length: int) -> list[tuple[int, int]]:
     """The byte ranges (offset, length) of a file that hold `length` bytes from `start` of a tensor's content."""
-    for segment in segments:
+    found = []
+    for offset, held in segments:
         if not length:
-            return
-        if start >= segment.length:
-            start -= segment.length
+            break
+        if start >= held:
+            start -= held
             continue
-        count = min(length, segment.length - start)
-        yield segment.offset + start, count
+        count = min(length, held - start)
+        found.append((offset + start, count))
         start, length = 0, length - count
+    return found

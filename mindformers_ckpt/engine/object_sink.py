@@ -68,7 +68,7 @@ class ObjectSink:
             data = data[length:]
 
     def offset(self, file: int, name: str, start: int) -> int:
-        return next(file_ranges(self._layout(file).tensors[name].segments, start, 1))[0]
+        return file_ranges(self._layout(file).tensors[name].segments, start, 1)[0][0]
 
     def proof(self) -> str:
         return ""

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from mindformers_ckpt.engine.copier import Slice, Task, block_boxes
 from mindformers_ckpt.engine.descriptors import file_ranges
 from mindformers_ckpt.engine.object_sink import Upload
 from mindformers_ckpt.engine.sinks import Layouts
+from mindformers_ckpt.engine.tasks import Slice, Task, block_boxes
 from mindformers_ckpt.engine.views import target_runs
 from mindformers_ckpt.formats import FileLayout
 from mindformers_ckpt.geometry.box import Box, offset_in
@@ -78,6 +78,6 @@ def _span(transfer: Transfer, place: Place, part: Box, layout: FileLayout) -> tu
     begin, _ = next(target_runs(place.view, first, 1))
     end, _ = next(target_runs(place.view, first + part.volume - 1, 1))
     return (
-        next(file_ranges(segments, begin * itemsize, 1))[0],
-        next(file_ranges(segments, (end + 1) * itemsize - 1, 1))[0] + 1,
+        file_ranges(segments, begin * itemsize, 1)[0][0],
+        file_ranges(segments, (end + 1) * itemsize - 1, 1)[0][0] + 1,
     )

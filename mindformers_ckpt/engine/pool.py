@@ -1,7 +1,7 @@
 """One process or several run the tasks of a plan: workers that are started for it, and the process that wants it.
 
-A single process copies in two threads: while one waits for a read, the other writes. A worker that dies, or a task
-that fails, ends the whole work; no worker outlives the process that started it.
+A single process copies in two threads. A worker that dies, or a task that fails, ends the whole work; no worker
+outlives the process that started it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mindformers_ckpt.engine.ahead import Fetcher
-from mindformers_ckpt.engine.copier import Copier, Done, Task
+from mindformers_ckpt.engine.copier import Copier
 from mindformers_ckpt.engine.object_sink import ObjectSink, Uploads
 from mindformers_ckpt.engine.proof import ProvingSink
 from mindformers_ckpt.engine.sinks import FileSink, Sink
+from mindformers_ckpt.engine.tasks import Done, Task
+from mindformers_ckpt.engine.threads import copy_with_threads
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.planning.model import Plan, SourceFile, TargetFile
 
@@ -30,6 +32,8 @@ from mindformers_ckpt.planning.model import Plan, SourceFile, TargetFile
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
 
+# Of a process that is alone: while one waits for a read, the other writes.
+_THREADS = 2
 _SECONDS_BETWEEN_CHECKS = 0.2
 # The starting process ends its workers, with SIGTERM where one is killed: that must reach them, for they may wait for a
 # lock which the killed one has taken with it.
@@ -60,17 +64,15 @@ def copy_tasks(
     worker dies; what `check` raises goes through.
     """
     arguments = (plan.sources, folder, plan.targets, hashes, proofs, drops, fingerprints)
-    two_threads = processes <= 1 and len(tasks) > 1 and not isinstance(folder, Uploads)
     with contextlib.ExitStack() as stack:
-        fetcher = stack.enter_context(contextlib.closing(Fetcher(readers=2 if two_threads else 1, drops=drops)))
-        copier = stack.enter_context(contextlib.closing(_copier(*arguments, fetcher)))
-        if len(tasks) <= 1 or (processes <= 1 and not two_threads):
-            for number, task in enumerate(tasks):
-                yield copier.run(task, check, tasks[number + 1] if number + 1 < len(tasks) else None)
-        elif two_threads:
-            with contextlib.closing(_copier(*arguments, fetcher)) as helper:
-                yield from _copy_with_thread(helper, tasks, copier, check)
+        is_alone = processes <= 1 and len(tasks) > 1
+        threads = _THREADS if is_alone and not isinstance(folder, Uploads) else 1
+        fetcher = stack.enter_context(contextlib.closing(Fetcher(readers=threads, drops=drops)))
+        copiers = [stack.enter_context(contextlib.closing(_copier(*arguments, fetcher))) for _ in range(threads)]
+        if processes <= 1 or len(tasks) <= 1:
+            yield from copy_with_threads(copiers, tasks, check)
         else:
+            (copier,) = copiers
             workers = min(processes, len(tasks)) - 1
             yield from _copy_with_workers(workers, arguments, tasks, copier, check, may_fork)
 
@@ -91,25 +93,6 @@ def _copier(
     else:
         sink = (ProvingSink if proofs else FileSink)(folder, targets, drops=drops)
     return Copier(sources, sink, hashes=hashes, fingerprints=fingerprints, fetcher=fetcher)
-
-
-def _copy_with_thread(
-    helper: Copier, tasks: Sequence[Task], copier: Copier, check: Callable[[], None]
-) -> Iterator[Done]:
-    """Run tasks with `copier` and, in a thread beside this one, with `helper`; yield each as it is done."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    stop = threading.Event()
-
-    def run(task: Task, following: Task | None) -> Done:
-        return helper.run(task, lambda: _end_if(stop.is_set()), following)
-
-    pool = ThreadPoolExecutor(1)
-    try:
-        yield from _work_along(pool, 1, run, tasks, copier, check)
-    finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _copy_with_workers(

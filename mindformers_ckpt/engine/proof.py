@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindformers_ckpt.engine.buffers import PIECE_BYTES, empty_bytes
-from mindformers_ckpt.engine.copier import Copier, Task
+from mindformers_ckpt.engine.copier import Copier
 from mindformers_ckpt.engine.descriptors import Descriptors, file_ranges, fill
-from mindformers_ckpt.engine.reader import S
+from mindformers_ckpt.engine.reader import S, cuts
 from mindformers_ckpt.engine.sinks import FileSink
+from mindformers_ckpt.engine.tasks import Task
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.formats import DType
 from mindformers_ckpt.geometry.box import Box
@@ -81,14 +82,14 @@ class _NoReader:
     def read(self, place: Place, name: str, dtype: DType, part: Box, out: np.ndarray[Any, Any]) -> None:
         """Leave the array as it is."""
 
-    def stream(self, place: Place, name: str, dtype: DType, part: Box, lead: int) -> Iterator[memoryview]:
+    def held(self, place: Place, name: str, dtype: DType, part: Box) -> None:
+        """Nothing was read."""
+
+    def stream(self, place: Place, name: str, dtype: DType, start: int, length: int, lead: int) -> Iterator[memoryview]:
         """Pieces as those of `ShardReader.stream`, of any contents."""
         piece = empty_bytes(PIECE_BYTES).data
-        left = part.volume * dtype.itemsize
-        while left:
-            count = min(lead, left)
+        for count in cuts(length, lead):
             yield piece[:count]
-            left, lead = left - count, PIECE_BYTES
 
     def close(self) -> None:
         """Nothing was opened."""

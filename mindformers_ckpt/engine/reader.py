@@ -11,6 +11,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
@@ -21,7 +22,7 @@ from mindformers_ckpt.engine.descriptors import file_ranges
 from mindformers_ckpt.engine.views import box_in_view, copy_transposed, in_view, reads_of, span_in
 from mindformers_ckpt.errors import FormatError, TransferError
 from mindformers_ckpt.formats import DType, Header, Segment, TensorRecord, TensorSpec, read_header
-from mindformers_ckpt.geometry.box import Box, offset_in
+from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.planning.computations import Cast, Compute, Constant, Dequantise, Factor, Merge
 from mindformers_ckpt.planning.model import Place, SourceFile, View
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _SCALES = 64
 _FACTORS = 4
+_SPANS = 1024
 
 
 class Read(NamedTuple):
@@ -53,6 +55,19 @@ class Step(Protocol):
 S = TypeVar("S", bound=Step)
 
 
+def cuts(length: int, lead: int) -> Iterator[int]:
+    """The lengths of the pieces that so many bytes are passed on in: `lead`, PIECE_BYTES …, and what is left.
+
+    What is not longer than PIECE_BYTES is one piece.
+    """
+    if length <= PIECE_BYTES:
+        lead = length
+    while length:
+        count = min(lead, length)
+        yield count
+        length, lead = length - count, PIECE_BYTES
+
+
 class Reader(Protocol):
     """Where contents come from, as `ShardReader` gives them."""
 
@@ -62,8 +77,11 @@ class Reader(Protocol):
     def read(self, place: Place, name: str, dtype: DType, part: Box, out: Array) -> None:
         """Read a part into an array of its shape."""
 
-    def stream(self, place: Place, name: str, dtype: DType, part: Box, lead: int) -> Iterator[memoryview]:
-        """The bytes of a part that is a single run of its shard, piece by piece."""
+    def held(self, place: Place, name: str, dtype: DType, part: Box) -> Array | None:
+        """A part as it is in memory that was read ahead, None where it is not."""
+
+    def stream(self, place: Place, name: str, dtype: DType, start: int, length: int, lead: int) -> Iterator[memoryview]:
+        """Bytes of a shard from `start` on, piece by piece, as `cuts` has them."""
 
     def close(self) -> None:
         """Close what was opened."""
@@ -88,6 +106,7 @@ class ShardReader:
         self._fetcher = Fetcher() if fetcher is None else fetcher
         self._has_own = fetcher is None
         self._ahead: Ahead[Any] = Ahead(self._needs, self._fetcher)
+        self._spans = lru_cache(maxsize=_SPANS)(_spans)  # layers have the same ones
         self._headers: dict[int, Header] = dict(headers or {})
         self._last: Header | None = None
         self._scratch: Array | None = None
@@ -122,24 +141,33 @@ class ShardReader:
         else:
             self._read_part(path, segments, dtype, part, outer, out)
 
-    def stream(self, place: Place, name: str, dtype: DType, part: Box, lead: int) -> Iterator[memoryview]:
-        """The bytes of a part that is a single run of its shard, piece by piece; each is gone when the next comes.
-
-        The first piece has `lead` bytes, the others PIECE_BYTES, and the last one what is left.
-        """
+    def held(self, place: Place, name: str, dtype: DType, part: Box) -> Array | None:
+        """A part as it is in memory that was read ahead, until the next step; None where it has to be read or made."""
+        if not place.is_plain:
+            return None
+        (start, length), *others = self._spans(part, place.box, dtype.itemsize)
+        if others or length != part.volume * dtype.itemsize:
+            return None
         segments, path = self._segments(place, place.tensor or name, dtype), self._files[place.file].path
-        start = offset_in(part, place.box) * dtype.itemsize
-        stop = start + part.volume * dtype.itemsize
+        data = self._held(path, segments, start, length)
+        if data is None:
+            return None
+        import numpy as np
+
+        return np.frombuffer(data, dtype.carrier).reshape(part.shape)
+
+    def stream(self, place: Place, name: str, dtype: DType, start: int, length: int, lead: int) -> Iterator[memoryview]:
+        """Bytes of a shard from `start` on, piece by piece, as `cuts` has them; each is gone when the next comes."""
+        segments, path = self._segments(place, place.tensor or name, dtype), self._files[place.file].path
         if self._piece is None:
             self._piece = empty_bytes(PIECE_BYTES).data
-        while start < stop:
-            length = min(lead, stop - start)
-            piece = self._held(path, segments, start, length)
+        for count in cuts(length, lead):
+            piece = self._held(path, segments, start, count)
             if piece is None:
-                piece = self._piece[:length]
+                piece = self._piece[:count]
                 self._read_bytes(path, segments, start, piece)
             yield piece
-            start, lead = start + length, PIECE_BYTES
+            start += count
 
     def _read_computed(self, place: Place, name: str, dtype: DType, part: Box, out: Array) -> None:
         """Read elements of another type, and compute those of `dtype` from them."""
@@ -224,9 +252,8 @@ class ShardReader:
         outer = place.box
         if place.view is not None:
             part, outer = box_in_view(part.relative_to(place.box), place.view), Box.whole(place.view.shape)
-        for box in reads_of(part, outer, dtype.itemsize):
-            first, length = span_in(box, outer)
-            for offset, count in file_ranges(segments, first * dtype.itemsize, length * dtype.itemsize):
+        for start, length in self._spans(part, outer, dtype.itemsize):
+            for offset, count in file_ranges(segments, start, length):
                 yield Extent(path, offset, offset + count)
 
     def _operands(self, compute: Compute) -> Iterator[Read]:
@@ -289,8 +316,7 @@ class ShardReader:
     def _held(self, path: Path, segments: Sequence[Segment], start: int, length: int) -> memoryview | None:
         """Bytes of a tensor's content that were read ahead, None where they were not, or not in one range of a file."""
         ranges = file_ranges(segments, start, length)
-        offset, count = next(ranges, (0, 0))
-        return self._ahead.bytes(path, offset, count) if count == length else None
+        return self._ahead.bytes(path, *ranges[0]) if len(ranges) == 1 else None
 
     def _read_bytes(self, path: Path, segments: Sequence[Segment], start: int, view: memoryview) -> None:
         """Fill `view` with the bytes of a tensor's content from `start` on."""
@@ -337,6 +363,12 @@ def _file_pieces(records: Sequence[TensorRecord]) -> Iterator[_FilePiece]:
                 yield _FilePiece(segment.offset + start, memory, spec, content, at == spec.nbytes)
         if not spec.nbytes:
             yield _FilePiece(0, content.data, spec, content, True)
+
+
+def _spans(part: Box, outer: Box, itemsize: int) -> list[tuple[int, int]]:
+    """The bytes of a shard (start, length) that are read for a part of it."""
+    found = (span_in(box, outer) for box in reads_of(part, outer, itemsize))
+    return [(first * itemsize, length * itemsize) for first, length in found]
 
 
 def _scale_read(compute: Dequantise) -> Read:

@@ -1,9 +1,12 @@
-"""Small pieces of a file, many at once where the disk lets a reader wait; and guesses of which will be needed.
+"""Small pieces of a file, asked for in time where the disk lets a reader wait; and guesses of which will be needed.
 
 The heads of a `.ckpt` file are a chain: where the next record begins is known when the one before has been read. On
 storage with latency that is one round trip a tensor. But layers repeat, and the moments of an optimizer repeat the
 weights: after a few records it can be guessed where the next hundred begin. A guess only decides what is read early.
 Where one is wrong, the head is read as if there had been none.
+
+Of a file on a disk the system is told what will be needed (`POSIX_FADV_WILLNEED`), and sends all requests at once: no
+threads are needed, which would take more time than such small reads. An object storage is asked by threads.
 """
 
 from __future__ import annotations
@@ -16,14 +19,15 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from mindformers_ckpt.formats.waiting import waits
+from mindformers_ckpt.disk.waiting import each, waits
 from mindformers_ckpt.objects.reading import Handle, pread
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
 _AT_ONCE = 64
-_GUESSED = 128
+_TRIED = 32  # pieces after which it is known whether asking for them has an effect
+_CAN_ASK = hasattr(os, "posix_fadvise")
 # A guess may be wrong by a byte a record, where the numbers in names get longer.
 _BEFORE, _WINDOW = 256, 4096
 # What is read of the chain itself, at least.
@@ -36,7 +40,7 @@ _NUMBER = re.compile(r"(?<![A-Za-z\d])\d+")
 
 
 class _Kind(NamedTuple):
-    """A record as it was met last, apart from the numbers in its name: its bytes, and what came after it."""
+    """A record as it was met last, by its name, and by its name without the numbers: its bytes, and what came then."""
 
     head: int
     content: int
@@ -44,7 +48,7 @@ class _Kind(NamedTuple):
 
 
 class _Pool:
-    """Threads that all files share which are looked at; they end with the last of these."""
+    """Threads that all objects share which are looked at; they end with the last of these."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -71,6 +75,93 @@ class _Pool:
 
 
 _pool = _Pool()
+
+
+class _FromDisk:
+    """What is read early of a file on a disk: the system is asked to have it in memory."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def ask(self, start: int, length: int) -> None:
+        """Have bytes read that will be needed."""
+        if _CAN_ASK:
+            os.posix_fadvise(self._descriptor, start, length, os.POSIX_FADV_WILLNEED)
+
+    def get(self, start: int, length: int) -> bytes:
+        """Bytes that were asked for."""
+        return os.pread(self._descriptor, length, start)
+
+    def drop(self, start: int, length: int) -> None:
+        """The system forgets by itself what it has read."""
+
+    def read_all(self, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        """Bytes of several ranges (start, length), in their order."""
+        asked = late = 0
+        for number, piece in enumerate(ranges):
+            if number == _TRIED and late > _TRIED // 2:  # asking has no effect, as on a mount that caches nothing
+                yield from each(lambda piece: self.get(*piece), ranges[number:], at_once=_AT_ONCE)
+                return
+            for later in ranges[max(asked, number) : number + _AT_ONCE]:
+                self.ask(*later)
+            asked = number + _AT_ONCE
+            data, is_late = _timed(self._descriptor, *piece)
+            late += is_late
+            yield data
+
+    def close(self) -> None:
+        """Nothing was opened."""
+
+
+class _FromStorage:
+    """What is read early of an object: by threads."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+        self._pool: ThreadPoolExecutor | None = None
+        self._asked: dict[tuple[int, int], Future[list[bytes]]] = {}
+
+    def ask(self, start: int, length: int) -> None:
+        """Have bytes read that will be needed."""
+        self._asked[start, length] = self._submit([(start, length)])
+
+    def get(self, start: int, length: int) -> bytes:
+        """Bytes that were asked for."""
+        return self._asked[start, length].result()[0]
+
+    def drop(self, start: int, length: int) -> None:
+        """What was asked for is not needed, or not any more."""
+        self._asked.pop((start, length)).cancel()
+
+    def read_all(self, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        """Bytes of several ranges (start, length), in their order."""
+        share = -(-len(ranges) // _AT_ONCE)
+        for pieces in [self._submit(ranges[at : at + share]) for at in range(0, len(ranges), share)]:
+            yield from pieces.result()
+
+    def close(self) -> None:
+        """Nothing is needed any more."""
+        for piece in self._asked.values():
+            piece.cancel()
+        self._asked.clear()
+        if self._pool is not None:
+            _pool.leave()
+            self._pool = None
+
+    def _submit(self, ranges: Sequence[tuple[int, int]]) -> Future[list[bytes]]:
+        """Have ranges read by a thread, one after the other."""
+        if self._pool is None:
+            self._pool = _pool.enter()
+        return self._pool.submit(lambda: [pread(self._handle, length, start) for start, length in ranges])
+
+
+def _timed(handle: Handle, start: int, length: int) -> tuple[bytes, bool]:
+    """Bytes of a file, and whether the disk had to be waited for."""
+    started, before = time.perf_counter(), waits()
+    data = pread(handle, length, start)
+    return data, time.perf_counter() - started > _QUICK_SECONDS and waits() > before
+
+
 _NO_DEVICE = -1  # of an object
 _slow_devices: set[int] = set()  # on which reading had to wait
 
@@ -80,24 +171,24 @@ class Pieces:
 
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
-        self._device = os.fstat(handle).st_dev if isinstance(handle, int) else _NO_DEVICE
-        # A file on a disk that was slow may be in memory all the same: its own first read decides.
-        known = _WAITS - 1 if self._device in _slow_devices else 0
-        self._waits = known if isinstance(handle, int) else _WAITS
-        self._pool: ThreadPoolExecutor | None = None
-        self._asked: set[Future[list[bytes]]] = set()
+        self._early: _FromDisk | _FromStorage
+        if isinstance(handle, int):
+            self._early, self._device = _FromDisk(handle), os.fstat(handle).st_dev
+            # A file on a disk that was slow may be in memory all the same: its own first read decides.
+            self._waits = _WAITS - 1 if self._device in _slow_devices else 0
+        else:
+            self._early, self._device, self._waits = _FromStorage(handle), _NO_DEVICE, _WAITS
         self._kinds: dict[str, _Kind] = {}
-        self._last = ""
-        self._guessed: deque[tuple[int, Future[list[bytes]]]] = deque()
+        self._last: tuple[str, ...] = ()
+        self._guessed: deque[int] = deque()
         self._next: tuple[str, int, int, int] | None = None
 
     def read(self, start: int, length: int) -> bytes:
         """Bytes of the file, fewer at its end."""
         if self.is_slow:
             return pread(self._handle, length, start)
-        started, before = time.perf_counter(), waits()
-        data = pread(self._handle, length, start)
-        if time.perf_counter() - started > _QUICK_SECONDS and waits() > before:
+        data, has_waited = _timed(self._handle, start, length)
+        if has_waited:
             self._waits += 1
             if self.is_slow:
                 _slow_devices.add(self._device)
@@ -105,14 +196,11 @@ class Pieces:
 
     def read_all(self, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         """Bytes of several ranges (start, length), in their order."""
-        for number, (start, length) in enumerate(ranges):
+        for number, piece in enumerate(ranges):
             if self.is_slow:
-                left = ranges[number:]
-                share = -(-len(left) // _AT_ONCE)
-                for pieces in [self._ask(left[at : at + share]) for at in range(0, len(left), share)]:
-                    yield from pieces.result()
+                yield from self._early.read_all(ranges[number:])
                 return
-            yield self.read(start, length)
+            yield self.read(*piece)
 
     @property
     def is_slow(self) -> bool:
@@ -121,26 +209,29 @@ class Pieces:
 
     def met(self, name: str, start: int, content: int, end: int) -> None:
         """A record was read that begins at `start`, its content at `content`; guess the next ones."""
-        kind = _NUMBER.sub("#", name)
-        if self._last:
-            self._kinds[self._last] = self._kinds[self._last]._replace(following=kind)
-        known = self._kinds.get(kind)
-        self._kinds[kind] = _Kind(content - start, end - content, known.following if known else "")
-        self._last = kind
+        is_moment = name.partition(".")[2] in self._kinds
+        kind = _NUMBER.sub("#", name) + "#"
+        for last, this in zip(self._last, (name, kind)):
+            if this == kind or not is_moment:  # what comes after the last weight does not come after its moments
+                self._kinds[last] = self._kinds[last]._replace(following=this)
+        for this in (name, kind):
+            known = self._kinds.get(this)
+            self._kinds[this] = _Kind(content - start, end - content, known.following if known else "")
+        self._last = name, kind
         if self.is_slow:
-            self._guess(kind, end)
+            self._guess(name, kind, end)
 
     def window(self, position: int) -> bytes:
         """What was read early of the file from `position` on; nothing, where no guess was right."""
         while self._guessed:
-            start, data = self._guessed[0]
+            start = self._guessed[0]
             if position < start:  # the guesses have gone astray
                 break
             if position < start + _WINDOW:
-                return data.result()[0][position - start :]
-            self._guessed.popleft()
-        for _, data in self._guessed:
-            data.cancel()
+                return self._early.get(start, _WINDOW)[position - start :]
+            self._early.drop(self._guessed.popleft(), _WINDOW)
+        for start in self._guessed:
+            self._early.drop(start, _WINDOW)
         self._guessed.clear()
         self._next = None
         return b""
@@ -151,43 +242,29 @@ class Pieces:
         return _SLOW_BYTES if self.is_slow else _QUICK_BYTES
 
     def close(self) -> None:
-        """Wait until nothing reads the file any more."""
-        if self._pool is not None:
-            for piece in self._asked:
-                if not piece.cancel():
-                    piece.exception()
-            _pool.leave()
+        """Nothing is needed any more of what was asked for."""
+        self._early.close()
 
-    def _guess(self, kind: str, end: int) -> None:
+    def _guess(self, name: str, kind: str, end: int) -> None:
         """Have the heads read that are expected after a record."""
         if self._next is None:
             # The moments of `wq` are named `adam_m.wq`: what follows them is known from the weights.
-            model = kind if self._kinds[kind].following else kind.partition(".")[2]
-            if model not in self._kinds or not self._kinds[model].following:
+            likely = (name.partition(".")[2], kind, kind.partition(".")[2])
+            model = next((other for other in likely if other in self._kinds and self._kinds[other].following), None)
+            if model is None:
                 return
             own, its = self._kinds[kind], self._kinds[model]
             if own.content % max(its.content, 1):
                 return
             self._next = model, end, own.content // max(its.content, 1), own.head - its.head
         model, position, factor, longer = self._next
-        while len(self._guessed) < _GUESSED and model:
+        while len(self._guessed) < _AT_ONCE and model:
             start = max(0, position - _BEFORE)
-            if not self._guessed or position + _BEFORE > self._guessed[-1][0] + _WINDOW:
-                self._guessed.append((start, self._ask([(start, _WINDOW)])))
+            if not self._guessed or position + _BEFORE > self._guessed[-1] + _WINDOW:
+                self._early.ask(start, _WINDOW)
+                self._guessed.append(start)
             model = self._kinds[model].following
             if model:
                 guessed = self._kinds[model]
                 position += guessed.head + longer + guessed.content * factor
         self._next = model, position, factor, longer
-
-    def _ask(self, ranges: Sequence[tuple[int, int]]) -> Future[list[bytes]]:
-        """Have ranges read by a thread, one after the other."""
-        if self._pool is None:
-            self._pool = _pool.enter()
-        asked = self._pool.submit(_read_in_turn, self._handle, ranges)
-        self._asked.add(asked)
-        return asked
-
-
-def _read_in_turn(handle: Handle, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    return [pread(handle, length, start) for start, length in ranges]

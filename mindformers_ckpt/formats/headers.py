@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
+from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.errors import FormatError
 from mindformers_ckpt.formats.tensor_file import Header, read_header
 
 _AT_ONCE = 8
-# Seconds that a file is waited for. On a quick disk threads would only wait for each other.
+# Seconds that a file is waited for. Of a quick disk a file has many heads, each with a wait of its own.
 _WAIT = 0.05
 
 
@@ -30,17 +30,4 @@ def read_headers(paths: Sequence[Path]) -> Generator[tuple[Path, Header | Format
             return error
         return header
 
-    left = list(reversed(paths))
-    waited = 0.0
-    while left and waited < _WAIT:
-        started = time.monotonic() - time.thread_time()
-        path = left.pop()
-        header = read(path)
-        waited = time.monotonic() - time.thread_time() - started
-        yield path, header
-    if left:
-        from concurrent.futures import ThreadPoolExecutor
-
-        left.reverse()
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            yield from zip(left, pool.map(read, left))
+    yield from zip(paths, each(read, paths, at_once=_AT_ONCE, patience=_WAIT))

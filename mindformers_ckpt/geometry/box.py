@@ -11,6 +11,7 @@ import itertools
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from operator import sub
 from typing import Any, NamedTuple
 
 
@@ -30,7 +31,7 @@ class Box(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(stop - start for start, stop in zip(self.start, self.stop))
+        return tuple(map(sub, self.stop, self.start))
 
     @property
     def volume(self) -> int:
@@ -54,10 +55,7 @@ class Box(NamedTuple):
 
     def relative_to(self, outer: Box) -> Box:
         """The same box, counted from the first index of `outer`."""
-        return Box(
-            tuple(a - b for a, b in zip(self.start, outer.start)),
-            tuple(a - b for a, b in zip(self.stop, outer.start)),
-        )
+        return Box(tuple(map(sub, self.start, outer.start)), tuple(map(sub, self.stop, outer.start)))
 
     def slices(self) -> tuple[Any, ...]:
         """The box as an index for an array of the whole tensor, which gives a view of it.

@@ -21,16 +21,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mindformers_ckpt.disk.files import FileState
 from mindformers_ckpt.engine.ahead import Fetcher
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES, empty_bytes
-from mindformers_ckpt.engine.copier import Copier, cut_into_tasks
+from mindformers_ckpt.engine.copier import Copier
 from mindformers_ckpt.engine.reader import Read, ShardReader
 from mindformers_ckpt.engine.sinks import ArraySink
+from mindformers_ckpt.engine.tasks import cut_into_tasks
 from mindformers_ckpt.errors import TransferError
-from mindformers_ckpt.execution import check_unchanged, states_of
 from mindformers_ckpt.formats import Header, TensorSpec
 from mindformers_ckpt.geometry.box import Box, blocks
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.planning.model import Place, Plan, SourceFile, Transfer
+from mindformers_ckpt.planning.source_states import check_unchanged, states_of
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mindformers_ckpt.engine.copier import cut_into_tasks
+from mindformers_ckpt.engine.tasks import cut_into_tasks
 from mindformers_ckpt.errors import PlanError, TransferError
 from mindformers_ckpt.execution import Options, Run
 from mindformers_ckpt.job import MAIN_RANK

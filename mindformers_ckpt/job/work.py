@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mindformers_ckpt.engine.copier import Task, cut_into_tasks
 from mindformers_ckpt.engine.machine import MEMORY_PER_PROCESS, free_memory, usable_cores
+from mindformers_ckpt.engine.tasks import Task, cut_into_tasks
 from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.execution import Options, Run, copy_unchanged
 from mindformers_ckpt.job import MAIN_RANK

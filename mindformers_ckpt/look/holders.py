@@ -30,7 +30,7 @@ class Holder(NamedTuple):
 
     def offset(self, start: int) -> int:
         """Where in the file byte `start` of the box is."""
-        return next(file_ranges(self.segments, start, 1))[0]
+        return file_ranges(self.segments, start, 1)[0][0]
 
 
 def holders_of(checkpoint: Checkpoint, name: str, tensor: LogicalTensor) -> list[Holder]:

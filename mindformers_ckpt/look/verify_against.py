@@ -12,7 +12,8 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from mindformers_ckpt.engine.copier import Copier, Task, cut_into_tasks
+from mindformers_ckpt.engine.copier import Copier
+from mindformers_ckpt.engine.tasks import Task, cut_into_tasks
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.formats import TensorRecord
 from mindformers_ckpt.look.holders import ContentReader, first_difference

@@ -135,10 +135,11 @@ def names_of(folder: Path) -> dict[str, bool]:
     if isinstance(folder, ObjectPath):
         return dict(listing.names_in(folder.place))
     with os.scandir(folder) as entries:
-        return {entry.name: _is_folder(entry) for entry in entries}
+        return {entry.name: is_folder_entry(entry) for entry in entries}
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder_entry(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry of a folder on a disk is a folder, or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link that leads to itself

@@ -132,7 +132,7 @@ def _assemble(
             held[place.file].append(specs[shape])
     if problems:
         raise PlanError(describe_problems(f"{source.files.root} cannot be re-sliced for {target.describe()}", problems))
-    files = tuple(SourceFile(path, path.stat().st_size) for path in paths)
+    files = tuple(SourceFile(path, source.size_of(path)) for path in paths)
     return Plan(files, rank_targets(ranks, held, prefix, format), tuple(transfers))
 
 

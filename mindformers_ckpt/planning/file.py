@@ -20,12 +20,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mindformers_ckpt.disk.files import replace_file
+from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.geometry.box import Box
@@ -150,7 +152,10 @@ def _to_json(job: Job) -> dict[str, Any]:
         "partial": job.partial,
         "destination": None if job.destination is None else str(job.destination),
         "warnings": plan.warnings,
-        "sources": [[str(file.path), file.size, file.path.stat().st_mtime_ns] for file in plan.sources],
+        "sources": [
+            [str(file.path), file.size, status.st_mtime_ns]
+            for file, status in zip(plan.sources, each(lambda file: file.path.stat(), plan.sources))
+        ],
         "targets": targets,
         "tensors": [[spec.name, spec.dtype.name, spec.shape] for spec in specs],
         "lists": tensor_lists,
@@ -188,14 +193,17 @@ def _from_json(body: Any) -> Job:
 
 
 def _check_sources(path: Path, sources: Sequence[SourceFile], times: Sequence[int]) -> None:
-    problems = []
-    for file, modified in zip(sources, times):
+    def look(file: SourceFile) -> os.stat_result | OSError:
         try:
-            status = file.path.stat()
+            return file.path.stat()
         except OSError as error:
-            problems.append(f"{file.path}: {error.strerror}")
-            continue
-        if status.st_size != file.size:
+            return error
+
+    problems = []
+    for file, modified, status in zip(sources, times, each(look, sources)):
+        if isinstance(status, OSError):
+            problems.append(f"{file.path}: {status.strerror}")
+        elif status.st_size != file.size:
             problems.append(f"{file.path} has {status.st_size} bytes, {file.size} when the plan was made")
         elif status.st_mtime_ns != modified:
             problems.append(f"{file.path} was written again after the plan was made")

@@ -9,7 +9,7 @@ from typing import Any
 
 from mindformers_ckpt.checksums.digest import TensorChecksum, digest_of
 from mindformers_ckpt.checksums.shares import checksum
-from mindformers_ckpt.engine.copier import TensorShare
+from mindformers_ckpt.engine.tasks import TensorShare
 from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.geometry.box import Box, covered_volume, hull
 from mindformers_ckpt.planning.model import Plan, Transfer

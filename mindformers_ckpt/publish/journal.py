@@ -10,8 +10,8 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 
-from mindformers_ckpt.engine.copier import Done, Task, TensorHash, TensorShare
 from mindformers_ckpt.engine.proof import is_proved
+from mindformers_ckpt.engine.tasks import Done, Task, TensorHash, TensorShare
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.publish.staging import Staging
 

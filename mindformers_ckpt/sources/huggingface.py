@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
 from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.sources.index import check_index, listed, read_index
@@ -43,7 +44,7 @@ def _holds_foreign_weights(listing: Listing) -> bool:
     if first is not None and not first.endswith(".safetensors.index.json"):
         return not _is_of_mindspore(listing.folder / first)
     files = listing.weight_files(_WEIGHTS)
-    return (first is not None or bool(files)) and not any(map(_is_of_mindspore, files))
+    return (first is not None or bool(files)) and not any(each(_is_of_mindspore, files))
 
 
 def _is_of_mindspore(file: Path) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
-from mindformers_ckpt.formats import read_header
+from mindformers_ckpt.formats.headers import read_headers
 from mindformers_ckpt.text_files import read_json_object
 
 NAME_MAP_FILE = "param_name_map.json"
@@ -25,7 +26,8 @@ def read_index(path: Path) -> dict[str, Path]:
     foreign = [name for name in names if Path(name).name != name]
     if foreign:
         raise PlanError(f"{path} names files outside of its folder: {foreign[:5]}")
-    missing = [f"{name}{_unfinished(path.parent, name)}" for name in names if not (path.parent / name).is_file()]
+    are_there = each(lambda name: (path.parent / name).is_file(), names)
+    missing = [f"{name}{_unfinished(path.parent, name)}" for name, there in zip(names, are_there) if not there]
     if missing:
         raise PlanError(describe_problems(f"{path} names files that are not there", missing))
     return {tensor: path.parent / name for tensor, name in weight_map.items()}
@@ -45,11 +47,11 @@ def check_index(path: Path, owners: dict[str, Path]) -> tuple[str, ...]:
     """
     held = {}
     damaged = []
-    for file in dict.fromkeys(owners.values()):
-        try:
-            held[file] = read_header(file).tensors
-        except FormatError as error:
-            damaged.append(str(error))
+    for file, header in read_headers(list(dict.fromkeys(owners.values()))):
+        if isinstance(header, FormatError):
+            damaged.append(str(header))
+        else:
+            held[file] = header.tensors
     if damaged:
         raise FormatError(damaged[0] if len(damaged) == 1 else describe_problems("files cannot be read", damaged))
     absent = [f"{tensor} in {file.name}" for tensor, file in owners.items() if tensor not in held[file]]

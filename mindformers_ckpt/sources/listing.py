@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
-from mindformers_ckpt.objects.path import names_of
+from mindformers_ckpt.objects.path import ObjectPath, is_folder_entry, names_of
 from mindformers_ckpt.sources.source import SUFFIXES
 from mindformers_ckpt.text_files import read_json
 
@@ -31,15 +32,11 @@ class Listing:
     """
 
     folder: Path
+    _known: dict[str, bool] | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def _entries(self) -> dict[str, bool]:
-        """Name -> whether it is a folder; links count as what they lead to."""
-        try:
-            found = {name: is_folder for name, is_folder in names_of(self.folder).items() if not name.startswith(".")}
-        except OSError as error:
-            raise PlanError(f"{self.folder}: cannot be read: {error.strerror}") from error
-        return dict(sorted(found.items()))
+        return _entries_of(self.folder) if self._known is None else self._known
 
     @property
     def names(self) -> list[str]:
@@ -104,7 +101,9 @@ class Listing:
     @cached_property
     def of_ranks(self) -> dict[int, Listing]:
         """Rank -> what its folder holds. Raises what `rank_folders` raises."""
-        return {rank: Listing(folder) for rank, folder in self.rank_folders.items()}
+        folders = self.rank_folders
+        entries = each(_entries_of, list(folders.values()))
+        return {rank: Listing(folder, known) for (rank, folder), known in zip(folders.items(), entries)}
 
     def check_rank_folders(self) -> None:
         """Raise what `rank_folders` raises."""
@@ -139,6 +138,22 @@ class Listing:
 def is_strategy_file(name: str) -> bool:
     """Whether a file is a strategy by its name."""
     return _STRATEGY_FILE.fullmatch(name) is not None
+
+
+def _entries_of(folder: Path) -> dict[str, bool]:
+    """Name -> whether it is a folder, sorted by name; links count as what they lead to. Raises PlanError."""
+    try:
+        names = names_of(folder) if isinstance(folder, ObjectPath) else _names_on_disk(folder)
+    except OSError as error:
+        raise PlanError(f"{folder}: cannot be read: {error.strerror}") from error
+    return {name: is_folder for name, is_folder in sorted(names.items()) if not name.startswith(".")}
+
+
+def _names_on_disk(folder: Path) -> dict[str, bool]:
+    """As `names_of`; where the disk has to be waited for, several links are followed at once."""
+    with os.scandir(folder) as entries:
+        found = list(entries)
+    return dict(zip((entry.name for entry in found), each(is_folder_entry, found)))
 
 
 def rank_of(folder: Path) -> int | None:

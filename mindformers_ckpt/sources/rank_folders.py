@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
-from mindformers_ckpt.formats import read_header
+from mindformers_ckpt.formats.headers import read_headers
 from mindformers_ckpt.sources.index import listed
 from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.parts import is_part
@@ -169,12 +169,9 @@ def _fault(chosen: Mapping[int, Path]) -> str | None:
     different = _different_steps(chosen)
     if different is not None:
         return different
-    for file in chosen.values():
-        try:
-            read_header(file)
-        except FormatError as error:
-            return str(error)
-    return None
+    return next(
+        (str(found) for _, found in read_headers(list(chosen.values())) if isinstance(found, FormatError)), None
+    )
 
 
 def _different_steps(chosen: Mapping[int, Path]) -> str | None:

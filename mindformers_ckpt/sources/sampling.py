@@ -12,6 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.formats import TensorRecord
 from mindformers_ckpt.formats.guesses import Pieces
@@ -154,10 +155,13 @@ def read_samples(source: Checkpoint, wanted: Iterable[tuple[int, str]]) -> Sampl
         path, record = source.records_of(rank)[name]
         by_file.setdefault(path, []).append((rank, name, record))
     found = {(rank, name): b"" for records in by_file.values() for rank, name, _ in records}
-    for path, records in by_file.items():
-        windows = [(rank, name, *window) for rank, name, record in records for window in _windows(record)]
-        contents = _read(path, [window[2:] for window in windows])
-        for (rank, name, _, _), content in zip(windows, contents):
+    windows = {
+        path: [(rank, name, *window) for rank, name, record in records for window in _windows(record)]
+        for path, records in by_file.items()
+    }
+    contents = each(lambda path: _read(path, [window[2:] for window in windows[path]]), list(windows))
+    for of_file, samples in zip(windows.values(), contents):
+        for (rank, name, _, _), content in zip(of_file, samples):
             found[rank, name] += content
     return found
 

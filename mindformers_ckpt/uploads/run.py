@@ -20,24 +20,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mindformers_ckpt.engine.copier import Task
 from mindformers_ckpt.engine.object_sink import Upload, Uploads, bare_parts, part_bytes_for, send_part
 from mindformers_ckpt.engine.object_tasks import object_tasks
 from mindformers_ckpt.engine.sinks import Layouts
+from mindformers_ckpt.engine.tasks import Task
 from mindformers_ckpt.errors import CheckpointError, ConfigError, PublishError, TransferError, describe_problems
 from mindformers_ckpt.execution import (
     Options,
     Progress,
     Report,
-    check_addable,
     check_apart,
-    check_unchanged,
     copy_into,
-    describe_result,
     identity_of,
     is_checkpoint,
-    partial_manifest_name,
-    states_of,
 )
 from mindformers_ckpt.objects.client import Part
 from mindformers_ckpt.objects.errors import MissingObject, ObjectError
@@ -45,8 +40,10 @@ from mindformers_ckpt.objects.listing import files_below, look_again
 from mindformers_ckpt.objects.path import ObjectPath, may_be_mixture
 from mindformers_ckpt.planning.digest import digest_of
 from mindformers_ckpt.planning.model import Plan
+from mindformers_ckpt.planning.source_states import check_unchanged, states_of
 from mindformers_ckpt.publish import MANIFEST_FILE, read_manifests
 from mindformers_ckpt.publish.manifest import is_result, is_whole, without
+from mindformers_ckpt.publish.results import check_addable, describe_result, partial_manifest_name
 from mindformers_ckpt.uploads.record import Record, at_once, delete, give_up, put, put_json
 
 _PLAN = "mindformers-ckpt-plan"  # what an object notes of the run that made it

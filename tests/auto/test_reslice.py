@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from mindformers_ckpt.engine import machine
-from mindformers_ckpt.engine.copier import Task
+from mindformers_ckpt.engine.tasks import Task
 from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.job import work
 from mindformers_ckpt.job.cluster.rendezvous import RankError

@@ -190,10 +190,10 @@ def test_several_processes_write_the_same(tmp_path: Path) -> None:
 
 
 def test_large_transposes_are_cut_into_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mindformers_ckpt.engine import copier
+    from mindformers_ckpt.engine import tasks
 
-    monkeypatch.setattr(copier, "TRANSPOSE_BYTES", 96)
-    monkeypatch.setattr(copier, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(tasks, "TRANSPOSE_BYTES", 96)
+    monkeypatch.setattr(tasks, "BLOCK_BYTES", 64)
     tensors = hf.deepseek_tensors()
     source = hf.write_folder(tmp_path / "source", tensors, hf.DEEPSEEK_CONFIG)
     convert(Request("deepseek", source), tmp_path / "weights.ckpt")

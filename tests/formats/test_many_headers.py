@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from recorded import Tensor, write_tensors
 
+from mindformers_ckpt.disk import waiting
 from mindformers_ckpt.errors import FormatError
 from mindformers_ckpt.formats import Header, ckpt, guesses, read_header
 from mindformers_ckpt.formats import headers as headers_module
@@ -125,6 +126,7 @@ def test_no_thread_is_left_when_nobody_wants_the_rest(tmp_path: Path, monkeypatc
 
 def test_a_quick_disk_needs_no_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(headers_module, "_WAIT", 60.0)
+    monkeypatch.setattr(waiting, "_waited", 0.0)
     monkeypatch.setattr(guesses, "_QUICK_SECONDS", 60.0)
     monkeypatch.setattr(guesses, "_slow_devices", set())
     monkeypatch.setattr(threading.Thread, "start", lambda self: pytest.fail("a thread was started"))

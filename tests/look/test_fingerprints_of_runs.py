@@ -68,9 +68,9 @@ def run(source: str, target: str, folder: Path, **options: Any) -> tuple[Path, R
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks and tasks a tensor, as large tensors have."""
-    monkeypatch.setattr("mindformers_ckpt.engine.copier.BLOCK_BYTES", 5000)
-    monkeypatch.setattr("mindformers_ckpt.engine.copier._SMALLEST_TASK", 4000)
-    monkeypatch.setattr("mindformers_ckpt.engine.copier._LARGEST_TASK", 8000)
+    monkeypatch.setattr("mindformers_ckpt.engine.tasks.BLOCK_BYTES", 5000)
+    monkeypatch.setattr("mindformers_ckpt.engine.tasks._SMALLEST_TASK", 4000)
+    monkeypatch.setattr("mindformers_ckpt.engine.tasks._LARGEST_TASK", 8000)
 
 
 @pytest.mark.parametrize("source", STRATEGIES)
@@ -89,7 +89,7 @@ def test_it_is_that_of_the_source_and_of_the_result(source: str, target: str, tm
 
 
 def test_worker_processes_report_their_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mindformers_ckpt.engine.copier.BLOCK_BYTES", BLOCK_BYTES)  # workers have it so
+    monkeypatch.setattr("mindformers_ckpt.engine.tasks.BLOCK_BYTES", BLOCK_BYTES)  # workers have it so
     _, report = run("columns", "both", tmp_path, processes=2)
     assert report.fingerprints["."] == fingerprint(write_tensors(tmp_path / "whole.ckpt", MODEL)).digest
 

@@ -13,15 +13,21 @@ import pytest
 from huggingface import random_tensors, write_folder
 from s3_server import BUCKET, Fault, FlakyProxy, environment, s3_server
 from storage import contents, files, keys, send
+from test_storage import write_heads
 
 import mindformers_ckpt as mc
 from mindformers_ckpt import Layout
 from mindformers_ckpt.engine import object_sink
 from mindformers_ckpt.errors import CheckpointError, ConfigError, FormatError, PlanError, PublishError, TransferError
+from mindformers_ckpt.formats import guesses
+from mindformers_ckpt.formats.ckpt import scan
+from mindformers_ckpt.formats.dtypes import by_name
+from mindformers_ckpt.formats.tensor_file import TensorSpec
 from mindformers_ckpt.objects import attempts
 from mindformers_ckpt.objects.attempts import Retries
 from mindformers_ckpt.objects.client import forget_clients
 from mindformers_ckpt.objects.listing import forget_listings
+from mindformers_ckpt.objects.path import as_path
 from mindformers_ckpt.strategy.files import write_strategy
 
 PART = 5 << 20  # the least that a storage takes
@@ -119,6 +125,29 @@ def test_looking(storage: FlakyProxy, disk: Path) -> None:
     assert mc.fingerprint(ranks, strategy).digest == mc.fingerprint(disk / "complete").digest
     assert mc.verify(ranks, strategy, against=whole).ok
     assert mc.diff(ranks, disk / "complete", strategy).ok
+
+
+def test_heads_of_objects_are_guessed(storage: FlakyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few are waited for one by one; those of a second file like the first are compared, and equal."""
+    names = [f"{prefix}layers.{n}.{part}" for prefix in ("", "adam_m.") for n in range(30) for part in ("wq", "w1")]
+    specs = [TensorSpec(name, by_name("float32"), (64 if name.endswith("wq") else 2048,)) for name in names]
+    for name in ("a.ckpt", "b.ckpt"):
+        write_heads(tmp_path / name, specs)
+    url = send(tmp_path, "heads")
+    waited: list[int] = []
+    real = guesses.Pieces.read
+
+    def read(self: guesses.Pieces, start: int, length: int) -> bytes:
+        waited.append(start)
+        return real(self, start, length)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(guesses.Pieces, "read", read)
+        first = scan(as_path(f"{url}/a.ckpt"))
+    assert [record.spec for record in first.tensors.values()] == specs
+    assert first.frames == scan(tmp_path / "a.ckpt").frames
+    assert 1 <= len(waited) <= 10
+    assert scan(as_path(f"{url}/b.ckpt"), first).tensors is first.tensors
 
 
 def test_a_distributed_checkpoint_of_pytorch(storage: FlakyProxy) -> None:
