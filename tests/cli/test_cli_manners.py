@@ -24,7 +24,7 @@ COMMANDS = tuple(_COMMANDS)
 
 
 def of(name: str) -> click.Command:
-    found = cli.get_command(click.Context(cli), name)
+    found = cli.get_command(click.Context(cli, **cli.context_settings), name)
     assert found is not None
     return found
 
