@@ -256,14 +256,14 @@ class Run:
                 _append_crcs(self.plan, self.folder)
                 if self.options.drop_cache:
                     _drop(self.folder / target.path for target in self.plan.targets)
-            self._add_companions(self._sign)
-            self._add_companions(companions)
+            self._add_companions(self._sign, self.folder)
+            self._add_companions(companions, self.folder)
             is_file = self._staging.kind is Kind.FILE
             content = None if is_file else manifest or self._describe()
             name = partial_manifest_name(self.plan) if self.options.partial else MANIFEST_FILE
             self._staging.publish(content, name=name, fsync=self.options.fsync)
         elif self.options.sign is not None:
-            self._sign(self.destination)
+            self._add_companions(self._sign, self.destination)
         resumed = self.plan.bytes_written if self.already_made else self._resumed_bytes
         seconds = time.monotonic() - self._started
         plan = self.plan
@@ -272,13 +272,13 @@ class Run:
             self.destination, len(plan.targets), plan.bytes_read, plan.bytes_written, resumed, seconds, digests
         )
 
-    def _add_companions(self, companions: Callable[[Path], None]) -> None:
+    def _add_companions(self, companions: Callable[[Path], None], folder: Path) -> None:
         try:
-            companions(self.folder)
+            companions(folder)
         except CheckpointError:
             raise
         except OSError as error:
-            file = error.filename2 or error.filename or self.folder
+            file = error.filename2 or error.filename or folder
             raise TransferError(f"{file}: cannot be written: {error.strerror}") from error
 
     def _sign(self, folder: Path) -> None:

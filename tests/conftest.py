@@ -6,6 +6,7 @@ There is one conftest.py: several would be modules of one name, which a type che
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 with contextlib.suppress(PackageNotFoundError):
     version("mindformers")
     import mindspore  # noqa: F401
+
+# A shell has jobs in the background ignore Ctrl-C, and their children too: those that are to be interrupted by tests.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Deadlines measure the machine, and monkeypatch is set once for all examples on purpose.
 settings.register_profile(

@@ -486,6 +486,17 @@ def test_partial_runs_share_a_destination(source: Checkpoint, destination: Path)
     assert_ranks(destination, slices(8))
 
 
+def test_what_a_killed_run_put_together_goes_with_the_next_one(source: Checkpoint, destination: Path) -> None:
+    """Also where the next one has nothing to do but to refuse: its ranks are there already."""
+    ranks = build_plan(source, strategy(8), ranks=[0, 1])
+    transform(ranks, destination, Options(partial=True))
+    left = destination.with_name(f".{destination.name}.staging-part-0123456789abcdef-joined")
+    (left / "rank_0").mkdir(parents=True)
+    with pytest.raises(PublishError, match="already holds rank_0, rank_1"):
+        transform(ranks, destination, Options(partial=True))
+    assert siblings(destination) == {destination.name}
+
+
 def test_partial_runs_do_not_replace_or_mix(source: Checkpoint, destination: Path) -> None:
     first = build_plan(source, strategy(8), ranks=[0, 1])
     transform(first, destination, Options(partial=True), about={"target": "mp8"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from recorded import random_bits, write_tensors
 
 import mindformers_ckpt as mc
-from mindformers_ckpt.errors import ConfigError
+from mindformers_ckpt.errors import ConfigError, TransferError
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.publish.signature import BUNDLE_FILE, RECORD_FILE
@@ -104,6 +105,21 @@ def test_other_tensors_are_not_what_was_signed(signed: Path, strategy: Path, key
     assert "is not a signature" in differences(signed, key)[0]
 
 
+def test_a_signature_of_tensors_that_were_not_looked_at_is_not_enough(signed: Path, strategy: Path, key: Path) -> None:
+    strategy.unlink()
+    found = mc.verify(signed, public_key=key.with_suffix(".pub"))
+    assert [str(difference) for difference in found.differences] == [
+        f"{signed}: what is signed could not be compared with the tensors"
+    ]
+
+
+def test_a_manifest_that_cannot_be_read_is_not_signed(signed: Path, key: Path) -> None:
+    manifest = json.loads((signed / "manifest.json").read_text(encoding="utf-8"))
+    manifest["fingerprints"]["."]["tensors"]["a.weight"] = {"crc64nvme": "no number"}
+    (signed / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert differences(signed, key)
+
+
 def test_what_cannot_be_signed_is_said_first(
     source: Path, strategy: Path, key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +145,13 @@ def test_a_finished_result_is_signed_with_resume(source: Path, strategy: Path, k
     mc.transform(source, tmp_path / "result", dst_strategy=strategy, fingerprints=True)
     result = mc.transform(source, tmp_path / "result", dst_strategy=strategy, sign=key, resume=True).destination
     assert differences(result, key) == []
+
+
+def test_a_finished_result_that_cannot_be_signed(source: Path, strategy: Path, key: Path, tmp_path: Path) -> None:
+    mc.transform(source, tmp_path / "result", dst_strategy=strategy, fingerprints=True)
+    (tmp_path / "result" / RECORD_FILE).mkdir()
+    with pytest.raises(TransferError, match=f"{RECORD_FILE}: cannot be written: Is a directory"):
+        mc.transform(source, tmp_path / "result", dst_strategy=strategy, sign=key, resume=True)
 
 
 def test_the_command_line_signs_and_verifies(signed: Path, source: Path, key: Path, tmp_path: Path) -> None:

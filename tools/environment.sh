@@ -48,3 +48,16 @@ run_pytest() {
         "$VENV/bin/python" -m pytest "$@"
     fi
 }
+
+# Run pytest with every version of MindFormers in VERSIONS, in environments named after the first argument; the last one
+# stays in VENV.
+test_with_mindformers() {
+    local base=$1 version
+    shift
+    for version in ${VERSIONS:-1.7.0 1.9.0 2.1.0}; do
+        VENV=$base
+        [[ $version == 1.7.0 ]] || VENV=$base-$version
+        make_mindformers "$version"
+        run_pytest "$@"
+    done
+}

@@ -37,7 +37,7 @@ def _options(language: str) -> str:
 
     texts = texts_of("options")
     parts = [texts["head"][language]]
-    group = click.Context(cli, info_name="mindformers-ckpt")
+    group = click.Context(cli, info_name="mindformers-ckpt", **cli.context_settings)
     for name in cli.list_commands(group):
         command = cli.get_command(group, name)
         assert command is not None

@@ -7,10 +7,4 @@ set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/environment.sh
-BASE=${VENV:-.venv-mindformers}
-for version in ${VERSIONS:-1.7.0 1.9.0 2.1.0}; do
-    VENV=$BASE
-    [[ $version == 1.7.0 ]] || VENV=$BASE-$version
-    make_mindformers "$version"
-    run_pytest tests/mindformers "$@"
-done
+test_with_mindformers "${VENV:-.venv-mindformers}" tests/mindformers "$@"

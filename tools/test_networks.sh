@@ -16,10 +16,5 @@ trap 'rm -rf "$NETWORKS"' EXIT
 VENV=${TRANSFORMERS:-.venv-transformers}
 make_transformers
 "$VENV/bin/python" tests/networks/tiny_models.py "$NETWORKS"
-for version in ${VERSIONS:-1.7.0 1.9.0 2.1.0}; do
-    VENV=$BASE
-    [[ $version == 1.7.0 ]] || VENV=$BASE-$version
-    make_mindformers "$version"
-    run_pytest tests/networks "$@"
-done
+test_with_mindformers "$BASE" tests/networks "$@"
 "$VENV/bin/python" tools/network_table.py "$NETWORKS"

@@ -113,8 +113,9 @@ class OutputDir:
         with open(self._holder, "x", encoding="utf-8") as stream:
             stream.write(f"process {os.getpid()} on {os.uname().nodename}")
         recover(self.transformed)
-        for waste in self.root.glob(".removed-*"):
-            _remove(waste)
+        for pattern in (".removed-*", ".shared-disk-*"):  # of ranks that were killed
+            for waste in self.root.glob(pattern):
+                _remove(waste)
         if _is_there(self._previous):
             self._discard(self.strategy)  # of a run that died: what it replaced is still aside
         elif _is_there(self.strategy):

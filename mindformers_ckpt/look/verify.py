@@ -32,6 +32,8 @@ from mindformers_ckpt.strategy.model import Strategy, origin_of
 
 Progress = Callable[[int, int], None]
 
+_FINGERPRINTS = "fingerprints: "  # of what is not checked
+
 
 def verify(
     path: PathLike,
@@ -129,7 +131,7 @@ def _verify_manifest(
         if is_whole:
             _verify_fingerprint(folder, part, entry, manifest, known, chosen, progress, found)
         else:
-            found.unchecked.append("fingerprints: not all files can be read")
+            found.unchecked.append(_FINGERPRINTS + "not all files can be read")
     if not manifest.fingerprints and not any(entry.hashes for entry in manifest.entries):
         found.unchecked.append(
             "the contents: the run recorded neither hashes (--hash) nor fingerprints (--fingerprint); --against SOURCE "
@@ -140,14 +142,19 @@ def _verify_manifest(
 def _verify_signatures(folder: Path, public_key: Path, found: Verification) -> None:
     """Check that what is recorded of whole tensors is signed. Whether the tensors are so is checked beside it."""
     parts = read_result(folder).fingerprints
+    if any(line.startswith(_FINGERPRINTS) for line in found.unchecked):
+        found.differences.append(Difference("what is signed could not be compared with the tensors", folder))
     if not parts:
         found.differences.append(Difference("the result is not signed: it was made without --fingerprint", folder))
     for part, entry in parts.items():
         try:
-            check_signature(folder / part, recorded_checksums(entry), public_key)
-        except (KeyError, TypeError, ValueError, AttributeError, PublishError) as error:
-            if isinstance(error, ConfigError):
-                raise
+            tensors = recorded_checksums(entry)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            found.differences.append(Difference("what is signed cannot be read in the manifest", folder))
+            continue
+        try:
+            check_signature(folder / part, tensors, public_key)
+        except PublishError as error:
             found.differences.append(Difference(str(error), folder / part / BUNDLE_FILE))
         else:
             found.checked.append(f"signature: {folder / part / BUNDLE_FILE}, by the key of {public_key}")
@@ -182,7 +189,7 @@ def _verify_fingerprint(
 ) -> None:
     """Compare the whole tensors of a checkpoint in a result with what is recorded of them."""
     if strategy is None and len(manifest.entries) > 1 and manifest.target is not None:
-        found.unchecked.append("fingerprints: the strategy of the result is not known; give it with --strategy")
+        found.unchecked.append(_FINGERPRINTS + "the strategy of the result is not known; give it with --strategy")
         return
     try:
         recorded = {told.name: told for told in recorded_checksums(entry)}

@@ -7,22 +7,20 @@ that the bundle of the source is one of the result.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mindformers_ckpt.checksums.digest import TensorChecksum, record_of
 from mindformers_ckpt.errors import ConfigError, PublishError
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 RECORD_FILE, BUNDLE_FILE = "fingerprint.jsonl", "fingerprint.sig"
 
 
 def check_key(key: Path) -> None:
     """Sign something, so that a key that cannot be used is found before hours of work. Raises ConfigError."""
+    import tempfile
+
     with tempfile.TemporaryDirectory() as folder:
         sign(Path(folder), [], key)
 
@@ -65,6 +63,8 @@ def check_signature(folder: Path, tensors: Iterable[TensorChecksum], public_key:
 
     Raises ConfigError where the public key cannot be read or the library is not installed.
     """
+    import tempfile
+
     verifying = _library("verifying")
     bundle = folder / BUNDLE_FILE
     if not bundle.is_file():
@@ -84,7 +84,7 @@ def check_signature(folder: Path, tensors: Iterable[TensorChecksum], public_key:
             raise PublishError(f"{bundle}: is not a signature of these tensors by this key: {error}") from error
 
 
-def _library(part: str) -> ModuleType | Any:
+def _library(part: str) -> Any:
     import importlib
 
     try:

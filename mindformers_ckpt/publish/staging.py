@@ -34,6 +34,7 @@ from mindformers_ckpt.publish.replace import GATE_SECONDS, discard, gate_of, put
 _JOURNAL = "journal"
 _LOCK = "lock"
 _PART = "part-"  # in the name of a staging folder whose run adds some ranks
+_JOINED = "-joined"  # of ranks that are put together
 
 
 class Kind(Enum):
@@ -193,7 +194,7 @@ class Staging:
         destination would be fewer steps, but readers that know no manifests (MindSpore) would find what a killed run
         has moved, or a mixture of old and new ranks: the destination would not change as a whole.
         """
-        joined = self.folder.with_name(f"{self.folder.name}-joined")
+        joined = self.folder.with_name(f"{self.folder.name}{_JOINED}")
         if os.path.lexists(joined):
             files.remove(joined)
         files_here = {file.relative_to(self.folder) for file in self.folder.rglob("*") if file.is_file()}
@@ -299,7 +300,9 @@ class Staging:
         """Remove what is of no use to anybody: results that were replaced, and what is left of one that is in place."""
         if is_made and files.is_real_folder(self.folder) and not self._is_alive(self.folder):
             discard(self.folder, self.destination)
-        for path in waste_of(self.destination):
+        # Ranks are put together by who holds the gate, as this run does: such a folder is a dead run's.
+        joined = self.folder.parent.glob(f"{escape(self._prefix)}*{_JOINED}")
+        for path in (*waste_of(self.destination), *joined):
             discard(path, self.destination)
 
     def _clear_leftovers(self) -> None:

@@ -23,6 +23,7 @@ _NAMES = [
     (re.compile(rf"\..+\.new-.*{_HEX}+"), "a new result that is complete"),
     (re.compile(rf"\..+\.part-{_HEX}{{8}}(\.lock)?"), "a file that was being written"),
     (re.compile(r"\.removed-.+"), "what a job has removed"),
+    (re.compile(rf"\.shared-disk-{_HEX}+-\d+"), "what a job found out with whether its nodes share the disk"),
     (re.compile(r"\.strategy\.previous"), "the strategy of the job before"),
     (re.compile(rf"\.meeting-{_HEX}+"), "the secret of a job whose ranks are meeting"),
 ]

@@ -13,7 +13,6 @@ completed, what was there before and is not replaced goes, the new manifest is w
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -329,6 +328,8 @@ def _check_options(options: Options, destination: ObjectPath) -> None:
 
 def _texts(companions: Callable[[Path], None]) -> dict[str, bytes]:
     """The files that stand beside those with tensors, by their paths in the folder of the result."""
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="mindformers_ckpt-") as name:
         folder = Path(name)
         try:

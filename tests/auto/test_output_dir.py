@@ -17,6 +17,7 @@ import pytest
 
 from mindformers_ckpt.errors import ConfigError, PublishError
 from mindformers_ckpt.job.output_dir import OutputDir
+from mindformers_ckpt.publish.strays import find_strays
 
 ROOT = Path(__file__).parents[2]
 OWN_FILES = {".checkpoint_hook.lock", ".checkpoint_hook.holder"}
@@ -279,6 +280,17 @@ def test_what_a_killed_job_left_is_healed_by_the_next_job(root: Path, job: subpr
     write_strategy(output, "newer strategy")
     output.keep()
     assert tree(root)["strategy/ckpt_strategy_rank_0.ckpt"] == "newer strategy"
+
+
+def test_what_killed_ranks_left_goes_with_the_next_job(root: Path) -> None:
+    (root / ".shared-disk-2155b41f305b00f3-2").touch()
+    (root / ".removed-strategy-7").mkdir()
+    found = {stray.path.name for stray in find_strays(root)}
+    assert found == {".shared-disk-2155b41f305b00f3-2", ".removed-strategy-7"}
+    output = OutputDir(root)
+    output.clear()
+    assert not found & {path.name for path in root.iterdir()}
+    output.restore()
 
 
 def test_a_rank_that_makes_the_folder_anew_meanwhile(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

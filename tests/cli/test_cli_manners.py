@@ -24,7 +24,7 @@ COMMANDS = tuple(_COMMANDS)
 
 
 def of(name: str) -> click.Command:
-    found = cli.get_command(click.Context(cli), name)
+    found = cli.get_command(click.Context(cli, **cli.context_settings), name)
     assert found is not None
     return found
 
@@ -85,7 +85,7 @@ def test_no_command_at_all_is_answered_with_help(inside: Callable[..., Result]) 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_help_has_examples_a_page_and_exit_codes(name: str) -> None:
-    text = of(name).get_help(click.Context(of(name), info_name=name))
+    text = of(name).get_help(click.Context(of(name), info_name=name, parent=click.Context(cli, **cli.context_settings)))
     assert f"  mindformers-ckpt {name} " in text or f"  mindformers-ckpt {name}\n" in text
     page = re.search(r"More: (docs/[\w.]+)", text)
     assert page is not None
@@ -111,7 +111,11 @@ def test_the_usage_line_names_what_is_required() -> None:
         "convert": "--input-path PATH --output-path PATH",
         "merge-lora": "--src-ckpt-path-or-dir PATH --dst-ckpt-dir PATH",
     }.items():
-        usage = " ".join(of(name).get_usage(click.Context(of(name), info_name=name)).split())
+        usage = " ".join(
+            of(name)
+            .get_usage(click.Context(of(name), info_name=name, parent=click.Context(cli, **cli.context_settings)))
+            .split()
+        )
         assert f"{name} {needed} [OPTIONS]" in usage
 
 

@@ -296,16 +296,19 @@ def test_resume_of_a_finished_run_does_nothing(toy: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (toy / "out").rglob("*")} == times
 
 
+PATHS = ("--src-checkpoint", "full.ckpt", "--dst-checkpoint-dir", "out")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Missing option '--src-checkpoint'"),
+        ([], "Missing options '--src-checkpoint' and '--dst-checkpoint-dir'"),
         (["--src-checkpoint", "full.ckpt"], "Missing option '--dst-checkpoint-dir'"),
-        (["--src-checkpoint", "full.ckpt", "--prefix", "../x"], "cannot hold a /"),
-        (["--src-checkpoint", "full.ckpt", "--format", "pickle"], "'pickle' is not one of"),
-        (["--src-checkpoint", "full.ckpt", "--ranks", "0", "--rank-id", "0"], "give one of them"),
-        (["--transform_process_num", "0"], "0 is not in the range"),
-        (["--unknown", "1"], "No such option"),
+        ([*PATHS, "--prefix", "../x"], "cannot hold a /"),
+        ([*PATHS, "--format", "pickle"], "'pickle' is not one of"),
+        ([*PATHS, "--ranks", "0", "--rank-id", "0"], "give one of them"),
+        ([*PATHS, "--transform_process_num", "0"], "0 is not in the range"),
+        ([*PATHS, "--unknown", "1"], "No such option"),
     ],
 )
 def test_wrong_usage(toy: Path, arguments: list[str], message: str) -> None:
