@@ -266,6 +266,7 @@ def main(
     cases = [Case(f"{latency:g} ms", latency, 0) for latency in latencies or (0, 1, 5, 30)]
     cases += [Case("200 MB/s", 1, _THROTTLED)] if throttled else []
     target = result or Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+    target.mkdir(parents=True, exist_ok=True)
     try:
         for case in cases:
             for path in (folder / "data" / "source").rglob("*.ckpt"):
