@@ -250,6 +250,7 @@ def test_heads_that_are_compared_are_asked_for_in_time(
         return os.pread(handle, length, start), is_late
 
     monkeypatch.setattr(guesses, "_WAITS", 0)
+    monkeypatch.setattr(guesses, "_slow_devices", set())
     monkeypatch.setattr(guesses, "_TRIED", 8)
     monkeypatch.setattr(guesses, "_timed", timed)
     monkeypatch.setattr(guesses._FromDisk, "ask", lambda _, start, length: asked.append(start))
