@@ -57,6 +57,10 @@ CUTS = {
 _SAMPLE_SECONDS = 0.05
 
 
+# Modules are compiled once, as they are where a package is installed.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
 class Measured(NamedTuple):
     """One run of a command: seconds of wall and CPU, bytes of private memory (of all processes, of the largest)."""
 

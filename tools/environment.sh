@@ -2,6 +2,8 @@
 # With COVERAGE=1 the tests also write what they execute into .coverage.* (see tools/coverage.sh).
 source tools/help.sh
 PYTHON=${PYTHON:-python3}
+# Tests start Python a thousand times: modules are compiled once, as they are where a package is installed.
+unset PYTHONDONTWRITEBYTECODE
 
 make_environment() {
     [[ -x $VENV/bin/python ]] || "$PYTHON" -m venv "$VENV"
