@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from mindformers_ckpt.convert.planning import Converted
@@ -42,7 +43,8 @@ class _Piece(NamedTuple):
 def compose(outer: Converted, middle: Mapping[str, Converted], shapes: Mapping[str, Shape]) -> Converted:
     """A tensor that is made of those in the `middle`, as made of what these are made of.
 
-    `shapes` are those of the source tensors. Raises ValueError where two views have no common axes.
+    Nothing is computed for those in the middle. `shapes` are those of the source tensors. Raises ValueError where two
+    views of a tensor have no common axes.
     """
     views = [_Viewed(place, outer.transfer.shape, middle[place.tensor]) for place in outer.transfer.sources]
     fine = [_fine_axes(axis, extent, views) for axis, extent in enumerate(outer.transfer.shape)]
@@ -50,7 +52,7 @@ def compose(outer: Converted, middle: Mapping[str, Converted], shapes: Mapping[s
     for viewed in views:
         for part in viewed.cut(fine):
             for source in viewed.made_of.transfer.sources:
-                place = source._replace(compute=source.compute or viewed.place.compute)
+                place = source._replace(compute=viewed.place.compute)
                 found += [(place, piece) for piece in _through(part, source, viewed.made_of.transfer.shape)]
     return _put_together(outer, fine, found, shapes)
 
@@ -78,15 +80,21 @@ def _between(strides: Sequence[int], outer: int, inner: int) -> Shape:
     return tuple(first // second for first, second in zip(within, within[1:]))
 
 
+@lru_cache(maxsize=1 << 12)
+def _steps(shape: Shape, other: Shape) -> list[Shape]:
+    """The extents of the axes into which each axis of a view falls by another view of the same tensor."""
+    own = _strides(shape)
+    strides = _common([*own, *_strides(other)])
+    return [_between(strides, outer, inner) for outer, inner in zip(own, own[1:])]
+
+
 class _Viewed:
     """A place of the outer conversion, with the axes into which its view falls by how the tensor there is made."""
 
     def __init__(self, place: Place, shape: Shape, made_of: Converted) -> None:
         self.place, self.made_of = place, made_of
         self.view = place.view or View(shape, place.box, tuple(range(len(shape))))
-        own = _strides(self.view.shape)
-        strides = _common([*own, *_strides(made_of.transfer.shape)])
-        self._steps = [_between(strides, outer, inner) for outer, inner in zip(own, own[1:])]
+        self._steps = _steps(self.view.shape, made_of.transfer.shape)
 
     def steps(self, axis: int) -> Shape:
         """The extents of the axes into which an axis of the target must be cut here; none for a single index."""
@@ -198,7 +206,7 @@ def _put_together(
 ) -> Converted:
     """The target tensor out of its pieces."""
     shape = tuple(itertools.chain.from_iterable(fine))
-    matched = [_matched(piece, shape) for _, piece in found]
+    matched = [_joined_axes(_matched(piece, shape), shapes[place.tensor]) for place, piece in found]
     # Single indices of a source that no axis of the target stands for: axes of one index take their place.
     extra = max((sum(axis.along is None for axis in piece.axes) for piece in matched), default=0)
     places: list[Place] = []
@@ -231,6 +239,23 @@ def _matched(piece: _Piece, shape: Shape) -> _Piece:
             if along is not None:
                 free.remove(along)
                 axis = axis._replace(along=along)
+        axes.append(axis)
+    return piece._replace(axes=tuple(axes))
+
+
+def _joined_axes(piece: _Piece, shape: Shape) -> _Piece:
+    """The piece with a single index of one axis and all of the next as a range of both in one.
+
+    Axes of different dimensions of the source tensor, which is of this `shape`, stay apart.
+    """
+    dimensions = set(_strides(shape))
+    strides = _strides(tuple(axis.extent for axis in piece.axes))
+    axes: list[_Axis] = []
+    for axis, outer in zip(piece.axes, strides):
+        if axes and axes[-1].along is None and (axis.start, axis.stop) == (0, axis.extent) and outer not in dimensions:
+            before = axes.pop()
+            extent, start, stop = (value * axis.extent for value in before[:3])
+            axis = _Axis(extent, start, stop, axis.along)
         axes.append(axis)
     return piece._replace(axes=tuple(axes))
 

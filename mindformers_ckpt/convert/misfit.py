@@ -147,7 +147,7 @@ def _wrong_side(misfit: Misfit, attempt: Attempt) -> str | None:
     told = "Hugging Face weights" if attempt.to == "hf" else "MindSpore weights"
     step = "leave --reversed out" if attempt.to == "hf" else "give --reversed"
     if attempt.renamed:
-        step = "give --naming in place of --from and --to"
+        step = "give --naming in place of --to"
     return f"{misfit.source.root} holds {told}, by the names of its tensors; {step}"
 
 

@@ -69,7 +69,7 @@ def prepare_renaming(request: Request, destination: Path, wanted: Collection[str
 def check_options(request: Request) -> None:
     """Refuse options that do not go together. Raises ConfigError that names them."""
     if request.to_naming is None:
-        _refuse(request, ("from_naming", "src_strategy", "weights_only"), "without --to: they say what is renamed")
+        _refuse(request, ("from_naming", "src_strategy", "weights_only"), "without --to, which gives other names")
         return
     if request.reverse:
         raise ConfigError("--reversed goes to Hugging Face, --to to other names of MindSpore; give one of them")

@@ -175,9 +175,10 @@ def ask_for_rows(path: Path, request: Request) -> None:
     attention, mlp = "use_contiguous_weight_layout_attention", "use_interleaved_weight_layout_mlp"
     if None not in (getattr(request, attention), getattr(request, mlp)):
         return
-    usual, old = f"--{attention} False --{mlp} True", "True and False"
-    if request.to_naming is not None:
-        usual, old = (f"--from legacy+qkv_concat+{rows}" for rows in (f"no_{attention}+{mlp}", f"{attention}+no_{mlp}"))
+    if request.to_naming is None:
+        usual, old = f"--{attention} False --{mlp} True", f"--{attention} True --{mlp} False"
+    else:
+        usual, old = (f"--from legacy+qkv_concat+{said}" for said in (f"no_{attention}+{mlp}", f"{attention}+no_{mlp}"))
     raise ConfigError(
         f"{path} does not say how query, key and value, and gate and up, lie in its fused tensors; give {usual} for "
         f"files of MindFormers 1.4 and later (by groups of heads, and row by row in turn), {old} for those of 1.3 and "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,18 @@ from test_one_pass import random_strategy
 from test_round_trips import CASES
 
 from mindformers_ckpt.api.convert import convert as api_convert
+from mindformers_ckpt.convert.composing import compose
 from mindformers_ckpt.convert.config import LAYOUT_SETTINGS
 from mindformers_ckpt.convert.model import find_model
+from mindformers_ckpt.convert.planning import Converted
 from mindformers_ckpt.convert.run import Request, convert, plan_conversion
 from mindformers_ckpt.errors import CheckpointError, ConfigError, PlanError
+from mindformers_ckpt.formats import TensorSpec
+from mindformers_ckpt.formats.dtypes import by_name
+from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.planning.build import build_plan
-from mindformers_ckpt.planning.model import Plan
+from mindformers_ckpt.planning.model import Place, Plan, Transfer, View
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.model import Strategy
@@ -216,6 +222,29 @@ def test_a_checkpoint_2_and_back(tmp_path: Path) -> None:
         assert tensors["loss_scale"] == 64
 
 
+def in_stages(names: dict[str, Any], shared: str) -> tuple[Strategy, list[dict[str, Any]]]:
+    """Two stages of a rank each, and what they hold: a layer each, and both an embedding that the first one names."""
+    second = [name for name in names if "layers.1." in name or "final_layernorm" in name or "norm_out" in name]
+    held = [{name: names[name] for name in names if name not in second}, {name: names[name] for name in second}]
+    layouts = [{name: Layout((1,), ((),) * array.ndim) for name, array in stage.items()} for stage in held]
+    return Strategy(tuple(layouts), 1, "a test"), [held[0], {**held[1], shared: names[shared]}]
+
+
+def test_a_tied_embedding_goes_to_both_ends_of_a_pipeline(tmp_path: Path) -> None:
+    family = Family("llama tied bf16", tmp_path)
+    found = {layout: family.tensors(layout) for layout in ("legacy", "mcore")}
+    plain = {layout: {name: array for name, array in found[layout].items() if array.ndim} for layout in found}
+    source, held = in_stages(plain["legacy"], "model.tok_embeddings.embedding_weight")
+    target, expected = in_stages(plain["mcore"], "embedding.word_embeddings.weight")
+    for rank, tensors in enumerate(held):
+        (tmp_path / f"ranks/rank_{rank}").mkdir(parents=True)
+        hf.write_safetensors(tmp_path / f"ranks/rank_{rank}/a.safetensors", tensors)
+    request = family.request(tmp_path / "ranks", None, "mcore", src_strategy=source)
+    convert(request, tmp_path / "new", target=target)
+    for rank, tensors in enumerate(expected):
+        hf.assert_equal(hf.read_file(tmp_path / f"new/rank_{rank}/checkpoint_{rank}.safetensors"), tensors)
+
+
 def opened(path: Path) -> Checkpoint:
     source = find_source(path)
     return Checkpoint(source, source.strategy(Strategy.complete()))
@@ -233,13 +262,17 @@ def test_weights_only(tmp_path: Path) -> None:
     assert not plan.warnings
 
 
-def test_names_change_without_a_copy_of_the_plan_for_each_expert(tmp_path: Path) -> None:
-    """Experts that are stacked on both sides stay one box, as plain tensors stay plain."""
+def test_pieces_that_follow_each_other_are_one_place(tmp_path: Path) -> None:
+    """Experts that are stacked on both sides, rows that keep their order; plain tensors stay plain."""
     family = Family("deepseek", tmp_path)
-    plan = planned(family, family.write("legacy", tmp_path), "mcore")
+    plan = planned(family, family.write("legacy", tmp_path), "mcore+mla_qkv_concat")
     places = {transfer.name: transfer.sources for transfer in plan.transfers}
     experts = places["adam_m.decoder.layers.1.mlp.experts.weight1"]
     assert [place.tensor for place in experts] == ["adam_m.model.layers.1.feed_forward.routed_experts.ffn.w1"]
+    # Rotary rows alone, two pairs of halves, change their order.
+    rows = places["decoder.layers.0.self_attention.linear_qkv.weight"]
+    names = [place.tensor.rpartition(".attention.")[2] for place in rows]
+    assert names == ["q2l_proj.weight", "kv2l_latent_kv.weight", "kv2l_k_pe.weight", "kv2l_k_pe.weight"]
     (norm,) = places["decoder.final_layernorm.weight"]
     assert norm.view is None
 
@@ -322,7 +355,7 @@ def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
     assert "is a Hugging Face model" in refusal(family, family.source, None, "mcore")
     hf.write_safetensors(tmp_path / "hf.safetensors", hf.random_tensors(hf.llama_shapes()))
     told = refusal(family, tmp_path / "hf.safetensors", None, "mcore")
-    assert "give --naming in place of --from and --to" in told or "is a Hugging Face model" in told
+    assert told.endswith("holds Hugging Face weights, by the names of its tensors; give --naming in place of --to")
     cut(family.write("legacy", tmp_path), rows(family.tensors("legacy"), 2), tmp_path / "ranks")
     assert "no source strategy is given" in refusal(family, tmp_path / "ranks", None, "mcore")
     adapter = {"model.layers.0.attention.wq.tk_delta_lora_a": np.zeros((2, 8), np.float32)}
@@ -331,6 +364,32 @@ def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
     told = refusal(family, tmp_path / "lora.safetensors", None, "mcore")
     assert "adapters are merged before (mindformers-ckpt merge-lora)" in told
     assert "model.layers.0.attention.wq.tk_delta_lora_a" in told
+
+
+def test_what_had_to_be_computed_is_refused(tmp_path: Path) -> None:
+    family = Family("llama", tmp_path)
+    name, config = "model.layers.0.feed_forward.w2.weight", family.source / "config.json"
+    quantised = {**FAMILIES["llama"][2], "quantization_config": {"weight_block_size": [4, 4]}}  # type: ignore[dict-item]
+    config.write_text(json.dumps(quantised), encoding="utf-8")
+    tensors = {**family.tensors("legacy"), name: np.zeros((8, 6), ml_dtypes.float8_e4m3fn)}
+    tensors[f"{name}_scale_inv"] = np.ones((2, 2), np.float32)
+    hf.write_safetensors(tmp_path / "fp8.safetensors", tensors)
+    told = refusal(family, tmp_path / "fp8.safetensors", None, "mcore")
+    assert "holds FP8 weights, whose elements would have to be computed" in told
+    assert "model.layers.0.mlp.down_proj.weight" in told
+
+
+def test_views_without_common_axes_cannot_be_composed() -> None:
+    """Rows of 6 in steps of 2 that are in steps of 3 in the middle."""
+
+    def turned(tensor: str, shape: tuple[int, int]) -> Converted:
+        whole, view = Box.whole(shape), View(shape[::-1], Box.whole(shape[::-1]), (1, 0))
+        spec = TensorSpec("w", by_name("float32"), (6,))
+        return Converted(spec, Transfer("w", spec.dtype, shape, (Place(0, whole, tensor, view),), ()), (2,))
+
+    assert compose(turned("w", (3, 2)), {"w": turned("s", (2, 3))}, {"s": (6,)}).transfer.sources[0].view is None
+    with pytest.raises(ValueError, match="in steps of 3 on one side and 2 on the other"):
+        compose(turned("w", (3, 2)), {"w": turned("s", (3, 2))}, {"s": (6,)})
 
 
 @pytest.mark.parametrize(
