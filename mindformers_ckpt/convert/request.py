@@ -157,6 +157,10 @@ def with_layout(request: Request, model: Model, layout: str, option: str) -> Req
     Raises ConfigError where the model has no such names or settings.
     """
     naming, *settings = layout.split("+")
+    if not naming:
+        raise ConfigError(
+            f"{option} is empty; is a variable not set? {model.name} has {', '.join(model.namings)} names"
+        )
     model.naming(naming, False)
     known = {*model.options} & {*LAYOUT_SETTINGS}
     known |= {"qkv_concat"} if f"{naming}+qkv_concat" in model.namings else set()

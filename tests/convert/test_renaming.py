@@ -335,7 +335,8 @@ def test_wrong_namings_are_refused(tmp_path: Path) -> None:
     assert refusal(family, source, None, "mcore+mla_qkv_concat").startswith(
         "--to mcore+mla_qkv_concat: 'mla_qkv_concat' is not a setting of the model llama with mcore names; there are "
     )
-    assert "leave it out" not in refusal(family, source, "legacy+use_gmm", "mcore")
+    assert "--from legacy+use_gmm: 'use_gmm' is not a setting" in refusal(family, source, "legacy+use_gmm", "mcore")
+    assert "--to is empty; is a variable not set?" in refusal(family, source, None, "")
     fused = family.write("legacy+qkv_concat", tmp_path)
     assert "give --from legacy+qkv_concat+no_use_contiguous_weight_layout_attention+" in refusal(
         family, fused, None, "mcore"
