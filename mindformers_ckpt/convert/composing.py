@@ -44,7 +44,7 @@ def compose(outer: Converted, middle: Mapping[str, Converted], shapes: Mapping[s
     """A tensor that is made of those in the `middle`, as made of what these are made of.
 
     Nothing is computed for those in the middle. `shapes` are those of the source tensors. Raises ValueError where two
-    views of a tensor have no common axes.
+    views of a tensor have no common axes, and where one has no elements.
     """
     views = [_Viewed(place, outer.transfer.shape, middle[place.tensor]) for place in outer.transfer.sources]
     fine = [_fine_axes(axis, extent, views) for axis, extent in enumerate(outer.transfer.shape)]
@@ -92,6 +92,8 @@ class _Viewed:
     """A place of the outer conversion, with the axes into which its view falls by how the tensor there is made."""
 
     def __init__(self, place: Place, shape: Shape, made_of: Converted) -> None:
+        if not made_of.spec.size:
+            raise ValueError(f"{made_of.spec.name} has no elements")
         self.place, self.made_of = place, made_of
         self.view = place.view or View(shape, place.box, tuple(range(len(shape))))
         self._steps = _steps(self.view.shape, made_of.transfer.shape)

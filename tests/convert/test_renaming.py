@@ -18,7 +18,7 @@ from mindformers_ckpt.api.convert import convert as api_convert
 from mindformers_ckpt.convert.composing import compose
 from mindformers_ckpt.convert.config import LAYOUT_SETTINGS
 from mindformers_ckpt.convert.model import find_model
-from mindformers_ckpt.convert.planning import Converted
+from mindformers_ckpt.convert.planning import Converted, identity
 from mindformers_ckpt.convert.run import Request, convert, plan_conversion
 from mindformers_ckpt.errors import CheckpointError, ConfigError, PlanError
 from mindformers_ckpt.formats import TensorSpec
@@ -391,6 +391,9 @@ def test_views_without_common_axes_cannot_be_composed() -> None:
     assert compose(turned("w", (3, 2)), {"w": turned("s", (2, 3))}, {"s": (6,)}).transfer.sources[0].view is None
     with pytest.raises(ValueError, match="in steps of 3 on one side and 2 on the other"):
         compose(turned("w", (3, 2)), {"w": turned("s", (3, 2))}, {"s": (6,)})
+    empty = identity(TensorSpec("w", by_name("float32"), (0, 4)), "w")
+    with pytest.raises(ValueError, match="w has no elements"):
+        compose(empty, {"w": empty}, {"w": (0, 4)})
 
 
 @pytest.mark.parametrize(
