@@ -254,6 +254,13 @@ def planned(family: Family, source: Path, new: str, **more: Any) -> Plan:
     return plan_conversion(family.request(source, None, new, **more), source.parent / "new.safetensors")
 
 
+def test_the_names_of_a_strategy_tell_settings(tmp_path: Path) -> None:
+    family = Family("deepseek", tmp_path)
+    target = rows(family.tensors("mcore+mla_qkv_concat"), 2)
+    report = convert(family.request(family.write("legacy", tmp_path), None, "mcore"), tmp_path / "new", target=target)
+    assert report.naming == "mcore+mla_qkv_concat"
+
+
 def test_weights_only(tmp_path: Path) -> None:
     family = Family("llama", tmp_path)
     plan = planned(family, family.write("legacy", tmp_path), "mcore", weights_only=True)
