@@ -45,7 +45,7 @@ from mindformers_ckpt.publish.fingerprints import KEY, check_countable, describe
 from mindformers_ckpt.publish.journal import Journal
 from mindformers_ckpt.publish.manifest import is_whole
 from mindformers_ckpt.publish.results import check_addable, describe_result, partial_manifest_name
-from mindformers_ckpt.publish.signature import check_key, find_bundle, sign, take_over
+from mindformers_ckpt.publish.signature import check_key, find_bundle, left_behind, sign, take_over
 from mindformers_ckpt.publish.staging import Kind, Replace
 
 Progress = Callable[[int, int], None]
@@ -99,6 +99,7 @@ class Report:
         bytes_read, bytes_written: bytes of tensors, `resumed_bytes` of the latter by an earlier run.
         seconds: how long it took.
         fingerprints: digests of the checkpoints in the result, by their folders (mostly "."), where they are asked for.
+        signature: what became of signatures: "made with …", "taken over from …" or "left behind: …"; "" without any.
         warnings: what the user should know of choices that were made.
     """
 
@@ -109,6 +110,7 @@ class Report:
     resumed_bytes: int
     seconds: float
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+    signature: str = ""
     warnings: tuple[str, ...] = ()
 
 
@@ -160,6 +162,7 @@ class Run:
         self._journal = Journal(self._staging, self.fingerprint)
         self._done: dict[int, Done] = {}
         self._resumed_bytes = 0
+        self._signature = ""
 
     def __enter__(self) -> Run:
         self._staging.__enter__()
@@ -269,7 +272,14 @@ class Run:
         plan = self.plan
         digests = {folder: entry["digest"] for folder, entry in self._fingerprints.items()}
         return Report(
-            self.destination, len(plan.targets), plan.bytes_read, plan.bytes_written, resumed, seconds, digests
+            self.destination,
+            len(plan.targets),
+            plan.bytes_read,
+            plan.bytes_written,
+            resumed,
+            seconds,
+            digests,
+            self._signature,
         )
 
     def _add_companions(self, companions: Callable[[Path], None], folder: Path) -> None:
@@ -283,14 +293,25 @@ class Run:
 
     def _sign(self, folder: Path) -> None:
         """Sign the fingerprints of the checkpoints in the result; without a key, keep the signature of the source."""
-        if self._staging.kind is Kind.FILE:
+        if self.options.sign is not None:
+            for part, entry in self._fingerprints.items():
+                sign(folder / part, recorded_checksums(entry), self.options.sign)
+            self._signature = f"made with {self.options.sign}"
             return
         bundle = find_bundle(self.plan.sources[0].path) if self.plan.sources else None
-        for part, entry in self._fingerprints.items():
-            if self.options.sign is not None:
-                sign(folder / part, recorded_checksums(entry), self.options.sign)
-            elif bundle is not None:
-                take_over(bundle, folder / part, recorded_checksums(entry))
+        if bundle is not None:
+            self._signature = self._kept(bundle, folder)
+
+    def _kept(self, bundle: Path, folder: Path) -> str:
+        """Take the signature of the source over where the result has its tensors; what is to be said of it."""
+        if self._staging.kind is Kind.FILE:
+            return left_behind(bundle, "it goes with a manifest, which a single file has not")
+        if not self.options.fingerprints:
+            return left_behind(bundle, "only with --fingerprint is it known whether the tensors are the same")
+        taken = [
+            take_over(bundle, folder / part, recorded_checksums(entry)) for part, entry in self._fingerprints.items()
+        ]
+        return f"taken over from {bundle}" if any(taken) else left_behind(bundle, "the result has other tensors")
 
     def _finished(self, task: Done) -> None:
         if self.options.keep:

@@ -57,10 +57,12 @@ def draws_unicode() -> bool:
     return True
 
 
-def say_fingerprints(digests: Mapping[str, str]) -> None:
-    """Print the fingerprints of a result by its folders. Raises OutputError."""
+def say_fingerprints(digests: Mapping[str, str], signature: str = "") -> None:
+    """Print the fingerprints of a result by its folders, and what became of signatures. Raises OutputError."""
     for folder, digest in digests.items():
         say(f"fingerprint {digest}" + ("" if folder == "." else f"  {folder}"))
+    if signature:
+        say(f"signature {signature}")
 
 
 def say_json(value: Any) -> None:

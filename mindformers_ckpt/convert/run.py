@@ -102,6 +102,7 @@ class ConversionReport:
         seconds: how long it took.
         warnings: what the user should know of choices that were made.
         fingerprints: digests of the checkpoints in the result, by their folders, where they were asked for.
+        signature: what became of signatures: "made with …" or "left behind: …"; "" without any.
     """
 
     model: str
@@ -113,6 +114,7 @@ class ConversionReport:
     seconds: float
     warnings: tuple[str, ...]
     fingerprints: Mapping[str, str]
+    signature: str
 
 
 def prepare(request: Request, wanted: Collection[str] = ()) -> Prepared:
@@ -208,6 +210,7 @@ def convert(
         time.monotonic() - started,
         plan.warnings,
         report.fingerprints,
+        report.signature,
     )
 
 
