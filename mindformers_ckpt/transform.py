@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mindformers_ckpt.execution import Options, Progress, Report, Run
 from mindformers_ckpt.objects.path import ObjectPath, absolute
 from mindformers_ckpt.planning.model import Plan
-from mindformers_ckpt.uploads.run import ObjectRun
+
+if TYPE_CHECKING:
+    from mindformers_ckpt.uploads.run import ObjectRun
 
 _PLAIN = Options()
 
@@ -36,6 +38,8 @@ def transform(
     where = absolute(destination)
     run: Run | ObjectRun
     if isinstance(where, ObjectPath):
+        from mindformers_ckpt.uploads.run import ObjectRun
+
         run = ObjectRun(plan, where, options, about=about, file=file)
     else:
         run = Run(plan, where, options, about=about, file=file, shapes=shapes)
