@@ -202,7 +202,7 @@ def command(
             f"{result.model} ({result.naming} names): {result.tensors} tensors, {amount(result.bytes_written)} in "
             f"{result.files} files at {result.destination}, {result.seconds:.2f} s"
         )
-        say_fingerprints(result.fingerprints, result.signature)
+        say_fingerprints(result.fingerprints, result.source_fingerprint, result.signature)
         say(_next_step(result.destination, reverse, dst_strategy))
 
 

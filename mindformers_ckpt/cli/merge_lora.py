@@ -211,7 +211,7 @@ def command(
             f"{report.files} {'file' if report.files == 1 else 'files'}, {amount(report.bytes_written)} written to "
             f"{report.destination} in {report.seconds:.2f} s"
         )
-        say_fingerprints(report.fingerprints, report.signature)
+        say_fingerprints(report.fingerprints, report.source_fingerprint, report.signature)
         say(f"next, in the yaml: load_checkpoint: {_loaded(report.destination, merge.plan)}, use_lora: False")
 
 

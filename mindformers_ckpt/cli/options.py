@@ -235,7 +235,10 @@ def planned(plan_file: Path, free: Container[str]) -> Job:
 
 
 FINGERPRINT = click.option(
-    "--fingerprint", "fingerprints", is_flag=True, help="Count the fingerprint of the result while it is made."
+    "--fingerprint",
+    "fingerprints",
+    is_flag=True,
+    help="Count the fingerprints of result and source while the result is made.",
 )
 SIGN = click.option(
     "--sign",

@@ -118,7 +118,7 @@ def command(
         say_json(_as_json(report, job))
     elif not quiet:
         say(_as_text(report))
-        say_fingerprints(report.fingerprints, report.signature)
+        say_fingerprints(report.fingerprints, report.source_fingerprint, report.signature)
         say(_next_step(report.destination, asked["dst_strategy"], job))
 
 

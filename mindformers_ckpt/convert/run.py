@@ -42,6 +42,7 @@ from mindformers_ckpt.execution import Options, Progress, Report
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.objects.path import absolute
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
+from mindformers_ckpt.publish.source_fingerprint import Origin
 from mindformers_ckpt.sources.find import find_huggingface
 from mindformers_ckpt.sources.source import SUFFIXES, Source
 from mindformers_ckpt.strategy.model import Strategy
@@ -70,8 +71,8 @@ _PLAIN = Options()
 
 @dataclass(frozen=True)
 class Prepared:
-    """A conversion that has been planned: the model, the naming, the folder of its config.json, and what of that file
-    is to be changed where it is copied."""
+    """A conversion that has been planned: the model, the naming, the folder of its config.json, what of that file is to
+    be changed where it is copied, and the tensors of the source."""
 
     request: Request
     model: Model
@@ -80,6 +81,7 @@ class Prepared:
     config_folder: Path | None
     config_changes: Mapping[str, Any]
     conversion: Conversion
+    origins: tuple[Origin, ...] | None = None
 
     @property
     def record(self) -> tuple[tuple[str, str], ...]:
@@ -102,6 +104,7 @@ class ConversionReport:
         seconds: how long it took.
         warnings: what the user should know of choices that were made.
         fingerprints: digests of the checkpoints in the result, by their folders, where they were asked for.
+        source_fingerprint: that of the source; "" where it was not asked for, or is not known from what was copied.
         signature: what became of signatures: "made with …" or "left behind: …"; "" without any.
     """
 
@@ -114,6 +117,7 @@ class ConversionReport:
     seconds: float
     warnings: tuple[str, ...]
     fingerprints: Mapping[str, str]
+    source_fingerprint: str
     signature: str
 
 
@@ -143,6 +147,7 @@ def prepare(request: Request, wanted: Collection[str] = ()) -> Prepared:
         ask_for_rows(path, request)
     origin: Side = "ms" if request.reverse else "hf"
     source = _stripped(found, model.canonical.get(origin, str), request.strip_prefix)
+    whole_source = source
     told: tuple[str, ...] = ()
     if changed and not request.reverse:
         source, told = depth.without_layers(source, config)
@@ -170,9 +175,10 @@ def prepare(request: Request, wanted: Collection[str] = ()) -> Prepared:
     if unfit is not None:
         raise ConfigError(unfit)
     check_copies(conversion.copies)
+    origins = whole_source.origins(conversion.copies)
     warnings = (*found.warnings, *told, *warnings, *_other_type(model, config), *conversion.warnings)
     conversion = replace(conversion, warnings=warnings)
-    return Prepared(request, model, layout, config, folder, changed, conversion)
+    return Prepared(request, model, layout, config, folder, changed, conversion, origins)
 
 
 def convert(
@@ -197,7 +203,9 @@ def convert(
     output = absolute(output)
     shapes = _shapes(prepared.conversion)
     if not request.reverse and target is None and output.suffix in SUFFIXES and format != CHECKPOINT2:
-        report = transform(plan, output, options, progress=progress, check=check, file=True, shapes=shapes)
+        report = transform(
+            plan, output, options, progress=progress, check=check, file=True, shapes=shapes, origins=prepared.origins
+        )
     else:
         report = _write_folder(prepared, plan, output, options, progress, check, target, companions)
     return ConversionReport(
@@ -210,6 +218,7 @@ def convert(
         time.monotonic() - started,
         plan.warnings,
         report.fingerprints,
+        report.source_fingerprint,
         report.signature,
     )
 
@@ -314,6 +323,7 @@ def _write_folder(
         check=check,
         companions=companions,
         shapes=_shapes(prepared.conversion),
+        origins=prepared.origins,
     )
 
 
