@@ -304,7 +304,7 @@ def test_dry_runs_of_conversion_and_merge(toy: Path) -> None:
     asked = ["convert", "--input-path", "model", "--output-path", "out.ckpt"]
     done = command([*asked, "--dry-run"], toy)
     assert done.code == 0, done
-    assert "would write 1 files" in done.out
+    assert "would write 1 file," in done.out
     assert listing(toy) == before
     done = command(asked, toy)
     assert done.out.splitlines()[-1] == f"next, in the yaml: load_checkpoint: {toy / 'out.ckpt'}, auto_trans_ckpt: True"
