@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from mindformers_ckpt.lora_settings import read_settings
 from mindformers_ckpt.objects.path import as_path
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
 from mindformers_ckpt.publish import clear_waste
+from mindformers_ckpt.publish.source_fingerprint import Origin
 from mindformers_ckpt.sources.adapter import AdapterSource, find_adapter
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import check_outside, find_source, only_checkpoint
@@ -67,8 +68,9 @@ class MergeRequest:
         strategy = files.strategy(told)
         check_outside(files, self.destination)
         target = read_optional_strategy(self.dst_strategy)
+        base = Checkpoint(files, strategy)
         plan, branches = plan_merge(
-            Checkpoint(files, strategy),
+            base,
             target,
             scaling,
             adapter=None if found is None else _adapter(found.files, strategy),
@@ -86,7 +88,8 @@ class MergeRequest:
         companions: Callable[[Path], None] = partial(_add_familiar_name, plan=plan, target=target)
         if self.format == CHECKPOINT2:
             plan, companions = as_checkpoint2(plan, target, checkpoint2_prefix(self.prefix))
-        return Merge(plan, about, self.destination, companions)
+        origins = [Origin.of(tensor.spec, tensor.spec.name, tensor.shards) for tensor in base.tensors().values()]
+        return Merge(plan, about, self.destination, companions, origins)
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,18 @@ class Merge:
     about: dict[str, Any]
     destination: Path
     companions: Callable[[Path], None]
+    origins: Sequence[Origin]
 
     def run(self, options: Options, progress: Progress | None) -> Report:
         """Merge, and put the result in place."""
         report = transform(
-            self.plan, self.destination, options, about=self.about, progress=progress, companions=self.companions
+            self.plan,
+            self.destination,
+            options,
+            about=self.about,
+            progress=progress,
+            companions=self.companions,
+            origins=self.origins,
         )
         return replace(report, warnings=self.plan.warnings)
 

@@ -12,6 +12,7 @@ from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.planning.file import Job
 from mindformers_ckpt.planning.missing import weight_names
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, SourceFile, TargetFile, Transfer
+from mindformers_ckpt.publish.counted import LEFT_ASIDE
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import (
     check_outside,
@@ -88,6 +89,8 @@ class Request:
         made = None if self.format != CHECKPOINT2 else self._as_checkpoint2(plans, target)
         plan = plan if made is None else made.plan
         about = {"source": source.describe(), "target": target.describe(), "source_path": str(files.root)}
+        if self.weights_only:
+            about[LEFT_ASIDE] = "states of the optimizer and counters"
         partial = ranks is not None and len(set(ranks)) < target.rank_count
         destination = None if self.destination is None else self.destination.absolute()
         job = Job(plan, about, partial, destination)

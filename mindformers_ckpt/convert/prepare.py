@@ -30,6 +30,7 @@ from mindformers_ckpt.convert.weights import Weights, config_folder, mindspore_s
 from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.objects.path import absolute
+from mindformers_ckpt.publish.source_fingerprint import Origin
 from mindformers_ckpt.sources.find import find_huggingface
 
 ReadWeights = Callable[[Callable[[str], str]], Weights]
@@ -51,8 +52,9 @@ class Opened(NamedTuple):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A conversion that has been planned: the model, the naming, the folder of its config.json, and what of that file
-    is to be changed where it is copied. `renamed_from` is the naming of a source that is MindSpore's, too."""
+    """A conversion that has been planned: the model, the naming, the folder of its config.json, what of that file is to
+    be changed where it is copied, and the tensors of the source. `renamed_from` is the naming of a source that is
+    MindSpore's, too."""
 
     request: Request
     model: Model
@@ -61,6 +63,7 @@ class Prepared:
     config_folder: Path | None
     config_changes: Mapping[str, Any]
     conversion: Conversion
+    origins: tuple[Origin, ...]
     renamed_from: str | None = None
 
     @property
@@ -114,6 +117,7 @@ def prepare_opened(request: Request, opened: Opened, wanted: Collection[str] = (
         ask_for_rows(path, request)
     origin: Side = "ms" if request.reverse else "hf"
     source = _stripped(opened.read, model.canonical.get(origin, str), request.strip_prefix)
+    whole_source = source
     told: tuple[str, ...] = ()
     if changed and not request.reverse:
         source, told = depth.without_layers(source, config)
@@ -140,9 +144,10 @@ def prepare_opened(request: Request, opened: Opened, wanted: Collection[str] = (
     unfit = None if request.reverse else model.unfit(naming, facts)
     if unfit is not None:
         raise ConfigError(unfit)
+    origins = whole_source.origins(conversion.copies)
     warnings = (*opened.warnings, *told, *warnings, *_other_type(model, config), *conversion.warnings)
     conversion = replace(conversion, warnings=warnings)
-    return Prepared(request, model, layout, config, folder, changed, conversion)
+    return Prepared(request, model, layout, config, folder, changed, conversion, origins)
 
 
 def _stripped(read: ReadWeights, canonical: Callable[[str], str], prefix: str | None) -> Weights:

@@ -27,6 +27,7 @@ from mindformers_ckpt.planning.build import source_states
 from mindformers_ckpt.planning.computations import Constant
 from mindformers_ckpt.planning.missing import has_states, shortened
 from mindformers_ckpt.planning.model import Place, SourceFile
+from mindformers_ckpt.publish.source_fingerprint import Origin
 from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor, Shard
 from mindformers_ckpt.sources.find import check_outside, find_mindspore, only_checkpoint
 from mindformers_ckpt.sources.plausibility import check_contents, check_names
@@ -63,7 +64,14 @@ def prepare_renaming(request: Request, destination: Path, wanted: Collection[str
         renamed.add_counters(checkpoint)
     told = (*warnings, *old.conversion.warnings, *new.conversion.warnings, *renamed.warnings)
     conversion = renamed.conversion(tuple(dict.fromkeys(told)))
-    return replace(new, conversion=conversion, renamed_from=old.naming)
+    return replace(new, conversion=conversion, origins=_origins(tensors, old.conversion), renamed_from=old.naming)
+
+
+def _origins(tensors: Mapping[str, LogicalTensor], conversion: Conversion) -> tuple[Origin, ...]:
+    """The tensors of a checkpoint; of those that are equal, one says where both are."""
+    equal = {copy.spec.name: of.spec.name for copy, of in conversion.copies}
+    held = {name: equal.get(name, name) for name in tensors}
+    return tuple(Origin.of(tensor.spec, held[name], tensors[held[name]].shards) for name, tensor in tensors.items())
 
 
 def check_options(request: Request) -> None:

@@ -55,6 +55,8 @@ class ConversionReport:
         seconds: how long it took.
         warnings: what the user should know of choices that were made.
         fingerprints: digests of the checkpoints in the result, by their folders, where they were asked for.
+        source_fingerprint: that of the source; "" where it was not asked for, or is not known from what was copied.
+        signature: what became of signatures: "made with …" or "left behind: …"; "" without any.
     """
 
     model: str
@@ -66,6 +68,8 @@ class ConversionReport:
     seconds: float
     warnings: tuple[str, ...]
     fingerprints: Mapping[str, str]
+    source_fingerprint: str
+    signature: str
 
 
 def convert(
@@ -90,7 +94,9 @@ def convert(
     output = absolute(output)
     shapes = _shapes(prepared.conversion)
     if not request.reverse and target is None and output.suffix in SUFFIXES and format != CHECKPOINT2:
-        report = transform(plan, output, options, progress=progress, check=check, file=True, shapes=shapes)
+        report = transform(
+            plan, output, options, progress=progress, check=check, file=True, shapes=shapes, origins=prepared.origins
+        )
     else:
         report = _write_folder(prepared, plan, output, options, progress, check, target, companions)
     return ConversionReport(
@@ -103,6 +109,8 @@ def convert(
         time.monotonic() - started,
         plan.warnings,
         report.fingerprints,
+        report.source_fingerprint,
+        report.signature,
     )
 
 
@@ -210,6 +218,7 @@ def _write_folder(
         check=check,
         companions=companions,
         shapes=_shapes(prepared.conversion),
+        origins=prepared.origins,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +11,11 @@ from mindformers_ckpt.convert.config import CONFIG_FILE
 from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
 from mindformers_ckpt.formats import TensorSpec, read_header
 from mindformers_ckpt.formats.headers import read_headers
+from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.planning.model import Place
 from mindformers_ckpt.planning.shards import in_shard
 from mindformers_ckpt.publish import MANIFEST_FILE, read_manifests
+from mindformers_ckpt.publish.source_fingerprint import Origin
 from mindformers_ckpt.sources import dcp
 from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
 from mindformers_ckpt.sources.find import find_source
@@ -28,6 +30,10 @@ class Found(NamedTuple):
     path: Path
     spec: TensorSpec
     shards: tuple[Shard, ...] = ()
+
+    def origin(self, held: Found) -> Origin:
+        """The tensor as one of the source; `held` is itself, or the equal one that is read in its place."""
+        return Origin.of(self.spec, held.spec.name, held.shards or [Shard(0, held.path, Box.whole(held.spec.shape))])
 
     def places(self, place: Place, file: Callable[[Path], int]) -> list[Place]:
         """A place in the whole tensor as places in files, whose numbers `file` gives. Raises ValueError."""
@@ -55,6 +61,11 @@ class Weights:
     root: Path
     folder: Path
     tensors: Mapping[str, Found]
+
+    def origins(self, copies: Iterable[tuple[Found, Found]]) -> tuple[Origin, ...]:
+        """The tensors under the names of their files; of `copies`, which are equal, the second says where both are."""
+        original = dict(copies)
+        return tuple(found.origin(original.get(found, found)) for found in self.tensors.values())
 
 
 def read_weights(source: Source, canonical: Callable[[str], str] = lambda name: name) -> Weights:
