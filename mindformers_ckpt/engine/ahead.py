@@ -47,7 +47,7 @@ _TRIED_BYTES = 512 << 10
 REQUEST_BYTES = 1 << 20
 _OBJECT_REQUEST_BYTES = 4 << 20
 _MOST_REQUESTS = 64
-_PAGE = 4096
+PAGE = 4096
 # Extents with less between them are read with it, unless that is over a quarter of what is needed.
 _GAP_BYTES = 64 << 10
 _OVER_READ = 4
@@ -77,9 +77,9 @@ def _pages(extents: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """The ranges of whole pages of a file that hold its extents, which are in order."""
     begin = end = needed = 0  # the last range, and how many bytes of it are asked for
     for start, stop in extents:
-        first, last = start // _PAGE * _PAGE, -(-stop // _PAGE) * _PAGE
+        first, last = start // PAGE * PAGE, -(-stop // PAGE) * PAGE
         gap = first - end
-        if needed and (gap <= 0 or (gap <= _GAP_BYTES and gap * _OVER_READ <= needed + stop - start)):
+        if needed and is_near(gap, needed + stop - start):
             end, needed = max(last, end), needed + stop - start
             continue
         if needed:
@@ -87,6 +87,11 @@ def _pages(extents: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         begin, end, needed = first, last, stop - start
     if needed:
         yield begin, end
+
+
+def is_near(gap: int, needed: int) -> bool:
+    """Whether a gap between extents is read with them, to get `needed` bytes."""
+    return gap <= 0 or (gap <= _GAP_BYTES and gap * _OVER_READ <= needed)
 
 
 class _Range:
@@ -277,6 +282,14 @@ class Fetcher:
             if self._drops:
                 page_cache.drop(descriptor, start, len(memory))
 
+    def fill(self, path: Path, start: int, memory: memoryview, needed: int) -> None:
+        """Fill whole pages of memory with bytes of a file, of which the first `needed` must be there.
+
+        Raises TransferError when reading fails.
+        """
+        if self._read(path, start, memory) < needed:  # whoever reads it in the ordinary way has a message
+            self.read(path, start, memory[:needed])
+
     def fetch(self, extent: Extent, memory: memoryview) -> list[Future[int]]:
         """Begin to read a range: for each request, how many bytes of it have come."""
         with self._lock:
@@ -361,6 +374,6 @@ def _filled(descriptor: Handle, start: int, memory: memoryview) -> int:
     while filled < len(memory):
         count = preadv(descriptor, memory[filled:], start + filled)
         filled += count
-        if count % _PAGE or not count:  # the end of the file
+        if count % PAGE or not count:  # the end of the file
             break
     return filled
