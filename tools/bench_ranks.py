@@ -96,7 +96,7 @@ def be_rank(rank: int, port: int, root: Path) -> tuple[float, dict[str, int]]:
         "auto_trans_save": False,
     }
     target = read_strategy(Path(os.path.realpath(root.parent / "data")) / "strategy" / "job" / rank_file_name(0))
-    with Cluster.connect(rank, _JOB, Address("127.0.0.1", port), _SECONDS) as cluster:
+    with Cluster.connect(rank, _JOB, Address("127.0.0.1", port), _SECONDS, node=f"node {rank}") as cluster:
         started = time.perf_counter()
         own = Reslicing(Config.from_mapping(keys), cluster, cast(Any, None), target).own_plan()
         assert own is not None

@@ -47,6 +47,7 @@ _TRIED_BYTES = 512 << 10
 REQUEST_BYTES = 1 << 20
 _OBJECT_REQUEST_BYTES = 4 << 20
 _MOST_REQUESTS = 64
+_MOST_PARTS = 1024  # IOV_MAX
 PAGE = 4096
 # Extents with less between them are read with it, unless that is over a quarter of what is needed.
 _GAP_BYTES = 64 << 10
@@ -282,6 +283,21 @@ class Fetcher:
             if self._drops:
                 page_cache.drop(descriptor, start, len(memory))
 
+    def scatter(self, path: Path, start: int, parts: Sequence[memoryview]) -> bool:
+        """Fill parts of memory with the bytes of a file from `start` on, in one call through the page cache.
+
+        False where that is not how files are read, or not all has come.
+        """
+        if self._direct is not None or isinstance(path, ObjectPath) or not 0 < len(parts) <= _MOST_PARTS:
+            return False
+        try:
+            with self._plain.borrowed(path) as descriptor:
+                assert isinstance(descriptor, int)
+                _no_read_ahead(descriptor)
+                return os.preadv(descriptor, parts, start) == sum(map(len, parts))
+        except (OSError, TransferError):  # whoever reads it in the ordinary way has a message
+            return False
+
     def fill(self, path: Path, start: int, memory: memoryview, needed: int) -> None:
         """Fill whole pages of memory with bytes of a file, of which the first `needed` must be there.
 
@@ -345,9 +361,8 @@ class Fetcher:
             if files is not None and not (files is self._direct and isinstance(path, ObjectPath)):
                 try:
                     with files.borrowed(path) as descriptor:
-                        # Nobody else needs to read ahead.
-                        if files is self._plain and page_cache.CAN_DROP and isinstance(descriptor, int):
-                            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+                        if files is self._plain:
+                            _no_read_ahead(descriptor)
                         filled = _filled(descriptor, start, memory)
                         if self._drops:
                             page_cache.drop(descriptor, start, len(memory))
@@ -367,6 +382,12 @@ class Fetcher:
 def request_bytes(path: Path) -> int:
     """Bytes of a request: more where each costs time of the processor, too."""
     return _OBJECT_REQUEST_BYTES if isinstance(path, ObjectPath) else REQUEST_BYTES
+
+
+def _no_read_ahead(descriptor: Handle) -> None:
+    """Keep the system from reading ahead in a file: what is needed is asked for here."""
+    if page_cache.CAN_DROP and isinstance(descriptor, int):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
 
 def _filled(descriptor: Handle, start: int, memory: memoryview) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,7 +15,6 @@ BLOCK_BYTES = 8 << 20
 # what is written at once, to multiples of it where the data allow: the system takes one piece of memory for that.
 PIECE_BYTES = 512 << 10
 TRANSPOSE_BYTES = 32 << 20
-_SHARED_BYTES = 64 << 20
 
 
 def empty_bytes(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -31,32 +29,3 @@ def empty_bytes(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     memory = np.empty(size + ALIGNMENT, np.uint8)
     start = -memory.__array_interface__["data"][0] % ALIGNMENT
     return memory[start : start + size]
-
-
-def empty_arrays(sizes: Sequence[int]) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
-    """Bytes without a value, an array for each size; small ones that follow each other are parts of larger memory.
-
-    The first touch of a page takes longer than copying it. Memory of many megabytes gets huge pages, which cost a
-    fraction of that; it is free again when none of the arrays in it is used.
-    """
-    arrays: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
-    for group in _groups([-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]):
-        memory = empty_bytes(sum(group))
-        for size, room in zip(sizes[len(arrays) : len(arrays) + len(group)], group):
-            arrays.append(memory[:size])
-            memory = memory[room:]
-    return arrays
-
-
-def _groups(sizes: Sequence[int]) -> Iterator[list[int]]:
-    """The sizes in their order, as many at a time as one memory has room for, at least one."""
-    group: list[int] = []
-    held = 0
-    for size in sizes:
-        if group and held + size > _SHARED_BYTES:
-            yield group
-            group, held = [], 0
-        group.append(size)
-        held += size
-    if group:
-        yield group

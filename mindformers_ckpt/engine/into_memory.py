@@ -1,8 +1,9 @@
 """Parts of shards into arrays in memory, in the order of the files.
 
 Memory can be filled in any order, so a file is read from its beginning to its end, by requests of 1 MiB of whole pages,
-and what nobody takes of it is left out. A thread reads a request into a buffer of its own, and copies what it holds to
-the arrays while it is in the cache of its core. So requests are large also where a file has many small tensors, and no
+and what nobody takes of it is left out. Through the page cache one call has what is contiguous read to its place in the
+arrays; past it (O_DIRECT), where places would have to lie as in the file, a thread reads into a buffer of its own, and
+copies while that is in the cache of its core. So requests are large also where a file has many small tensors, and no
 thread waits for another one.
 
 One thread reads as long as it need not wait: on a warm disk more would only wait for each other. Where reading has to
@@ -77,6 +78,22 @@ class _Request(NamedTuple):
     def stop(self) -> int:
         return max(piece.stop for piece in self.pieces)
 
+    def parts(self, memory: Array) -> list[memoryview]:
+        """Where the bytes from the first piece on may be read to: runs to their targets, what else there is to memory.
+
+        `memory` has room for all pages of the request. No parts where pieces overlap.
+        """
+        parts: list[memoryview] = []
+        at = self.pieces[0].start
+        for piece in self.pieces:
+            if piece.start < at:
+                return []
+            before = memory[at - self.start : piece.start - self.start]
+            own = memory[piece.start - self.start : piece.stop - self.start] if piece.strides else piece.target
+            parts += [part.data for part in (before, own) if len(part)]
+            at = piece.stop
+        return parts
+
 
 def _requests(pieces: Iterable[Piece]) -> Iterator[_Request]:
     """Put pieces, in the order of their files, together to requests."""
@@ -150,11 +167,14 @@ class _Filling:
             if memory is None or len(memory) < size:
                 memory = np.frombuffer(mmap.mmap(-1, size), np.uint8)  # from the beginning of a page
             started, before = time.perf_counter(), waits()
-            self._fetcher.fill(path, start, memory.data[: -(-needed // PAGE) * PAGE], needed)
+            is_copied = self._fetcher.scatter(path, request.pieces[0].start, request.parts(memory))
+            if not is_copied:
+                self._fetcher.fill(path, start, memory.data[: -(-needed // PAGE) * PAGE], needed)
             if waits() > before:
                 waited(time.perf_counter() - started, size)
             for piece in request.pieces:
-                piece.copy(memory, piece.start - start)
+                if piece.strides or not is_copied:
+                    piece.copy(memory, piece.start - start)
 
     def _taken(self) -> Iterator[_Request]:
         """The requests that a thread takes."""

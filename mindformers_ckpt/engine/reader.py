@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from mindformers_ckpt.engine.ahead import Ahead, Extent, Fetcher
-from mindformers_ckpt.engine.buffers import PIECE_BYTES, empty_arrays, empty_bytes
+from mindformers_ckpt.engine.buffers import PIECE_BYTES, empty_bytes
 from mindformers_ckpt.engine.compute import DOWN_TILE, UP_TILE, cast, dequantise, factor_values, merge, scale_values
 from mindformers_ckpt.engine.descriptors import file_ranges
 from mindformers_ckpt.engine.into_memory import LEAST_BYTES, Piece, fill_arrays
@@ -365,7 +365,7 @@ def read_file(
     except FormatError as error:
         raise TransferError(str(error)) from error
     records = [record for name, record in header.tensors.items() if names is None or name in names]
-    contents = empty_arrays([record.spec.nbytes for record in records])
+    contents = [empty_bytes(record.spec.nbytes) for record in records]
     pieces = []
     for record, content in zip(records, contents):
         for start, length in record.segments:

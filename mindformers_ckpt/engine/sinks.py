@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mindformers_ckpt.engine import page_cache
-from mindformers_ckpt.engine.buffers import PIECE_BYTES, empty_arrays
+from mindformers_ckpt.engine.buffers import PIECE_BYTES, empty_bytes
 from mindformers_ckpt.engine.descriptors import Descriptors, file_ranges
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.formats import FileLayout, TensorSpec, layout_file
@@ -163,8 +163,7 @@ class ArraySink:
     """Collects the tensors of one target file in memory, as writable byte arrays by name."""
 
     def __init__(self, target: TargetFile) -> None:
-        arrays = empty_arrays([spec.nbytes for spec in target.tensors])
-        self.contents: dict[str, Array] = {spec.name: array for spec, array in zip(target.tensors, arrays)}
+        self.contents: dict[str, Array] = {spec.name: empty_bytes(spec.nbytes) for spec in target.tensors}
 
     def write(self, file: int, name: str, start: int, data: memoryview) -> None:
         self.contents[name].data[start : start + len(data)] = data

@@ -1,16 +1,16 @@
 """The headers of thousands of files, read by all ranks of a job for the one that plans.
 
 The heads of a `.ckpt` file are as many small reads as it has tensors, and none can be left out: a file counts as equal
-to another one only when all heads are, byte for byte. One rank would read 350,000 of them for 1,024 files. So each rank
-reads the headers of its share of the files, and tells a digest of each. The main rank reads one file of every digest
-itself, and takes others for equal to it where they have, as it sees them, the size and the time that the other rank
-saw. What a rank could not read, or saw differently, the main rank reads as if nobody had.
+to another one only when all heads are, byte for byte. One rank would read 350,000 of them for 1,024 files. So the first
+rank of each node reads the headers of a share of the files, and tells a digest of each. The main rank reads one file of
+every digest itself, and takes others for equal to it where they have, as it sees them, the size and the time that the
+other rank saw. What a rank could not read, or saw differently, the main rank reads as if nobody had.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,37 +45,50 @@ class _Seen(NamedTuple):
         return cls(header.size, header.modified, header.crc, digest.hexdigest())
 
     @classmethod
-    def told(cls, value: Any) -> _Seen | None:
-        """What another rank told, None where it could not read the file."""
-        if value is None:
-            return None
+    def told(cls, value: Any) -> _Seen:
+        """What another rank told; raises TypeError for anything else."""
         size, modified, crc, digest = list_of(value, 4)
         return cls(number_of(size), number_of(modified), None if crc is None else number_of(crc), text_of(digest))
 
 
 def look_together(cluster: Cluster, source: Checkpoint | None, root: Path) -> None:
-    """Have all ranks read the headers of a source for the main rank, which alone gives it. All ranks call it.
+    """Have a rank of each node read headers of a source for the main rank, which alone gives it. All ranks call it.
 
     `root` is where this rank finds the source. Nothing is told to, or believed of, ranks that anybody may be.
     """
+    helpers = [cluster.nodes.index(node) for node in dict.fromkeys(cluster.nodes)]
     paths: list[Path] = []
-    shares: list[list[str]] | None = None
-    if cluster.rank == MAIN_RANK:
-        if source is not None and cluster.size > 1 and not cluster.unproved:
-            paths = _worthwhile(source.unread(), root)
-        names = [name_from(root, path) for path in paths]
-        shares = [names[rank :: cluster.size] if names else [] for rank in range(cluster.size)]
-    told = cluster.hand_out("files to look at", [[bool(paths), share] for share in shares] if shares else None)
-    if not told or not told[0]:
+    if source is not None and len(helpers) > 1 and not cluster.unproved:
+        paths = _worthwhile(source.unread(), root)
+    told: tuple[bool, list[str]] = (False, [])
+    if cluster.size > 1:
+        shares = [
+            (bool(paths), [name_from(root, path) for path in _share(paths, helpers, r)]) for r in range(cluster.size)
+        ]
+        told = cluster.hand_out("files to look at", shares if cluster.rank == MAIN_RANK else None)
+    if not told[0]:
         return
     try:
         share = [path_in(root, text_of(name)) for name in list_of(told[1])]
         answers = cluster.gather("looked at", [_seen(header) for _, header in read_headers(share)])
         if source is not None:
-            seen = {path: _Seen.told(answers[at % cluster.size][at // cluster.size]) for at, path in enumerate(paths)}
-            _adopt(source, {path: about for path, about in seen.items() if about is not None})
-    except (TypeError, ValueError, IndexError) as error:
+            _adopt(source, dict(_all_seen(paths, helpers, answers)))
+    except (TypeError, ValueError) as error:
         raise PlanError(f"what another rank told of files cannot be read: {str(error)[:300]}") from None
+
+
+def _share(paths: Sequence[Path], helpers: Sequence[int], rank: int) -> Sequence[Path]:
+    """The files that a rank reads."""
+    return paths[helpers.index(rank) :: len(helpers)] if rank in helpers else ()
+
+
+def _all_seen(paths: Sequence[Path], helpers: Sequence[int], answers: Sequence[Any]) -> Iterator[tuple[Path, _Seen]]:
+    """What ranks say of the files that they could read."""
+    for rank in helpers:
+        share = _share(paths, helpers, rank)
+        for path, value in zip(share, list_of(answers[rank], len(share))):
+            if value is not None:
+                yield path, _Seen.told(value)
 
 
 def _worthwhile(paths: Sequence[Path], root: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The headers of many files are read by all ranks, each file by one; and nothing is believed that could be wrong."""
+"""The headers of many files are read on all nodes, each file on one; and nothing is believed that could be wrong."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +56,21 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[Any, str]]:
     return found
 
 
-def look(address: Address, root: Path, size: int = 3, roots: Mapping[int, Path] | None = None) -> Checkpoint:  # noqa: F811
-    """What the main rank has when all have looked."""
+def look(
+    address: Address,  # noqa: F811
+    root: Path,
+    nodes: Sequence[str] = ("a", "b", "c"),
+    roots: Mapping[int, Path] | None = None,
+) -> Checkpoint:
+    """What the main rank has when all have looked; ranks are on these nodes."""
     source = checkpoint(root)
 
     def work(cluster: Any) -> None:
+        cluster.nodes = tuple(nodes)
         threading.current_thread().rank = cluster.rank  # type: ignore[attr-defined]
         look_together(cluster, source if cluster.rank == 0 else None, (roots or {}).get(cluster.rank, root))
 
-    assert run_ranks(address, size, work) == [None] * size
+    assert run_ranks(address, len(nodes), work) == [None] * len(nodes)
     return source
 
 
@@ -75,10 +81,11 @@ def assert_true(source: Checkpoint) -> None:
         assert source.header(path).modified == path.stat().st_mtime_ns
 
 
-def test_every_file_is_read_by_one_rank(address: Address, tmp_path: Path, scans: Counter[tuple[Any, str]]) -> None:  # noqa: F811
-    source = look(address, write(tmp_path))
+def test_every_file_is_read_on_one_node(address: Address, tmp_path: Path, scans: Counter[tuple[Any, str]]) -> None:  # noqa: F811
+    source = look(address, write(tmp_path), ["a", "b", "b", "c", "a"])
     of_rank = Counter(rank for rank, _ in scans.elements())
-    assert of_rank[1] == of_rank[2] == 23
+    assert (of_rank[1], of_rank[3]) == (23, 23)
+    assert of_rank[2] == of_rank[4] == 0
     assert of_rank[0] <= 24 + 1
     assert source.unread() == []
     scans.clear()
@@ -151,13 +158,14 @@ def test_damaged_files_are_told_as_ever(address: Address, tmp_path: Path) -> Non
     assert str(together.value) == str(alone.value)
 
 
-def test_what_few_files_or_one_rank_have_is_read_as_before(
+def test_what_few_files_or_one_node_have_is_read_as_before(
     address: Address,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     root = write(tmp_path)
-    assert len(look(address, root, size=1).unread()) == COUNT
+    assert len(look(address, root, ["a"]).unread()) == COUNT
+    assert len(look(address, root, ["a", "a"]).unread()) == COUNT
     for rank in range(64 - 1, COUNT):
         shutil.rmtree(root / f"rank_{rank}")
     assert len(look(address, root).unread()) == 63
@@ -167,7 +175,7 @@ def test_ranks_that_anybody_may_be_are_asked_nothing(address: Address, tmp_path:
     source = checkpoint(write(tmp_path))
 
     def work(cluster: Any) -> None:
-        cluster.unproved = (2,)
+        cluster.nodes, cluster.unproved = ("a", "b", "c"), (2,)
         look_together(cluster, source if cluster.rank == 0 else None, tmp_path)
 
     assert run_ranks(address, 3, work) == [None] * 3
@@ -183,6 +191,7 @@ def test_what_cannot_be_read_is_refused(
     source = checkpoint(write(tmp_path))
 
     def work(cluster: Any) -> Any:
+        cluster.nodes = ("a", "b")
         if cluster.rank == 1:
             cluster.hand_out("files to look at")
             return cluster.gather("looked at", answer)
