@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,20 @@ from recorded import assert_ranks, random_model, write_ranks
 from slow_mount import mounted, why_not
 from test_execute import MP2, MP4, parts, plan_from
 
-from mindformers_ckpt.engine import ahead, sinks, tasks
+from mindformers_ckpt.engine import ahead, into_memory, sinks, tasks
 from mindformers_ckpt.engine.ahead import Ahead, Extent, Fetcher, merged
 from mindformers_ckpt.engine.sinks import FileSink
 from mindformers_ckpt.errors import FormatError, TransferError
 from mindformers_ckpt.execution import Options
-from mindformers_ckpt.formats import guesses, layout_file
+from mindformers_ckpt.formats import ckpt, guesses, layout_file
 from mindformers_ckpt.formats.ckpt import scan
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.formats.tensor_file import TensorSpec
-from mindformers_ckpt.planning.model import TargetFile
+from mindformers_ckpt.geometry.layout import Layout
+from mindformers_ckpt.job.cluster.cluster import RankError
+from mindformers_ckpt.job.direct import read_direct
+from mindformers_ckpt.planning.model import Plan, TargetFile
+from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import transform
 
 A, B = Path("a"), Path("b")
@@ -168,6 +172,113 @@ def test_an_error_of_the_disk_names_file_and_place(
         transform(plan, tmp_path / "result")
     assert threading.active_count() == before
     assert slow.count > 0
+
+
+# Into memory.
+
+NAMES = [f"{name}{number}" for number in range(9) for name in "wv"]
+MP4_OF_MANY = Strategy.of_stages(
+    ({name: Layout((4,), ((0,), ()) if name[0] == "w" else ((), (0,))) for name in NAMES},), "mp4"
+)
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every request has to wait, as far as the reader knows."""
+    monkeypatch.setattr(into_memory, "waits", itertools.count().__next__)
+    monkeypatch.setattr(into_memory, "_QUICK_SECONDS", 0.0)
+
+
+def loaded(plan: Plan, **more: Any) -> dict[str, bytes]:
+    """The tensors of a plan of one target, read without files."""
+    return {spec.name: content.tobytes() for spec, content in read_direct(plan, lambda: None, **more)}
+
+
+def before_reads(monkeypatch: pytest.MonkeyPatch, act: Callable[[Path, int], None]) -> None:
+    """Have something happen before a request is read, through the page cache or past it."""
+
+    def acting(real: Callable[..., Any]) -> Callable[..., Any]:
+        def read(fetcher: Fetcher, path: Path, start: int, *more: Any) -> Any:
+            act(path, start)
+            return real(fetcher, path, start, *more)
+
+        return read
+
+    for name in ("scatter", "fill"):
+        monkeypatch.setattr(Fetcher, name, acting(getattr(Fetcher, name)))
+
+
+@pytest.mark.usefixtures("waits")
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_small_tensors_are_loaded_a_megabyte_at_a_time(
+    is_shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: Counter[str]
+) -> None:
+    """Of tensors that are cut by rows and by columns; nothing is read twice but pages at which a request ends."""
+    asked: list[int] = []
+    real = os.preadv
+
+    def preadv(descriptor: int, buffers: Sequence[memoryview], offset: int, *flags: int) -> int:
+        asked.append(sum(map(len, buffers)))
+        return real(descriptor, buffers, offset, *flags)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    model = random_model(dict.fromkeys(NAMES, (300, 1024)))
+    plan = plan_from(write_ranks(tmp_path / "source", parts(MP4_OF_MANY, model)), MP4_OF_MANY, Strategy.complete())
+    opened.clear()
+    assert loaded(plan, is_shared=is_shared) == {name: tensor.bits.tobytes() for name, tensor in model.items()}
+    size = sum(file.size for file in plan.sources)
+    assert len(asked) <= 1.4 * size / MB + len(plan.sources)
+    assert size - 4096 * len(plan.sources) <= sum(asked) <= size + 4096 * (len(asked) + len(plan.sources))
+    assert max(opened.values()) == (0 if is_shared else 1)
+
+
+@pytest.mark.usefixtures("waits")
+@pytest.mark.parametrize("cut", [1 << 10, 5_001, 70_003])
+def test_tensors_of_several_records_are_loaded(cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record may end within a row, and within an element."""
+    monkeypatch.setattr(ckpt, "RECORD_LIMIT", cut)
+    model = random_model(dict.fromkeys(NAMES, (60, 96)))
+    plan = plan_from(write_ranks(tmp_path / "source", parts(MP4_OF_MANY, model)), MP4_OF_MANY, Strategy.complete())
+    assert loaded(plan) == {name: tensor.bits.tobytes() for name, tensor in model.items()}
+
+
+@pytest.mark.usefixtures("waits")
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_a_failure_of_any_reader_ends_loading(is_shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(dict.fromkeys(NAMES, (300, 1024)))
+    plan = plan_from(write_ranks(tmp_path / "source", parts(MP4_OF_MANY, model)), MP4_OF_MANY, Strategy.complete())
+    before = threading.active_count()
+
+    def shorten(path: Path, start: int) -> None:
+        if path == plan.sources[-1].path and start > MB:
+            os.truncate(path, start)
+
+    before_reads(monkeypatch, shorten)
+    with pytest.raises(TransferError, match=r"checkpoint_3\.ckpt ends at byte \d+: it was shortened"):
+        loaded(plan, is_shared=is_shared)
+    assert threading.active_count() == before
+
+
+@pytest.mark.usefixtures("waits")
+def test_a_job_that_ends_ends_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(dict.fromkeys(NAMES, (300, 1024)))
+    plan = plan_from(write_ranks(tmp_path / "source", parts(MP4_OF_MANY, model)), MP4_OF_MANY, Strategy.complete())
+    before, checks, is_over = threading.active_count(), itertools.count(), threading.Event()
+
+    def wait(path: Path, start: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            is_over.wait(60)
+
+    before_reads(monkeypatch, wait)
+
+    def check() -> None:
+        if next(checks) == 2:
+            is_over.set()
+            raise RankError("rank 1 died", 1, "load")
+
+    with pytest.raises(RankError, match="rank 1 died"):
+        next(read_direct(plan, check))
+    assert threading.active_count() == before
 
 
 # Heads of records.

@@ -1,9 +1,8 @@
 """How a rank of a job starts on a source of many rank files (tools/bench_storage.py --ranks N).
 
-Two ranks of a job of two, each on a node of its own: a slow mount of the same folder. Rank 0 looks at all files of the
-source and plans, rank 1 is told what is its own (`auto_trans_save: False`). Every other rank of a larger job does what
-rank 1 does. Seconds of rank 0 are from the meeting to the plan, those of rank 1 from being told to its first block.
-Reads of rank 1 are those of its weights (10 MB), and do not count against its start.
+Eight ranks of a job, each on a node of its own: a slow mount of the same folder. Each reads the headers of an eighth of
+the files, rank 0 plans, and the others are told what is their own (`auto_trans_save: False`). Seconds of rank 0 are
+from the meeting to the plan, those of the others from being told to the first block. "Heads" are the reads before that.
 """
 
 from __future__ import annotations
@@ -22,13 +21,14 @@ from typing import Any, cast
 import checkout  # noqa: F401 - finds the package of this checkout
 import click
 from bench_transform import ours, shapes, specs, strategy_argument, write_complete, write_strategies
-from slow_mount import mounted
+from slow_mount import CONTROL, STATS, mounted
 
 from mindformers_ckpt import Layout
 from mindformers_ckpt.strategy.files import rank_file_name, write_strategy
 
 _GB = 0.02  # of the checkpoint that the files of four ranks are cut from
 _SECONDS = 300.0
+_JOB = 8  # ranks that start
 
 
 def make_source(folder: Path, ranks: int) -> None:
@@ -42,7 +42,7 @@ def make_source(folder: Path, ranks: int) -> None:
         (file,) = (folder / "ranks" / f"rank_{rank % 4}").glob("*.ckpt")
         (folder / "ranks" / f"rank_{rank}").mkdir()
         os.link(file, folder / "ranks" / f"rank_{rank}" / f"checkpoint_{rank}.ckpt")
-    for name, mesh in {"many": {"dp": ranks // 4, "mp": 4}, "two": {"mp": 2}}.items():
+    for name, mesh in {"many": {"dp": ranks // 4, "mp": 4}, "job": {"mp": _JOB}}.items():
         layouts: dict[str, Layout] = {}
         for tensor, shape in weights.items():
             layout = Layout.on(mesh, *(("mp", None) if len(shape) > 1 else (None,)))
@@ -64,24 +64,25 @@ def report_ranks(folder: Path, ranks: int, latency_ms: float) -> None:
             stack.enter_context(
                 mounted(data, folder / f"node{rank}", scratch=folder / f"scratch{rank}", latency_ms=latency_ms)
             )
-            for rank in range(2)
+            for rank in range(_JOB)
         ]
         processes = []
         for rank, mount in enumerate(mounts):
             command = [sys.executable, __file__, str(rank), str(port), str(mount.mountpoint)]
             processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         told = [json.loads(process.communicate(timeout=_SECONDS)[0]) for process in processes]
-        counted = [mount.counters() for mount in mounts]
-    header = "rank                  opens  names  reads  to start  seconds"
-    click.echo(f"a source of {ranks} rank files, {latency_ms:g} ms a request\n{header}\n{'-' * len(header)}")
-    for name, seconds, asked in zip(("0, plans for all", "1, is told"), told, counted):
-        opens, names, reads = asked["opens"], asked["stats"] + asked["listings"], asked["reads"]
-        start = opens + names + (reads if name.startswith("0") else 0)
-        click.echo(f"{name:<20} {opens:6d} {names:6d} {reads:6d} {start:9d} {seconds['seconds']:8.2f}")
+    header = "rank                  opens  names   heads  seconds"
+    click.echo(
+        f"a source of {ranks} rank files, {latency_ms:g} ms a request, {_JOB} ranks\n{header}\n{'-' * len(header)}"
+    )
+    names = ["0, plans for all", *(f"{rank}, is told" for rank in range(1, _JOB))]
+    for name, (seconds, asked) in zip(names, told):
+        looked = asked["stats"] + asked["listings"]
+        click.echo(f"{name:<20} {asked['opens']:6d} {looked:6d} {asked['reads']:7d} {seconds:8.2f}")
 
 
-def be_rank(rank: int, port: int, root: Path) -> float:
-    """Take part in the job; seconds as the head of this file says."""
+def be_rank(rank: int, port: int, root: Path) -> tuple[float, dict[str, int]]:
+    """Take part in the job; seconds as the head of this file says, and what was asked of the file system by then."""
     from mindformers_ckpt.job.cluster.cluster import Address, Cluster
     from mindformers_ckpt.job.config import Config
     from mindformers_ckpt.job.direct import read_direct
@@ -94,19 +95,20 @@ def be_rank(rank: int, port: int, root: Path) -> float:
         "auto_trans_ckpt": True,
         "auto_trans_save": False,
     }
-    target = read_strategy(Path(os.path.realpath(root.parent / "data")) / "strategy" / "two" / rank_file_name(0))
-    with Cluster.connect(rank, 2, Address("127.0.0.1", port), _SECONDS) as cluster:
+    target = read_strategy(Path(os.path.realpath(root.parent / "data")) / "strategy" / "job" / rank_file_name(0))
+    with Cluster.connect(rank, _JOB, Address("127.0.0.1", port), _SECONDS, node=f"node {rank}") as cluster:
         started = time.perf_counter()
         own = Reslicing(Config.from_mapping(keys), cluster, cast(Any, None), target).own_plan()
         assert own is not None
-        if rank == 0:
-            seconds = time.perf_counter() - started
-        else:
-            blocks = [time.perf_counter()]
-            next(read_direct(own.plan, lambda: blocks.append(time.perf_counter()), own.headers))
-            seconds = blocks[2] - blocks[0]  # it is called before every block
+        seconds = time.perf_counter() - started
+        (root / CONTROL).write_text("dump", encoding="ascii")
+        asked = json.loads((root.parent / f"scratch{rank}" / STATS).read_text(encoding="ascii"))
+        if rank > 0:
+            checks = [time.perf_counter()]
+            next(read_direct(own.plan, lambda: checks.append(time.perf_counter()), own.headers))
+            seconds = (checks[2:] or [time.perf_counter()])[0] - checks[0]  # it is called before every request
         cluster.barrier("measured")
-    return seconds
+    return seconds, asked
 
 
 if __name__ == "__main__":
@@ -115,4 +117,4 @@ if __name__ == "__main__":
     parser.add_argument("port", type=int)
     parser.add_argument("root", type=Path)
     options = parser.parse_args()
-    print(json.dumps({"seconds": be_rank(options.rank, options.port, options.root)}))
+    print(json.dumps(be_rank(options.rank, options.port, options.root)))

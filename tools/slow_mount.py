@@ -23,7 +23,8 @@ from pathlib import Path
 import psutil
 
 _SOURCE = Path(__file__).with_name("slowfs.c")
-_CONTROL = ".slowfs"
+CONTROL = ".slowfs"
+STATS = "slowfs.json"
 # What NFS and most others send in one request; a FUSE file system starts with 128 KiB.
 _READ_AHEAD_KB = 1024
 _SECONDS = 10.0
@@ -56,7 +57,7 @@ class Mount:
 
     def counters(self, *, reset: bool = False) -> dict[str, int]:
         """What was asked of the file system since it was mounted, or since a `reset`."""
-        (self.mountpoint / _CONTROL).write_text("reset" if reset else "dump", encoding="ascii")
+        (self.mountpoint / CONTROL).write_text("reset" if reset else "dump", encoding="ascii")
         found: dict[str, int] = json.loads(self._stats.read_text(encoding="ascii"))
         return found
 
@@ -80,7 +81,7 @@ def mounted(
     reason = why_not()
     if reason is not None:
         raise RuntimeError(f"no slow file system can be mounted here: {reason}")
-    program, stats = _compiled(scratch), scratch / "slowfs.json"
+    program, stats = _compiled(scratch), scratch / STATS
     mountpoint.mkdir(parents=True, exist_ok=True)
     delay = round(latency_ms * 1000)
     options = {

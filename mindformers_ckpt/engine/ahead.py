@@ -47,7 +47,8 @@ _TRIED_BYTES = 512 << 10
 REQUEST_BYTES = 1 << 20
 _OBJECT_REQUEST_BYTES = 4 << 20
 _MOST_REQUESTS = 64
-_PAGE = 4096
+_MOST_PARTS = 1024  # IOV_MAX
+PAGE = 4096
 # Extents with less between them are read with it, unless that is over a quarter of what is needed.
 _GAP_BYTES = 64 << 10
 _OVER_READ = 4
@@ -77,9 +78,9 @@ def _pages(extents: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """The ranges of whole pages of a file that hold its extents, which are in order."""
     begin = end = needed = 0  # the last range, and how many bytes of it are asked for
     for start, stop in extents:
-        first, last = start // _PAGE * _PAGE, -(-stop // _PAGE) * _PAGE
+        first, last = start // PAGE * PAGE, -(-stop // PAGE) * PAGE
         gap = first - end
-        if needed and (gap <= 0 or (gap <= _GAP_BYTES and gap * _OVER_READ <= needed + stop - start)):
+        if needed and is_near(gap, needed + stop - start):
             end, needed = max(last, end), needed + stop - start
             continue
         if needed:
@@ -87,6 +88,11 @@ def _pages(extents: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         begin, end, needed = first, last, stop - start
     if needed:
         yield begin, end
+
+
+def is_near(gap: int, needed: int) -> bool:
+    """Whether a gap between extents is read with them, to get `needed` bytes."""
+    return gap <= 0 or (gap <= _GAP_BYTES and gap * _OVER_READ <= needed)
 
 
 class _Range:
@@ -277,6 +283,29 @@ class Fetcher:
             if self._drops:
                 page_cache.drop(descriptor, start, len(memory))
 
+    def scatter(self, path: Path, start: int, parts: Sequence[memoryview]) -> bool:
+        """Fill parts of memory with the bytes of a file from `start` on, in one call through the page cache.
+
+        False where that is not how files are read, or not all has come.
+        """
+        if self._direct is not None or isinstance(path, ObjectPath) or not 0 < len(parts) <= _MOST_PARTS:
+            return False
+        try:
+            with self._plain.borrowed(path) as descriptor:
+                assert isinstance(descriptor, int)
+                _no_read_ahead(descriptor)
+                return os.preadv(descriptor, parts, start) == sum(map(len, parts))
+        except (OSError, TransferError):  # whoever reads it in the ordinary way has a message
+            return False
+
+    def fill(self, path: Path, start: int, memory: memoryview, needed: int) -> None:
+        """Fill whole pages of memory with bytes of a file, of which the first `needed` must be there.
+
+        Raises TransferError when reading fails.
+        """
+        if self._read(path, start, memory) < needed:  # whoever reads it in the ordinary way has a message
+            self.read(path, start, memory[:needed])
+
     def fetch(self, extent: Extent, memory: memoryview) -> list[Future[int]]:
         """Begin to read a range: for each request, how many bytes of it have come."""
         with self._lock:
@@ -332,9 +361,8 @@ class Fetcher:
             if files is not None and not (files is self._direct and isinstance(path, ObjectPath)):
                 try:
                     with files.borrowed(path) as descriptor:
-                        # Nobody else needs to read ahead.
-                        if files is self._plain and page_cache.CAN_DROP and isinstance(descriptor, int):
-                            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+                        if files is self._plain:
+                            _no_read_ahead(descriptor)
                         filled = _filled(descriptor, start, memory)
                         if self._drops:
                             page_cache.drop(descriptor, start, len(memory))
@@ -356,11 +384,17 @@ def request_bytes(path: Path) -> int:
     return _OBJECT_REQUEST_BYTES if isinstance(path, ObjectPath) else REQUEST_BYTES
 
 
+def _no_read_ahead(descriptor: Handle) -> None:
+    """Keep the system from reading ahead in a file: what is needed is asked for here."""
+    if page_cache.CAN_DROP and isinstance(descriptor, int):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+
 def _filled(descriptor: Handle, start: int, memory: memoryview) -> int:
     filled = 0
     while filled < len(memory):
         count = preadv(descriptor, memory[filled:], start + filled)
         filled += count
-        if count % _PAGE or not count:  # the end of the file
+        if count % PAGE or not count:  # the end of the file
             break
     return filled

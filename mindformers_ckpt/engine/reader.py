@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from mindformers_ckpt.engine.ahead import Ahead, Extent, Fetcher
-from mindformers_ckpt.engine.buffers import BLOCK_BYTES, PIECE_BYTES, empty_bytes
+from mindformers_ckpt.engine.buffers import PIECE_BYTES, empty_bytes
 from mindformers_ckpt.engine.compute import DOWN_TILE, UP_TILE, cast, dequantise, factor_values, merge, scale_values
 from mindformers_ckpt.engine.descriptors import file_ranges
-from mindformers_ckpt.engine.views import box_in_view, copy_transposed, in_view, reads_of, span_in
+from mindformers_ckpt.engine.into_memory import LEAST_BYTES, Piece, fill_arrays
+from mindformers_ckpt.engine.views import box_in_view, copy_transposed, in_bytes, in_view, reads_of, span_in
 from mindformers_ckpt.errors import FormatError, TransferError
-from mindformers_ckpt.formats import DType, Header, Segment, TensorRecord, TensorSpec, read_header
-from mindformers_ckpt.geometry.box import Box
+from mindformers_ckpt.formats import DType, Header, Segment, TensorSpec, read_header
+from mindformers_ckpt.geometry.box import Box, blocks
 from mindformers_ckpt.planning.computations import Cast, Compute, Constant, Dequantise, Factor, Merge
 from mindformers_ckpt.planning.model import Place, SourceFile, View
 
@@ -232,6 +233,33 @@ class ShardReader:
             else:
                 self._read_strided(path, segments, dtype, box, outer, array)
 
+    def begin(self, read: Read) -> tuple[Path, int]:
+        """Where the tensor of a plain place begins: file, and byte of it."""
+        segments = self._segments(read.place, read.place.tensor or read.name, read.dtype)
+        return self._files[read.place.file].path, segments[0].offset if segments else 0
+
+    def pieces(self, read: Read, out: Array) -> Iterator[Piece]:
+        """What `read` would do for a plain place, as pieces in the order of the file.
+
+        `out` has the bytes of the part, with the shape that `in_bytes` gives it.
+        """
+        place, name, dtype, part = read
+        segments, path = self._segments(place, place.tensor or name, dtype), self._files[place.file].path
+        part, outer = in_bytes(part, dtype.itemsize), in_bytes(place.box, dtype.itemsize)
+        for box in reads_of(part, outer, 1):
+            array = out[box.relative_to(part).slices()]
+            first, length = span_in(box, outer)
+            if length == box.volume and array.flags.c_contiguous:
+                array = array.reshape(-1)
+                for start, count in file_ranges(segments, first, length):
+                    yield Piece(path, start, start + count, array[:count])
+                    array = array[count:]
+            else:
+                strides = tuple(math.prod(outer.shape[axis:]) for axis in range(1, len(outer.shape) + 1))
+                for block in blocks(box, max(1, LEAST_BYTES * box.volume // length)):
+                    for start, stop, inner in _in_file(segments, block, outer):
+                        yield Piece(path, start, stop, out[inner.relative_to(part).slices()], strides)
+
     def close(self) -> None:
         if self._has_own:
             self._fetcher.close()
@@ -325,44 +353,37 @@ class ShardReader:
             view = view[length:]
 
 
-class _FilePiece(NamedTuple):
-    """Bytes of a tensor of a file, and the memory for them and for the whole tensor."""
+def read_file(
+    path: Path, names: Container[str] | None = None, *, is_shared: bool = True
+) -> Iterator[tuple[TensorSpec, Array]]:
+    """The tensors of a file (those of `names`), each as the bytes of its content in memory of its own.
 
-    start: int
-    memory: memoryview
-    spec: TensorSpec
-    content: Array
-    is_last: bool
-
-
-def read_file(path: Path, names: Container[str] | None = None) -> Iterator[tuple[TensorSpec, Array]]:
-    """The tensors of a file (those of `names`), each as the bytes of its content in memory of its own."""
+    `is_shared`: other processes read the file, too, so the page cache is used. Raises TransferError.
+    """
     try:
         header = read_header(path)
     except FormatError as error:
         raise TransferError(str(error)) from error
     records = [record for name, record in header.tensors.items() if names is None or name in names]
-    with closing(Fetcher(is_shared=True)) as fetcher:
-        ahead: Ahead[_FilePiece] = Ahead(
-            lambda piece: [Extent(path, piece.start, piece.start + len(piece.memory))], fetcher
-        )
-        for piece in ahead.steps(0, _file_pieces(records), None):
-            ahead.fill(path, piece.start, piece.memory)
-            if piece.is_last:
-                yield piece.spec, piece.content
+    contents = [empty_bytes(record.spec.nbytes) for record in records]
+    pieces = []
+    for record, content in zip(records, contents):
+        for start, length in record.segments:
+            pieces.append(Piece(path, start, start + length, content[:length]))
+            content = content[length:]
+    with closing(Fetcher(is_shared=is_shared)) as fetcher:
+        fill_arrays(fetcher, sorted(pieces, key=lambda piece: piece.start), lambda: None)
+    yield from zip((record.spec for record in records), contents)
 
 
-def _file_pieces(records: Sequence[TensorRecord]) -> Iterator[_FilePiece]:
-    for spec, segments in records:
-        content = empty_bytes(spec.nbytes)
-        at = 0
-        for segment in segments:
-            for start in range(0, segment.length, BLOCK_BYTES):
-                count = min(BLOCK_BYTES, segment.length - start)
-                memory, at = content.data[at : at + count], at + count
-                yield _FilePiece(segment.offset + start, memory, spec, content, at == spec.nbytes)
-        if not spec.nbytes:
-            yield _FilePiece(0, content.data, spec, content, True)
+def _in_file(segments: Sequence[Segment], block: Box, outer: Box) -> Iterator[tuple[int, int, Box]]:
+    """Where the bytes of a block are in a file (start, stop): in parts of it where a segment ends within."""
+    (start, count), *others = file_ranges(segments, *span_in(block, outer))
+    if not others:
+        yield start, start + count, block
+        return
+    for part in blocks(block, block.volume // 2):
+        yield from _in_file(segments, part, outer)
 
 
 def _spans(part: Box, outer: Box, itemsize: int) -> list[tuple[int, int]]:

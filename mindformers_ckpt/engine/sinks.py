@@ -6,13 +6,13 @@ import ctypes
 import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mindformers_ckpt.engine import page_cache
-from mindformers_ckpt.engine.buffers import PIECE_BYTES
+from mindformers_ckpt.engine.buffers import PIECE_BYTES, empty_bytes
 from mindformers_ckpt.engine.descriptors import Descriptors, file_ranges
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.formats import FileLayout, TensorSpec, layout_file
@@ -162,8 +162,8 @@ def _layout_of(format: str, tensors: tuple[TensorSpec, ...], metadata: tuple[tup
 class ArraySink:
     """Collects the tensors of one target file in memory, as writable byte arrays by name."""
 
-    def __init__(self, target: TargetFile, allocate: Callable[[int], Array]) -> None:
-        self.contents: dict[str, Array] = {spec.name: allocate(spec.nbytes) for spec in target.tensors}
+    def __init__(self, target: TargetFile) -> None:
+        self.contents: dict[str, Array] = {spec.name: empty_bytes(spec.nbytes) for spec in target.tensors}
 
     def write(self, file: int, name: str, start: int, data: memoryview) -> None:
         self.contents[name].data[start : start + len(data)] = data

@@ -64,6 +64,12 @@ def copy_transposed(straight: Array, out: Array) -> None:
         out[strip] = np.ascontiguousarray(straight[strip])
 
 
+def in_bytes(box: Box, itemsize: int) -> Box:
+    """A box of elements as one of their bytes, which are along the last axis."""
+    start, stop = box if box.start else ((0,), (1,))
+    return Box((*start[:-1], start[-1] * itemsize), (*stop[:-1], stop[-1] * itemsize))
+
+
 def span_in(part: Box, outer: Box) -> tuple[int, int]:
     """Where a part is in its shard: the first element, and the number of elements up to the last."""
     first = offset_in(part, outer)

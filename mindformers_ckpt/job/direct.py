@@ -16,21 +16,21 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from mindformers_ckpt.disk.files import FileState
 from mindformers_ckpt.engine.ahead import Fetcher
-from mindformers_ckpt.engine.buffers import BLOCK_BYTES, empty_bytes
 from mindformers_ckpt.engine.copier import Copier
+from mindformers_ckpt.engine.into_memory import Piece, fill_arrays
 from mindformers_ckpt.engine.reader import Read, ShardReader
 from mindformers_ckpt.engine.sinks import ArraySink
 from mindformers_ckpt.engine.tasks import cut_into_tasks
+from mindformers_ckpt.engine.views import in_bytes
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.formats import Header, TensorSpec
-from mindformers_ckpt.geometry.box import Box, blocks
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
-from mindformers_ckpt.planning.model import Place, Plan, SourceFile, Transfer
+from mindformers_ckpt.planning.model import Plan, SourceFile, Transfer
 from mindformers_ckpt.planning.source_states import check_unchanged, states_of
 
 if TYPE_CHECKING:
@@ -66,24 +66,22 @@ def _rounds(texts: Iterable[str], size: int) -> Iterator[list[tuple[bool, str | 
 
 
 def read_direct(
-    plan: Plan, check: Callable[[], None], headers: Mapping[int, Header] | None = None
+    plan: Plan, check: Callable[[], None], headers: Mapping[int, Header] | None = None, *, is_shared: bool = True
 ) -> Iterator[tuple[TensorSpec, np.ndarray[Any, Any]]]:
     """The tensors of the one target of `plan`, each as the bytes of its content in memory of its own.
 
     `check` is called between blocks and may raise to stop. `headers` are those of sources that need not be read again.
+    `is_shared`: other ranks of the node read the same files, often the same bytes, so the page cache is used.
     Raises TransferError when reading fails, or a file is not what it was when the plan was made, or when reading began.
     """
     (target,) = plan.targets
     states = _states(plan.sources)
-    sink = ArraySink(target, empty_bytes)
+    sink = ArraySink(target)
     plain = [transfer for transfer in plan.transfers if _is_plain(transfer)]
     others = replace(plan, transfers=tuple(transfer for transfer in plan.transfers if not _is_plain(transfer)))
-    # Other ranks of the node read the same files, often the same bytes: so through the page cache.
-    with closing(Fetcher(is_shared=True)) as fetcher:
+    with closing(Fetcher(is_shared=is_shared)) as fetcher:
         reader = ShardReader(plan.sources, fetcher, headers)
-        for block in reader.ahead(0, _blocks(plain), None):
-            check()
-            reader.read(*block.read(), block.array(sink.contents[block.transfer.name]))
+        fill_arrays(fetcher, _pieces(plain, reader, sink), check)
         _copy_others(others, sink, ShardReader(plan.sources, fetcher, headers), check)
     check_unchanged(states)
     for spec in target.tensors:
@@ -107,34 +105,18 @@ def _is_plain(transfer: Transfer) -> bool:
     return len(transfer.targets) == 1 and all(place.is_plain for place in (*transfer.sources, *transfer.targets))
 
 
-class _Block(NamedTuple):
-    """A block of what a tensor takes of a source, read to its place without a buffer where it is contiguous there."""
-
-    transfer: Transfer
-    place: Place
-    box: Box
-
-    def read(self) -> Read:
-        return Read(self.place, self.transfer.name, self.transfer.dtype, self.box)
-
-    def reads(self) -> Iterator[Read]:
-        yield self.read()
-
-    def array(self, content: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Where the block is in the content of its tensor."""
-        wanted = self.transfer.targets[0].box
-        tensor = content.view(self.transfer.dtype.carrier).reshape(wanted.shape)
-        block: np.ndarray[Any, Any] = tensor[self.box.relative_to(wanted).slices()]
-        return block
-
-
-def _blocks(transfers: Sequence[Transfer]) -> Iterator[_Block]:
-    for transfer in transfers:
-        for place in transfer.sources:
-            part = place.box.intersect(transfer.targets[0].box)
+def _pieces(transfers: Sequence[Transfer], reader: ShardReader, sink: ArraySink) -> Iterator[Piece]:
+    """What transfers take of their sources, in the order of the files."""
+    reads = []
+    for name, dtype, _, sources, (target,) in transfers:
+        for place in sources:
+            part = place.box.intersect(target.box)
             if part is not None:
-                for box in blocks(part, max(1, BLOCK_BYTES // transfer.dtype.itemsize)):
-                    yield _Block(transfer, place, box)
+                reads.append((Read(place, name, dtype, part), target.box))
+    for read, wanted in sorted(reads, key=lambda item: reader.begin(item[0])):
+        outer, part = in_bytes(wanted, read.dtype.itemsize), in_bytes(read.part, read.dtype.itemsize)
+        content = sink.contents[read.name].reshape(outer.shape)
+        yield from reader.pieces(read, content[part.relative_to(outer).slices()])
 
 
 def _copy_others(plan: Plan, sink: ArraySink, reader: ShardReader, check: Callable[[], None]) -> None:

@@ -17,6 +17,7 @@ from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.job.direct import hand_out_plans
 from mindformers_ckpt.job.find import find_checkpoint
+from mindformers_ckpt.job.looking import look_together
 from mindformers_ckpt.job.output_dir import OutputDir
 from mindformers_ckpt.job.work import Work
 from mindformers_ckpt.log import log
@@ -131,6 +132,7 @@ class Reslicing:
 
         All ranks call it: the main rank looks and plans for all, and tells each what is its own.
         """
+        self.look()
         plan = self._plan() if self.cluster.rank == MAIN_RANK else None
         text = hand_out_plans(self.cluster, None if plan is None else self._texts(plan))
         if text is None:
@@ -140,6 +142,11 @@ class Reslicing:
             own = own._replace(plan=replace(own.plan, warnings=plan.warnings))
         self.check(own.plan)
         return own
+
+    def look(self) -> None:
+        """Have all ranks read the headers of the source, for the main rank. All ranks call it."""
+        is_source = self.cluster.rank == MAIN_RANK and self.found_files.kind is not Kind.HUGGING_FACE
+        look_together(self.cluster, self.source if is_source else None, self._root)
 
     def _texts(self, plan: Plan) -> Iterator[str]:
         """What every rank is told of a plan; whole weights are alike on all ranks."""

@@ -256,9 +256,12 @@ class CheckpointHook:
         """Find out what is wrong with the source before anything is cleared, and the network compiled."""
         config = self.config
         if self._reslices:
+            reslicing = Reslicing(self.config, self.cluster, self._output, Strategy.complete())
             if self.cluster.rank == MAIN_RANK:
                 self._output.check_apart(config.load_checkpoint, config.src_strategy_path_or_dir)
-                source = self._look_at_source()
+            reslicing.look()
+            if self.cluster.rank == MAIN_RANK:
+                source = self._look_at_source(reslicing)
                 files = [file for files in source.files.by_rank.values() for file in files]
                 self._output.check_apart(config.load_checkpoint, config.src_strategy_path_or_dir, files)
         elif config.only_save_strategy:
@@ -266,9 +269,9 @@ class CheckpointHook:
         elif config.load_checkpoint:
             self._own_files = find_own_files(config, self.cluster)
 
-    def _look_at_source(self) -> Checkpoint:
+    def _look_at_source(self, reslicing: Reslicing) -> Checkpoint:
         """Read the headers of the source and its strategy, and keep them for `load`. Raises what `Checkpoint` does."""
-        source = Reslicing(self.config, self.cluster, self._output, Strategy.complete()).source
+        source = reslicing.source
         source.tensors()
         self._source = source
         return source

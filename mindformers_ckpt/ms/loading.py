@@ -208,19 +208,24 @@ class Loading:
         loaded: dict[str, Any] = {}
         for file in files:
             names = {name for name in own.names_in(file) if wanted is None or name in wanted}
-            tensors = weights.tensors_of(read_file(file, names))
+            tensors = weights.tensors_of(read_file(file, names, is_shared=not own.sharded and self._shares_node))
             twice = sorted(tensors.keys() & loaded.keys())
             if twice:
                 raise PlanError(f"{files[0].parent} holds several checkpoints, {twice[0]} is in two; name the file")
             loaded.update(tensors)
         return self._put(loaded, files[0])
 
+    @property
+    def _shares_node(self) -> bool:
+        """Whether other ranks of this node may read the same files."""
+        return len(self.cluster.node_ranks) > 1
+
     def _read_direct(self, own: RankPlan) -> dict[str, Any]:
         if not self.for_training:
             own = own.only(weights.wanted_names(self.cells))  # what other stages want has no place here
         for warning in own.plan.warnings if self.cluster.rank == MAIN_RANK else ():
             log.warning("%s", warning)
-        loaded = weights.tensors_of(read_direct(own.plan, self.cluster.check, own.headers))
+        loaded = weights.tensors_of(read_direct(own.plan, self.cluster.check, own.headers, is_shared=self._shares_node))
         return self._put(loaded, self.config.load_checkpoint)
 
     def _put(self, loaded: Mapping[str, Any], origin: object) -> dict[str, Any]:

@@ -95,8 +95,7 @@ class _Encoder:
         if number not in self._headers:
             file = self._plan.sources[number]
             self._headers[number] = self._current(file)
-            name = os.fsencode(os.path.relpath(file.path, self._root)).decode("latin-1")  # names may be any bytes
-            self._names[number] = f"[{number},{_dump(name)},{file.size}"
+            self._names[number] = f"[{number},{_dump(name_from(self._root, file.path))},{file.size}"
         held = self._headers[number].tensors
         return f"{self._names[number]},[{','.join([self._record(held[tensor]) for tensor in tensors])}]]"
 
@@ -176,11 +175,19 @@ def _header(entry: Sequence[Any], root: Path) -> Header:
         if len(numbers) % 2 or sum(segment.length for segment in segments) != spec.nbytes:
             raise DecodeError(f"{tensor!r} is not where it should be")
         tensors[spec.name] = TensorRecord(spec, segments)
-    return Header(_path_in(root, text_of(name)), "", number_of(size), tensors, {}, None)
+    return Header(path_in(root, text_of(name)), "", number_of(size), tensors, {}, None)
 
 
-def _path_in(root: Path, name: str) -> Path:
-    """The file of that name, below the root or (where the root is a file) beside it."""
+def name_from(root: Path, path: Path) -> str:
+    """The name of a file from the root, as text that JSON can hold: names may be any bytes."""
+    return os.fsencode(os.path.relpath(path, root)).decode("latin-1")
+
+
+def path_in(root: Path, name: str) -> Path:
+    """The file that `name_from` named, below the root or (where the root is a file) beside it.
+
+    Raises ValueError for any other one.
+    """
     path = Path(os.path.normpath(root / os.fsdecode(name.encode("latin-1"))))
     if os.path.isabs(name) or not path.is_relative_to(root.parent):
         raise DecodeError(f"the file {name!r} is not one of {root}")

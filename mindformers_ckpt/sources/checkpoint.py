@@ -179,10 +179,18 @@ class Checkpoint:
             self._headers[path] = self._last = read_header(path, self._last)
         return self._headers[path]
 
+    def unread(self) -> list[Path]:
+        """The files whose headers have not been read yet."""
+        return [path for path in self.files.files if path not in self._headers]
+
+    def adopt(self, header: Header) -> None:
+        """Take what is known of a file for its header, which is then not read."""
+        self._headers[header.path] = header
+
     def _raise_damaged(self) -> None:
         """Read the headers of all files, and report all damaged ones together."""
         problems = []
-        for path, header in read_headers([path for path in self.files.files if path not in self._headers]):
+        for path, header in read_headers(self.unread()):
             if isinstance(header, FormatError):
                 problems.append(str(header))
             else:

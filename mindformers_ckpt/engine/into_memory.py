@@ -1,0 +1,204 @@
+"""Parts of shards into arrays in memory, in the order of the files.
+
+Memory can be filled in any order, so a file is read from its beginning to its end, by requests of 1 MiB of whole pages,
+and what nobody takes of it is left out. Through the page cache one call has what is contiguous read to its place in the
+arrays; past it (O_DIRECT), where places would have to lie as in the file, a thread reads into a buffer of its own, and
+copies while that is in the cache of its core. So requests are large also where a file has many small tensors, and no
+thread waits for another one.
+
+One thread reads as long as it need not wait: on a warm disk more would only wait for each other. Where reading has to
+wait there are 16 of them, and 64 where it waits for long.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mindformers_ckpt.disk.waiting import waits
+from mindformers_ckpt.engine.ahead import AHEAD_BYTES, PAGE, Fetcher, is_near, request_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[np.uint8]]
+
+# Of a piece that cannot be cut at any byte: small, so that a request is nearly full when the next does not fit.
+LEAST_BYTES = 256 << 10
+_THREADS, _MOST_THREADS = 16, 64
+# Memory is read in less than the one; behind a network most requests take longer than the other.
+_QUICK_SECONDS, _LONG_SECONDS = 500e-6, 4e-3
+_SECONDS_BETWEEN_CHECKS = 0.05
+
+
+class Piece(NamedTuple):
+    """Bytes of a file, and where they go.
+
+    `strides` are those of the bytes in the file, for an array of the shape of `target`; none where both are one run.
+    """
+
+    path: Path
+    start: int
+    stop: int
+    target: Array
+    strides: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def cut(self, count: int) -> tuple[Piece, Piece]:
+        """The first `count` bytes of a run, and the others."""
+        at = self.start + count
+        return self._replace(stop=at, target=self.target[:count]), self._replace(start=at, target=self.target[count:])
+
+    def copy(self, memory: Array, at: int) -> None:
+        """Copy to the target what is in `memory` from `at` on."""
+        import numpy as np
+
+        # Unlike the assignment of a memoryview, this one lets other threads go on.
+        self.target[...] = np.ndarray(self.target.shape, np.uint8, memory, at, self.strides or None)
+
+
+class _Request(NamedTuple):
+    """What is read at once: pieces in the order of a file."""
+
+    pieces: list[Piece]
+
+    @property
+    def start(self) -> int:
+        """The page at which reading begins."""
+        return self.pieces[0].start // PAGE * PAGE
+
+    @property
+    def stop(self) -> int:
+        return max(piece.stop for piece in self.pieces)
+
+    def parts(self, memory: Array) -> list[memoryview]:
+        """Where the bytes from the first piece on may be read to: runs to their targets, what else there is to memory.
+
+        `memory` has room for all pages of the request. No parts where pieces overlap.
+        """
+        parts: list[memoryview] = []
+        at = self.pieces[0].start
+        for piece in self.pieces:
+            if piece.start < at:
+                return []
+            before = memory[at - self.start : piece.start - self.start]
+            own = memory[piece.start - self.start : piece.stop - self.start] if piece.strides else piece.target
+            parts += [part.data for part in (before, own) if len(part)]
+            at = piece.stop
+        return parts
+
+
+def _requests(pieces: Iterable[Piece]) -> Iterator[_Request]:
+    """Put pieces, in the order of their files, together to requests."""
+    held: list[Piece] = []
+    needed = 0
+    for piece in pieces:
+        left: Piece | None = piece
+        while left is not None:
+            room = _room(held, needed, left)
+            if held and (room <= 0 or (left.strides and left.size > room)):
+                yield _Request(held)
+                held, needed = [], 0
+                continue
+            now, left = (left, None) if left.strides or left.size <= room else left.cut(room)
+            held.append(now)
+            needed += now.size
+    if held:
+        yield _Request(held)
+
+
+def _room(held: Sequence[Piece], needed: int, piece: Piece) -> int:
+    """The bytes from the beginning of a piece to the end of the request that has `held`; none where it is far away."""
+    first = (held[0] if held else piece).start // PAGE * PAGE
+    if held and (piece.path != held[0].path or piece.start < first):
+        return 0
+    if held and not is_near(piece.start - held[-1].stop, needed + piece.size):
+        return 0
+    return first + request_bytes(piece.path) - piece.start
+
+
+class _Filling:
+    """Requests that several threads take, and the first failure."""
+
+    def __init__(self, fetcher: Fetcher, requests: Iterator[_Request]) -> None:
+        self._fetcher, self._requests = fetcher, requests
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._failure: BaseException | None = None
+        self._is_stopped = False
+
+    def run(self, check: Callable[[], None]) -> None:
+        """Read all in this thread, and in others where reading has to wait."""
+        try:
+            self._work(check, self._grow)
+            for thread in self._threads:
+                while thread.is_alive():
+                    check()
+                    thread.join(_SECONDS_BETWEEN_CHECKS)
+        finally:
+            self._is_stopped = True
+            for thread in self._threads:
+                thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _help(self) -> None:
+        try:
+            self._work(lambda: None, lambda seconds, size: None)
+        except BaseException as error:  # whatever it is, the caller raises it
+            self._failure = self._failure or error
+
+    def _work(self, check: Callable[[], None], waited: Callable[[float, int], None]) -> None:
+        """Take requests until there are none; `waited` is told how long one had to wait, and its bytes."""
+        import numpy as np
+
+        memory: Array | None = None
+        for request in self._taken():
+            check()
+            path, start, needed = request.pieces[0].path, request.start, request.stop - request.start
+            size = max(-(-needed // PAGE) * PAGE, request_bytes(path))
+            if memory is None or len(memory) < size:
+                memory = np.frombuffer(mmap.mmap(-1, size), np.uint8)  # from the beginning of a page
+            started, before = time.perf_counter(), waits()
+            is_copied = self._fetcher.scatter(path, request.pieces[0].start, request.parts(memory))
+            if not is_copied:
+                self._fetcher.fill(path, start, memory.data[: -(-needed // PAGE) * PAGE], needed)
+            if waits() > before:
+                waited(time.perf_counter() - started, size)
+            for piece in request.pieces:
+                if piece.strides or not is_copied:
+                    piece.copy(memory, piece.start - start)
+
+    def _taken(self) -> Iterator[_Request]:
+        """The requests that a thread takes."""
+        while not self._is_stopped and self._failure is None:
+            with self._lock:
+                request = next(self._requests, None)
+            if request is None:
+                return
+            yield request
+
+    def _grow(self, seconds: float, size: int) -> None:
+        """Have other threads read, too: a request of so many bytes had to wait."""
+        if seconds < _QUICK_SECONDS:
+            return
+        wanted = min(_MOST_THREADS if seconds > _LONG_SECONDS else _THREADS, AHEAD_BYTES // size)
+        while len(self._threads) < wanted - 1:
+            thread = threading.Thread(target=self._help, name="reader")
+            self._threads.append(thread)
+            thread.start()
+
+
+def fill_arrays(fetcher: Fetcher, pieces: Iterable[Piece], check: Callable[[], None]) -> None:
+    """Read pieces, which are in the order of their files, to their targets.
+
+    `check` is called between requests and may raise to stop. Raises TransferError when reading fails.
+    """
+    _Filling(fetcher, _requests(pieces)).run(check)
