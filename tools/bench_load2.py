@@ -10,6 +10,9 @@ turn:
     install()     the same call, with our engine under it
     hook          `CheckpointHook.load`, with `auto_trans_save: False`
 
+The files are in the page cache; with `--latency` they are on storage that answers every request so many milliseconds
+late, as one behind a network does (`tools/slow_mount.py`), mounted anew for every run.
+
 Needs the environment that `bash tools/test_mindformers.sh` makes. MindSpore compiles no parallel network on a CPU: the
 layouts that MindFormers asks it for are made by hand, and the ranks' numbers come from the environment. Imports and the
 making of the network are not counted. What every rank holds in the end is compared between the ways, byte for byte.
@@ -25,14 +28,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import checkout  # noqa: F401 - finds the package of this checkout
 import click
 from bench_load import RANKS, cpu_seconds, run_job, start_together, tell, watch_memory
 from bench_transform import ours, shapes, specs, strategy_argument, write_complete, write_strategies
+from slow_mount import mounted, why_not
 
 from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.formats import TensorSpec
@@ -116,7 +122,7 @@ def _their_loading(
 
         install()
         assert checkpoint2.replaced()
-    return lambda network, optimizer: checkpoint.load_checkpoint(str(folder / "saved"), network, optimizer)
+    return lambda network, optimizer: checkpoint.load_checkpoint(str(folder / "source"), network, optimizer)
 
 
 def _hook(folder: Path, rank: int, network: Any, optimizer: Any) -> tuple[Any, Callable[[Any, Any], Any]]:
@@ -125,7 +131,7 @@ def _hook(folder: Path, rank: int, network: Any, optimizer: Any) -> tuple[Any, C
 
     hook = CheckpointHook(
         Config(
-            load_checkpoint=str(folder / "saved"),
+            load_checkpoint=str(folder / "source"),
             auto_trans_ckpt=True,
             auto_trans_save=False,
             output_dir=str(folder / "output"),
@@ -149,13 +155,27 @@ def _held(optimizer: Any) -> dict[str, Any]:
     return {"own": own, "digest": digest.hexdigest()}
 
 
+@contextmanager
+def _storage(folder: Path, latency: float) -> Iterator[None]:
+    """Have the checkpoint in `source`: the files themselves, or what slow storage shows of them."""
+    source = folder / "source"
+    if not latency:
+        source.symlink_to(folder / "saved")
+        yield
+        source.unlink()
+        return
+    with TemporaryDirectory() as scratch, mounted(folder / "saved", source, scratch=Path(scratch), latency_ms=latency):
+        yield
+
+
 @click.command()
 @click.option("--gb", default=2.0, show_default=True, help="Unique bytes of the checkpoint, in GB.")
 @click.option("--source", default="mp8", show_default=True, type=click.Choice(["mp8", "dp2mp2pp2", "full"]))
 @click.option("--repeats", default=3, show_default=True, help="Rounds; each runs all ways.")
+@click.option("--latency", default=0.0, show_default=True, help="Milliseconds that storage takes for a request.")
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("output/bench_load2"), show_default=True)
 @click.option("--rank-way", hidden=True)
-def main(gb: float, source: str, repeats: int, folder: Path, rank_way: str | None) -> None:
+def main(gb: float, source: str, repeats: int, latency: float, folder: Path, rank_way: str | None) -> None:
     """Measure loading and print a table."""
     try:
         check_installed()
@@ -168,6 +188,9 @@ def main(gb: float, source: str, repeats: int, folder: Path, rank_way: str | Non
     if rank_way:
         run_rank(rank_way, folder)
         return
+    reason = why_not() if latency else None
+    if reason:
+        raise click.ClickException(f"no slow file system can be mounted here: {reason}")
     shutil.rmtree(folder, ignore_errors=True)
     write_strategies(folder / "strategy", shapes(gb))
     (folder / "gb.json").write_text(json.dumps(gb))
@@ -178,12 +201,16 @@ def main(gb: float, source: str, repeats: int, folder: Path, rank_way: str | Non
     runs: dict[str, list[list[dict[str, Any]]]] = {way: [] for way in WAYS}
     for number in range(repeats):
         for position, way in enumerate(WAYS):
-            runs[way].append(run_job(way, folder, _PORT + 10 * number + position, __file__))
+            with _storage(folder, latency):
+                runs[way].append(run_job(way, folder, _PORT + 10 * number + position, __file__))
     held = {tuple(rank["digest"] for rank in ranks) for found in runs.values() for ranks in found}
     if len(held) != 1:
         raise click.ClickException("the ways do not give the same bytes")
     own = max(rank["own"] for rank in runs["hook"][0]) / 1e6
-    click.echo(f"{gb:.1f} GB, checkpoint 2.0 of {source} -> {RANKS} ranks ({TARGET}), {own:.0f} MB a rank, same bytes")
+    where = f"{latency:g} ms a request" if latency else "page cache"
+    click.echo(
+        f"{gb:.1f} GB, {source} -> {RANKS} ranks ({TARGET}), {own:.0f} MB a rank, {where}; all hold the same bytes"
+    )
     click.echo("way           seconds   CPU seconds   MindFormers / this   MB above the start")
     slowest = {way: [max(rank["seconds"] for rank in ranks) for ranks in found] for way, found in runs.items()}
     for way, found in runs.items():
