@@ -23,7 +23,7 @@ if (($#)); then
     exit
 fi
 # Two processes side by side, for two cores: jobs of several ranks wait a lot, the others compute.
-JOBS=(tests/auto tests/jobs tests/mindformers)
+JOBS=(tests/auto tests/jobs tests/mindformers tests/docs)
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 run_pytest -m "not slow" -p no:cacheprovider "${JOBS[@]}" >"$log" 2>&1 &

@@ -14,9 +14,9 @@ from mindformers_ckpt.cli.dry import file_bytes, free_bytes, refusals
 from mindformers_ckpt.cli.notices import amount, say, say_json, warn
 from mindformers_ckpt.cli.options import OVERWRITE_ANYTHING, LocalPath, json_option, request_of, request_options
 from mindformers_ckpt.execution import check_apart
-from mindformers_ckpt.geometry.box import Box
+from mindformers_ckpt.geometry.box import Box, hull
 from mindformers_ckpt.planning.file import write_plan
-from mindformers_ckpt.planning.model import Plan, Transfer
+from mindformers_ckpt.planning.model import Place, Plan, Transfer, once
 from mindformers_ckpt.publish.results import ranks_of
 
 
@@ -109,7 +109,8 @@ def summarize(prepared: Prepared, processes: int) -> Summary:
 
     job = prepared.job
     plan = job.plan
-    needed = sum(map(_needed, plan.transfers))
+    volume = once(_volume)
+    needed = sum(volume(transfer.targets) * transfer.dtype.itemsize for transfer in plan.transfers)
     size = file_bytes(plan)
     free = None if job.destination is None else free_bytes(job.destination)
     problems = [] if job.destination is None else refusals(job.destination, size, adds_ranks=job.partial)
@@ -137,11 +138,11 @@ def summarize(prepared: Prepared, processes: int) -> Summary:
     )
 
 
-def _needed(transfer: Transfer) -> int:
-    boxes = {place.box for place in transfer.targets}
+def _volume(targets: tuple[Place, ...]) -> int:
+    """How many elements of a tensor its targets need, replicas counted once."""
+    boxes = {place.box for place in targets}
     # Stages that share a tensor may cut it differently: then boxes overlap.
-    volume = min(sum(box.volume for box in boxes), Box.whole(transfer.shape).volume)
-    return volume * transfer.dtype.itemsize
+    return min(sum(box.volume for box in boxes), hull(list(boxes)).volume)
 
 
 def _renamed(plan: Plan) -> dict[str, str]:

@@ -386,16 +386,22 @@ def _text(raw: bytes) -> str:
 def _encode_head(spec: TensorSpec, length: int) -> bytes:
     """The head of a record whose content is `length` bytes."""
     dims = (0,) if spec.dtype.name == "str" else spec.shape
+    value = _encode_field(_TAG, spec.name.encode()) + _encode_tensor(dims, spec.dtype.ckpt, length)
+    return bytes([_VALUE]) + _encode_varint(len(value) + length) + value
+
+
+@lru_cache(maxsize=1024)
+def _encode_tensor(dims: tuple[int, ...], type_name: str, length: int) -> bytes:
+    """The part of a head that comes after the name: layers repeat it."""
     tensor = b"".join(
         [
             *(bytes([_DIMENSION]) + _encode_varint(dimension) for dimension in dims),
-            _encode_field(_TYPE, spec.dtype.ckpt.encode()),
+            _encode_field(_TYPE, type_name.encode()),
             bytes([_CONTENT]),
             _encode_varint(length),
         ]
     )
-    value = _encode_field(_TAG, spec.name.encode()) + bytes([_TENSOR]) + _encode_varint(len(tensor) + length) + tensor
-    return bytes([_VALUE]) + _encode_varint(len(value) + length) + value
+    return bytes([_TENSOR]) + _encode_varint(len(tensor) + length) + tensor
 
 
 def _encode_field(key: int, content: bytes) -> bytes:

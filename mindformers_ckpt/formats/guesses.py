@@ -178,6 +178,7 @@ class Pieces:
             self._waits = _WAITS - 1 if self._device in _slow_devices else 0
         else:
             self._early, self._device, self._waits = _FromStorage(handle), _NO_DEVICE, _WAITS
+        self._met: list[tuple[str, int, int, int]] = []  # what no guess was made of so far
         self._kinds: dict[str, _Kind] = {}
         self._last: tuple[str, ...] = ()
         self._guessed: deque[int] = deque()
@@ -209,16 +210,11 @@ class Pieces:
 
     def met(self, name: str, start: int, content: int, end: int) -> None:
         """A record was read that begins at `start`, its content at `content`; guess the next ones."""
-        is_moment = name.partition(".")[2] in self._kinds
-        kind = _NUMBER.sub("#", name) + "#"
-        for last, this in zip(self._last, (name, kind)):
-            if this == kind or not is_moment:  # what comes after the last weight does not come after its moments
-                self._kinds[last] = self._kinds[last]._replace(following=this)
-        for this in (name, kind):
-            known = self._kinds.get(this)
-            self._kinds[this] = _Kind(content - start, end - content, known.following if known else "")
-        self._last = name, kind
+        self._met.append((name, start, content, end))
         if self.is_slow:
+            for record in self._met:
+                kind = self._learn(*record)
+            self._met.clear()
             self._guess(name, kind, end)
 
     def window(self, position: int) -> bytes:
@@ -244,6 +240,19 @@ class Pieces:
     def close(self) -> None:
         """Nothing is needed any more of what was asked for."""
         self._early.close()
+
+    def _learn(self, name: str, start: int, content: int, end: int) -> str:
+        """Note how long a record is, and that it came after the one before it; its kind."""
+        is_moment = name.partition(".")[2] in self._kinds
+        kind = _NUMBER.sub("#", name) + "#"
+        for last, this in zip(self._last, (name, kind)):
+            if this == kind or not is_moment:  # what comes after the last weight does not come after its moments
+                self._kinds[last] = self._kinds[last]._replace(following=this)
+        for this in (name, kind):
+            known = self._kinds.get(this)
+            self._kinds[this] = _Kind(content - start, end - content, known.following if known else "")
+        self._last = name, kind
+        return kind
 
     def _guess(self, name: str, kind: str, end: int) -> None:
         """Have the heads read that are expected after a record."""

@@ -146,7 +146,14 @@ class Plan:
     @cached_property
     def bytes_read(self) -> int:
         """Content bytes that are read, each source byte once however many targets take it."""
-        return sum(transfer.bytes_read for transfer in self.transfers)
+        known: dict[tuple[int, int, int], int] = {}  # of transfers that share their places
+        total = 0
+        for transfer in self.transfers:
+            key = id(transfer.sources), id(transfer.targets), transfer.dtype.itemsize
+            if key not in known:
+                known[key] = transfer.bytes_read
+            total += known[key]
+        return total
 
     def for_targets(self, files: Collection[int]) -> Plan:
         """The part of the plan that writes these target files (indices stay those of the whole plan)."""

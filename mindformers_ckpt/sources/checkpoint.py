@@ -246,6 +246,8 @@ class Checkpoint:
 
     def layout_of(self, name: str, stage: int, shard: TensorSpec) -> Layout | None:
         """The layout of a tensor on a stage, fitted to the shape of its shards; None for one that is whole."""
+        if not any(self.strategy.stages):
+            return None
         return self._layout(name, stage, shard) or self._layout_of_weight(name, stage, shard)
 
     def _layout(self, name: str, stage: int, shard: TensorSpec) -> Layout | None:
