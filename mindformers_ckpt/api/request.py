@@ -13,7 +13,12 @@ from mindformers_ckpt.planning.file import Job
 from mindformers_ckpt.planning.missing import weight_names
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, SourceFile, TargetFile, Transfer
 from mindformers_ckpt.sources.checkpoint import Checkpoint
-from mindformers_ckpt.sources.find import find_mindspore, is_huggingface_folder, separate_checkpoints
+from mindformers_ckpt.sources.find import (
+    check_outside,
+    find_mindspore,
+    is_huggingface_folder,
+    separate_checkpoints,
+)
 from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.shapes import Reference, check_shapes, shapes_of_checkpoint
 from mindformers_ckpt.sources.source import Source
@@ -179,13 +184,6 @@ def checkpoint2_prefix(prefix: str) -> str:
 def default_format(files: Source) -> str:
     """That of the source files; ckpt for a mixture."""
     return "safetensors" if all(path.suffix == ".safetensors" for path in files.files) else "ckpt"
-
-
-def check_outside(files: Source, destination: Path) -> None:
-    """Refuse a target folder in the source folder, where the result would be taken for a part of the source."""
-    root = files.root.resolve()
-    if root.is_dir() and destination.resolve().is_relative_to(root):
-        raise PlanError(f"the target folder {destination} is in the source folder {root}; choose another folder")
 
 
 def _joined(plans: Mapping[str, Plan]) -> Plan:

@@ -114,6 +114,29 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
     type=StrategyPath(),
     help="Cut for this strategy in the same pass.",
 )
+@click.option(
+    "--to",
+    "--to-naming",
+    "to_naming",
+    metavar="NAMING",
+    help="From other names of MindSpore to these, optimizer states with them: legacy, mcore, or with the settings of "
+    "the network, like mcore+mla_qkv_concat.",
+)
+@click.option(
+    "--from",
+    "--from-naming",
+    "from_naming",
+    metavar="NAMING",
+    help="With --to: the names of the source; left out, they tell themselves.",
+)
+@click.option(
+    "--src-strategy",
+    "--src-ckpt-strategy",
+    "src_strategy",
+    type=StrategyPath(),
+    help="With --to: strategy of the source. None, or left out, for complete weights.",
+)
+@click.option("--weights-only", is_flag=True, help="With --to: leave optimizer states and counters aside.")
 @click.option("--strip-prefix", help="Text in front of the source's tensor names that the model's do not have.")
 @click.option("--write-tied", is_flag=True, help="Write a tied output layer as a tensor of its own.")
 @PROCESSES
@@ -133,6 +156,7 @@ def command(
     reverse: bool,
     input_path: Path,
     output_path: Path,
+    src_strategy: Path | None,
     dst_strategy: Path | None,
     format: str | None,
     processes: int,
@@ -162,7 +186,8 @@ def command(
                 "a plugin writes its result itself; take its fingerprint afterwards: fingerprint PATH."
             )
         dtype = choices.pop("dtype")
-        flags = {"write_tied"}  # false is what they are when they are not given
+        flags = {"write_tied", "weights_only"}  # false is what they are when they are not given
+        choices |= {"src_strategy": src_strategy}
         given = {
             name: str(value) for name, value in choices.items() if value is not None and (value or name not in flags)
         }
@@ -170,7 +195,7 @@ def command(
         return
     if extra:
         raise click.UsageError(f"No such option or argument: {' '.join(extra)}")
-    request = Request(model, input_path, reverse, **choices)
+    request = Request(model, input_path, reverse, src_strategy=_strategy(src_strategy), **choices)
     if dry_run:
         say_plan(
             plan_conversion(request, output_path, format=format, target=_strategy(dst_strategy)), output_path, as_json

@@ -62,11 +62,11 @@ def random_layout(shape: tuple[int, ...], seed: str) -> Layout:
 
 
 def random_strategy(weights: Path, stages: int, seed: str) -> Strategy:
-    """Every tensor of the weights on one stage or replicated."""
+    """Every tensor of the weights on one stage or replicated, as numbers are."""
     layouts: list[dict[str, Layout]] = [{} for _ in range(stages)]
     for name, array in hf.read_file(weights).items():
         chance = random.Random(name + seed)
-        if chance.random() < 0.9:
+        if array.ndim and chance.random() < 0.9:
             layouts[chance.randrange(stages)][name] = random_layout(array.shape, name + seed)
     return Strategy(tuple(layouts), 8, "a test")
 
