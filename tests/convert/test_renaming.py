@@ -21,10 +21,12 @@ from mindformers_ckpt.convert.model import find_model
 from mindformers_ckpt.convert.planning import Converted, identity
 from mindformers_ckpt.convert.run import Request, convert, plan_conversion
 from mindformers_ckpt.errors import CheckpointError, ConfigError, PlanError
+from mindformers_ckpt.execution import Options
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.geometry.layout import Layout
+from mindformers_ckpt.look.fingerprint import fingerprint
 from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.planning.model import Place, Plan, Transfer, View
 from mindformers_ckpt.sources.checkpoint import Checkpoint
@@ -426,6 +428,21 @@ def test_the_call(tmp_path: Path) -> None:
     report = api_convert(source, tmp_path / "new.safetensors", to_naming="mcore", from_naming="legacy", **words)
     assert report.naming == "mcore"
     hf.assert_equal(hf.read_file(tmp_path / "new.safetensors"), family.tensors("mcore"))
+
+
+def test_the_source_has_the_fingerprint_that_it_has_alone(tmp_path: Path) -> None:
+    """States, too. Out of the shards of two ranks the values of what is rearranged are not known, and it says so."""
+    family = Family("llama", tmp_path)
+    whole = family.write("legacy", tmp_path)
+    options = Options(fingerprints=True)
+    report = convert(family.request(whole, "legacy", "mcore"), tmp_path / "new", options=options)
+    assert report.source_fingerprint == fingerprint(whole).digest
+    strategy = rows(family.tensors("legacy"), 2)
+    request = family.request(cut(whole, strategy, tmp_path / "ranks"), "legacy", "mcore", src_strategy=strategy)
+    again = convert(request, tmp_path / "from ranks", options=options)
+    assert (again.source_fingerprint, again.fingerprints) == ("", report.fingerprints)
+    told = json.loads((tmp_path / "from ranks/manifest.json").read_bytes())["source_fingerprint"]
+    assert "it is in several files and rearranged" in told["not_counted"]
 
 
 def test_lost_shards_are_named(tmp_path: Path) -> None:
