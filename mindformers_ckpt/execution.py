@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,11 +40,13 @@ from mindformers_ckpt.planning.digest import digest_of
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.planning.source_states import changed_files, check_unchanged, states_of
 from mindformers_ckpt.publish import MANIFEST_FILE, Staging, check_free_space, read_manifests
-from mindformers_ckpt.publish.fingerprints import KEY, check_countable, describe_fingerprints, recorded_checksums
+from mindformers_ckpt.publish.counted import LEFT_ASIDE, Counted
+from mindformers_ckpt.publish.fingerprints import check_countable
 from mindformers_ckpt.publish.journal import Journal
 from mindformers_ckpt.publish.manifest import is_whole
 from mindformers_ckpt.publish.results import check_addable, describe_result, partial_manifest_name
-from mindformers_ckpt.publish.signature import check_key, find_bundle, sign, take_over
+from mindformers_ckpt.publish.signature import check_key, find_bundle, left_behind
+from mindformers_ckpt.publish.source_fingerprint import Origin
 from mindformers_ckpt.publish.staging import Kind, Replace
 
 Progress = Callable[[int, int], None]
@@ -99,6 +100,8 @@ class Report:
         bytes_read, bytes_written: bytes of tensors, `resumed_bytes` of the latter by an earlier run.
         seconds: how long it took.
         fingerprints: digests of the checkpoints in the result, by their folders (mostly "."), where they are asked for.
+        source_fingerprint: that of the source; "" where it was not asked for, or is not known from what was copied.
+        signature: what became of signatures: "made with …", "taken over from …" or "left behind: …"; "" without any.
         warnings: what the user should know of choices that were made.
     """
 
@@ -109,6 +112,8 @@ class Report:
     resumed_bytes: int
     seconds: float
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+    source_fingerprint: str = ""
+    signature: str = ""
     warnings: tuple[str, ...] = ()
 
 
@@ -116,7 +121,8 @@ class Run:
     """One run of a plan, used as a context manager. A failure leaves the destination as it was.
 
     `about` goes into the manifest. The destination is a folder, or with `file` the plan's only target file. `shapes`
-    are those of target tensors that the plan has in another form, for fingerprints.
+    are those of target tensors that the plan has in another form, `origins` the tensors of the source where it is not
+    only cut in another way: both for fingerprints.
     Raises PlanError when the destination holds a source file, PublishError when it may not be replaced or another
     process is writing it, TransferError when a source cannot be read.
     """
@@ -131,6 +137,7 @@ class Run:
         file: bool = False,
         identity: str | None = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
+        origins: Iterable[Origin] | None = None,
     ) -> None:
         self._started = time.monotonic()
         if options.sign is not None:
@@ -139,6 +146,7 @@ class Run:
         self.destination = absolute(destination)
         self._about = dict(about or {})
         self._shapes = dict(shapes or {})
+        self._origins = None if origins is None else tuple(origins)
         check_apart(plan, self.destination)
         if options.fingerprints:
             _check_countable(plan, options)
@@ -160,6 +168,7 @@ class Run:
         self._journal = Journal(self._staging, self.fingerprint)
         self._done: dict[int, Done] = {}
         self._resumed_bytes = 0
+        self._signature = ""
 
     def __enter__(self) -> Run:
         self._staging.__enter__()
@@ -267,9 +276,16 @@ class Run:
         resumed = self.plan.bytes_written if self.already_made else self._resumed_bytes
         seconds = time.monotonic() - self._started
         plan = self.plan
-        digests = {folder: entry["digest"] for folder, entry in self._fingerprints.items()}
         return Report(
-            self.destination, len(plan.targets), plan.bytes_read, plan.bytes_written, resumed, seconds, digests
+            self.destination,
+            len(plan.targets),
+            plan.bytes_read,
+            plan.bytes_written,
+            resumed,
+            seconds,
+            self._counted.digests(),
+            self._counted.source_digest(),
+            self._signature,
         )
 
     def _add_companions(self, companions: Callable[[Path], None], folder: Path) -> None:
@@ -283,14 +299,14 @@ class Run:
 
     def _sign(self, folder: Path) -> None:
         """Sign the fingerprints of the checkpoints in the result; without a key, keep the signature of the source."""
-        if self._staging.kind is Kind.FILE:
+        if self.options.sign is not None:
+            self._signature = self._counted.sign(folder, self.options.sign)
             return
         bundle = find_bundle(self.plan.sources[0].path) if self.plan.sources else None
-        for part, entry in self._fingerprints.items():
-            if self.options.sign is not None:
-                sign(folder / part, recorded_checksums(entry), self.options.sign)
-            elif bundle is not None:
-                take_over(bundle, folder / part, recorded_checksums(entry))
+        if bundle is not None and self._staging.kind is Kind.FILE:
+            self._signature = left_behind(bundle, "it goes with a manifest, which a single file has not")
+        elif bundle is not None:
+            self._signature = self._counted.keep(bundle, folder)
 
     def _finished(self, task: Done) -> None:
         if self.options.keep:
@@ -326,19 +342,19 @@ class Run:
             check_addable(self.plan, self.destination, self._about, may_replace, self._states)
 
     @cached_property
-    def _fingerprints(self) -> Mapping[str, Any]:
-        """The fingerprints of the result, as its manifest has them; none where they were not asked for."""
+    def _counted(self) -> Counted:
+        """The fingerprints of result and source; none where they were not asked for."""
         if not self.options.fingerprints:
-            return {}
+            return Counted({}, {})
         if self.already_made:
-            return next((made[KEY] for made in self._own_manifests() if KEY in made), {})
-        shares = itertools.chain.from_iterable(done.shares for done in self._done.values())
-        return describe_fingerprints(self.plan, shares, self._shapes)
+            return Counted.recorded(self._own_manifests())
+        of_all = LEFT_ASIDE not in self._about
+        return Counted.of(self.plan, self._done.values(), self._shapes, self._origins, of_all=of_all)
 
     def _describe(self) -> dict[str, Any]:
         about = {"plan": self.fingerprint, **self._about}
         if self.options.fingerprints:
-            about[KEY] = self._fingerprints
+            about.update(self._counted.as_manifest())
         return describe_result(self.plan, self.folder, self._done.values(), about, self._states)
 
 

@@ -89,7 +89,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
 
 def assert_equal(found: Tensors, expected: Tensors) -> None:
     """The same names, types, shapes and bytes."""
-    assert sorted(found) == sorted(expected)
+    assert sorted(found) == sorted(expected), sorted(found.keys() ^ expected.keys())[:5]
     for name, array in expected.items():
         assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape), name
         assert found[name].tobytes() == np.ascontiguousarray(array).tobytes(), name

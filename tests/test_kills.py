@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-sys.path.append(str(Path(__file__).parent / "kills"))
+sys.path += [str(Path(__file__).parent / "kills"), str(Path(__file__).parents[1] / "tools")]
 from child import build
 from slow_mount import mounted, why_not
 

@@ -78,11 +78,29 @@ def test_a_signed_result_is_verified(signed: Path, key: Path, tmp_path: Path) ->
 
 
 def test_the_signature_outlives_re_slicing(signed: Path, strategy: Path, key: Path, tmp_path: Path) -> None:
-    whole = mc.transform(signed, tmp_path / "whole", src_strategy=strategy, fingerprints=True).destination
+    report = mc.transform(signed, tmp_path / "whole", src_strategy=strategy, fingerprints=True)
+    assert report.signature == f"taken over from {signed / BUNDLE_FILE}"
+    whole = report.destination
     assert (whole / BUNDLE_FILE).read_bytes() == (signed / BUNDLE_FILE).read_bytes()
     assert differences(whole, key) == []
     again = mc.transform(whole, tmp_path / "again", dst_strategy=strategy, fingerprints=True, format="safetensors")
     assert differences(again.destination, key) == []
+
+
+def test_a_signature_that_is_left_behind_is_said(signed: Path, strategy: Path, key: Path, tmp_path: Path) -> None:
+    """Where nobody knows whether the tensors are the same, and where some of them are left out."""
+    assert mc.transform(signed, tmp_path / "plain", src_strategy=strategy).signature == (
+        f"left behind: {signed / BUNDLE_FILE}: only with --fingerprint is it known whether the tensors are the same"
+    )
+    whole = mc.transform(signed, tmp_path / "whole", src_strategy=strategy, fingerprints=True).destination
+    more = tmp_path / "whole/rank_0/checkpoint_0.ckpt"
+    other = write_tensors(more, {**MODEL, "a.weight": random_bits(FLOAT32, (8, 6), RANDOM)})
+    changed = mc.transform(other, tmp_path / "changed", dst_strategy=strategy, fingerprints=True)
+    assert changed.signature == f"left behind: {whole / BUNDLE_FILE}: the result has other tensors"
+    again = mc.transform(signed, tmp_path / "again", src_strategy=strategy, sign=key)
+    assert again.signature == f"made with {key}"
+    unsigned = write_tensors(tmp_path / "unsigned.ckpt", MODEL)
+    assert mc.transform(unsigned, tmp_path / "result", dst_strategy=strategy).signature == ""
 
 
 def test_other_tensors_are_not_what_was_signed(signed: Path, strategy: Path, key: Path, tmp_path: Path) -> None:
@@ -163,6 +181,17 @@ def test_the_command_line_signs_and_verifies(signed: Path, source: Path, key: Pa
     assert done.returncode == 0, done.stderr
     assert f"checked: signature: {signed / BUNDLE_FILE}" in done.stdout
     assert run("verify", str(signed), "--public-key", public, "--against", str(source)).returncode == 2
+    strategy = str(tmp_path / "strategy")
+    done = run(
+        "transform",
+        "--src-checkpoint",
+        str(signed),
+        "--src-strategy",
+        strategy,
+        "--dst-checkpoint-dir",
+        str(tmp_path / "w"),
+    )
+    assert f"signature left behind: {signed / BUNDLE_FILE}: only with --fingerprint" in done.stdout, done.stderr
     out = tmp_path / "llama.ckpt"
     done = run(
         "convert", "--model", "llama", "--input_path", str(source), "--output_path", str(out), "--sign", str(key)

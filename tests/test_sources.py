@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -269,15 +271,31 @@ def test_a_pipe_in_place_of_json_is_not_waited_for(name: str, tmp_path: Path) ->
         find_source(tmp_path / "m")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_folder_that_may_not_be_read(tmp_path: Path) -> None:
-    touch(tmp_path, "rank_0/a.ckpt", "rank_1/a.ckpt")
-    (tmp_path / "rank_1").chmod(0)
+@contextlib.contextmanager
+def without_the_rights_of_root() -> Iterator[None]:
+    """Be nobody for a while: root may read everything."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
     try:
-        with pytest.raises(PlanError, match=r"rank_1: cannot be read: Permission denied"):
-            find_source(tmp_path)
+        yield
     finally:
-        (tmp_path / "rank_1").chmod(0o700)
+        os.seteuid(0)
+
+
+def test_a_folder_that_may_not_be_read() -> None:
+    with tempfile.TemporaryDirectory() as name:  # tmp_path is in a folder of root alone
+        root = Path(name)
+        touch(root, "rank_0/a.ckpt", "rank_1/a.ckpt")
+        root.chmod(0o755)
+        (root / "rank_1").chmod(0)
+        try:
+            denied = pytest.raises(PlanError, match=r"rank_1: cannot be read: Permission denied")
+            with without_the_rights_of_root(), denied:
+                find_source(root)
+        finally:
+            (root / "rank_1").chmod(0o700)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])

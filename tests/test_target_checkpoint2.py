@@ -185,6 +185,10 @@ def test_what_a_checkpoint_2_cannot_be_made_of(tmp_path: Path) -> None:
     assert "holds several checkpoints (a, b)" in transform(
         tmp_path / "two", tmp_path / "out", "--format", "checkpoint2", code=1
     )
+    step = {"global_step": Tensor(INT32, np.full(1, 2**32 - 5, np.uint32))}
+    write_tensors(tmp_path / "negative.ckpt", {**random_model({"w": (2,)}), **step})
+    said = transform(tmp_path / "negative.ckpt", tmp_path / "out", "--format", "checkpoint2", code=1)
+    assert "global_step or step_num is -5, and a checkpoint 2.0 is named after it" in said
     plan = ("plan", "--src-checkpoint", saved, *as_new)
     assert "16 files to write" not in run(*plan)
     assert "run transform instead" in run(*plan, "--out", tmp_path / "plan.json", code=2)

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "hook, saved": {"auto_trans_save": True},
     "hook, direct": {"auto_trans_save": False},
 }
+RESULT = "result: "
 _PORT = 28640
 
 
@@ -52,6 +54,7 @@ def run_rank(way: str, folder: Path) -> None:
     from mindformers_ckpt.strategy.files import rank_file_name
 
     rank = int(os.environ["MS_NODE_ID"])
+    memory = 2 * sum(path.stat().st_size for path in (folder / "target").rglob("*.ckpt"))  # weights, and their files
     network = mindspore.nn.Cell()
     for number, record in enumerate(
         read_header(folder / "target" / f"rank_{rank}" / f"checkpoint_{rank}.ckpt").tensors.values()
@@ -62,9 +65,9 @@ def run_rank(way: str, folder: Path) -> None:
     strategy = folder / "strategy" / "mp4" / rank_file_name(0)
     if way == "MindSpore":
         cluster = Cluster.from_environment(600)
-        _start_together(cluster, folder)
-        before, peak = _watch_memory()
-        started, cpu = time.perf_counter(), _cpu_seconds()
+        start_together(cluster, memory)
+        before, peak = watch_memory()
+        started, cpu = time.perf_counter(), cpu_seconds()
         if rank == 0:
             mindspore.transform_checkpoints(
                 str(folder / "source"),
@@ -76,7 +79,7 @@ def run_rank(way: str, folder: Path) -> None:
         cluster.barrier("transformed")
         loaded = mindspore.load_checkpoint(str(folder / "mindspore" / f"rank_{rank}" / f"checkpoint_{rank}.ckpt"))
         mindspore.load_param_into_net(network, loaded)
-        seconds, cpu = time.perf_counter() - started, _cpu_seconds() - cpu
+        seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu
         cluster.barrier("loaded")
         cluster.close()
     else:
@@ -91,23 +94,28 @@ def run_rank(way: str, folder: Path) -> None:
         hook = CheckpointHook(config)
         hook.prepare()
         shutil.copy(strategy, hook.strategy_dir / rank_file_name(rank))
-        _start_together(hook.cluster, folder)
-        before, peak = _watch_memory()
-        started, cpu = time.perf_counter(), _cpu_seconds()
+        start_together(hook.cluster, memory)
+        before, peak = watch_memory()
+        started, cpu = time.perf_counter(), cpu_seconds()
         hook.load(network)
-        seconds, cpu = time.perf_counter() - started, _cpu_seconds() - cpu
+        seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu
     own = sum(parameter.nbytes for parameter in network.get_parameters())
-    print(json.dumps({"seconds": seconds, "cpu": cpu, "private": max(peak) - before, "own": own}), flush=True)
+    tell({"seconds": seconds, "cpu": cpu, "private": max(peak) - before, "own": own})
 
 
-def _start_together(cluster: Cluster, folder: Path) -> None:
-    """Wait for all ranks, with memory for their weights and for files of these at hand."""
+def tell(found: Mapping[str, object]) -> None:
+    """Print what a rank measured, for `run_job`."""
+    print(f"\n{RESULT}{json.dumps(found)}", flush=True)
+
+
+def start_together(cluster: Cluster, memory: int) -> None:
+    """Wait for all ranks, with this many bytes of memory at hand."""
     if cluster.rank == 0:
-        take_memory(2 * sum(path.stat().st_size for path in (folder / "target").rglob("*.ckpt")))
+        take_memory(memory)
     cluster.barrier("start")
 
 
-def _cpu_seconds() -> float:
+def cpu_seconds() -> float:
     """CPU seconds of this process and of those that it started and that have ended."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
@@ -119,7 +127,7 @@ def _anonymous_bytes() -> int:
         return next(int(line.split()[1]) for line in stream if line.startswith("RssAnon:")) << 10
 
 
-def _watch_memory() -> tuple[int, list[int]]:
+def watch_memory() -> tuple[int, list[int]]:
     """The anonymous memory of this process now, and a list that a thread fills with what it is from now on."""
     before = _anonymous_bytes()
     seen = [before]
@@ -133,25 +141,30 @@ def _watch_memory() -> tuple[int, list[int]]:
     return before, seen
 
 
-def run_job(way: str, folder: Path, port: int) -> list[dict[str, Any]]:
-    """All ranks in one way. Raises RuntimeError when one fails."""
+def run_job(way: str, folder: Path, port: int, script: str = __file__) -> list[dict[str, Any]]:
+    """All ranks in one way, each by `script`. Raises RuntimeError when one fails."""
     shutil.rmtree(folder / "output", ignore_errors=True)
     shutil.rmtree(folder / "mindspore", ignore_errors=True)
     os.sync()
     common = {**os.environ, "GLOG_v": "3", "MS_WORKER_NUM": str(RANKS), "MS_ROLE": "MS_WORKER"}
-    common |= {"MS_SCHED_HOST": "127.0.0.1", "MS_SCHED_PORT": str(port)}
-    command = [sys.executable, __file__, "--rank-way", way, "--folder", str(folder)]
-    processes = [
-        subprocess.Popen(
-            command, env={**common, "MS_NODE_ID": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        for rank in range(RANKS)
-    ]
-    outputs = [process.communicate() for process in processes]
-    for process, (_, errors) in zip(processes, outputs):
+    common |= {"MS_SCHED_HOST": "127.0.0.1", "MS_SCHED_PORT": str(port), "RANK_SIZE": str(RANKS)}
+    command = [sys.executable, script, "--rank-way", way, "--folder", str(folder)]
+    # Into files: a rank whose output nobody reads would stop in the middle.
+    outputs = [folder / f"rank_{rank}.out" for rank in range(RANKS)]
+    processes = []
+    for rank, output in enumerate(outputs):
+        env = {**common, "MS_NODE_ID": str(rank), "RANK_ID": str(rank)}
+        with output.open("wb") as stream:
+            processes.append(subprocess.Popen(command, env=env, stdout=stream, stderr=subprocess.STDOUT))
+    for process in processes:
+        process.wait()
+    said = [output.read_text(encoding="utf-8", errors="replace") for output in outputs]
+    for process, text in zip(processes, said):
         if process.returncode:
-            raise RuntimeError(f"{way} failed: {errors.decode()[-2000:]}")
-    return [json.loads(out.decode().splitlines()[-1]) for out, _ in outputs]
+            raise RuntimeError(f"{way} failed: {text[-2000:]}")
+    return [
+        json.loads(next(line for line in text.splitlines() if line.startswith(RESULT))[len(RESULT) :]) for text in said
+    ]
 
 
 @click.command()

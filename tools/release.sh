@@ -26,6 +26,7 @@ done
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
+unset PYTHONPATH PYTHONHOME # another copy of the package must not answer for the wheel
 NAME=v$VERSION
 [[ -z $(git status --porcelain) ]] || fail "the tree has changes: commit or stash them" "$(git status --short | head -20)"
 git rev-parse --quiet --verify "refs/tags/$NAME" >/dev/null && fail "the tag $NAME is there already"

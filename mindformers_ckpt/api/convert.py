@@ -1,4 +1,4 @@
-"""Conversion as a call: Hugging Face weights to MindSpore and back."""
+"""Conversion as a call: Hugging Face weights to MindSpore and back, and between the names that MindSpore has had."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ def convert(
     qkv_concat: bool | None = None,
     hf_config: PathLike | None = None,
     format: str | None = None,
+    to_naming: str | None = None,
+    from_naming: str | None = None,
+    src_strategy: StrategyLike = None,
     dst_strategy: StrategyLike = None,
+    weights_only: bool = False,
     step: str | None = None,
     strip_prefix: str | None = None,
     write_tied: bool = False,
@@ -36,10 +40,10 @@ def convert(
     progress: Progress | None = None,
     **model_options: int | str | bool | None,
 ) -> ConversionReport:
-    """Convert weights from Hugging Face to MindSpore, or with `reverse` the other way.
+    """Convert weights from Hugging Face to MindSpore, with `reverse` the other way, with `to_naming` to other names.
 
     Args:
-        src: a Hugging Face folder or a file in it; with `reverse` a MindSpore file or folder.
+        src: a Hugging Face folder or a file in it; with `reverse` or `to_naming` a MindSpore file or folder.
         dst: a file, when it ends in .ckpt or .safetensors, else a folder.
         model: name or alias, like "llama"; None for what config.json says.
         dtype: "fp32", "bf16" or "fp16" for all floating-point tensors; None keeps what they are.
@@ -47,8 +51,13 @@ def convert(
         qkv_concat: query, key and value in one tensor, gate and up too; None for the model's usual.
         hf_config: folder of config.json and tokenizer, if it is not the source's own.
         format: "ckpt", "safetensors" or "checkpoint2", of MindSpore files.
+        to_naming: from other names of MindSpore to these, optimizer states with them: "legacy", "mcore", or with
+            settings of the network, like "mcore+mla_qkv_concat".
+        from_naming: the names of the source; None where they tell themselves.
+        src_strategy: with `to_naming`, the strategy of the source; None for complete weights.
         dst_strategy: cut for this strategy in the same pass.
-        step: with `reverse`, the file of a rank folder to read.
+        weights_only: with `to_naming`, leave optimizer states and counters aside.
+        step: with `reverse` or `to_naming`, the file of a rank folder to read.
         strip_prefix: text in front of the source's names that the model's do not have.
         write_tied: write a tied output layer as a tensor of its own.
         model_options: what only some models have, under the names of the command line: n_head, hidden_size, layers,
@@ -69,6 +78,10 @@ def convert(
         write_tied=write_tied,
         strip_prefix=strip_prefix,
         step=step,
+        to_naming=to_naming,
+        from_naming=from_naming,
+        src_strategy=None if src_strategy is None else read_optional_strategy(given_strategy(src_strategy)),
+        weights_only=weights_only,
         **model_options,  # type: ignore[arg-type]  # the request tells which ones there are
     )
     target = given_strategy(dst_strategy)

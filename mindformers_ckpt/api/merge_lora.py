@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,14 +12,13 @@ from typing import Any
 
 from mindformers_ckpt.api.request import (
     CHECKPOINT2,
-    check_outside,
     checkpoint2_prefix,
     default_format,
     read_optional_strategy,
 )
 from mindformers_ckpt.api.transform import PathLike, StrategyLike, given_strategy
 from mindformers_ckpt.convert.adapters import locator
-from mindformers_ckpt.errors import ConfigError, PlanError, PublishError, StrategyError
+from mindformers_ckpt.errors import ConfigError, PublishError, StrategyError
 from mindformers_ckpt.execution import Options, Progress, Report, affordable_processes
 from mindformers_ckpt.lora import MergedBranch, plan_merge
 from mindformers_ckpt.lora_scaling import Scaling
@@ -27,9 +26,10 @@ from mindformers_ckpt.lora_settings import read_settings
 from mindformers_ckpt.objects.path import as_path
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
 from mindformers_ckpt.publish import clear_waste
+from mindformers_ckpt.publish.source_fingerprint import Origin
 from mindformers_ckpt.sources.adapter import AdapterSource, find_adapter
 from mindformers_ckpt.sources.checkpoint import Checkpoint
-from mindformers_ckpt.sources.find import find_source, separate_checkpoints
+from mindformers_ckpt.sources.find import check_outside, find_source, only_checkpoint
 from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies
 from mindformers_ckpt.strategy.model import Strategy
@@ -62,14 +62,15 @@ class MergeRequest:
             _check_empty(self.destination)
         found = None if self.adapter is None else find_adapter(self.adapter)
         scaling, notes = _completed(self.scaling, found)
-        files = _single(self.source, self.step)
+        files = only_checkpoint(find_source(self.source, self.step))
         given = self.src_strategy
         told = read_optional_strategy(given) if dry else _source_strategy(given, self.merged_strategy)
         strategy = files.strategy(told)
         check_outside(files, self.destination)
         target = read_optional_strategy(self.dst_strategy)
+        base = Checkpoint(files, strategy)
         plan, branches = plan_merge(
-            Checkpoint(files, strategy),
+            base,
             target,
             scaling,
             adapter=None if found is None else _adapter(found.files, strategy),
@@ -87,7 +88,8 @@ class MergeRequest:
         companions: Callable[[Path], None] = partial(_add_familiar_name, plan=plan, target=target)
         if self.format == CHECKPOINT2:
             plan, companions = as_checkpoint2(plan, target, checkpoint2_prefix(self.prefix))
-        return Merge(plan, about, self.destination, companions)
+        origins = [Origin.of(tensor.spec, tensor.spec.name, tensor.shards) for tensor in base.tensors().values()]
+        return Merge(plan, about, self.destination, companions, origins)
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,18 @@ class Merge:
     about: dict[str, Any]
     destination: Path
     companions: Callable[[Path], None]
+    origins: Sequence[Origin]
 
     def run(self, options: Options, progress: Progress | None) -> Report:
         """Merge, and put the result in place."""
         report = transform(
-            self.plan, self.destination, options, about=self.about, progress=progress, companions=self.companions
+            self.plan,
+            self.destination,
+            options,
+            about=self.about,
+            progress=progress,
+            companions=self.companions,
+            origins=self.origins,
         )
         return replace(report, warnings=self.plan.warnings)
 
@@ -220,14 +229,6 @@ def _source_strategy(path: Path | Strategy | None, merged: Path | None) -> Strat
             "another place for the merged file with --merged-strategy FILE"
         )
     return merge_strategies(path, file)
-
-
-def _single(path: Path, step: str | None = None) -> Source:
-    checkpoints = separate_checkpoints(find_source(path, step))
-    if len(checkpoints) > 1:
-        names = ", ".join(files.root.name for files in checkpoints)
-        raise PlanError(f"{path} holds several checkpoints ({names}); give the file to merge")
-    return checkpoints[0]
 
 
 def _adapter(files: Source, strategy: Strategy) -> Checkpoint:

@@ -12,8 +12,14 @@ from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.planning.file import Job
 from mindformers_ckpt.planning.missing import weight_names
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, SourceFile, TargetFile, Transfer
+from mindformers_ckpt.publish.counted import LEFT_ASIDE
 from mindformers_ckpt.sources.checkpoint import Checkpoint
-from mindformers_ckpt.sources.find import find_mindspore, is_huggingface_folder, separate_checkpoints
+from mindformers_ckpt.sources.find import (
+    check_outside,
+    find_mindspore,
+    is_huggingface_folder,
+    separate_checkpoints,
+)
 from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.shapes import Reference, check_shapes, shapes_of_checkpoint
 from mindformers_ckpt.sources.source import Source
@@ -83,6 +89,8 @@ class Request:
         made = None if self.format != CHECKPOINT2 else self._as_checkpoint2(plans, target)
         plan = plan if made is None else made.plan
         about = {"source": source.describe(), "target": target.describe(), "source_path": str(files.root)}
+        if self.weights_only:
+            about[LEFT_ASIDE] = "states of the optimizer and counters"
         partial = ranks is not None and len(set(ranks)) < target.rank_count
         destination = None if self.destination is None else self.destination.absolute()
         job = Job(plan, about, partial, destination)
@@ -179,13 +187,6 @@ def checkpoint2_prefix(prefix: str) -> str:
 def default_format(files: Source) -> str:
     """That of the source files; ckpt for a mixture."""
     return "safetensors" if all(path.suffix == ".safetensors" for path in files.files) else "ckpt"
-
-
-def check_outside(files: Source, destination: Path) -> None:
-    """Refuse a target folder in the source folder, where the result would be taken for a part of the source."""
-    root = files.root.resolve()
-    if root.is_dir() and destination.resolve().is_relative_to(root):
-        raise PlanError(f"the target folder {destination} is in the source folder {root}; choose another folder")
 
 
 def _joined(plans: Mapping[str, Plan]) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mindformers_ckpt.cli.options import (
     STEP,
     AnyPath,
     LocalPath,
+    OneOf,
     StrategyPath,
     json_option,
     replace_options,
@@ -28,6 +30,7 @@ from mindformers_ckpt.cli.options import (
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.convert.plugins import find_plugin, parse_extra, run_plugin
 from mindformers_ckpt.convert.run import DTYPES, Request, convert, plan_conversion
+from mindformers_ckpt.errors import did_you_mean
 from mindformers_ckpt.execution import Options, affordable_processes
 from mindformers_ckpt.strategy.model import Strategy
 
@@ -71,7 +74,7 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
     required=True,
     help="File, or folder for several files.",
 )
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Element type of the result; left out: as it is.")
+@click.option("--dtype", type=OneOf(list(DTYPES)), help="Element type of the result; left out: as it is.")
 @click.option("--n-head", type=int, help="Attention heads, where config.json lacks them (BLOOM).")
 @click.option("--hidden-size", type=int, help="Hidden size, where config.json lacks it (BLOOM).")
 @click.option("--layers", type=int, help="Layers, where config.json lacks them (GPT2, WizardCoder).")
@@ -95,10 +98,10 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
     "--format",
     "--save-format",
     "format",
-    type=click.Choice(["ckpt", "safetensors", "checkpoint2"]),
+    type=OneOf(["ckpt", "safetensors", "checkpoint2"]),
     help="Of the MindSpore files.",
 )
-@click.option("--naming", type=click.Choice(["legacy", "mcore"]), help="MindSpore names; left out: the model's usual.")
+@click.option("--naming", type=OneOf(["legacy", "mcore"]), help="MindSpore names; left out: the model's usual.")
 @click.option(
     "--qkv-concat",
     type=bool,
@@ -114,6 +117,29 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
     type=StrategyPath(),
     help="Cut for this strategy in the same pass.",
 )
+@click.option(
+    "--to",
+    "--to-naming",
+    "to_naming",
+    metavar="NAMING",
+    help="From other names of MindSpore to these, optimizer states with them: legacy, mcore, or with the settings of "
+    "the network, like mcore+mla_qkv_concat.",
+)
+@click.option(
+    "--from",
+    "--from-naming",
+    "from_naming",
+    metavar="NAMING",
+    help="With --to: the names of the source; left out, they tell themselves.",
+)
+@click.option(
+    "--src-strategy",
+    "--src-ckpt-strategy",
+    "src_strategy",
+    type=StrategyPath(),
+    help="With --to: strategy of the source. None, or left out, for complete weights.",
+)
+@click.option("--weights-only", is_flag=True, help="With --to: leave optimizer states and counters aside.")
 @click.option("--strip-prefix", help="Text in front of the source's tensor names that the model's do not have.")
 @click.option("--write-tied", is_flag=True, help="Write a tied output layer as a tensor of its own.")
 @PROCESSES
@@ -133,6 +159,7 @@ def command(
     reverse: bool,
     input_path: Path,
     output_path: Path,
+    src_strategy: Path | None,
     dst_strategy: Path | None,
     format: str | None,
     processes: int,
@@ -162,15 +189,16 @@ def command(
                 "a plugin writes its result itself; take its fingerprint afterwards: fingerprint PATH."
             )
         dtype = choices.pop("dtype")
-        flags = {"write_tied"}  # false is what they are when they are not given
+        flags = {"write_tied", "weights_only"}  # false is what they are when they are not given
+        choices |= {"src_strategy": src_strategy}
         given = {
             name: str(value) for name, value in choices.items() if value is not None and (value or name not in flags)
         }
         run_plugin(converter, input_path, output_path, dtype, {**given, **parse_extra(list(extra))})
         return
     if extra:
-        raise click.UsageError(f"No such option or argument: {' '.join(extra)}")
-    request = Request(model, input_path, reverse, **choices)
+        raise click.UsageError(f"No such option or argument: {' '.join(extra)}.{_suggestion(extra)}")
+    request = Request(model, input_path, reverse, src_strategy=_strategy(src_strategy), **choices)
     if dry_run:
         say_plan(
             plan_conversion(request, output_path, format=format, target=_strategy(dst_strategy)), output_path, as_json
@@ -199,8 +227,15 @@ def command(
             f"{result.model} ({result.naming} names): {result.tensors} tensors, {amount(result.bytes_written)} in "
             f"{result.files} files at {result.destination}, {result.seconds:.2f} s"
         )
-        say_fingerprints(result.fingerprints)
+        say_fingerprints(result.fingerprints, result.source_fingerprint, result.signature)
         say(_next_step(result.destination, reverse, dst_strategy))
+
+
+def _suggestion(extra: Sequence[str]) -> str:
+    """What the first option may have been meant to be, of words that no option takes."""
+    known = [name for each in click.get_current_context().command.params for name in each.opts if name[:2] == "--"]
+    word = next((word for word in extra if word.startswith("-")), "").partition("=")[0].replace("_", "-")
+    return did_you_mean(word, known)
 
 
 def _next_step(destination: Path, reverse: bool, strategy: Path | None) -> str:

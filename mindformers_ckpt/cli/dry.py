@@ -8,6 +8,7 @@ from typing import Any
 
 from mindformers_ckpt.cli.notices import amount, say, say_json, warn
 from mindformers_ckpt.formats import TensorSpec, layout_file
+from mindformers_ckpt.look.words import counted
 from mindformers_ckpt.objects.path import ObjectPath
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.publish.manifest import is_result
@@ -32,9 +33,10 @@ def say_plan(plan: Plan, destination: Path, as_json: bool) -> None:
         say_json(values)
         return
     warn(plan.warnings)
-    say(f"would read {amount(plan.bytes_read)} of {len(plan.transfers)} tensors in {len(plan.sources)} files")
+    tensors = counted(len(plan.transfers), "tensor")
+    say(f"would read {amount(plan.bytes_read)} of {tensors} in {counted(len(plan.sources), 'file')}")
     room = "" if free is None else f"; {amount(free)} are free"
-    say(f"would write {len(plan.targets)} files, {amount(needed)}, to {destination}{room}")
+    say(f"would write {counted(len(plan.targets), 'file')}, {amount(needed)}, to {destination}{room}")
     for problem in problems:
         say(f"would be refused: {problem}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import click
 
 _PAGES = "docs/{} of the project"
@@ -66,3 +68,26 @@ def complete_help(name: str, command: click.Command) -> None:
     ]
     needed = _NEEDED.get(name) or " ".join(required)
     command.options_metavar = f"{needed} [OPTIONS]" if needed else "[OPTIONS]"
+
+
+def what_is_missing(error: click.MissingParameter) -> str:
+    """The message that names all that a call lacks; click stops at the first."""
+    context, first = error.ctx, error.param
+    if context is None or first is None:
+        return error.format_message()
+    lacking = [each for each in context.command.params if each.required and each.name not in context.params]
+    if lacking in ([], [first]):
+        return error.format_message()
+    arguments = [each.human_readable_name for each in lacking if isinstance(each, click.Argument)]
+    options = [each.opts[0] for each in lacking if isinstance(each, click.Option)]
+    return missing(arguments, options)
+
+
+def missing(arguments: Sequence[str], options: Sequence[str]) -> str:
+    """The message for arguments and options that a call lacks."""
+    named = [
+        f"{kind}{'s' if len(names) > 1 else ''} {' and '.join(map(repr, names))}"
+        for kind, names in (("argument", arguments), ("option", options))
+        if names
+    ]
+    return f"Missing {', '.join(named)}."

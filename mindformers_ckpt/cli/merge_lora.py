@@ -21,6 +21,7 @@ from mindformers_ckpt.cli.options import (
     SIGN,
     STEP,
     LocalPath,
+    OneOf,
     StrategyPath,
     check_prefix,
     json_option,
@@ -130,7 +131,7 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
     "--save-format",
     "--format",
     "save_format",
-    type=click.Choice(["ckpt", "safetensors", CHECKPOINT2]),
+    type=OneOf(["ckpt", "safetensors", CHECKPOINT2]),
     help="Format of the result; checkpoint2 is MindFormers' own.  "
     "[default: safetensors if all source files are, else ckpt]",
 )
@@ -210,7 +211,7 @@ def command(
             f"{report.files} {'file' if report.files == 1 else 'files'}, {amount(report.bytes_written)} written to "
             f"{report.destination} in {report.seconds:.2f} s"
         )
-        say_fingerprints(report.fingerprints)
+        say_fingerprints(report.fingerprints, report.source_fingerprint, report.signature)
         say(f"next, in the yaml: load_checkpoint: {_loaded(report.destination, merge.plan)}, use_lora: False")
 
 

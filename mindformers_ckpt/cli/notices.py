@@ -57,10 +57,16 @@ def draws_unicode() -> bool:
     return True
 
 
-def say_fingerprints(digests: Mapping[str, str]) -> None:
-    """Print the fingerprints of a result by its folders. Raises OutputError."""
+def say_fingerprints(digests: Mapping[str, str], source: str, signature: str) -> None:
+    """Print the fingerprints of a result by its folders, that of the source, what became of signatures."""
     for folder, digest in digests.items():
-        say(f"fingerprint {digest}" + ("" if folder == "." else f"  {folder}"))
+        also = ", the same as that of the source" if digest == source else ""
+        say(f"fingerprint {digest}{also}" + ("" if folder == "." else f"  {folder}"))
+    if len(digests) == 1 and source not in digests.values():
+        told = source or "not known, for not all of it was passed on as it is; fingerprint SOURCE counts it"
+        say(f"fingerprint of the source {told}")
+    if signature:
+        say(f"signature {signature}")
 
 
 def say_json(value: Any) -> None:

@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from mindformers_ckpt.engine.page_cache import CAN_DROP
+from mindformers_ckpt.errors import did_you_mean
 from mindformers_ckpt.objects.path import as_path, is_url
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX
 from mindformers_ckpt.sources.plausibility import MODES
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
 _SPAN = re.compile(r"(\d+)(?:-(\d+))?")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class OneOf(click.Choice):  # type: ignore[type-arg]  # generic in newer versions of click only
+    """One of a few words; the error suggests those that are like what was given."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            self.fail(f"{error.message}{did_you_mean(str(value), map(str, self.choices))}", param, ctx)
 
 
 class LocalPath(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
@@ -93,7 +104,7 @@ def check_prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
 
 CONTENTS = click.option(
     "--contents",
-    type=click.Choice(MODES),
+    type=OneOf(MODES),
     default="error",
     show_default=True,
     help="When samples of the source contradict its strategy: refuse, warn and go on, or do not look.",
@@ -131,7 +142,7 @@ _REQUEST_OPTIONS = (
         "--format",
         "--save-format",
         "format",
-        type=click.Choice(["ckpt", "safetensors", "checkpoint2"]),
+        type=OneOf(["ckpt", "safetensors", "checkpoint2"]),
         help="Format of the target files; checkpoint2 is MindFormers' own, which its 2.x releases resume from.  "
         "[default: safetensors if all source files are, else ckpt]",
     ),
@@ -224,7 +235,10 @@ def planned(plan_file: Path, free: Container[str]) -> Job:
 
 
 FINGERPRINT = click.option(
-    "--fingerprint", "fingerprints", is_flag=True, help="Count the fingerprint of the result while it is made."
+    "--fingerprint",
+    "fingerprints",
+    is_flag=True,
+    help="Count the fingerprints of result and source while the result is made.",
 )
 SIGN = click.option(
     "--sign",
@@ -246,7 +260,7 @@ def _drops(ctx: click.Context, param: click.Parameter, value: str) -> bool:
 CACHE = click.option(
     "--cache",
     "drop_cache",
-    type=click.Choice(["keep", "drop"]),
+    type=OneOf(["keep", "drop"]),
     default="keep",
     show_default=True,
     callback=_drops,

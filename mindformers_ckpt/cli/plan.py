@@ -15,6 +15,7 @@ from mindformers_ckpt.cli.notices import amount, say, say_json, warn
 from mindformers_ckpt.cli.options import OVERWRITE_ANYTHING, LocalPath, json_option, request_of, request_options
 from mindformers_ckpt.execution import check_apart
 from mindformers_ckpt.geometry.box import Box, hull
+from mindformers_ckpt.look.words import counted
 from mindformers_ckpt.planning.file import write_plan
 from mindformers_ckpt.planning.model import Place, Plan, Transfer, once
 from mindformers_ckpt.publish.results import ranks_of
@@ -171,7 +172,7 @@ def _one_sided(prepared: Prepared) -> list[str]:
 
 def _lines(summary: Summary) -> list[tuple[str, str]]:
     """The summary for people: a name and a text a line."""
-    counted = [
+    details = [
         f"{len(names)} {what}{_examples(names)}"
         for what, names in (
             ("whole on every target rank", summary.replicated),
@@ -183,11 +184,11 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
     ]
     free = "" if summary.disk_free is None else f", {amount(summary.disk_free)} are free"
     return [
-        ("source", f"{summary.source}; {summary.files_read} files to read"),
-        ("target", f"{summary.target}; {summary.files_written} files to write"),
+        ("source", f"{summary.source}; {counted(summary.files_read, 'file')} to read"),
+        ("target", f"{summary.target}; {counted(summary.files_written, 'file')} to write"),
         ("read", f"{amount(summary.bytes_read)} of tensors, {summary.over_read:.2f} x what is needed"),
         ("write", f"{amount(summary.bytes_written)} of tensors, replicas included"),
-        ("parameters", "; ".join([str(summary.parameters), *counted])),
+        ("parameters", "; ".join([str(summary.parameters), *details])),
         ("disk", f"{amount(summary.disk_needed)} needed{free}"),
         ("memory", f"{amount(summary.memory_needed)} at most, whatever the size of the weights"),
         ("result", summary.destination or "no target folder given"),

@@ -11,6 +11,7 @@ import click
 
 from mindformers_ckpt.api.transform import run_job, verify_crcs
 from mindformers_ckpt.cli.dry import say_plan
+from mindformers_ckpt.cli.help import missing
 from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
 from mindformers_ckpt.cli.options import (
     CACHE,
@@ -117,7 +118,7 @@ def command(
         say_json(_as_json(report, job))
     elif not quiet:
         say(_as_text(report))
-        say_fingerprints(report.fingerprints)
+        say_fingerprints(report.fingerprints, report.source_fingerprint, report.signature)
         say(_next_step(report.destination, asked["dst_strategy"], job))
 
 
@@ -154,6 +155,6 @@ def _as_text(report: Report) -> str:
 def _check_given(asked: Mapping[str, Any]) -> None:
     """Raise UsageError that names what is missing of what must be given, before anything is looked at."""
     needed = {"src_checkpoint": "--src-checkpoint", "destination": "--dst-checkpoint-dir"}
-    missing = [repr(option) for name, option in needed.items() if asked[name] is None]
-    if missing:
-        raise click.UsageError(f"Missing {'options' if len(missing) > 1 else 'option'} {' and '.join(missing)}.")
+    lacking = [option for name, option in needed.items() if asked[name] is None]
+    if lacking:
+        raise click.UsageError(missing((), lacking))

@@ -60,7 +60,10 @@ class Misfit(PlanError):
 
 
 class Attempt(NamedTuple):
-    """What was tried: the table of a model and a naming, with what config.json says, on its way to a side."""
+    """What was tried: the table of a model and a naming, with what config.json says, on its way to a side.
+
+    `renamed` says that it is only on its way to other names of MindSpore.
+    """
 
     model: Model
     naming: str
@@ -68,6 +71,7 @@ class Attempt(NamedTuple):
     facts: Facts
     config: ModelConfig
     to: Side
+    renamed: bool = False
 
 
 def explain(misfit: Misfit, attempt: Attempt) -> CheckpointError:
@@ -142,6 +146,8 @@ def _wrong_side(misfit: Misfit, attempt: Attempt) -> str | None:
         return None
     told = "Hugging Face weights" if attempt.to == "hf" else "MindSpore weights"
     step = "leave --reversed out" if attempt.to == "hf" else "give --reversed"
+    if attempt.renamed:
+        step = "give --naming in place of --to"
     return f"{misfit.source.root} holds {told}, by the names of its tensors; {step}"
 
 
@@ -162,9 +168,10 @@ def _wrong_naming(misfit: Misfit, attempt: Attempt) -> str | None:
     other = other_naming(misfit, attempt)
     if other is None:
         return None
+    options = "--from" if attempt.renamed else "--naming and --qkv_concat"
     return (
-        f"the names of the tensors in {misfit.source.root} are {other}, not {attempt.naming}; leave --naming and "
-        "--qkv_concat out to have them told by the names"
+        f"the names of the tensors in {misfit.source.root} are {other}, not {attempt.naming}; leave {options} out to "
+        "have them told by the names"
     )
 
 
@@ -179,7 +186,7 @@ def _other_depth(misfit: Misfit, attempt: Attempt) -> str | None:
     if told == count or any(layer is None or layer < min(told, count) for layer in layers):
         return None
     path = attempt.config.path
-    fewer = f", or --num_layers {count}" if attempt.to == "hf" and count < told else ""
+    fewer = f", or --num_layers {count}" if attempt.to == "hf" and count < told and not attempt.renamed else ""
     says = f"{path} says {told}; give the config.json of these weights (--hf_config){fewer}"
     if path is None:
         says = f"--layers says {told}"

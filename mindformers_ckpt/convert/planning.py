@@ -30,11 +30,15 @@ _INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "ui
 
 
 class Converted(NamedTuple):
-    """A target tensor. `transfer.shape` is a row-major reshape of `spec.shape`: `groups` axes a dimension."""
+    """A target tensor. `transfer.shape` is a row-major reshape of `spec.shape`: `groups` axes a dimension.
+
+    `stages` are those of the source that hold it.
+    """
 
     spec: TensorSpec
     transfer: Transfer
     groups: tuple[int, ...]
+    stages: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,7 @@ class _Planner:
         places = self._places(found, box, None, dtype)
         if places and dtype is not None:
             spec = TensorSpec(name, dtype, found.spec.shape)
-            yield Converted(spec, Transfer(name, dtype, spec.shape, tuple(places), ()), (1,) * len(spec.shape))
+            yield _plain(spec, tuple(places))
 
     def _joined(self, bound: Bound, extents: Mapping[str, int]) -> Iterator[Converted]:
         """The whole tensor out of its parts."""
@@ -314,6 +318,15 @@ class _Planner:
         return task
 
 
+def identity(spec: TensorSpec, tensor: str) -> Converted:
+    """A target tensor that is a tensor of the source, of this name."""
+    return _plain(spec, (Place(0, Box.whole(spec.shape), tensor),))
+
+
+def _plain(spec: TensorSpec, places: tuple[Place, ...]) -> Converted:
+    return Converted(spec, Transfer(spec.name, spec.dtype, spec.shape, places, ()), (1,) * len(spec.shape))
+
+
 def _converted(
     name: str,
     dtype: DType,
@@ -332,4 +345,4 @@ def _converted(
 
 
 def _renamed(converted: Converted, name: str) -> Converted:
-    return Converted(converted.spec._replace(name=name), converted.transfer._replace(name=name), converted.groups)
+    return converted._replace(spec=converted.spec._replace(name=name), transfer=converted.transfer._replace(name=name))

@@ -12,6 +12,7 @@ from mindformers_ckpt.convert.model import Model, find_model, model_of_config, m
 from mindformers_ckpt.convert.weights import Weights, config_folder
 from mindformers_ckpt.errors import ConfigError, did_you_mean
 from mindformers_ckpt.objects.path import absolute
+from mindformers_ckpt.strategy.model import Strategy
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # Options that only some models have.
@@ -43,7 +44,12 @@ class Request:
         use_contiguous_weight_layout_attention, use_interleaved_weight_layout_mlp: settings of its networks that have
             query, key and value, or gate and up, in one tensor.
         mla_qkv_concat, pynative: settings of its networks with latent attention.
-        step: with `reverse`, the file of a rank folder to read: its name, or an epoch and step like "3_150".
+        step: with `reverse` or `to_naming`, the file of a rank folder to read: its name, or an epoch and step like
+            "3_150".
+        to_naming: from other names of MindSpore to these, with no Hugging Face weights on either side; `from_naming`
+            are those of the source, None where they tell themselves. Both as files record them: "legacy+use_gmm".
+        src_strategy: with `to_naming`, the strategy of the source; None for complete weights.
+        weights_only: with `to_naming`, leave optimizer states and counters aside.
     """
 
     model: str | None
@@ -71,6 +77,10 @@ class Request:
     mla_qkv_concat: bool | None = None
     pynative: bool | None = None
     step: str | None = None
+    to_naming: str | None = None
+    from_naming: str | None = None
+    src_strategy: Strategy | None = None
+    weights_only: bool = False
 
 
 def with_settings(request: Request, settings: Mapping[str, bool]) -> Request:
@@ -111,7 +121,7 @@ def completed(
     counted = {key: value for key, value in model.counted(source.tensors).items() if key not in values}
     told = ", ".join(f"{key} {value}" for key, value in counted.items())
     warnings = [f"{source.folder} has no config.json; by the names of the tensors: {told}"] if counted else []
-    if request.reverse:
+    if request.reverse and request.to_naming is None:
         warnings.append("the result has no config.json, which from_pretrained needs; give its folder with --hf_config")
     return ModelConfig({**counted, **values}), tuple(warnings)
 
@@ -141,13 +151,40 @@ def layout_name(naming: str, model: Model, request: Request) -> str:
     return naming
 
 
+def with_layout(request: Request, model: Model, layout: str, option: str) -> Request:
+    """The request for weights of a layout like "legacy+use_gmm", which an option names.
+
+    Raises ConfigError where the model has no such names or settings.
+    """
+    naming, *settings = layout.split("+")
+    if not naming:
+        raise ConfigError(
+            f"{option} is empty; is a variable not set? {model.name} has {', '.join(model.namings)} names"
+        )
+    model.naming(naming, False)
+    known = {*model.options} & {*LAYOUT_SETTINGS}
+    known |= {"qkv_concat"} if f"{naming}+qkv_concat" in model.namings else set()
+    strange = [setting for setting in settings if setting.removeprefix("no_") not in known]
+    if strange:
+        listed = ", ".join(sorted(known)) or "none"
+        raise ConfigError(
+            f"{option} {layout}: {strange[0]!r} is not a setting of the model {model.name} with {naming} names; there "
+            f"are {listed}, each with no_ in front for false"
+        )
+    return as_recorded(request, layout)
+
+
 def ask_for_rows(path: Path, request: Request) -> None:
     """Two layouts have had these names, and nothing in the file tells which it is. Raises ConfigError."""
-    if None not in (request.use_contiguous_weight_layout_attention, request.use_interleaved_weight_layout_mlp):
+    attention, mlp = "use_contiguous_weight_layout_attention", "use_interleaved_weight_layout_mlp"
+    if None not in (getattr(request, attention), getattr(request, mlp)):
         return
+    if request.to_naming is None:
+        usual, old = f"--{attention} False --{mlp} True", f"--{attention} True --{mlp} False"
+    else:
+        usual, old = (f"--from legacy+qkv_concat+{said}" for said in (f"no_{attention}+{mlp}", f"{attention}+no_{mlp}"))
     raise ConfigError(
-        f"{path} does not say how query, key and value, and gate and up, lie in its fused tensors; give "
-        "--use_contiguous_weight_layout_attention False --use_interleaved_weight_layout_mlp True for files of "
-        "MindFormers 1.4 and later (by groups of heads, and row by row in turn), True and False for those of 1.3 and "
+        f"{path} does not say how query, key and value, and gate and up, lie in its fused tensors; give {usual} for "
+        f"files of MindFormers 1.4 and later (by groups of heads, and row by row in turn), {old} for those of 1.3 and "
         "before (one behind the other)"
     )

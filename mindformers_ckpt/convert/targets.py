@@ -10,13 +10,14 @@ from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.geometry.axes import runs
 from mindformers_ckpt.geometry.box import Box, hull
-from mindformers_ckpt.planning.build import rank_targets
+from mindformers_ckpt.planning.build import cut_like_weights, rank_targets
 from mindformers_ckpt.planning.missing import missing_names, patterns_of
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, TargetFile, Transfer, View
 from mindformers_ckpt.planning.places import target_boxes
 from mindformers_ckpt.sources.checkpoint import LogicalTensor
 from mindformers_ckpt.state_names import find_states
 from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.strategy.states import with_states
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -63,8 +64,10 @@ def rank_files(
 
     Raises PlanError that lists parameters of the strategy which the weights lack, and shapes that do not divide.
     """
+    told = target.names()
+    target = with_states(target, {item.spec.name: item.spec.shape for item in conversion.tensors})
     chosen = sorted(set(range(target.rank_count) if ranks is None else ranks))
-    logical = {item.spec.name: LogicalTensor(item.spec, (), (), None, (0,)) for item in conversion.tensors}
+    logical = {item.spec.name: LogicalTensor(item.spec, (), (), None, item.stages) for item in conversion.tensors}
     absent = missing_names(target.names(), logical, patterns_of(allow_missing))
     states = find_states(absent.required, target.names())
     required = [name for name in absent.required if name not in states.names()]
@@ -72,7 +75,7 @@ def rank_files(
         raise PlanError(
             describe_problems(f"{origin} lacks parameters that the target strategy ({target.origin}) has", required)
         )
-    notes = list(absent.notes)
+    notes = [*absent.notes, *cut_like_weights("target", sorted(target.names() - told))]
     if states:
         notes.append(f"the target strategy names states of a training run, which start anew: {states}")
     held: list[list[TensorSpec]] = [[] for _ in chosen]

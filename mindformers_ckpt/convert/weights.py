@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,11 +11,13 @@ from mindformers_ckpt.convert.config import CONFIG_FILE
 from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
 from mindformers_ckpt.formats import TensorSpec, read_header
 from mindformers_ckpt.formats.headers import read_headers
+from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.planning.model import Place
 from mindformers_ckpt.planning.shards import in_shard
 from mindformers_ckpt.publish import MANIFEST_FILE, read_manifests
+from mindformers_ckpt.publish.source_fingerprint import Origin
 from mindformers_ckpt.sources import dcp
-from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
 from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.sources.shards import Shard
 from mindformers_ckpt.sources.source import Kind, Source
@@ -28,6 +30,10 @@ class Found(NamedTuple):
     path: Path
     spec: TensorSpec
     shards: tuple[Shard, ...] = ()
+
+    def origin(self, held: Found) -> Origin:
+        """The tensor as one of the source; `held` is itself, or the equal one that is read in its place."""
+        return Origin.of(self.spec, held.spec.name, held.shards or [Shard(0, held.path, Box.whole(held.spec.shape))])
 
     def places(self, place: Place, file: Callable[[Path], int]) -> list[Place]:
         """A place in the whole tensor as places in files, whose numbers `file` gives. Raises ValueError."""
@@ -56,11 +62,16 @@ class Weights:
     folder: Path
     tensors: Mapping[str, Found]
 
+    def origins(self, copies: Iterable[tuple[Found, Found]]) -> tuple[Origin, ...]:
+        """The tensors under the names of their files; of `copies`, which are equal, the second says where both are."""
+        original = dict(copies)
+        return tuple(found.origin(original.get(found, found)) for found in self.tensors.values())
+
 
 def read_weights(source: Source, canonical: Callable[[str], str] = lambda name: name) -> Weights:
     """Read the headers of all files. Raises FormatError and PlanError with everything that is wrong."""
     if source.tensors is not None:
-        return _read_boxes(source, canonical)
+        return weights_of(source.root, Checkpoint(source, Strategy.complete()).tensors(), canonical)
     tensors: dict[str, Found] = {}
     damaged, problems = [], []
     for path, header in read_headers(source.files):
@@ -79,16 +90,18 @@ def read_weights(source: Source, canonical: Callable[[str], str] = lambda name: 
     return _weights(source.root, tensors, problems)
 
 
-def _read_boxes(source: Source, canonical: Callable[[str], str]) -> Weights:
-    """`read_weights` of a source that says itself which boxes of its tensors are in which files."""
+def weights_of(
+    root: Path, held: Mapping[str, LogicalTensor], canonical: Callable[[str], str] = lambda name: name
+) -> Weights:
+    """Tensors whose boxes in files are known. Raises PlanError where two have one name."""
     tensors: dict[str, Found] = {}
     problems = []
-    for told, tensor in Checkpoint(source, Strategy.complete()).tensors().items():
+    for told, tensor in held.items():
         name = canonical(told)
         if name in tensors:
             problems.append(f"{name}: as {tensors[name].spec.name} and as {told}")
         tensors[name] = Found(tensor.shards[0].path, tensor.spec, tensor.shards)
-    return _weights(source.root, tensors, problems)
+    return _weights(root, tensors, problems)
 
 
 def _weights(root: Path, tensors: Mapping[str, Found], problems: Sequence[str]) -> Weights:
@@ -123,7 +136,7 @@ def recorded_naming(root: Path, files: Sequence[Path]) -> str | None:
     record: Mapping[str, Any] = {}
     if files[0].suffix == ".safetensors":
         record = read_header(files[0]).metadata
-    elif root.is_dir():
+    if "model" not in record and root.is_dir():
         record = read_manifests(root).get(MANIFEST_FILE, {})
     naming = record.get("naming") if "model" in record else None
     return naming if isinstance(naming, str) else None

@@ -11,17 +11,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mindformers_ckpt.checksums.shares import share_of_run
+from mindformers_ckpt.checksums.shares import share_of, share_of_run
 from mindformers_ckpt.engine.ahead import Fetcher
 from mindformers_ckpt.engine.buffers import ALIGNMENT, BLOCK_BYTES, PIECE_BYTES, empty_bytes
 from mindformers_ckpt.engine.reader import Read, Reader, ShardReader
 from mindformers_ckpt.engine.sinks import Sink
-from mindformers_ckpt.engine.tasks import Done, Slice, Task, TensorHash, TensorShare, blocks_of
-from mindformers_ckpt.engine.views import target_runs
+from mindformers_ckpt.engine.tasks import Done, Slice, SourceShare, Task, TensorHash, TensorShare, blocks_of
+from mindformers_ckpt.engine.views import in_view, target_runs
 from mindformers_ckpt.engine.ways import Way, Ways
 from mindformers_ckpt.formats import DType
 from mindformers_ckpt.geometry.box import Box, offset_in
-from mindformers_ckpt.planning.model import SourceFile, View
+from mindformers_ckpt.planning.model import Place, SourceFile, View
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +37,10 @@ class _Piece:
         self.digests: dict[tuple[Box, View | None], Any] = {}
         if hashes:
             self.digests = {taker: _new_hash() for taker in way.takers if taker[1] is None}
-        self.share = 0  # of what was copied, where fingerprints are taken
+        # Of what was copied, where fingerprints are taken: of the whole tensor, and of what it is rearranged from.
+        self.share = 0
+        self._of_sources: dict[tuple[int, str], int] = {}
+        self._is_rearranged = not all(place.is_plain for place in piece.transfer.sources)
 
     def blocks(self) -> Iterator[Box]:
         """The blocks of the slice."""
@@ -45,6 +48,21 @@ class _Piece:
 
     def tensor_share(self) -> TensorShare:
         return TensorShare(self.transfer.targets[0].file, self.transfer.name, self.share)
+
+    def count_source(self, place: Place, part: Box, content: np.ndarray[Any, np.dtype[Any]]) -> None:
+        """Add what was read of a source to the checksum of its tensor, where the result has it in another order."""
+        if not self._is_rearranged or place.compute is not None or not part.volume:
+            return
+        box, shape = part.relative_to(place.box), place.box.shape
+        if place.view is not None:
+            box, content = in_view(box, place.view, content)
+            shape = place.view.shape
+        key = place.file, place.tensor or self.transfer.name
+        self._of_sources[key] = self._of_sources.get(key, 0) ^ share_of(_contiguous(content), box, shape)
+
+    def source_shares(self) -> Iterator[SourceShare]:
+        for (file, tensor), share in self._of_sources.items():
+            yield SourceShare(file, tensor, self.transfer.name, share)
 
     def hashes(self) -> Iterator[TensorHash]:
         for taker, digest in self.digests.items():
@@ -112,7 +130,8 @@ class Copier:
         self._sink.end_task()
         hashes = tuple(found for piece in pieces for found in piece.hashes())
         shares = tuple(piece.tensor_share() for piece in pieces) if self._fingerprints else ()
-        return Done(task.number, task.bytes_written, hashes, self._sink.proof(), shares)
+        sources = tuple(share for piece in pieces for share in piece.source_shares())
+        return Done(task.number, task.bytes_written, hashes, self._sink.proof(), shares, sources)
 
     def _pieces_of(self, task: Task) -> list[_Piece]:
         return [_Piece(piece, self._ways.of(piece.transfer), self._hashes) for piece in task.slices]
@@ -141,6 +160,8 @@ class Copier:
         transfer = piece.transfer
         held = self._read_parts(piece, block)
         if self._fingerprints:
+            for (place, taken), (_, content) in zip(piece.way.parts(block), held):
+                piece.count_source(place, taken, content)
             held = self._counted(piece, block, held)
         for (box, view), files in piece.way.takers.items():
             part = box.intersect(block)
@@ -223,6 +244,12 @@ class Copier:
             buffer[start : start + size].view(dtype.carrier).reshape(shape)
             for start, size, shape in zip(starts, sizes, shapes)
         ]
+
+
+def _contiguous(content: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[Any]]:
+    import numpy as np
+
+    return np.ascontiguousarray(content)
 
 
 def _new_hash() -> Any:

@@ -51,6 +51,15 @@ class TensorShare(NamedTuple):
     share: int
 
 
+class SourceShare(NamedTuple):
+    """What some blocks of a target tensor add to the checksum of a tensor of a source file, rearranged for it."""
+
+    file: int
+    tensor: str
+    target: str
+    share: int
+
+
 class Done(NamedTuple):
     """What a finished task reports. `proof` is a digest of all that it wrote, "" where none was asked for."""
 
@@ -59,6 +68,7 @@ class Done(NamedTuple):
     hashes: tuple[TensorHash, ...]
     proof: str = ""
     shares: tuple[TensorShare, ...] = ()
+    sources: tuple[SourceShare, ...] = ()
 
 
 def cut_into_tasks(plan: Plan, *, by_rank: bool = False, whole_tensors: bool = False) -> list[Task]:

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from mindformers_ckpt.errors import CheckpointError
+from mindformers_ckpt.integrations.replacing import replace_everywhere
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import parse_bool
 
@@ -42,7 +43,7 @@ def join_before_compiling(module: ModuleType, join: Callable[[], Cluster | None]
     if _theirs is not None or not callable(theirs):
         return
     _theirs = theirs
-    _replace(theirs, _loading(theirs, join))
+    replace_everywhere(_FUNCTION, theirs, _loading(theirs, join))
 
 
 def put_back() -> None:
@@ -50,13 +51,7 @@ def put_back() -> None:
     global _theirs
     theirs, _theirs = _theirs, None
     if theirs is not None:
-        _replace(getattr(sys.modules[LOADING], _FUNCTION), theirs)
-
-
-def _replace(old: object, new: object) -> None:
-    for module in list(sys.modules.values()):
-        if isinstance(module, ModuleType) and vars(module).get(_FUNCTION) is old:
-            setattr(module, _FUNCTION, new)
+        replace_everywhere(_FUNCTION, getattr(sys.modules[LOADING], _FUNCTION), theirs)
 
 
 def _loading(theirs: Callable[..., Any], join: Callable[[], Cluster | None]) -> Callable[..., Any]:

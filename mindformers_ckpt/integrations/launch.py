@@ -19,10 +19,15 @@ from pathlib import Path
 from types import ModuleType
 
 from mindformers_ckpt.errors import ConfigError
+from mindformers_ckpt.integrations.checkpoint2 import CHECKPOINT2
 from mindformers_ckpt.integrations.joining import LOADING
-from mindformers_ckpt.integrations.mindformers import MODULE, check_installed, install_in, join_early_in
+from mindformers_ckpt.integrations.mindformers import MODULE, check_installed, install_in, join_early_in, load_in
 
-_AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {MODULE: install_in, LOADING: join_early_in}
+_AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
+    MODULE: install_in,
+    LOADING: join_early_in,
+    CHECKPOINT2: load_in,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

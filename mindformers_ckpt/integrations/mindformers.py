@@ -10,17 +10,19 @@
 has imported it, the next call is ours. Which of its habits are kept and which are mended is a table in
 docs/mindformers.md. In ModelArts, where nodes exchange files through object storage, MindFormers' own code
 goes on doing the work.
+
+Checkpoints 2.0 have an entry point of their own, which is replaced by the same call: `integrations/checkpoint2.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
-import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,7 +30,10 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from mindformers_ckpt.errors import ConfigError
+from mindformers_ckpt.integrations import checkpoint2
+from mindformers_ckpt.integrations.checkpoint2 import CHECKPOINT2
 from mindformers_ckpt.integrations.joining import LOADING, join_before_compiling, joined, put_back
+from mindformers_ckpt.integrations.replacing import parameters_of
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import parse_bool
 from mindformers_ckpt.log import log
@@ -58,6 +63,7 @@ class _Installed(NamedTuple):
     call: Callable[..., str]
     timeout: float
     handler: logging.Handler
+    allow_missing: tuple[str, ...]
 
 
 _installed: _Installed | None = None
@@ -68,23 +74,32 @@ def installed() -> bool:
     return _installed is not None
 
 
-def install(timeout: float | None = None) -> None:
-    """Put our engine under MindFormers' `TransformCkpt`. Does nothing when it is there already.
+def install(timeout: float | None = None, allow_missing: Sequence[str] | None = None) -> None:
+    """Put our engine under MindFormers' `TransformCkpt`, and under its loading of checkpoint 2.0.
 
     `timeout`: seconds that ranks wait for each other at a step; by default MINDFORMERS_CKPT_TIMEOUT in the
-    environment, or 7200. The code that is there decides, whatever its version: raises ConfigError, and changes
-    nothing, when MindFormers is missing, or its `TransformCkpt` has other methods than the one that can be replaced.
+    environment, or 7200. `allow_missing`: names or patterns of parameters that a checkpoint 2.0 may lack; by default
+    those in MINDFORMERS_CKPT_ALLOW_MISSING, separated by commas. Does nothing when ours is there already.
+
+    The code that is there decides, whatever its version: raises ConfigError, and changes nothing, when MindFormers is
+    missing, or its `TransformCkpt` has other methods than the one that can be replaced. Where its `load_checkpoint`
+    of checkpoint 2.0 is another, that one stays, with a warning.
     """
     check_installed()
-    install_in(importlib.import_module(MODULE), timeout)
+    module = importlib.import_module(MODULE)
+    with suppress(ImportError):  # before 1.7 there is none
+        importlib.import_module(CHECKPOINT2)
+    install_in(module, timeout, allow_missing)
 
 
-def install_in(module: ModuleType, timeout: float | None = None) -> None:
-    """`install` into MindFormers' module that defines `TransformCkpt`."""
+def install_in(module: ModuleType, timeout: float | None = None, allow_missing: Sequence[str] | None = None) -> None:
+    """`install` into MindFormers' module that defines `TransformCkpt`, and those that stand beside it."""
     global _installed
     if _installed is not None:
         return
     seconds = _seconds(os.environ.get("MINDFORMERS_CKPT_TIMEOUT") if timeout is None else timeout)
+    if allow_missing is None:
+        allow_missing = os.environ.get("MINDFORMERS_CKPT_ALLOW_MISSING", "").split(",")
     _check_alike(module)
     _report_unknown(module)
     theirs = module.TransformCkpt
@@ -92,12 +107,24 @@ def install_in(module: ModuleType, timeout: float | None = None) -> None:
     handler = _LogHandler(module)
     log.addHandler(handler)
     log.setLevel(logging.INFO)
-    _installed = _Installed(module, init, call, seconds, handler)
+    _installed = _Installed(module, init, call, seconds, handler, tuple(filter(None, allow_missing)))
     theirs.__init__, theirs.__call__ = _in_place_of(init, _initialise), _in_place_of(call, _transform)
-    loading = sys.modules.get(LOADING)
-    if loading is not None:
-        join_early_in(loading)
     log.info("TransformCkpt of MindFormers re-slices with the engine of mindformers_ckpt")
+    for name, install_beside in ((LOADING, join_early_in), (CHECKPOINT2, load_in)):
+        beside = sys.modules.get(name)
+        if beside is not None and not _is_half_imported(beside):
+            install_beside(beside)
+
+
+def _is_half_imported(module: ModuleType) -> bool:
+    """Whether a module is being imported at the moment; what imports it installs when it has all."""
+    return bool(getattr(module.__spec__, "_initializing", False))
+
+
+def load_in(module: ModuleType) -> None:
+    """Let our engine load checkpoints 2.0 in MindFormers' module that does, once `TransformCkpt` is ours."""
+    if _installed is not None:
+        checkpoint2.replace_in(module, _installed.allow_missing)
 
 
 def join_early_in(loading: ModuleType) -> None:
@@ -124,6 +151,7 @@ def uninstall() -> None:
     if _installed is None:
         return
     put_back()
+    checkpoint2.put_back()
     theirs = _installed.module.TransformCkpt
     theirs.__init__, theirs.__call__ = _installed.init, _installed.call
     log.removeHandler(_installed.handler)
@@ -163,7 +191,7 @@ def _check_alike(module: ModuleType) -> None:
             "CheckpointHook or `mindformers-ckpt transform`"
         )
     for own, other in ((_initialise, theirs.__init__), (_transform, theirs.__call__)):
-        expected, found = _parameters(own), _parameters(other)
+        expected, found = parameters_of(own), parameters_of(other)
         if expected != found:
             raise ConfigError(
                 f"TransformCkpt.{other.__name__} has other parameters than the one that can be replaced "
@@ -177,10 +205,6 @@ def _in_place_of(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callab
         return ours(*args, **options)
 
     return method
-
-
-def _parameters(function: Callable[..., Any]) -> list[tuple[str, Any]]:
-    return [(parameter.name, parameter.default) for parameter in inspect.signature(function).parameters.values()]
 
 
 def _seconds(value: float | str | None) -> float:

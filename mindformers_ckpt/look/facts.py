@@ -57,9 +57,14 @@ def strategy_facts(strategy: Strategy) -> dict[str, str]:
 
 def manifest_facts(manifest: Mapping[str, Any]) -> dict[str, str]:
     """What a manifest says of how the result was made."""
-    words = {"source": "source strategy", "target": "target strategy", "source_path": "made of"}
+    words = {
+        "source": "source strategy",
+        "target": "target strategy",
+        "source_path": "made of",
+        "left_aside": "left aside",
+    }
     facts = {}
-    for key in ("created", "source_path", "source", "target", "model", "naming", "direction"):
+    for key in ("created", "source_path", "source", "target", "left_aside", "model", "naming", "direction"):
         if isinstance(manifest.get(key), str):
             facts[words.get(key, key)] = manifest[key]
     facts["made by"] = f"mindformers_ckpt {manifest['mindformers_ckpt']}"

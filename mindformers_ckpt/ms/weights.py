@@ -198,7 +198,7 @@ def load_into(cells: Sequence[Cell], loaded: Mapping[str, Any]) -> dict[str, Any
     """
     known = wanted_names(cells)
     # First, for a failure leaves the network as it is.
-    result = {name: _as_parameter(name, value) for name, value in loaded.items() if name not in known}
+    result = {name: as_parameter(name, value) for name, value in loaded.items() if name not in known}
     for cell in cells:
         for name, own in _parameters([cell]).items():
             value = loaded.get(name)
@@ -237,7 +237,7 @@ def _set(own: Parameter, found: Tensor) -> None:
         own.init_param = True
 
 
-def _as_parameter(name: str, value: Any) -> Any:
+def as_parameter(name: str, value: Any) -> Any:
     """A parameter of its own, which keeps the memory of the tensor. Text stays text."""
     import mindspore
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import io
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from mindformers_ckpt.objects.client import Found
 from mindformers_ckpt.objects.errors import ObjectError
 from mindformers_ckpt.objects.listing import Place, found_at
+
+if TYPE_CHECKING:
+    from mindformers_ckpt.objects.client import Found
 
 _STREAM_BYTES = 1 << 20
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from mindformers_ckpt.objects.client import Client, Found, client_of
 from mindformers_ckpt.objects.errors import MissingObject, ObjectError
+
+# Whoever reads from disks only starts sooner without it.
+if TYPE_CHECKING:
+    from mindformers_ckpt.objects.client import Client, Found
 
 _MOST_OBJECTS = 2_000_000
 
@@ -30,6 +33,8 @@ class Place(NamedTuple):
 
     @property
     def client(self) -> Client:
+        from mindformers_ckpt.objects.client import client_of
+
         return client_of(self.scheme)
 
 

@@ -12,13 +12,15 @@ import stat
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path, PosixPath
-from typing import IO, Any, Union
+from typing import IO, TYPE_CHECKING, Any, Union
 
 from mindformers_ckpt.objects import listing
-from mindformers_ckpt.objects.client import Found
 from mindformers_ckpt.objects.errors import NotOnDisk
 from mindformers_ckpt.objects.file import ObjectFile
 from mindformers_ckpt.objects.listing import Place
+
+if TYPE_CHECKING:
+    from mindformers_ckpt.objects.client import Found
 
 PathLike = Union[str, "os.PathLike[str]"]
 

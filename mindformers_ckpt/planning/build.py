@@ -232,18 +232,31 @@ def _with_states(target: Strategy, tensors: Mapping[str, LogicalTensor]) -> Stra
     return with_states(target, {name: tensor.spec.shape for name, tensor in tensors.items()})
 
 
+def source_states(source: Checkpoint, tensors: Mapping[str, LogicalTensor]) -> list[str]:
+    """Warn of states that the source strategy leaves out, and that are read as cut like their weights."""
+    if source.files.metadata is not None:
+        return []  # MindFormers itself leaves states out there
+    return cut_like_weights("source", _like_weights(source, tensors))
+
+
+def cut_like_weights(where: str, names: Sequence[str]) -> list[str]:
+    """The warning of states that a strategy leaves out; none without names."""
+    return [f"not in the {where} strategy, cut like their weights: {shortened(names)}"] if names else []
+
+
+def _like_weights(source: Checkpoint, tensors: Mapping[str, LogicalTensor]) -> list[str]:
+    named = source.strategy.names()
+    return [name for name in tensors if name not in named and tensors[name].layout is not None]
+
+
 def _one_sided(source: Checkpoint, target: Strategy, tensors: Mapping[str, LogicalTensor]) -> list[str]:
     """Warn of parameters that only one of two real strategies names, and of states that are cut though one leaves
     them out: the file decides how they are read."""
     in_source, in_target = source.strategy.names(), target.names()
     completed = _with_states(target, tensors).names()
-    is_told = source.files.metadata is not None  # MindFormers itself leaves states out there
-    like_weights = [name for name in tensors if name not in in_source and tensors[name].layout is not None]
+    like_weights = _like_weights(source, tensors)
     cut_too = [name for name in tensors if name in completed and name not in in_target]
-    warnings = []
-    for where, names in (("source", [] if is_told else like_weights), ("target", cut_too)):
-        if names:
-            warnings.append(f"not in the {where} strategy, cut like their weights: {shortened(names)}")
+    warnings = [*source_states(source, tensors), *cut_like_weights("target", cut_too)]
     if source.strategy.is_complete or target.is_complete:
         return warnings
     lost = [name for name in tensors if name in in_source and name not in completed]

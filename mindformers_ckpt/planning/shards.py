@@ -29,7 +29,7 @@ def in_shard(place: Place, shape: Sequence[int], shard: Box) -> Iterator[Place]:
     at, parts = 0, []
     for extents, first, last in zip(grouped, shard.start, shard.stop):
         wanted = Box(view.box.start[at : at + len(extents)], view.box.stop[at : at + len(extents)])
-        parts.append(list(_parts(extents, first, last, wanted)))
+        parts.append(list(parts_of(extents, first, last, wanted)))
         at += len(extents)
     for choice in itertools.product(*parts):
         taken = Box(_flat(part.taken.start for part in choice), _flat(part.taken.stop for part in choice))
@@ -46,7 +46,7 @@ def _flat(values: Iterator[tuple[int, ...]]) -> tuple[int, ...]:
     return tuple(itertools.chain.from_iterable(values))
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """A box of the axes of one dimension, and the same in the axes of what a shard has of that dimension."""
 
     taken: Box
@@ -54,19 +54,25 @@ class _Part(NamedTuple):
     inner: Box
 
 
-def _parts(extents: tuple[int, ...], first: int, last: int, wanted: Box) -> Iterator[_Part]:
-    """What the indices first:last of a dimension have of a box of its axes."""
+def parts_of(
+    extents: tuple[int, ...], first: int, last: int, wanted: Box, *, offset: int = 0, length: int | None = None
+) -> Iterator[Part]:
+    """What the indices first:last of a dimension have of a box of its axes, of these `extents`.
+
+    A shard has them from its `offset` on; its `length` is their number, unless it has others beside them.
+    """
+    length = last - first if length is None else length
     if not extents:
-        yield _Part(Box((), ()), (), Box((), ()))
+        yield Part(Box((), ()), (), Box((), ()))
         return
     for run in runs(first, last, extents):
         axis = len(extents) - 1
         while axis > 0 and (run.start[axis], run.stop[axis]) == (0, extents[axis]):
             axis -= 1
-        yield from _aligned(extents, axis, Box(run.start, run.stop), run.first - first, last - first, wanted)
+        yield from _aligned(extents, axis, Box(run.start, run.stop), offset + run.first - first, length, wanted)
 
 
-def _aligned(extents: tuple[int, ...], axis: int, run: Box, offset: int, length: int, wanted: Box) -> Iterator[_Part]:
+def _aligned(extents: tuple[int, ...], axis: int, run: Box, offset: int, length: int, wanted: Box) -> Iterator[Part]:
     """The part of `wanted` in a run that begins at `offset` of a shard's `length`; its axes behind `axis` are whole.
 
     Where the shard is not made up of those, index by index of `axis`.
@@ -84,4 +90,4 @@ def _aligned(extents: tuple[int, ...], axis: int, run: Box, offset: int, length:
         shift = offset // inner - run.start[axis]
         start = (*(0 for _ in range(axis)), taken.start[axis] + shift, *taken.start[axis + 1 :])
         stop = (*(1 for _ in range(axis)), taken.stop[axis] + shift, *taken.stop[axis + 1 :])
-        yield _Part(taken, (*(1 for _ in range(axis)), length // inner, *extents[axis + 1 :]), Box(start, stop))
+        yield Part(taken, (*(1 for _ in range(axis)), length // inner, *extents[axis + 1 :]), Box(start, stop))

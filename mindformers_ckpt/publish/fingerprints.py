@@ -38,11 +38,11 @@ def check_countable(plan: Plan) -> None:
 
 
 def describe_fingerprints(
-    plan: Plan, shares: Iterable[TensorShare], shapes: Mapping[str, tuple[int, ...]]
+    plan: Plan, shares: Iterable[TensorShare], shapes: Mapping[str, tuple[int, ...]], *, of_all: bool
 ) -> dict[str, dict[str, Any]]:
     """What a manifest says of the fingerprints: folder of a checkpoint in the result ("." for all) -> fingerprint.
 
-    Where nothing is computed or renamed, `source_digest` says that the tensors had the same one in the source.
+    Where nothing is computed, renamed or left aside (`of_all`), `source_digest` says that the source has the same one.
     `shapes` are those of target tensors whose transfers have another form (a view of them).
     """
     found: dict[tuple[int, str], list[int]] = {}
@@ -59,7 +59,7 @@ def describe_fingerprints(
         folders.setdefault(folder, []).append(TensorChecksum(transfer.name, transfer.dtype.name, shape, value))
         if any(not place.is_plain or place.tensor not in ("", transfer.name) for place in transfer.sources):
             changed.add(folder)
-    return {folder: _as_json(tensors, folder not in changed) for folder, tensors in folders.items()}
+    return {folder: _as_json(tensors, of_all and folder not in changed) for folder, tensors in folders.items()}
 
 
 def folder_of(path: str) -> str:

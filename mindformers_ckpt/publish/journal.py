@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 
 from mindformers_ckpt.engine.proof import is_proved
-from mindformers_ckpt.engine.tasks import Done, Task, TensorHash, TensorShare
+from mindformers_ckpt.engine.tasks import Done, SourceShare, Task, TensorHash, TensorShare
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.publish.staging import Staging
 
@@ -43,7 +43,7 @@ class Journal:
         self._staging.record([self._line(done)])
 
     def _line(self, done: Done) -> str:
-        values = [done.task, done.bytes_written, done.hashes, done.proof, done.shares]
+        values = [done.task, done.bytes_written, done.hashes, done.proof, done.shares, done.sources]
         return json.dumps([*values, self._checksum(values)])
 
     def _checksum(self, values: Sequence[object]) -> int:
@@ -55,8 +55,14 @@ class Journal:
             *values, checksum = json.loads(line)
             if checksum != self._checksum(values):
                 return None
-            number, written, hashes, proof, shares = values
-            taken = tuple(TensorHash(*entry) for entry in hashes), proof, tuple(TensorShare(*entry) for entry in shares)
-            return Done(number, written, *taken)
+            number, written, hashes, proof, shares, sources = values
+            return Done(
+                number,
+                written,
+                tuple(TensorHash(*entry) for entry in hashes),
+                proof,
+                tuple(TensorShare(*entry) for entry in shares),
+                tuple(SourceShare(*entry) for entry in sources),
+            )
         except (ValueError, TypeError, RecursionError):
             return None

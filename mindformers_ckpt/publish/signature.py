@@ -58,6 +58,11 @@ def take_over(bundle: Path, folder: Path, tensors: Iterable[TensorChecksum]) -> 
     return True
 
 
+def left_behind(bundle: Path, why: str) -> str:
+    """What a report says of the signature of a source that the result does not have."""
+    return f"left behind: {bundle}: {why}"
+
+
 def check_signature(folder: Path, tensors: Iterable[TensorChecksum], public_key: Path) -> None:
     """Check that the holder of a key signed these very tensors. Raises PublishError where that is not so.
 

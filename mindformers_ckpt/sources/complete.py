@@ -126,3 +126,12 @@ def separate_checkpoints(source: Source) -> list[Source]:
     if len({path.stem for path in paths}) < len(paths):
         raise PlanError(f"{source.root} holds a .ckpt and a .safetensors file of the same name; give the file to read")
     return [Source(path, {0: (path,)}) for path in paths]
+
+
+def only_checkpoint(source: Source) -> Source:
+    """The checkpoint that a source holds. Raises PlanError where it holds several."""
+    checkpoints = separate_checkpoints(source)
+    if len(checkpoints) > 1:
+        names = ", ".join(files.root.name for files in checkpoints[:20])
+        raise PlanError(f"{source.root} holds several checkpoints ({names}); give the file that is meant")
+    return checkpoints[0]

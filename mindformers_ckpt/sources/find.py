@@ -14,12 +14,20 @@ from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.objects.listing import look_again
 from mindformers_ckpt.objects.path import ObjectPath, as_path, may_be_mixture
 from mindformers_ckpt.sources import checkpoint2, complete, dcp, dcp_safetensors, foreign, huggingface, rank_folders
-from mindformers_ckpt.sources.complete import at_step, separate_checkpoints
+from mindformers_ckpt.sources.complete import at_step, only_checkpoint, separate_checkpoints
 from mindformers_ckpt.sources.listing import Listing, rank_of
 from mindformers_ckpt.sources.source import SUFFIXES, TORCH_SUFFIXES, Kind, Source
 from mindformers_ckpt.strategy.metadata import METADATA_FILE
 
-__all__ = ["SUFFIXES", "find_huggingface", "find_mindspore", "find_source", "separate_checkpoints"]
+__all__ = [
+    "SUFFIXES",
+    "check_outside",
+    "find_huggingface",
+    "find_mindspore",
+    "find_source",
+    "only_checkpoint",
+    "separate_checkpoints",
+]
 
 _LOOKED_INTO = 20  # folders of a folder, for advice
 _URL_SCHEMES = ("http://", "https://", "hf://")
@@ -139,6 +147,13 @@ def _huggingface(path: str | os.PathLike[str], step: str | None) -> Source:
         raise PlanError(known)
     _refuse_shard(checked, checked)
     return huggingface.read(listing)
+
+
+def check_outside(files: Source, destination: Path) -> None:
+    """Refuse a target folder in the source folder, where the result would be taken for a part of the source."""
+    root = files.root.resolve()
+    if root.is_dir() and destination.resolve().is_relative_to(root):
+        raise PlanError(f"the target folder {destination} is in the source folder {root}; choose another folder")
 
 
 def is_huggingface_folder(path: str | os.PathLike[str]) -> bool:

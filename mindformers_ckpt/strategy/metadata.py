@@ -125,7 +125,7 @@ def parse_metadata(path: Path, data: bytes) -> Metadata:
     problems = []
     for name, entry in described.items():
         try:
-            tensors[name] = _recorded(entry)
+            tensors[name] = recorded_of(entry)
         except (StrategyError, ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(f"{name}: {error if isinstance(error, StrategyError) else f'{error!r:.200}'}")
     if problems:
@@ -146,7 +146,8 @@ def _stored(storage: Any) -> Iterator[Stored]:
             yield Stored(name, int(match["number"]), file, _rank(place["storage_rank"]))
 
 
-def _recorded(entry: Any) -> Recorded:
+def recorded_of(entry: Any) -> Recorded:
+    """What an entry of `state_dict_metadata` says. Raises StrategyError, or what wrong types and keys lead to."""
     shape = _sizes_of(entry["global_shape"])
     found = entry["layout"]
     if found is None:

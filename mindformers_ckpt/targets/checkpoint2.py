@@ -49,8 +49,12 @@ def as_checkpoint2(
     Raises PlanError for layouts that the format cannot say, TransferError for a source that cannot be read.
     """
     counters = _counters(plan)
-    step = counters.get(_KEPT) or counters.get("step_num") or 0
-    folder = folder_name(int(step))
+    step = int(counters.get(_KEPT) or counters.get("step_num") or 0)
+    if step < 0:
+        raise PlanError(
+            f"the source's {_KEPT} or step_num is {step}, and a checkpoint 2.0 is named after it; is it damaged?"
+        )
+    folder = folder_name(step)
     split = _split(plan, folder, prefix, target.rank_count)
     split = replace(split, targets=tuple(file._replace(metadata=metadata) for file in split.targets))
     completed = with_states(target, {transfer.name: transfer.shape for transfer in plan.transfers})
@@ -63,7 +67,7 @@ def as_checkpoint2(
         )
 
     def companions(root: Path) -> None:
-        write_text(root / TRACKER_FILE, str(int(step)))
+        write_text(root / TRACKER_FILE, str(step))
         if counters:
             write_json(root / folder / COMMON_FILE, counters, indent=4)
         if described is not None:

@@ -43,6 +43,7 @@ from mindformers_ckpt.planning.source_states import check_unchanged, states_of
 from mindformers_ckpt.publish import MANIFEST_FILE, read_manifests
 from mindformers_ckpt.publish.manifest import is_result, is_whole, without
 from mindformers_ckpt.publish.results import check_addable, describe_result, partial_manifest_name
+from mindformers_ckpt.publish.signature import find_bundle, left_behind
 from mindformers_ckpt.uploads.record import Record, at_once, delete, give_up, put, put_json
 
 _PLAN = "mindformers-ckpt-plan"  # what an object notes of the run that made it
@@ -143,7 +144,16 @@ class ObjectRun:
         resumed = self.plan.bytes_written if self.already_made else self._resumed_bytes
         seconds = time.monotonic() - self._started
         plan = self.plan
-        return Report(self.destination, len(plan.targets), plan.bytes_read, plan.bytes_written, resumed, seconds)
+        bundle = None if self.already_made or not plan.sources else find_bundle(plan.sources[0].path)
+        return Report(
+            self.destination,
+            len(plan.targets),
+            plan.bytes_read,
+            plan.bytes_written,
+            resumed,
+            seconds,
+            signature="" if bundle is None else left_behind(bundle, "a result in an object storage has no fingerprint"),
+        )
 
     def _put(self, parts: list[list[Part]], texts: Mapping[str, bytes]) -> None:
         """Put a folder in place: with the marker there from before the first change until after the last one."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,8 +28,8 @@ def network_for(tensors: Mapping[str, Tensor], names: Iterable[str] | None = Non
 
 
 def content_of(parameter: Any) -> bytes:
-    """The bytes of a parameter, read at its address."""
-    return ctypes.string_at(parameter.data_ptr(), parameter.nbytes)
+    """The bytes of a parameter."""
+    return bytes(parameter.get_bytes())
 
 
 def assert_holds(network: nn.Cell, tensors: Mapping[str, Tensor]) -> None:

@@ -61,7 +61,11 @@ def inside(toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     [
         (["transform"], "Missing options '--src-checkpoint' and '--dst-checkpoint-dir'."),
         (["transform", "--src-checkpoint", "full.ckpt"], "Missing option '--dst-checkpoint-dir'."),  # before it plans
-        (["convert"], "Missing option '--input-path' / '--src-checkpoint'."),
+        (["convert"], "Missing options '--input-path' and '--output-path'."),
+        (["convert", "--output-path", "x"], "Missing option '--input-path' / '--src-checkpoint'."),
+        (["merge-lora", "--rank", "8"], "Missing options '--src-ckpt-path-or-dir' and '--dst-ckpt-dir'."),
+        (["diff"], "Missing arguments 'A' and 'B'."),
+        (["merge-strategy", "--quiet"], "Missing arguments 'FOLDER' and 'FILE'."),
         (["diff", "full.ckpt"], "Missing argument 'B'."),
         (["show"], "Give the NAME of a tensor (mindformers-ckpt inspect lists them), or --html FILE."),
     ],
@@ -151,6 +155,9 @@ def test_reversed_as_the_guide_writes_it(given: list[str], reverse: bool) -> Non
         (["transfrom"], "No such command 'transfrom'. Did you mean 'transform'?"),
         (["merge_lora_", "x"], "Did you mean 'merge-lora'"),
         (["transform", "--src-checkpont", "x"], "--src-checkpoint"),
+        (["convert", "--input-path", "hf", "--output-path", "x", "--dtpye", "fp32"], "Did you mean '--dtype'"),
+        (["convert", "--input-path", "hf", "--output-path", "x", "--dtype", "fp23"], "Did you mean 'fp32'?"),
+        (["plan", "--src-checkpoint", "full.ckpt", "--format", "safetensor"], "Did you mean 'safetensors'?"),
         (["convert", "--model", "lama", "--input-path", "hf", "--output-path", "x"], "Did you mean 'llama'?"),
     ],
 )
@@ -297,7 +304,7 @@ def test_dry_runs_of_conversion_and_merge(toy: Path) -> None:
     asked = ["convert", "--input-path", "model", "--output-path", "out.ckpt"]
     done = command([*asked, "--dry-run"], toy)
     assert done.code == 0, done
-    assert "would write 1 files" in done.out
+    assert "would write 1 file," in done.out
     assert listing(toy) == before
     done = command(asked, toy)
     assert done.out.splitlines()[-1] == f"next, in the yaml: load_checkpoint: {toy / 'out.ckpt'}, auto_trans_ckpt: True"

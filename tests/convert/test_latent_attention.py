@@ -113,7 +113,7 @@ def test_the_strategy_tells_which_network_it_is_of(name: str, setting: str, tmp_
 def test_no_legacy_network_trains_without_compressed_queries(name: str, tmp_path: Path) -> None:
     config, tensors = KIN[name]
     source = hf.write_folder(tmp_path / "source", tensors, config)
-    with pytest.raises(ConfigError, match=r"no q_lora_rank: .*; give --naming mcore"):
+    with pytest.raises(ConfigError, match=r"no q_lora_rank: .*; take mcore names"):
         convert(Request(None, source), tmp_path / "weights.ckpt")
     assert not (tmp_path / "weights.ckpt").exists()
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 import huggingface as hf
 import ml_dtypes
+import numpy as np
 import pytest
 
 from mindformers_ckpt.convert.model import models
@@ -62,11 +64,11 @@ def random_layout(shape: tuple[int, ...], seed: str) -> Layout:
 
 
 def random_strategy(weights: Path, stages: int, seed: str) -> Strategy:
-    """Every tensor of the weights on one stage or replicated."""
+    """Every tensor of the weights on one stage or replicated, as numbers are."""
     layouts: list[dict[str, Layout]] = [{} for _ in range(stages)]
     for name, array in hf.read_file(weights).items():
         chance = random.Random(name + seed)
-        if chance.random() < 0.9:
+        if array.ndim and chance.random() < 0.9:
             layouts[chance.randrange(stages)][name] = random_layout(array.shape, name + seed)
     return Strategy(tuple(layouts), 8, "a test")
 
@@ -79,14 +81,17 @@ def test_one_pass_equals_two_steps(case: str, naming: str, stages: int, tmp_path
     words = {"naming": naming.partition("+")[0], "qkv_concat": "+" in naming or None, **SETTINGS.get(case, {})}
     request = Request(case, source, **words)
     prints = Options(fingerprints=True)
-    whole = convert(request, tmp_path / "complete.ckpt", options=prints).fingerprints
+    report = convert(request, tmp_path / "complete.ckpt", options=prints)
+    whole, origin = report.fingerprints, fingerprint(source).digest
     assert whole == {".": fingerprint(tmp_path / "complete.ckpt").digest}
+    assert report.source_fingerprint == origin
     for seed in "abcd":
         strategy = random_strategy(tmp_path / "complete.ckpt", stages, seed)
         two = tmp_path / f"two {seed}"
         transform(build_plan(Checkpoint(find_source(tmp_path / "complete.ckpt"), Strategy.complete()), strategy), two)
         one = tmp_path / f"one {seed}"
-        assert convert(request, one, format="ckpt", target=strategy, options=prints).fingerprints == whole
+        report = convert(request, one, format="ckpt", target=strategy, options=prints)
+        assert (report.fingerprints, report.source_fingerprint) == (whole, origin)
         files = sorted(path.relative_to(two) for path in two.glob("rank_*/*"))
         assert len(files) == 8 * stages
         assert files == sorted(path.relative_to(one) for path in one.glob("rank_*/*"))
@@ -106,6 +111,57 @@ def test_one_pass_in_safetensors_and_another_type(tmp_path: Path) -> None:
     for rank in range(8):
         file = f"rank_{rank}/checkpoint_{rank}.safetensors"
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_what_is_known_of_a_source_that_is_converted_in_part(tmp_path: Path) -> None:
+    """Of values that are cast, and of layers that are left out, nothing is told; the run that goes on has the same."""
+    tensors, config = CASES["llama"]
+    tensors = {**tensors, "model.norm.weight": tensors["model.norm.weight"].astype(np.float32)}
+    source = hf.write_folder(tmp_path / "source", tensors, config)
+    known = {tensor.name: tensor.hex for tensor in fingerprint(source).tensors}
+    request = Request("llama", source, qkv_concat=True, dtype="bf16", num_layers=1)
+    out, options = tmp_path / "out", Options(fingerprints=True)
+    assert convert(request, out, options=options).source_fingerprint == ""
+    told = json.loads((out / "manifest.json").read_bytes())["source_fingerprint"]
+    assert told["digest"] is None
+    assert told["not_counted"]["it is converted to other values"] == ["model.norm.weight"]
+    left = {name for name in known if ".layers.1." in name}
+    assert set(told["not_counted"]["the result does not have it"]) == left
+    values = {name: entry["crc64nvme"] for name, entry in told["tensors"].items()}
+    assert values == {name: known[name] for name in known.keys() - left - {"model.norm.weight"}}
+
+
+def test_a_conversion_that_goes_on_knows_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mindformers_ckpt.engine.tasks._SMALLEST_TASK", 400)
+    monkeypatch.setattr("mindformers_ckpt.engine.tasks._LARGEST_TASK", 800)
+    tensors, config = CASES["llama"]
+    source = hf.write_folder(tmp_path / "source", tensors, config)
+    request, out = Request("llama", source, qkv_concat=True), tmp_path / "out"
+    tasks = iter(range(1000))
+
+    def stop(done: int, total: int) -> None:
+        if next(tasks) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(request, out, options=Options(fingerprints=True, resume=True), progress=stop)
+    whole = fingerprint(source).digest
+    for _ in range(2):  # what is left, and nothing
+        report = convert(request, out, options=Options(fingerprints=True, resume=True))
+        assert report.source_fingerprint == whole
+
+
+def test_back_to_hugging_face_the_source_is_known_too(tmp_path: Path) -> None:
+    """Fused weights are read in several boxes, each by a tensor of its own."""
+    tensors, config = CASES["llama"]
+    source = hf.write_folder(tmp_path / "source", tensors, config)
+    fused = tmp_path / "fused.safetensors"
+    convert(Request("llama", source, qkv_concat=True), fused)
+    report = convert(
+        Request("llama", fused, True, hf_config=source), tmp_path / "back", options=Options(fingerprints=True)
+    )
+    assert report.source_fingerprint == fingerprint(fused).digest
+    assert report.fingerprints["."] == fingerprint(source).digest
 
 
 def test_the_strategy_of_another_model_is_refused(tmp_path: Path) -> None:

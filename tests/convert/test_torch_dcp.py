@@ -21,7 +21,7 @@ from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.model import Strategy
 
-torch = pytest.importorskip("torch", reason="tools/test_transformers.sh installs it")
+torch = pytest.importorskip("torch", reason="torch is not installed; bash tools/test_transformers.sh runs these")
 
 from make_dcp_samples import CONFIG, LLAMA, SAMPLES, write_samples  # noqa: E402
 

@@ -16,7 +16,7 @@ from mindformers_ckpt.formats import read_header
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    torch = pytest.importorskip("torch", reason="torch is not installed; bash tools/test_transformers.sh runs these")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -6,6 +6,7 @@ Absolute paths of the guide (`/worker`, `/home/user`) are folders of the test.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,9 @@ from small_llama import (
     write_pytorch,
     write_two_ranks_strategy,
 )
+
+from mindformers_ckpt import Layout, convert, transform
+from mindformers_ckpt.strategy.files import rank_file_name, write_strategy
 
 # Blocks that no test runs as they stand, by page and first line, with the reason, or what runs in their place.
 NOT_RUN = {
@@ -104,18 +108,38 @@ def test_coming_from_megatron(tmp_path: Path) -> None:
         assert back[name].bits.tobytes() == array.tobytes()
 
 
+def write_mcore_strategy(folder: Path, names: Mapping[str, Sequence[int]]) -> None:
+    """A strategy of two ranks that cuts the rows of matrices."""
+    layouts = {
+        name: Layout.on({"mp": 2}, "mp", *(None for _ in shape[1:])) if len(shape) > 1 else Layout.on({"mp": 2}, None)
+        for name, shape in names.items()
+    }
+    for rank in range(2):
+        write_strategy(layouts, folder / rank_file_name(rank))
+
+
 def test_migration(tmp_path: Path) -> None:
     session = Session(tmp_path)
     write_rank_folders(session.root / "output/checkpoint")
     for name in ("output/strategy", "strategy_of_the_old_job"):
         write_two_ranks_strategy(session.root / name)
     write_two_ranks_strategy(session.root / "strategy_of_the_new_job", replicas=2)
+    write_hugging_face(session.root / "torch_weights")
+    convert(session.root / "torch_weights", tmp_path / "mcore.safetensors", naming="mcore")
+    mcore = read_tensors(tmp_path / "mcore.safetensors")
+    write_mcore_strategy(
+        session.root / "strategy_of_the_mcore_job", {name: tensor.bits.shape for name, tensor in mcore.items()}
+    )
     session.run([block.text for block in blocks_of(DOCS / "migration.md", "bash")])
-    ranks = read_ranks(session.root / "for_1_x")
-    assert ranks.keys() == {0, 1}
-    for rank, arrays in shards(1).items():
-        for name, array in arrays.items():
-            assert ranks[rank][name].bits.tobytes() == array.tobytes()
+    for folder in ("for_1_x", "for_1_x_again"):
+        ranks = read_ranks(session.root / folder)
+        assert ranks.keys() == {0, 1}
+        for rank, arrays in shards(1).items():
+            assert ranks[rank].keys() == arrays.keys()
+            for name, array in arrays.items():
+                assert ranks[rank][name].bits.tobytes() == array.tobytes()
+    transform(session.root / "checkpoint_mcore", tmp_path / "whole", format="safetensors")
+    assert_same(read_tensors(tmp_path / "whole/rank_0/checkpoint_0.safetensors"), mcore)
 
 
 @pytest.mark.parametrize("page", [*sorted(DOCS.glob("*.md")), ROOT / "README.md"], ids=lambda page: page.name)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from recorded import Tensor, random_bits, write_ranks, write_tensors
 
+import mindformers_ckpt as mc
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES
 from mindformers_ckpt.errors import ConfigError, PlanError
 from mindformers_ckpt.execution import Options, Report
@@ -79,6 +80,7 @@ def test_it_is_that_of_the_source_and_of_the_result(source: str, target: str, tm
     path, report = run(source, target, tmp_path, hashes=source == target)
     known = fingerprint(path, STRATEGIES[source], contents="off")
     assert report.fingerprints == {".": known.digest}
+    assert report.source_fingerprint == known.digest
     assert fingerprint(tmp_path / "result", STRATEGIES[target], contents="off") == known
     manifest = json.loads((tmp_path / "result/manifest.json").read_bytes())
     (entry,) = manifest["fingerprints"].values()
@@ -126,6 +128,16 @@ def test_ways_that_see_no_whole_tensors_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="matrix"):
         transform(some, tmp_path / "result", Options(fingerprints=True))
     assert not (tmp_path / "result").exists()
+
+
+def test_of_a_part_of_the_source_nothing_is_said_of_all(tmp_path: Path) -> None:
+    """Where the states of an optimizer are left aside, the fingerprint of the result is not the source's."""
+    source = write_tensors(tmp_path / "whole.ckpt", {**MODEL, "adam_m.matrix": MODEL["matrix"]})
+    report = mc.transform(source, tmp_path / "result", fingerprints=True, weights_only=True)
+    assert report.source_fingerprint == ""
+    manifest = json.loads((tmp_path / "result/manifest.json").read_bytes())
+    assert "source_digest" not in manifest["fingerprints"]["."]
+    assert manifest["left_aside"] == "states of the optimizer and counters"
 
 
 def test_without_the_option_nothing_is_recorded(tmp_path: Path) -> None:

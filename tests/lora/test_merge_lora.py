@@ -157,6 +157,14 @@ def test_cut_for_another_strategy_in_the_same_pass(processes: int, tmp_path: Pat
     assert f"fingerprint {fingerprint(tmp_path / 'whole/merged_lora.ckpt').digest}" in output
     recorded = json.loads((tmp_path / "out/manifest.json").read_bytes())["fingerprints"]["."]
     assert "source_digest" not in recorded  # the weights were computed
+    of_source = json.loads((tmp_path / "out/manifest.json").read_bytes())["source_fingerprint"]
+    assert of_source["digest"] is None
+    known = {tensor.name: tensor.hex for tensor in fingerprint(cut, read_strategy(source)).tensors}
+    assert {name: told["crc64nvme"] for name, told in of_source["tensors"].items()}.items() <= known.items()
+    reasons = of_source["not_counted"]
+    assert set(reasons) == {"it is converted to other values", "the result does not have it"}
+    assert {*of_source["tensors"], *(name for names in reasons.values() for name in names)} == set(known)
+    assert sorted(reasons["it is converted to other values"]) == sorted(ADAPTED)
     kept = layouts()
     expected: dict[int, Model] = {
         rank: {

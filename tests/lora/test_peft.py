@@ -16,7 +16,7 @@ from mindformers_ckpt.lora_settings import read_settings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    torch = pytest.importorskip("torch", reason="torch is not installed; bash tools/test_transformers.sh runs these")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     peft = pytest.importorskip("peft", reason="peft is not installed")
     safetensors_torch = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")

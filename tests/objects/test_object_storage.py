@@ -198,7 +198,7 @@ def test_the_command_line(storage: FlakyProxy, disk: Path) -> None:
     words = ["transform", "--src-checkpoint", source, "--dst-checkpoint-dir", target]
     dry = CliRunner().invoke(cli, [*words, "--dry-run"])
     assert (dry.exit_code, keys("p/out")) == (0, set())
-    assert f"would write 1 files, 1.57 MB, to {target}\n" in dry.output
+    assert f"would write 1 file, 1.57 MB, to {target}\n" in dry.output
     refused = CliRunner().invoke(cli, [*words, "--hash"])
     assert (refused.exit_code, keys("p/out")) == (1, set())
     assert "--hash cannot be done" in refused.output

@@ -114,7 +114,7 @@ def unfit(naming: str, facts: Facts) -> str | None:
         return None
     return (
         "config.json has no q_lora_rank: no network with legacy names trains such a model, since all of them compress "
-        "the query; give --naming mcore"
+        "the query; take mcore names (--naming mcore, --to mcore)"
     )
 
 
