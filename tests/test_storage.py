@@ -260,6 +260,17 @@ def test_a_failure_of_any_reader_ends_loading(is_shared: bool, tmp_path: Path, m
 
 
 @pytest.mark.usefixtures("waits")
+def test_loading_goes_on_where_no_threads_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    model = random_model(dict.fromkeys(NAMES, (300, 1024)))
+    plan = plan_from(write_ranks(tmp_path / "source", parts(MP4_OF_MANY, model)), MP4_OF_MANY, Strategy.complete())
+    assert loaded(plan, is_shared=False) == {name: tensor.bits.tobytes() for name, tensor in model.items()}
+
+
+@pytest.mark.usefixtures("waits")
 def test_a_job_that_ends_ends_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(dict.fromkeys(NAMES, (300, 1024)))
     plan = plan_from(write_ranks(tmp_path / "source", parts(MP4_OF_MANY, model)), MP4_OF_MANY, Strategy.complete())

@@ -192,8 +192,11 @@ class _Filling:
         wanted = min(_MOST_THREADS if seconds > _LONG_SECONDS else _THREADS, AHEAD_BYTES // size)
         while len(self._threads) < wanted - 1:
             thread = threading.Thread(target=self._help, name="reader")
+            try:
+                thread.start()
+            except RuntimeError:  # the system gives this process no more: those that are there read all
+                return
             self._threads.append(thread)
-            thread.start()
 
 
 def fill_arrays(fetcher: Fetcher, pieces: Iterable[Piece], check: Callable[[], None]) -> None:

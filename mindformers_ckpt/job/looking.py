@@ -10,6 +10,7 @@ other rank saw. What a rank could not read, or saw differently, the main rank re
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from mindformers_ckpt.formats import Header
 from mindformers_ckpt.formats.headers import read_headers
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
+from mindformers_ckpt.job.cluster.messages import MAX_VALUES
 from mindformers_ckpt.objects.path import ObjectPath
 from mindformers_ckpt.planning.checked import list_of, number_of, text_of
 from mindformers_ckpt.planning.rank_plan import name_from, path_in
@@ -28,6 +30,7 @@ from mindformers_ckpt.sources.checkpoint import Checkpoint
 
 LEAST_FILES = 64  # fewer are read in the time that two steps of a job take
 MOST_FILES = 100_000  # whose names can be told at once
+_BYTES_OF_FILE = 128  # of what is told of one
 _SUFFIXES = (".ckpt", ".safetensors")
 
 
@@ -41,7 +44,8 @@ class _Seen(NamedTuple):
 
     @classmethod
     def of(cls, header: Header) -> _Seen:
-        digest = hashlib.blake2b(repr((header.format, header.size, header.crc is None, header.frames)).encode())
+        text = repr((header.format, header.size, header.crc is None, header.frames))
+        digest = hashlib.blake2b(text.encode(), digest_size=16)
         return cls(header.size, header.modified, header.crc, digest.hexdigest())
 
     @classmethod
@@ -59,7 +63,8 @@ def look_together(cluster: Cluster, source: Checkpoint | None, root: Path) -> No
     helpers = [cluster.nodes.index(node) for node in dict.fromkeys(cluster.nodes)]
     paths: list[Path] = []
     if source is not None and len(helpers) > 1 and not cluster.unproved:
-        paths = _worthwhile(source.unread(), root)
+        most = len(helpers) * (MAX_VALUES // cluster.size // _BYTES_OF_FILE)
+        paths = _worthwhile(source.unread(), root)[:most]
     told: tuple[bool, list[str]] = (False, [])
     if cluster.size > 1:
         shares = [
@@ -94,7 +99,7 @@ def _all_seen(paths: Sequence[Path], helpers: Sequence[int], answers: Sequence[A
 def _worthwhile(paths: Sequence[Path], root: Path) -> list[Path]:
     """The files that ranks are to read together, those below `root`."""
     found = [path for path in paths if path.suffix in _SUFFIXES and not isinstance(path, ObjectPath)]
-    found = [path for path in found if path.is_relative_to(root)]
+    found = [path for path in found if Path(os.path.abspath(path)).is_relative_to(root)]
     return found[:MOST_FILES] if len(found) >= LEAST_FILES else []
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,37 @@ def test_a_file_that_is_written_meanwhile_is_read_again(
     source = look(address, root)
     assert source.unread() == [root / "rank_5" / "checkpoint_5.ckpt"]
     assert_true(source)
+
+
+def test_a_folder_may_be_named_from_where_the_job_is(
+    address: Address,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(Path("source"))
+    source = checkpoint(Path("source"))
+
+    def work(cluster: Any) -> None:
+        cluster.nodes = ("a", "b")
+        look_together(cluster, source if cluster.rank == 0 else None, tmp_path / "source")
+
+    assert run_ranks(address, 2, work) == [None] * 2
+    assert source.unread() == []
+    assert_true(source)
+
+
+def test_no_more_is_told_than_a_step_of_a_job_takes(
+    address: Address,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(looking, "MAX_VALUES", 3 * 20 * looking._BYTES_OF_FILE)
+    source = look(address, write(tmp_path))
+    assert len(source.unread()) == COUNT - 3 * 20
+    header = source.header(source.files.files[0])
+    about = looking._Seen.of(replace(header, size=1 << 45, modified=1 << 62, crc=(1 << 32) - 1))
+    assert len(json.dumps(about)) <= looking._BYTES_OF_FILE - 2
 
 
 def test_damaged_files_are_told_as_ever(address: Address, tmp_path: Path) -> None:  # noqa: F811
