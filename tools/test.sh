@@ -22,15 +22,24 @@ if (($#)); then
     run_pytest "$@"
     exit
 fi
-# Two processes side by side, for two cores: jobs of several ranks wait a lot, the others compute.
-JOBS=(tests/auto tests/jobs tests/mindformers tests/docs)
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
-run_pytest -m "not slow" -p no:cacheprovider "${JOBS[@]}" >"$log" 2>&1 &
-jobs=$!
+# Three processes side by side, for two cores: jobs of several ranks, and commands, wait a lot.
+GROUPS_BESIDE=(
+    "tests/auto tests/jobs tests/mindformers tests/docs"
+    "tests/convert tests/formats tests/lora tests/look tests/objects"
+)
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
+started=() ignored=()
+for group in "${GROUPS_BESIDE[@]}"; do
+    read -ra folders <<<"$group"
+    run_pytest -m "not slow" -p no:cacheprovider "${folders[@]}" >"$logs/${#started[@]}" 2>&1 &
+    started+=("$!") ignored+=("${folders[@]/#/--ignore=}")
+done
 failed=0
-run_pytest -m "not slow" "${JOBS[@]/#/--ignore=}" || failed=1
-wait "$jobs" || failed=1
-echo "--- ${JOBS[*]}"
-cat "$log"
+run_pytest -m "not slow" "${ignored[@]}" || failed=1
+for number in "${!started[@]}"; do
+    wait "${started[number]}" || failed=1
+    echo "--- ${GROUPS_BESIDE[number]}"
+    cat "$logs/$number"
+done
 ((! failed))
