@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mindformers_ckpt.convert.config import CONFIG_FILE
-from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
+from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.formats import TensorSpec, read_header
-from mindformers_ckpt.formats.headers import read_headers
+from mindformers_ckpt.formats.headers import sound_headers
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.planning.model import Place
 from mindformers_ckpt.planning.shards import in_shard
@@ -73,11 +73,8 @@ def read_weights(source: Source, canonical: Callable[[str], str] = lambda name: 
     if source.tensors is not None:
         return weights_of(source.root, Checkpoint(source, Strategy.complete()).tensors(), canonical)
     tensors: dict[str, Found] = {}
-    damaged, problems = [], []
-    for path, header in read_headers(source.files):
-        if isinstance(header, FormatError):
-            damaged.append(str(header))
-            continue
+    problems = []
+    for path, header in sound_headers(source.files).items():
         for record in header.tensors.values():
             if not source.assigns(record.spec.name, path):
                 continue
@@ -85,8 +82,6 @@ def read_weights(source: Source, canonical: Callable[[str], str] = lambda name: 
             if name in tensors:
                 problems.append(f"{name}: in {tensors[name].path.name} and in {path.name}")
             tensors[name] = Found(path, record.spec)
-    if damaged:
-        raise FormatError(damaged[0] if len(damaged) == 1 else describe_problems("files cannot be read", damaged))
     return _weights(source.root, tensors, problems)
 
 

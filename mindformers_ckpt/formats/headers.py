@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from mindformers_ckpt.disk.waiting import each
-from mindformers_ckpt.errors import FormatError
+from mindformers_ckpt.errors import FormatError, describe_problems
 from mindformers_ckpt.formats.tensor_file import Header, read_header
 
 _AT_ONCE = 8
@@ -31,3 +31,19 @@ def read_headers(paths: Sequence[Path]) -> Generator[tuple[Path, Header | Format
         return header
 
     yield from zip(paths, each(read, paths, at_once=_AT_ONCE, patience=_WAIT))
+
+
+def sound_headers(paths: Sequence[Path]) -> dict[Path, Header]:
+    """The headers of files. Raises FormatError that tells of all damaged ones together."""
+    found: dict[Path, Header] = {}
+    problems = []
+    for path, header in read_headers(paths):
+        if isinstance(header, FormatError):
+            problems.append(str(header))
+        else:
+            found[path] = header
+    if len(problems) == 1:
+        raise FormatError(problems[0])
+    if problems:
+        raise FormatError(describe_problems("checkpoint files cannot be read", problems))
+    return found

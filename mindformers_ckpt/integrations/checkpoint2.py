@@ -97,34 +97,12 @@ def _unlike(module: ModuleType) -> str:
     lacking = [name for name in (_LOAD, _LOADER, "get_real_rank") if not hasattr(module, name)]
     if lacking:
         return f"it has no {', '.join(lacking)}"
-    for name, expected in ((_LOAD, _load_checkpoint), (_LOADER, _reshard_loader)):
-        found = parameters_of(getattr(module, name))
-        if found != parameters_of(expected):
+    for name, replaced_by in ((_LOAD, _checked), (_LOADER, _loader_of)):
+        theirs = getattr(module, name)
+        found = parameters_of(theirs)
+        if found != parameters_of(replaced_by(theirs), is_wrapper=True):  # those of MindFormers 1.9 to 2.1
             return f"{name} has the parameters {found}"
     return "" if callable(getattr(getattr(module, _LOADER), "load", None)) else f"{_LOADER} has no load"
-
-
-# The parameters of the two in MindFormers 1.9 to 2.1.
-
-
-def _load_checkpoint(
-    checkpoint: str,
-    network: Any,
-    optimizer: Any = None,
-    global_step: int | None = None,
-    balanced_load: bool = False,
-    reshard_worker_num: int = 1,
-) -> None: ...
-
-
-def _reshard_loader(
-    checkpoint_dir: str,
-    dst_sharded_tensor_metas: Mapping[str, Any],
-    src_sharded_tensor_metas: Mapping[str, Any],
-    param_file_mappings: Mapping[str, Any],
-    reshard_worker_num: int = 1,
-    template: Any = None,
-) -> None: ...
 
 
 def _checked(theirs: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,6 +16,10 @@ def replace_everywhere(name: str, old: object, new: object) -> None:
             setattr(module, name, new)
 
 
-def parameters_of(function: Callable[..., Any]) -> list[tuple[str, Any]]:
-    """The names and default values of a function's parameters, which tell whether it can be replaced."""
-    return [(parameter.name, parameter.default) for parameter in inspect.signature(function).parameters.values()]
+def parameters_of(function: Callable[..., Any], *, is_wrapper: bool = False) -> list[tuple[str, Any]]:
+    """The names and default values of a function's parameters, which tell whether it can be replaced.
+
+    Of a wrapper those of what it wraps, unless it `is_wrapper` that matters.
+    """
+    parameters = inspect.signature(function, follow_wrapped=not is_wrapper).parameters.values()
+    return [(parameter.name, parameter.default) for parameter in parameters]

@@ -60,37 +60,36 @@ def look_together(cluster: Cluster, source: Checkpoint | None, root: Path) -> No
 
     `root` is where this rank finds the source. Nothing is told to, or believed of, ranks that anybody may be.
     """
-    helpers = [cluster.nodes.index(node) for node in dict.fromkeys(cluster.nodes)]
-    paths: list[Path] = []
+    first_of: dict[str, int] = {}
+    for rank, node in enumerate(cluster.nodes):
+        first_of.setdefault(node, rank)
+    helpers = list(first_of.values())
+    shares: dict[int, list[Path]] = {}
     if source is not None and len(helpers) > 1 and not cluster.unproved:
         most = len(helpers) * (MAX_VALUES // cluster.size // _BYTES_OF_FILE)
         paths = _worthwhile(source.unread(), root)[:most]
+        shares = {rank: paths[at :: len(helpers)] for at, rank in enumerate(helpers) if paths}
     told: tuple[bool, list[str]] = (False, [])
     if cluster.size > 1:
-        shares = [
-            (bool(paths), [name_from(root, path) for path in _share(paths, helpers, r)]) for r in range(cluster.size)
-        ]
-        told = cluster.hand_out("files to look at", shares if cluster.rank == MAIN_RANK else None)
+        values = None
+        if cluster.rank == MAIN_RANK:
+            names = {rank: [name_from(root, path) for path in share] for rank, share in shares.items()}
+            values = [(bool(shares), names.get(rank, [])) for rank in range(cluster.size)]
+        told = cluster.hand_out("files to look at", values)
     if not told[0]:
         return
     try:
         share = [path_in(root, text_of(name)) for name in list_of(told[1])]
         answers = cluster.gather("looked at", [_seen(header) for _, header in read_headers(share)])
         if source is not None:
-            _adopt(source, dict(_all_seen(paths, helpers, answers)))
+            _adopt(source, dict(_all_seen(shares, answers)))
     except (TypeError, ValueError) as error:
         raise PlanError(f"what another rank told of files cannot be read: {str(error)[:300]}") from None
 
 
-def _share(paths: Sequence[Path], helpers: Sequence[int], rank: int) -> Sequence[Path]:
-    """The files that a rank reads."""
-    return paths[helpers.index(rank) :: len(helpers)] if rank in helpers else ()
-
-
-def _all_seen(paths: Sequence[Path], helpers: Sequence[int], answers: Sequence[Any]) -> Iterator[tuple[Path, _Seen]]:
+def _all_seen(shares: Mapping[int, Sequence[Path]], answers: Sequence[Any]) -> Iterator[tuple[Path, _Seen]]:
     """What ranks say of the files that they could read."""
-    for rank in helpers:
-        share = _share(paths, helpers, rank)
+    for rank, share in shares.items():
         for path, value in zip(share, list_of(answers[rank], len(share))):
             if value is not None:
                 yield path, _Seen.told(value)

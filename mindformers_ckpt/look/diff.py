@@ -14,7 +14,7 @@ from mindformers_ckpt.formats import DType, TensorSpec
 from mindformers_ckpt.geometry.box import Box, blocks
 from mindformers_ckpt.look.arrays import numpy_type
 from mindformers_ckpt.look.holders import first_difference
-from mindformers_ckpt.look.whole import PathLike, WholeReader, checkpoint_at, whole_tensors
+from mindformers_ckpt.look.whole import PathLike, WholeReader, checkpoint_at
 from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
 from mindformers_ckpt.sources.plausibility import check_contents
 from mindformers_ckpt.strategy.model import Strategy
@@ -139,7 +139,7 @@ def diff(
 
 def _tensors(checkpoint: Checkpoint) -> Mapping[str, LogicalTensor]:
     """The tensors with elements, which are those that a .ckpt file can hold."""
-    return {name: tensor for name, tensor in whole_tensors(checkpoint).items() if tensor.spec.size}
+    return {name: tensor for name, tensor in checkpoint.whole_tensors().items() if tensor.spec.size}
 
 
 def _compare(

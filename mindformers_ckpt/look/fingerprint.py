@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mindformers_ckpt.checksums.crc64 import finished, raw
 from mindformers_ckpt.checksums.digest import TensorChecksum, digest_of
-from mindformers_ckpt.look.whole import PathLike, WholeReader, checkpoint_at, whole_tensors
+from mindformers_ckpt.look.whole import PathLike, WholeReader, checkpoint_at
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.plausibility import check_contents
 from mindformers_ckpt.strategy.model import Strategy
@@ -52,7 +52,7 @@ def fingerprint(
 
 def fingerprint_of(checkpoint: Checkpoint, contents: str = "error", progress: Progress | None = None) -> Fingerprint:
     """The fingerprint of a checkpoint whose files were found."""
-    tensors = whole_tensors(checkpoint)
+    tensors = checkpoint.whole_tensors()
     warnings = (*checkpoint.warnings, *check_contents(checkpoint, tensors, contents))
     total, done = sum(tensor.spec.nbytes for tensor in tensors.values()), 0
     found = []

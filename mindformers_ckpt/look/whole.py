@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES, empty_bytes
 from mindformers_ckpt.engine.reader import ShardReader
-from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.geometry.box import Box, blocks
 from mindformers_ckpt.objects.path import absolute
 from mindformers_ckpt.planning.model import Place, SourceFile
@@ -45,19 +45,6 @@ def as_strategy(strategy: PathLike | Strategy | None) -> Strategy:
     from mindformers_ckpt.strategy.files import read_strategy  # protobuf
 
     return read_strategy(absolute(strategy))
-
-
-def whole_tensors(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
-    """The tensors of a checkpoint. Raises PlanError that lists what of them no file holds."""
-    tensors = checkpoint.tensors()
-    lost = [
-        f"{name}: the box {box} of ranks {list(ranks[:8])}"
-        for name, tensor in tensors.items()
-        for box, ranks in tensor.missing
-    ]
-    if lost:
-        raise PlanError(describe_problems(f"{checkpoint.files.root}: of some tensors not all is there", lost))
-    return tensors
 
 
 class WholeReader:

@@ -11,9 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
+from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.formats import Header, TensorSpec
-from mindformers_ckpt.formats.headers import read_headers
+from mindformers_ckpt.formats.headers import sound_headers
 from mindformers_ckpt.geometry.box import Box, meets
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer
@@ -51,7 +51,7 @@ def plan_of_rank(rank: int, wanted: Mapping[str, Wanted], held: Mapping[str, Hel
     if problems:
         headline = f"{origin} cannot be loaded by rank {rank}; is it the checkpoint of this model, and is it complete?"
         raise PlanError(describe_problems(headline, problems))
-    headers = _headers(sorted({part.file for taken in parts.values() for part in taken}))
+    headers = sound_headers(sorted({part.file for taken in parts.values() for part in taken}))
     problems = _contradictions(parts, headers)
     if problems:
         headline = f"{origin}: files and their metadata do not belong together; copy the checkpoint again"
@@ -97,19 +97,6 @@ def _cells(layout: Layout | None, shape: tuple[int, ...], wanted: Box) -> tuple[
     if layout is None:
         return ((0, Box.whole(shape)),)
     return tuple((number_of(layout, members[0]), box) for box, members in layout.shards(shape) if meets(box, wanted))
-
-
-def _headers(files: list[Path]) -> dict[Path, Header]:
-    found: dict[Path, Header] = {}
-    damaged = []
-    for path, header in read_headers(files):
-        if isinstance(header, FormatError):
-            damaged.append(str(header))
-        else:
-            found[path] = header
-    if damaged:
-        raise FormatError(describe_problems("checkpoint files cannot be read", damaged))
-    return found
 
 
 def _contradictions(parts: Mapping[str, Sequence[_Part]], headers: Mapping[Path, Header]) -> list[str]:

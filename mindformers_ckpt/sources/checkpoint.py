@@ -6,9 +6,9 @@ from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mindformers_ckpt.errors import FormatError, PlanError, StrategyError, describe_problems
+from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
 from mindformers_ckpt.formats import Header, TensorRecord, TensorSpec, read_header
-from mindformers_ckpt.formats.headers import read_headers
+from mindformers_ckpt.formats.headers import sound_headers
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.sources import checkpoint2, shards
@@ -95,6 +95,18 @@ class Checkpoint:
         if self._tensors is None:
             self._tensors = self._find_tensors()
         return self._tensors
+
+    def whole_tensors(self) -> dict[str, LogicalTensor]:
+        """All tensors, as `tensors`. Raises PlanError that lists what of them no file holds, too."""
+        tensors = self.tensors()
+        lost = [
+            f"{name}: the box {box} is held by ranks {list(ranks[:8])}, none of whose files is there"
+            for name, tensor in tensors.items()
+            for box, ranks in tensor.missing
+        ]
+        if lost:
+            raise PlanError(describe_problems(f"{self.files.root}: of some tensors not all is there", lost))
+        return tensors
 
     def _find_tensors(self) -> dict[str, LogicalTensor]:
         self._raise_damaged()
@@ -189,16 +201,7 @@ class Checkpoint:
 
     def _raise_damaged(self) -> None:
         """Read the headers of all files, and report all damaged ones together."""
-        problems = []
-        for path, header in read_headers(self.unread()):
-            if isinstance(header, FormatError):
-                problems.append(str(header))
-            else:
-                self._headers[path] = header
-        if len(problems) == 1:
-            raise FormatError(problems[0])
-        if problems:
-            raise FormatError(describe_problems("checkpoint files cannot be read", problems))
+        self._headers.update(sound_headers(self.unread()))
 
     def _raise_other_content(self) -> None:
         """Compare the files with what the source itself records of them. Raises PlanError that lists what differs."""

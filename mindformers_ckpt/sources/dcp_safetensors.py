@@ -13,9 +13,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
+from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.formats import Header, TensorSpec
-from mindformers_ckpt.formats.headers import read_headers
+from mindformers_ckpt.formats.headers import sound_headers
 from mindformers_ckpt.geometry.box import Box, hull
 from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.shards import LogicalTensor, Shard, from_boxes
@@ -46,18 +46,13 @@ def read(listing: Listing) -> Source:
     files = [root / name for name in listing.file_names if is_part(name)]
     _check_numbers(root, files)
     boxes: dict[str, list[tuple[TensorSpec, Shard]]] = {}
-    damaged, problems = [], []
-    for path, header in read_headers(files):
-        if isinstance(header, FormatError):
-            damaged.append(str(header))
-            continue
+    problems = []
+    for path, header in sound_headers(files).items():
         try:
             for spec, shard in _shards(path, header):
                 boxes.setdefault(spec.name, []).append((spec, shard))
         except ValueError as error:
             problems.append(f"{path.name}: {error}")
-    if damaged:
-        raise FormatError(damaged[0] if len(damaged) == 1 else describe_problems("files cannot be read", damaged))
     tensors: dict[str, LogicalTensor] = {}
     for name, found in boxes.items():
         try:

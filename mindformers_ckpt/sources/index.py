@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mindformers_ckpt.disk.waiting import each
-from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
-from mindformers_ckpt.formats.headers import read_headers
+from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.formats.headers import sound_headers
 from mindformers_ckpt.text_files import read_json_object
 
 NAME_MAP_FILE = "param_name_map.json"
@@ -45,15 +45,8 @@ def check_index(path: Path, owners: dict[str, Path]) -> tuple[str, ...]:
     Raises FormatError for damaged files, and PlanError where a tensor is not in the file that the index says. Tensors
     that files hold besides are left aside, as transformers does; returns the warning that says so.
     """
-    held = {}
-    damaged = []
-    for file, header in read_headers(list(dict.fromkeys(owners.values()))):
-        if isinstance(header, FormatError):
-            damaged.append(str(header))
-        else:
-            held[file] = header.tensors
-    if damaged:
-        raise FormatError(damaged[0] if len(damaged) == 1 else describe_problems("files cannot be read", damaged))
+    headers = sound_headers(list(dict.fromkeys(owners.values())))
+    held = {file: header.tensors for file, header in headers.items()}
     absent = [f"{tensor} in {file.name}" for tensor, file in owners.items() if tensor not in held[file]]
     if absent:
         raise PlanError(describe_problems(f"{path} names tensors that are not there; is it of these files?", absent))
