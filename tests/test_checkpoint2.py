@@ -24,6 +24,7 @@ from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_huggingface, find_source
 from mindformers_ckpt.sources.source import Kind
 from mindformers_ckpt.strategy.files import read_strategy
+from mindformers_ckpt.strategy.metadata import parse_metadata
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import transform
 
@@ -253,6 +254,7 @@ WRONG: dict[str, Callable[[Any], object]] = {
     "names an axis that the device matrix": lambda c: of_weight(c)["layout"].update(tensor_map=[2, -1]),
     "its slices are interleaved": lambda c: of_weight(c)["layout"].update(interleaved_parallel=True),
     "are not the 4 ranks of a stage in their order": lambda c: of_weight(c)["layout"].update(rank_list=[0, 2, 1, 3]),
+    r"its ranks \[\] are not the 4 ranks": lambda c: of_weight(c)["layout"].update(rank_list=[]),
     r"it is cut into \[2, 1\] pieces": lambda c: of_weight(c).update(axis_fragmentations=[2, 1]),
     "cannot be cut evenly": lambda c: of_weight(c).update(global_shape=[18, 4]),
     r"linear_qkv.weight is \[4, 4\], metadata.json says \[8, 4\]": lambda c: of_weight(c).update(global_shape=[32, 4]),
@@ -264,6 +266,30 @@ WRONG: dict[str, Callable[[Any], object]] = {
 def test_wrong_metadata_is_an_error(words: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"(?s){words}"):
         open_checkpoint(changed(tmp_path, WRONG[words])).tensors()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["'w'w'", "'w', 'w'", "'w", "'a\\d'", "'\\U00110000'", "'w\nw'", "'w\0'", "'w\ud800'", "'a' 'w'", "f'w'", "w"],
+)
+def test_names_that_python_would_not_write_are_an_error(name: str, tmp_path: Path) -> None:
+    copy = changed(tmp_path, lambda c: c["storage_data"].update({f"({name}, (0,))": []}))
+    with pytest.raises(CheckpointError, match=r"is not a metadata.json of MindFormers"):
+        open_checkpoint(copy)
+
+
+def test_every_name_that_python_writes_can_be_read(tmp_path: Path) -> None:
+    """Quotes of both kinds, escapes and characters of every length."""
+    names = ["it's", 'a"b', 'it\'s "x"', "a\\d", "ä\n\t\x7f", "\u2028", "\U000e0001", "a[0:1]", ""]
+
+    def renamed(content: Any) -> None:
+        described, stored = content["state_dict_metadata"], content["storage_data"]
+        places = stored[str((WEIGHT, (0,)))]
+        described.update(dict.fromkeys(names, described[WEIGHT]))
+        stored.update({str((name, (0,))): places for name in names})
+
+    found = parse_metadata(tmp_path, (changed(tmp_path, renamed) / "metadata.json").read_bytes())
+    assert {slice.name for slice in found.stored} >= set(names)
 
 
 def test_a_gap_in_the_cover_is_an_error(tmp_path: Path) -> None:

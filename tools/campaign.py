@@ -44,6 +44,7 @@ class Campaign:
         self.counts: dict[str, Counter[str]] = defaultdict(Counter)
         self.faults: dict[str, list[tuple[str, int, str]]] = defaultdict(list)
         self.seconds: dict[str, float] = defaultdict(float)
+        self.shown: list[str] = []
         self.skipped: dict[str, str] = {}
         self._turns = 0
 
@@ -102,7 +103,8 @@ class Campaign:
     def _note(self, kind: str, what: str, seed: int, fault: str) -> None:
         self.faults[kind].append((what, seed, fault))
         if len(self.faults[kind]) <= SHOWN:
-            print(f"FAULT {kind}: {what}: {fault}\n  {_command(kind, seed)}", flush=True)
+            self.shown.append(f"FAULT {kind}: {what}: {fault}\n  {_command(kind, seed)}")
+            print(self.shown[-1], flush=True)
 
     def table(self) -> str:
         """What was attacked, how often, and how many faults there were."""
@@ -158,6 +160,8 @@ def main() -> int:
             with contextlib.suppress(KeyboardInterrupt):  # what was found until then is shown
                 _in_turn(campaign, kinds, options.minutes * 60)
     print(f"{campaign.table()}\n\n{campaign.totals()}")
+    for shown in campaign.shown:  # again, where the end of a long log shows them
+        print(shown)
     return 1 if campaign.fault_count else 0
 
 

@@ -27,7 +27,10 @@ from mindformers_ckpt.text_files import parse_json
 METADATA_FILE = "metadata.json"
 LARGEST = 1 << 30
 MARK = "state_dict_metadata"
-_KEY = re.compile(r"\((?P<name>'.*'|\".*\"), \((?P<number>\d{1,9}),?\)\)", re.DOTALL)
+# What repr() writes of a string, and nothing else that Python would read there: see the escapes of str.__repr__.
+_ESCAPE = r"\\(?:[\\'\"nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U00(?:0[0-9a-f]|10)[0-9a-f]{4})"
+_NAME = rf"""'(?:[^'\\\r\n\0]|{_ESCAPE})*'|"(?:[^"\\\r\n\0]|{_ESCAPE})*\""""
+_KEY = re.compile(rf"\((?P<name>{_NAME}), \((?P<number>[0-9]{{1,9}}),?\)\)")
 
 
 class Recorded(NamedTuple):
@@ -158,7 +161,8 @@ def recorded_of(entry: Any) -> Recorded:
     parts = [part if isinstance(part, list) else [part] for part in found["tensor_map"]]
     layout = Layout(matrix, tuple(tuple(axis for axis in part if axis != -1) for part in parts))
     ranks = [_rank(rank) for rank in found["rank_list"]]
-    if ranks != list(range(ranks[0], ranks[0] + layout.rank_count)) or ranks[0] % layout.rank_count:
+    first = ranks[0] if ranks else 0
+    if ranks != list(range(first, first + layout.rank_count)) or first % layout.rank_count:
         raise StrategyError(f"its ranks {ranks[:20]} are not the {layout.rank_count} ranks of a stage in their order")
     if layout.cuts != tuple(_sizes_of(entry["axis_fragmentations"])):
         raise StrategyError(
@@ -166,7 +170,7 @@ def recorded_of(entry: Any) -> Recorded:
             f"{list(layout.cuts)}"
         )
     layout.boxes(shape)
-    return Recorded(shape, layout, ranks[0])
+    return Recorded(shape, layout, first)
 
 
 def _sizes(path: Path, tensors: Mapping[str, Recorded], stored: tuple[Stored, ...]) -> tuple[int, int]:
