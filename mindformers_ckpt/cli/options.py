@@ -15,7 +15,7 @@ from mindformers_ckpt.engine.page_cache import CAN_DROP
 from mindformers_ckpt.errors import did_you_mean
 from mindformers_ckpt.objects.path import as_path, is_url
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX
-from mindformers_ckpt.sources.plausibility import MODES
+from mindformers_ckpt.sources.source import MODES
 
 if TYPE_CHECKING:
     from mindformers_ckpt.api.request import Request

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 
 from mindformers_ckpt.errors import StrategyError
 from mindformers_ckpt.geometry.box import Box
@@ -107,7 +107,7 @@ class Layout:
         """Number of ranks in the stage."""
         return math.prod(self.device_matrix)
 
-    @property
+    @cached_property
     def cuts(self) -> tuple[int, ...]:
         """Number of even pieces of every dimension, optimizer shard included."""
         pieces = [math.prod(map(self._extent, axes)) for axes in self.tensor_map]

@@ -15,9 +15,10 @@ from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.formats import DType, Segment, TensorSpec
 from mindformers_ckpt.geometry.box import Box, blocks
 from mindformers_ckpt.look.arrays import numpy_type
+from mindformers_ckpt.look.blocks import WholeReader
 from mindformers_ckpt.look.comparing import Comparer
 from mindformers_ckpt.look.holders import first_difference
-from mindformers_ckpt.look.whole import PathLike, WholeReader, checkpoint_at
+from mindformers_ckpt.look.whole import PathLike, checkpoint_at
 from mindformers_ckpt.planning.model import Place, SourceFile, Transfer
 from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor, Shard
 from mindformers_ckpt.sources.plausibility import check_contents

@@ -50,10 +50,11 @@ def parse(path: Path, data: bytes) -> StageFile:
     if not rows.layouts:
         raise StrategyError(f"{path}: no parameter has a layout; is this a strategy file?")
     layouts: dict[str, Layout] = {}
+    known: dict[int, Layout] = {}  # of rows: many parameters are cut alike, and share theirs
     problems = []
     for name, row in rows.layouts:
         try:
-            layout = _layout(row)
+            layout = known.get(id(row)) or known.setdefault(id(row), _layout(row))
             if layouts.setdefault(name, layout) != layout:
                 raise StrategyError("it stands twice in the file, with different layouts")
         except StrategyError as error:
@@ -132,13 +133,22 @@ def _message_rows(path: Path, data: bytes) -> _Rows:
     try:
         message.ParseFromString(data)
         items = message.parallel_strategy_item
+        known: dict[bytes, _Row] = {}
         layouts = [
-            (_name(item.param_name), _message_row(item.parallel_layouts)) for item in message.parallel_layout_item
+            (_name(item.param_name), _shared_row(item.parallel_layouts, known)) for item in message.parallel_layout_item
         ]
         return _Rows(message.current_stage, items[0].parallel_strategys.stage if items else 0, layouts)
     # In protobuf's pure Python, damaged bytes end in errors of other kinds now and then.
     except (DecodeError, EncodeError, ValueError, RecursionError) as error:
         raise StrategyError(f"{path} is not a strategy file (protobuf: {error})") from None
+
+
+def _shared_row(fields: Any, known: dict[bytes, _Row]) -> _Row:
+    """The row of a parameter; the same object for all whose bytes are the same."""
+    data = fields.SerializeToString()
+    if data not in known:
+        known[data] = _message_row(fields)
+    return known[data]
 
 
 def _message_row(fields: Any) -> _Row:
