@@ -22,7 +22,7 @@ from typing import IO, Any
 import click
 
 from mindformers_ckpt import __version__
-from mindformers_ckpt.cli.help import EXIT_CODES, complete_help, what_is_missing
+from mindformers_ckpt.cli.help import EXIT_CODES, Context, complete_help, what_is_missing
 from mindformers_ckpt.cli.notices import complain, escape_what_the_locale_lacks, notice, open_closed_streams, say_json
 from mindformers_ckpt.cli.verbosity import add_verbosity
 from mindformers_ckpt.errors import CheckpointError, did_you_mean
@@ -77,6 +77,7 @@ class _LazyGroup(click.Group):
     """A group that imports only the command that is called."""
 
     as_json = False
+    context_class = Context
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
