@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import click
 
 from mindformers_ckpt.cli.folding import folded_command, width_of
+from mindformers_ckpt.errors import did_you_mean
 
 _PAGES = "docs/{} of the project"
 EXIT_CODES = (
@@ -110,6 +111,12 @@ def what_is_missing(error: click.MissingParameter) -> str:
     arguments = [each.human_readable_name for each in lacking if isinstance(each, click.Argument)]
     options = [each.opts[0] for each in lacking if isinstance(each, click.Option)]
     return missing(arguments, options)
+
+
+def no_such_option(error: click.NoSuchOption) -> str:
+    """The message for a misspelt option, as that for a misspelt command."""
+    known = [] if error.ctx is None else [name for each in error.ctx.command.params for name in each.opts]
+    return f"No such option {error.option_name!r}.{did_you_mean(error.option_name, known)}"
 
 
 def missing(arguments: Sequence[str], options: Sequence[str]) -> str:

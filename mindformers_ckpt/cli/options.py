@@ -54,7 +54,8 @@ class Whole(click.IntRange):
     """A whole number in a range."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        _check_number(self, int, value, "a whole number", param, ctx)
+        if not _is_number(int, value):
+            self.fail(f"{str(value)!r} is not a whole number.", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -62,22 +63,17 @@ class Number(click.FloatRange):
     """A number in a range."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        _check_number(self, float, value, "a number", param, ctx)
+        if not _is_number(float, value):
+            self.fail(f"{str(value)!r} is not a number.", param, ctx)
         return super().convert(value, param, ctx)
 
 
-def _check_number(
-    kind: click.IntRange | click.FloatRange,
-    number: Callable[[Any], float],
-    value: Any,
-    words: str,
-    param: click.Parameter | None,
-    ctx: click.Context | None,
-) -> None:
+def _is_number(kind: Callable[[Any], float], value: Any) -> bool:
     try:
-        number(value)
+        kind(value)
     except ValueError:
-        kind.fail(f"{str(value)!r} is not {words}.", param, ctx)
+        return False
+    return True
 
 
 class LocalPath(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
