@@ -7,13 +7,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from mindformers_ckpt import execution
+from mindformers_ckpt.job import looking, reslice
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.job.output_dir import OutputDir
@@ -65,6 +66,19 @@ def fill_the_disk(folder: Path) -> None:
             stream.flush()
 
 
+def amid_headers(action: Callable[[], object]) -> None:
+    """Have something happen when this rank has read ten headers of its share."""
+    read = looking.read_headers
+
+    def read_some(paths: Sequence[Path]) -> Iterator[Any]:
+        for number, header in enumerate(read(paths)):
+            if number == 10:
+                action()
+            yield header
+
+    looking.read_headers = read_some  # type: ignore[assignment]
+
+
 def at_step(name: str, action: Callable[[], object]) -> Callable[..., None]:
     def run(self: Cluster, step: str, *rest: Any) -> None:
         if step == name:
@@ -82,6 +96,10 @@ def arm(fault: str, config: Config) -> None:
         before(CheckpointHook, "load", kill)
     elif fault == "merge":
         before(hook_module, "merge_strategies", kill)
+    elif fault == "look":
+        before(reslice, "look_together", kill)
+    elif fault in ("looking", "hangs looking"):
+        amid_headers(kill if fault == "looking" else lambda: time.sleep(120))
     elif fault == "transform":
         copy = execution.copy_tasks  # type: ignore[attr-defined]  # between two blocks, with the workers of the pool at work
         execution.copy_tasks = lambda *a, **k: copy(*a, **{**k, "check": kill})  # type: ignore[attr-defined]
