@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mindformers_ckpt.cli.dry import say_plan
-from mindformers_ckpt.cli.making import How, making_options
+from mindformers_ckpt.cli.making import How, making_options, next_with_checkpoint2
 from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
 from mindformers_ckpt.cli.options import (
     PROCESSES,
@@ -24,7 +24,7 @@ from mindformers_ckpt.cli.options import (
 )
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.convert.plugins import find_plugin, parse_extra, run_plugin
-from mindformers_ckpt.convert.run import DTYPES, Request, convert, plan_conversion
+from mindformers_ckpt.convert.run import CHECKPOINT2, DTYPES, Request, convert, plan_conversion
 from mindformers_ckpt.errors import did_you_mean
 from mindformers_ckpt.strategy.model import Strategy
 
@@ -92,7 +92,7 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
     "--format",
     "--save-format",
     "format",
-    type=OneOf(["ckpt", "safetensors", "checkpoint2"]),
+    type=OneOf(["ckpt", "safetensors", CHECKPOINT2]),
     help="Of the MindSpore files.",
 )
 @click.option("--naming", type=OneOf(["legacy", "mcore"]), help="MindSpore names; left out: the model's usual.")
@@ -198,10 +198,10 @@ def command(
     elif not how.quiet:
         say(
             f"{result.model} ({result.naming} names): {result.tensors} tensors, {amount(result.bytes_written)} in "
-            f"{result.files} files at {result.destination}, {result.seconds:.2f} s"
+            f"{result.files} {'file' if result.files == 1 else 'files'} at {result.destination}, {result.seconds:.2f} s"
         )
         say_fingerprints(result.fingerprints, result.source_fingerprint, result.signature)
-        say(_next_step(result.destination, reverse, dst_strategy))
+        say(_next_step(result.destination, reverse, dst_strategy, format))
 
 
 def _suggestion(extra: Sequence[str]) -> str:
@@ -211,9 +211,11 @@ def _suggestion(extra: Sequence[str]) -> str:
     return did_you_mean(word, known)
 
 
-def _next_step(destination: Path, reverse: bool, strategy: Path | None) -> str:
+def _next_step(destination: Path, reverse: bool, strategy: Path | None, format: str | None) -> str:
     if reverse:
         return f"next: AutoModelForCausalLM.from_pretrained({str(destination)!r})"
+    if format == CHECKPOINT2:
+        return next_with_checkpoint2(destination)
     if strategy is not None:
         return f"next, in the yaml: load_checkpoint: {destination}, auto_trans_ckpt: False"
     return f"next, in the yaml: load_checkpoint: {destination}, auto_trans_ckpt: True"

@@ -64,6 +64,7 @@ def _checkpoint(path: Path, folder: Path) -> Iterator[Finding]:
     from mindformers_ckpt.sources.find import find_source
 
     if not path.exists():
+        yield Finding("path", f"{path} is not there; the folder above it was looked at")
         return
     try:
         source = find_source(path)

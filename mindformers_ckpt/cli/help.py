@@ -83,6 +83,18 @@ def what_is_missing(error: click.MissingParameter) -> str:
     return missing(arguments, options)
 
 
+def what_is_wrong(error: click.UsageError) -> str:
+    """The message of click; where it met paths that belong behind options, with what is to be given."""
+    message, context = error.format_message(), error.ctx
+    if context is None or not message.startswith("Got unexpected extra argument"):
+        return message
+    command = context.command
+    if any(isinstance(each, click.Argument) for each in command.params) or not isinstance(command, click.Command):
+        return message
+    needed = (command.options_metavar or "").removesuffix("[OPTIONS]").strip()
+    return f"{message}. Paths are given by options here{': ' if needed else ''}{needed}"
+
+
 def missing(arguments: Sequence[str], options: Sequence[str]) -> str:
     """The message for arguments and options that a call lacks."""
     named = [

@@ -12,6 +12,8 @@ import click
 from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, warn
 from mindformers_ckpt.cli.options import CACHE, DRY_RUN, FINGERPRINT, RESUME, SIGN, json_option
 from mindformers_ckpt.execution import Options, Report, affordable_processes
+from mindformers_ckpt.planning.model import Plan
+from mindformers_ckpt.strategy.iterations import is_save_path
 
 _QUIET = click.option("--quiet", is_flag=True, help="Print errors only.")
 
@@ -59,6 +61,16 @@ def making_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed((FINGERPRINT, SIGN, RESUME, CACHE, DRY_RUN, json_option, _QUIET)):
         made = option(made)
     return made
+
+
+def is_checkpoint2(plan: Plan) -> bool:
+    """Whether a plan makes a checkpoint 2.0, by the names of its files."""
+    return is_save_path({target.path.partition("/")[0] for target in plan.targets})
+
+
+def next_with_checkpoint2(destination: Path) -> str:
+    """The keys of a yaml of MindFormers under which a checkpoint 2.0 is loaded."""
+    return f"next, in the yaml of MindFormers: load_checkpoint: {destination}, use_legacy_format: False"
 
 
 def say_made(report: Report) -> None:

@@ -11,7 +11,7 @@ import click
 from mindformers_ckpt.api.merge_lora import MergeRequest
 from mindformers_ckpt.api.request import CHECKPOINT2
 from mindformers_ckpt.cli.dry import say_plan
-from mindformers_ckpt.cli.making import How, making_options, say_made
+from mindformers_ckpt.cli.making import How, is_checkpoint2, making_options, next_with_checkpoint2, say_made
 from mindformers_ckpt.cli.notices import say, say_json, warn
 from mindformers_ckpt.cli.options import (
     PROCESSES,
@@ -182,7 +182,10 @@ def command(
         say_json(asdict(report))
     elif not how.quiet:
         say_made(report)
-        say(f"next, in the yaml: load_checkpoint: {_loaded(report.destination, merge.plan)}, use_lora: False")
+        if is_checkpoint2(merge.plan):
+            say(next_with_checkpoint2(report.destination))
+        else:
+            say(f"next, in the yaml: load_checkpoint: {_loaded(report.destination, merge.plan)}, use_lora: False")
 
 
 def _scaling(lora_scaling: float | None, alpha: float | None, rank: int | None, use_rslora: bool) -> Scaling:

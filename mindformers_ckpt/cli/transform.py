@@ -12,7 +12,7 @@ import click
 from mindformers_ckpt.api.transform import run_job, verify_crcs
 from mindformers_ckpt.cli.dry import say_plan
 from mindformers_ckpt.cli.help import missing
-from mindformers_ckpt.cli.making import How, making_options, say_made
+from mindformers_ckpt.cli.making import How, is_checkpoint2, making_options, next_with_checkpoint2, say_made
 from mindformers_ckpt.cli.notices import say, say_json, warn
 from mindformers_ckpt.cli.options import (
     LocalPath,
@@ -98,6 +98,8 @@ def _as_json(report: Report, job: Job) -> dict[str, Any]:
 
 def _next_step(destination: Path, strategy: Path | None, job: Job) -> str:
     """The keys of a training yaml under which the result is loaded."""
+    if is_checkpoint2(job.plan):
+        return next_with_checkpoint2(destination)
     if len(job.plan.targets) == 1 and strategy is None:
         return f"next, in the yaml: load_checkpoint: {destination / job.plan.targets[0].path}, auto_trans_ckpt: True"
     return f"next, in the yaml of a job with this strategy: load_checkpoint: {destination}, auto_trans_ckpt: False"
