@@ -54,7 +54,9 @@ def _prefix(value: Any) -> str:
 def _path(value: Any) -> str:
     if not isinstance(value, (str, os.PathLike)):
         return f"a path was expected, not {value!r:.80}"
-    return "" if os.fspath(value).strip() else "the path is empty; is a variable not set?"
+    # A Path is "." where its text was empty; one in an object storage has no text of the system.
+    is_empty = isinstance(value, str) and not value.strip()
+    return "the path is empty; is a variable not set?" if is_empty else ""
 
 
 _RULES: dict[str, Callable[[Any], str]] = {
