@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from mindformers_ckpt.errors import StrategyError, describe_problems
 from mindformers_ckpt.geometry.layout import Layout
-from mindformers_ckpt.strategy.schema import strategy_map_class
+from mindformers_ckpt.strategy.schema import layouts_class, unread_map_class
 from mindformers_ckpt.text_files import parse_json, read_regular
 
 SINGLE_MARK, MERGED_MARK = 2, 1  # `current_stage`, which is not the stage: single files 2, merged files 1
@@ -51,9 +51,10 @@ def parse(path: Path, data: bytes) -> StageFile:
         raise StrategyError(f"{path}: no parameter has a layout; is this a strategy file?")
     layouts: dict[str, Layout] = {}
     problems = []
+    known: dict[int, Layout] = {}  # parameters that are cut alike have one row
     for name, row in rows.layouts:
         try:
-            layout = _layout(row)
+            layout = known.get(id(row)) or known.setdefault(id(row), _layout(row))
             if layouts.setdefault(name, layout) != layout:
                 raise StrategyError("it stands twice in the file, with different layouts")
         except StrategyError as error:
@@ -128,13 +129,17 @@ def _message_rows(path: Path, data: bytes) -> _Rows:
 
     if data[:1] == b"\n":
         raise StrategyError(f"{path} is not a strategy file: it looks like a checkpoint; give the strategy instead")
-    message = strategy_map_class()()
+    message = unread_map_class()()
+    rows: dict[bytes, _Row] = {}  # many parameters are cut alike
     try:
         message.ParseFromString(data)
         items = message.parallel_strategy_item
-        layouts = [
-            (_name(item.param_name), _message_row(item.parallel_layouts)) for item in message.parallel_layout_item
-        ]
+        layouts = []
+        for item in message.parallel_layout_item:
+            name, fields = _name(item.param_name), item.parallel_layouts
+            if fields not in rows:
+                rows[fields] = _message_row(layouts_class().FromString(fields))
+            layouts.append((name, rows[fields]))
         return _Rows(message.current_stage, items[0].parallel_strategys.stage if items else 0, layouts)
     # In protobuf's pure Python, damaged bytes end in errors of other kinds now and then.
     except (DecodeError, EncodeError, ValueError, RecursionError) as error:
