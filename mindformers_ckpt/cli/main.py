@@ -5,14 +5,16 @@ Exit codes: 0 done, 1 wrong input or failed, 2 usage, 130 interrupted, 143 ended
 
 from __future__ import annotations
 
+import gc
+
 from mindformers_ckpt.cli import signals
 
 if signals.is_program():
     signals.quiet_start()
+    gc.disable()  # as `main` does it; the modules that are imported from here on are a tenth of the work
 
 import contextlib
 import errno
-import gc
 import importlib
 import os
 import sys
@@ -226,4 +228,8 @@ def main(arguments: list[str] | None = None) -> Any:
     # Plans are millions of tuples without cycles, and looking for cycles in them took a third of the planning.
     gc.disable()
     escape_what_the_locale_lacks()
-    cli.main(arguments, prog_name="mindformers-ckpt")
+    try:
+        cli.main(arguments, prog_name="mindformers-ckpt")
+    finally:
+        if signals.is_program():
+            gc.freeze()  # what is left is not looked through for cycles when the interpreter ends

@@ -18,7 +18,7 @@ from mindformers_ckpt.engine.reader import Read, Reader, ShardReader
 from mindformers_ckpt.engine.sinks import Sink
 from mindformers_ckpt.engine.tasks import Done, Slice, SourceShare, Task, TensorHash, TensorShare, blocks_of
 from mindformers_ckpt.engine.views import in_view, target_runs
-from mindformers_ckpt.engine.ways import Way, Ways
+from mindformers_ckpt.engine.ways import Run, Way, Ways
 from mindformers_ckpt.formats import DType
 from mindformers_ckpt.geometry.box import Box, offset_in
 from mindformers_ckpt.planning.model import Place, SourceFile, View
@@ -148,13 +148,24 @@ class Copier:
     def _copy_rows(self, piece: _Piece, block: Box) -> None:
         """Copy what each target takes of each source as one run, in pieces small enough to stay in a core's cache."""
         name, dtype = piece.transfer.name, piece.transfer.dtype
-        for files, place, length, in_source, position, in_whole in piece.way.runs(block):
-            lead = PIECE_BYTES - self._sink.offset(files[0], name, position) % PIECE_BYTES
-            for data in self._reader.stream(place, name, dtype, in_source, length, lead):
-                for file in files:
-                    self._sink.write(file, name, position, data)
-                self._count(piece, in_whole, data)
-                position, in_whole = position + len(data), in_whole + len(data)
+        for place, start, length, runs in piece.way.readings(block):
+            first, lead, done = runs[0], PIECE_BYTES, 0
+            if length > PIECE_BYTES:  # otherwise it is one piece
+                lead -= self._sink.offset(first.files[0], name, first.in_target) % PIECE_BYTES
+            for data in self._reader.stream(place, name, dtype, start, length, lead):
+                if len(runs) == 1:
+                    self._write_run(piece, first, done, data)
+                    done += len(data)
+                    continue
+                for run in runs:
+                    self._write_run(piece, run, 0, data[: run.length])
+                    data = data[run.length :]
+
+    def _write_run(self, piece: _Piece, run: Run, done: int, data: memoryview) -> None:
+        """Give the bytes of a run from `done` on to the files that take it."""
+        for file in run.files:
+            self._sink.write(file, piece.transfer.name, run.in_target + done, data)
+        self._count(piece, run.in_whole + done, data)
 
     def _copy_block(self, piece: _Piece, block: Box) -> None:
         transfer = piece.transfer

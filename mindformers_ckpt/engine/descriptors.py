@@ -100,9 +100,10 @@ class Descriptors:
         """The descriptor of a file, which nobody closes meanwhile."""
         file = self._entry(path)
         try:
-            with file.lock:
-                if file.descriptor is None:
-                    file.descriptor = self._opened(path)
+            if file.descriptor is None:
+                with file.lock:
+                    if file.descriptor is None:
+                        file.descriptor = self._opened(path)
             yield file.descriptor
         finally:
             with self._changed:
@@ -206,6 +207,8 @@ def fill(descriptor: Handle, path: Path, offset: int, view: memoryview) -> None:
 
 def file_ranges(segments: Sequence[Segment], start: int, length: int) -> list[tuple[int, int]]:
     """The byte ranges (offset, length) of a file that hold `length` bytes from `start` of a tensor's content."""
+    if segments and 0 < length <= segments[0].length - start:  # as nearly always
+        return [(segments[0].offset + start, length)]
     found = []
     for offset, held in segments:
         if not length:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -70,14 +71,19 @@ class Comparer:
         import numpy as np
 
         name = transfer.name
-        for files, place, length, in_source, position, _ in way.runs(block):
-            contents = [(file, *self._contents(file, name)) for file in files]
-            for data in self._reader.stream(place, name, transfer.dtype, in_source, length, PIECE_BYTES):
-                expected = np.frombuffer(data, np.uint8)
-                for file, path, segments in contents:
-                    there = self._there.read(path, segments, position, len(data))
-                    self._compare(file, name, position, there, expected)
-                position += len(data)
+        for place, start, length, runs in way.readings(block):
+            left = deque(runs)
+            run, done = left.popleft(), 0
+            for data in self._reader.stream(place, name, transfer.dtype, start, length, PIECE_BYTES):
+                values = np.frombuffer(data, np.uint8)
+                while len(values):
+                    if done == run.length:
+                        run, done = left.popleft(), 0
+                    expected = values[: run.length - done]
+                    for file in run.files:
+                        there = self._there.read(*self._contents(file, name), run.in_target + done, len(expected))
+                        self._compare(file, name, run.in_target + done, there, expected)
+                    done, values = done + len(expected), values[len(expected) :]
 
     def _compare_block(self, transfer: Transfer, way: Way, block: Box) -> None:
         """Compare what each target takes of a block with its file, where the block was read."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from mindformers_ckpt.disk.nearby import like_it
 from mindformers_ckpt.errors import StrategyError, describe_problems
 from mindformers_ckpt.geometry.layout import Layout
-from mindformers_ckpt.strategy.schema import strategy_map_class
+from mindformers_ckpt.strategy.schema import layouts_class, unread_map_class
 from mindformers_ckpt.text_files import parse_json, read_regular
 
 SINGLE_MARK, MERGED_MARK = 2, 1  # `current_stage`, which is not the stage: single files 2, merged files 1
@@ -54,8 +54,8 @@ def parse(path: Path, data: bytes) -> StageFile:
     if not rows.layouts:
         raise StrategyError(f"{path}: no parameter has a layout; is this a strategy file?")
     layouts: dict[str, Layout] = {}
-    known: dict[int, Layout] = {}  # of rows: many parameters are cut alike, and share theirs
     problems = []
+    known: dict[int, Layout] = {}  # parameters that are cut alike have one row
     for name, row in rows.layouts:
         try:
             layout = known.get(id(row)) or known.setdefault(id(row), _layout(row))
@@ -133,28 +133,23 @@ def _message_rows(path: Path, data: bytes) -> _Rows:
 
     if data[:1] == b"\n":
         raise StrategyError(f"{path} is not a strategy file: it looks like a checkpoint; give the strategy instead")
-    message = strategy_map_class()()
+    message = unread_map_class()()
+    rows: dict[bytes, _Row] = {}  # many parameters are cut alike
     try:
         message.ParseFromString(data)
         items = message.parallel_strategy_item
-        known: dict[bytes, _Row] = {}
-        layouts = [
-            (_name(item.param_name), _shared_row(item.parallel_layouts, known)) for item in message.parallel_layout_item
-        ]
+        layouts = []
+        for item in message.parallel_layout_item:
+            name, fields = _name(item.param_name), item.parallel_layouts
+            if fields not in rows:
+                rows[fields] = _message_row(layouts_class().FromString(fields))
+            layouts.append((name, rows[fields]))
         return _Rows(message.current_stage, items[0].parallel_strategys.stage if items else 0, layouts)
     # In protobuf's pure Python, damaged bytes end in errors of other kinds now and then.
     except (DecodeError, EncodeError, ValueError, RecursionError) as error:
         raise StrategyError(
             f"{path} is not a strategy file (protobuf: {error}); give ckpt_strategy_rank_<n>.ckpt, or its folder"
         ) from None
-
-
-def _shared_row(fields: Any, known: dict[bytes, _Row]) -> _Row:
-    """The row of a parameter; the same object for all whose bytes are the same."""
-    data = fields.SerializeToString()
-    if data not in known:
-        known[data] = _message_row(fields)
-    return known[data]
 
 
 def _message_row(fields: Any) -> _Row:
