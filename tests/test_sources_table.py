@@ -397,8 +397,12 @@ CASES = [
         refused_by_all("complete weights, with `--step` or `resume_training: NAME`", at(build, step), words)
         for build, step, words in (
             (complete("l-1_1.ckpt", "m-1_1.ckpt", given="."), "1_1", "could be l-1_1.ckpt, m-1_1.ckpt"),
-            (complete("l-1_1.ckpt", given="."), "1_2", "is none of l-1_1.ckpt"),
-            (complete("l-1_1.ckpt"), "1_2", "is none of l-1_1.ckpt"),
+            (
+                complete("l-1_1.ckpt", given="."),
+                "1_2",
+                "l-1_1.ckpt is the only file, and not of '(any-)?1_2'; leave the step out",
+            ),
+            (complete("l-1_1.ckpt"), "1_2", "l-1_1.ckpt is the only file, and not of '(any-)?1_2'; leave the step out"),
             (parts("a.safetensors", "b.safetensors", index=True), "a.safetensors", "which has no steps"),
             (hugging_face({"model.safetensors": 1}), "1_1", "which has no steps"),
         )

@@ -91,7 +91,9 @@ def at_step(source: Source, wanted: str) -> Source:
     if len(found) != 1:
         held = listed([file.name for file in found or source.files])
         if len(source.files) == 1:
-            raise PlanError(f"{source.root} is one file, and not of {wanted!r}; leave the step out to read {held}")
+            raise PlanError(
+                f"{source.root}: {held} is the only file, and not of {wanted!r}; leave the step out to read it"
+            )
         fault = "could be" if found else "is none of"
         raise PlanError(f"{source.root}: {wanted!r} {fault} {held}; give the name of the file to read")
     return Source(found[0], {0: (found[0],)}, warnings=source.warnings)

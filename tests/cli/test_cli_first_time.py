@@ -30,7 +30,7 @@ OTHERS = {
     "verify full.ckpt": (1, "is not a folder; a file is compared with its source"),
     "verify nothing": (1, "has no manifest.json, .* compare it with what it was made of"),
     "verify sharded --public-key key.pem": (1, "there is no key at key.pem; give the file"),
-    "inspect full.ckpt --step 3_9": (1, "is one file, and not of '3_9'; leave the step out to read full.ckpt"),
+    "inspect full.ckpt --step 3_9": (1, "full.ckpt is the only file, and not of '3_9'; leave the step out"),
     "inspect sharded --rank 9": (1, "holds no file of rank 9; ranks with files: 0-3"),
     "inspect sharded --name wq": (1, "no parameter is called like 'wq'; there are embedding.weight, "),
     "inspect sharded --strategy dp2mp": (1, "no strategy file or folder at .*a job saves it .*Did you mean 'dp2mp2'"),
