@@ -140,6 +140,28 @@ def test_a_request_a_megabyte_and_few_opens(
     assert max(opened[name] for name in names) == 1
 
 
+@pytest.mark.parametrize(("rows", "reads_a_source"), [(256, 1), (16384, 2)])
+def test_short_runs_that_follow_each_other_are_read_at_once(
+    rows: int, reads_a_source: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two targets take of each source: one read for both, where they are no more than a piece together."""
+    lengths: list[int] = []
+    real = Fetcher.read
+
+    def read(self: Fetcher, path: Path, start: int, memory: memoryview) -> None:
+        lengths.append(len(memory))
+        real(self, path, start, memory)
+
+    monkeypatch.setattr(Fetcher, "has_to_wait", lambda *_: False)
+    monkeypatch.setattr(Fetcher, "read", read)
+    source, target = (Strategy.of_stages(({"w": Layout((count,), ((0,), ()))},), str(count)) for count in (2, 4))
+    model = random_model({"w": (rows, 64)})
+    transform(plan_from(write_ranks(tmp_path / "source", parts(source, model)), source, target), tmp_path / "result")
+    (tmp_path / "result" / "manifest.json").unlink()
+    assert_ranks(tmp_path / "result", parts(target, model))
+    assert lengths == [model["w"].bits.nbytes // 2 // reads_a_source] * 2 * reads_a_source
+
+
 @pytest.mark.parametrize("what", ["nothing", "less"])
 def test_what_could_not_be_read_ahead_is_read_in_the_ordinary_way(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
