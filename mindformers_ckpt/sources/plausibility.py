@@ -34,8 +34,6 @@ from mindformers_ckpt.sources.numbers import Comparison, are_constant, compare
 from mindformers_ckpt.sources.sampling import SMALLEST, Chosen, Pair, Samples, choose, read_samples, repeats_itself
 from mindformers_ckpt.state_names import state_of
 
-# What is done about contents that contradict the strategy.
-MODES = ("error", "warn", "off")
 _LISTED = 20
 # Replicas are trained by the same operations, but not every reduction repeats bit for bit.
 _DRIFT = 0.02
@@ -67,7 +65,7 @@ class _Equals(NamedTuple):
 def check_names(source: Checkpoint, tensors: Mapping[str, LogicalTensor]) -> None:
     """Raise PlanError when files and strategy have no parameter in common."""
     named = source.strategy.names()
-    if named and tensors and not named & tensors.keys():
+    if named and tensors and named.isdisjoint(tensors):
         raise PlanError(
             f"{source.files.root} and its strategy ({source.strategy.origin}) have no parameter in common: the files "
             f"hold {min(tensors)}, …, the strategy names {min(named)}, …; it is the strategy of another model"
