@@ -630,6 +630,24 @@ def test_boxes_that_overlap_are_read_once() -> None:
     assert not ways.is_cut_by_rows(transfer._replace(targets=(*places, Place(3, whole))))
 
 
+def test_what_is_kept_of_a_way_does_not_grow_with_blocks_times_targets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ways, "_COPIES", 18)
+    monkeypatch.setattr(tasks, "BLOCK_BYTES", 64)
+    model = random_model({"w": (64, 16), "v": (4, 4)})
+    plan = plan_from(write_ranks(tmp_path / "source", parts(MP4, model)), MP4, MP2)
+    transfer = next(transfer for transfer in plan.transfers if transfer.name == "w")
+    way, blocks = ways.Way(transfer, by_rows=True), list(tasks.block_boxes(transfer))
+    assert len(blocks) > 9
+    for block in blocks:
+        assert {file for take in way.takes(block, False) for file in take.files} == {0, 1}
+        assert len(way._takes) <= 3
+    transform(plan, tmp_path / "result")
+    (tmp_path / "result" / "manifest.json").unlink()
+    assert_ranks(tmp_path / "result", parts(MP2, model))
+
+
 @pytest.mark.parametrize("may_fork", [False, True])
 def test_a_worker_killed_however_it_was_started(may_fork: bool, tmp_path: Path) -> None:
     sparse_source(tmp_path / "source", 64)

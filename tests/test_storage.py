@@ -23,7 +23,7 @@ from recorded import assert_ranks, random_model, write_ranks
 from slow_mount import mounted, why_not
 from test_execute import MP2, MP4, parts, plan_from
 
-from mindformers_ckpt.engine import ahead, into_memory, sinks, tasks
+from mindformers_ckpt.engine import ahead, descriptors, into_memory, sinks, tasks
 from mindformers_ckpt.engine.ahead import Ahead, Extent, Fetcher, merged
 from mindformers_ckpt.engine.sinks import FileSink
 from mindformers_ckpt.errors import FormatError, TransferError
@@ -35,6 +35,7 @@ from mindformers_ckpt.formats.tensor_file import TensorSpec
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.job.cluster.cluster import RankError
 from mindformers_ckpt.job.direct import read_direct
+from mindformers_ckpt.objects.reading import Handle
 from mindformers_ckpt.planning.model import Plan, TargetFile
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import transform
@@ -138,6 +139,28 @@ def test_a_request_a_megabyte_and_few_opens(
     names = {file.path.parent.name for file in plan.sources}
     assert {name for name in opened if name in names} == names
     assert max(opened[name] for name in names) == 1
+
+
+@pytest.mark.parametrize(("rows", "reads_a_source"), [(256, 1), (16384, 2)])
+def test_short_runs_that_follow_each_other_are_read_at_once(
+    rows: int, reads_a_source: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two targets take of each source: one read for both, where they are no more than a piece together."""
+    lengths: list[int] = []
+    real = descriptors.fill
+
+    def fill(descriptor: Handle, path: Path, start: int, memory: memoryview) -> None:
+        lengths.append(len(memory))
+        real(descriptor, path, start, memory)
+
+    monkeypatch.setattr(Fetcher, "has_to_wait", lambda *_: False)
+    monkeypatch.setattr(ahead, "fill", fill)
+    source, target = (Strategy.of_stages(({"w": Layout((count,), ((0,), ()))},), str(count)) for count in (2, 4))
+    model = random_model({"w": (rows, 64)})
+    transform(plan_from(write_ranks(tmp_path / "source", parts(source, model)), source, target), tmp_path / "result")
+    (tmp_path / "result" / "manifest.json").unlink()
+    assert_ranks(tmp_path / "result", parts(target, model))
+    assert lengths == [model["w"].bits.nbytes // 2 // reads_a_source] * 2 * reads_a_source
 
 
 @pytest.mark.parametrize("what", ["nothing", "less"])

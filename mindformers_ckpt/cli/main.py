@@ -11,7 +11,7 @@ from mindformers_ckpt.cli import signals
 
 if signals.is_program():
     signals.quiet_start()
-    gc.disable()  # as `main` does it; the modules that are imported from here on are a tenth of the work
+    gc.disable()  # as `main` does it, for the imports too
 
 import contextlib
 import errno
@@ -232,4 +232,4 @@ def main(arguments: list[str] | None = None) -> Any:
         cli.main(arguments, prog_name="mindformers-ckpt")
     finally:
         if signals.is_program():
-            gc.freeze()  # what is left is not looked through for cycles when the interpreter ends
+            gc.freeze()  # the interpreter looks for cycles once more when it ends, in all that is not frozen

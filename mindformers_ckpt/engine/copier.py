@@ -174,14 +174,12 @@ class Copier:
             for (place, taken), (_, content) in zip(piece.way.parts(block), held):
                 piece.count_source(place, taken, content)
             held = self._counted(piece, block, held)
-        for (box, view), files in piece.way.takers.items():
-            part = box.intersect(block)
-            if part is None:
-                continue
-            data = self._gathered(part, held, transfer.dtype).reshape(-1).view("u1").data
-            if (box, view) in piece.digests:
-                piece.digests[box, view].update(data)
-            self._write_block(piece, (box, view), part, data, files)
+        arrays = [array for _, array in held]
+        for taker, files, part, copies in piece.way.takes(block, len(held) == 1 and held[0][0] == block):
+            data = self._gathered(part.shape, copies, arrays, transfer.dtype).reshape(-1).view("u1").data
+            if taker in piece.digests:
+                piece.digests[taker].update(data)
+            self._write_block(piece, taker, part, data, files)
 
     def _write_block(
         self, piece: _Piece, taker: tuple[Box, View | None], part: Box, data: memoryview, files: Sequence[int]
@@ -215,18 +213,21 @@ class Copier:
             piece.share ^= share_of_run(data, start, math.prod(transfer.shape) * transfer.dtype.itemsize)
 
     def _gathered(
-        self, part: Box, held: Sequence[tuple[Box, np.ndarray[Any, np.dtype[Any]]]], dtype: DType
+        self,
+        shape: tuple[int, ...],
+        copies: Sequence[tuple[int, tuple[slice, ...], tuple[slice, ...]]],
+        arrays: Sequence[np.ndarray[Any, np.dtype[Any]]],
+        dtype: DType,
     ) -> np.ndarray[Any, np.dtype[Any]]:
         """The elements of a part, contiguous: where they were read, if they are so there."""
-        pieces = [(box, common, array) for box, array in held if (common := box.intersect(part)) is not None]
-        if len(pieces) == 1:
-            ((box, common, array),) = pieces
-            content: np.ndarray[Any, np.dtype[Any]] = array[common.relative_to(box).slices()]
+        if len(copies) == 1:
+            ((number, there, _),) = copies
+            content: np.ndarray[Any, np.dtype[Any]] = arrays[number][there]
             if content.flags.c_contiguous:
                 return content
-        (gathered,) = self._scratch.arrays("gathered", dtype, [part.shape])
-        for box, common, array in pieces:
-            gathered[common.relative_to(part).slices()] = array[common.relative_to(box).slices()]
+        (gathered,) = self._scratch.arrays("gathered", dtype, [shape])
+        for number, there, here in copies:
+            gathered[here] = arrays[number][there]
         return gathered
 
 

@@ -14,11 +14,13 @@ from mindformers_ckpt.engine.buffers import PIECE_BYTES
 from mindformers_ckpt.geometry.box import Box, are_disjoint, offset_in
 from mindformers_ckpt.planning.model import Place, Transfer, View
 
-# What is kept: blocks of a way (a tensor of 500 MB has 64 of them), and ways.
+# What is kept: blocks of a way (a tensor of 500 MB has 64 of them), copies of columns in them, and ways.
 _BLOCKS = 256
+_COPIES = 1024
 _WAYS = 256
 
 Taker = tuple[Box, "View | None"]
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -40,6 +42,15 @@ class Reading(NamedTuple):
     runs: Sequence[Run]
 
 
+class Take(NamedTuple):
+    """What some files take of a block. A copy: the number of an array that was read, a place in it, and one here."""
+
+    taker: Taker
+    files: Sequence[int]
+    part: Box
+    copies: Sequence[tuple[int, tuple[slice, ...], tuple[slice, ...]]]
+
+
 class Way:
     """How the blocks of a transfer are copied, and of all others with the same places, shape and element size."""
 
@@ -53,6 +64,7 @@ class Way:
         self._meetings = _row_meetings(transfer, self.takers) if is_so else None
         self._parts: dict[Box, Sequence[tuple[Place, Box]]] = {}
         self._readings: dict[Box, Sequence[Reading]] = {}
+        self._takes: dict[tuple[Box, bool], Sequence[Take]] = {}
 
     @property
     def is_by_rows(self) -> bool:
@@ -61,11 +73,16 @@ class Way:
 
     def parts(self, block: Box) -> Sequence[tuple[Place, Box]]:
         """What is read of the sources to copy a block."""
-        return _kept(self._parts, block, self._parts_of)
+        return _kept(self._parts, block, lambda: self._parts_of(block))
 
     def readings(self, block: Box) -> Sequence[Reading]:
         """The runs of a block, of tensors that are cut by rows."""
-        return _kept(self._readings, block, self._readings_of)
+        return _kept(self._readings, block, lambda: self._readings_of(block))
+
+    def takes(self, block: Box, is_whole: bool) -> Sequence[Take]:
+        """Who takes what of a block that was read by its `parts`, or that is one array (`is_whole`)."""
+        most = max(1, _COPIES // (len(self.takers) + len(self._transfer.sources)))
+        return _kept(self._takes, (block, is_whole), lambda: self._takes_of(block, is_whole), most)
 
     def _parts_of(self, block: Box) -> Sequence[tuple[Place, Box]]:
         boxes = [(place, place.box) for place in self._transfer.sources]
@@ -73,6 +90,21 @@ class Way:
             boxes = [(meeting.place, meeting.common) for meeting in self._meetings]
         parts = ((place, box.intersect(block)) for place, box in boxes)
         return [(place, part) for place, part in parts if part is not None]
+
+    def _takes_of(self, block: Box, is_whole: bool) -> Sequence[Take]:
+        held = [block] if is_whole else [part for _, part in self.parts(block)]
+        found = []
+        for taker, files in self.takers.items():
+            part = taker[0].intersect(block)
+            if part is not None:
+                meetings = ((number, box, box.intersect(part)) for number, box in enumerate(held))
+                copies = [
+                    (number, common.relative_to(box).slices(), common.relative_to(part).slices())
+                    for number, box, common in meetings
+                    if common is not None
+                ]
+                found.append(Take(taker, files, part, copies))
+        return found
 
     def _readings_of(self, block: Box) -> Sequence[Reading]:
         assert self._meetings is not None
@@ -148,11 +180,11 @@ def _row_meetings(transfer: Transfer, takers: Mapping[Taker, Sequence[int]]) -> 
     return found
 
 
-def _kept(known: dict[Box, T], block: Box, find: Callable[[Box], T]) -> T:
+def _kept(known: dict[K, T], block: K, find: Callable[[], T], most: int = _BLOCKS) -> T:
     """What is known of a block, found where it is not."""
     found = known.get(block)
     if found is None:
-        if len(known) >= _BLOCKS:
+        if len(known) >= most:
             known.clear()
-        found = known[block] = find(block)
+        found = known[block] = find()
     return found

@@ -370,3 +370,9 @@ def test_completion_of_commands_models_and_formats(toy: Path) -> None:
         "qwen3_moe",
     ]
     assert completed("mindformers-ckpt transform --format s") == ["safetensors"]
+
+
+def test_a_program_that_imports_the_command_line_keeps_its_garbage_collection(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", "import gc, mindformers_ckpt.cli.main; print(gc.isenabled(), gc.get_freeze_count())"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("True 0\n", "")
