@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from mindformers_ckpt.errors import ConfigError, describe_problems, did_you_mean
-from mindformers_ckpt.sources.plausibility import MODES
+from mindformers_ckpt.sources.source import MODES
 
 
 def check_arguments(**given: Any) -> None:

@@ -24,7 +24,14 @@ from typing import IO, Any
 import click
 
 from mindformers_ckpt import __version__
-from mindformers_ckpt.cli.help import EXIT_CODES, complete_help, what_is_missing, what_is_wrong
+from mindformers_ckpt.cli.help import (
+    EXIT_CODES,
+    Context,
+    complete_help,
+    no_such_option,
+    what_is_missing,
+    what_is_wrong,
+)
 from mindformers_ckpt.cli.notices import complain, escape_what_the_locale_lacks, notice, open_closed_streams, say_json
 from mindformers_ckpt.cli.verbosity import add_verbosity
 from mindformers_ckpt.errors import CheckpointError, did_you_mean
@@ -79,6 +86,7 @@ class _LazyGroup(click.Group):
     """A group that imports only the command that is called."""
 
     as_json = False
+    context_class = Context
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -135,7 +143,7 @@ def _as_failures() -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        raise _Failure(str(error)) from error
+        raise _Failure(_with_advice(str(error))) from error
     except KeyboardInterrupt as error:
         raise _Interrupted(" ".join(error.args) or "interrupted") from error
     except (MemoryError, OSError, RuntimeError, ImportError) as error:
@@ -156,7 +164,16 @@ def _said_of(error: Exception) -> str | None:
     if not isinstance(error, OSError) or error.errno == errno.EPIPE:  # a closed pipe is click's business
         return None
     file = error.filename2 or error.filename
-    return f"{file}: {error.strerror}" if file is not None else f"the system reports: {error.strerror or error}"
+    said = f"{file}: {error.strerror}" if file is not None else f"the system reports: {error.strerror or error}"
+    return _with_advice(said)
+
+
+def _with_advice(message: str) -> str:
+    """A message, with what to do where the system has refused a file; faults that are listed have no cause to ask."""
+    if os.strerror(errno.EACCES) not in message:
+        return message
+    mark = "\n  " if "\n" in message else "; "
+    return f"{message}{mark}this user may not: change the rights, or ask the owner (ls -l names it)"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -179,7 +196,11 @@ def _printable_usage_errors() -> Iterator[None]:
         if type(error).__name__ == "NoArgsIsHelpError":  # from click 8.2 on
             raise
         if isinstance(error, click.UsageError):
-            message = what_is_missing(error) if isinstance(error, click.MissingParameter) else what_is_wrong(error)
+            message = what_is_wrong(error)
+            if isinstance(error, click.MissingParameter):
+                message = what_is_missing(error)
+            elif isinstance(error, click.NoSuchOption):
+                message = no_such_option(error)
             raise _WrongCall(printable(message), error.ctx) from error
         vars(error)["message"] = printable(error.message)  # click calls it final
         raise

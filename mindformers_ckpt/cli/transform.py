@@ -15,6 +15,7 @@ from mindformers_ckpt.cli.help import missing
 from mindformers_ckpt.cli.making import How, is_checkpoint2, making_options, next_with_checkpoint2, say_made
 from mindformers_ckpt.cli.notices import say, say_json, warn
 from mindformers_ckpt.cli.options import (
+    BOOL,
     LocalPath,
     planned,
     replace_options,
@@ -32,7 +33,7 @@ from mindformers_ckpt.publish.results import ranks_of
 @request_options
 @click.option(
     "--transform-by-rank",
-    type=bool,
+    type=BOOL,
     default=False,
     show_default=True,
     help="Make one target rank the unit of work, instead of equal shares of bytes.",

@@ -181,6 +181,11 @@ class Ahead(Generic[T]):
             self._current = None
         yield from line.steps  # of a warm task
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing of the present step was read ahead."""
+        return self._current is None or self._current.memory is None
+
     def bytes(self, path: Path, start: int, length: int) -> memoryview | None:
         """Bytes that the present step was said to need; None when they have to be read in the ordinary way."""
         return None if self._current is None else self._current.bytes(path, start, length)
@@ -279,6 +284,17 @@ class Fetcher:
             fill(descriptor, path, start, memory)
             if self._drops:
                 page_cache.drop(descriptor, start, len(memory))
+
+    def stream(self, path: Path, start: int, memory: memoryview, counts: Iterable[int]) -> Iterator[memoryview]:
+        """Bytes of a file from `start` on, so many at a time, each in the same memory. Raises TransferError."""
+        with self._plain.borrowed(path) as descriptor:
+            for count in counts:
+                piece = memory[:count]
+                fill(descriptor, path, start, piece)
+                if self._drops:
+                    page_cache.drop(descriptor, start, count)
+                yield piece
+                start += count
 
     def scatter(self, path: Path, start: int, parts: Sequence[memoryview]) -> bool:
         """Fill parts of memory with the bytes of a file from `start` on, in one call through the page cache.

@@ -6,14 +6,14 @@ part of it. Nothing here knows of strategies.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mindformers_ckpt.checksums.shares import share_of, share_of_run
 from mindformers_ckpt.engine.ahead import Fetcher
-from mindformers_ckpt.engine.buffers import ALIGNMENT, BLOCK_BYTES, PIECE_BYTES, empty_bytes
+from mindformers_ckpt.engine.buffers import PIECE_BYTES
+from mindformers_ckpt.engine.parts import Scratch, read_parts
 from mindformers_ckpt.engine.reader import Read, Reader, ShardReader
 from mindformers_ckpt.engine.sinks import Sink
 from mindformers_ckpt.engine.tasks import Done, Slice, SourceShare, Task, TensorHash, TensorShare, blocks_of
@@ -107,7 +107,7 @@ class Copier:
         self._fingerprints = fingerprints
         self._ways = Ways(by_rows=not hashes)
         self._pieces: dict[int, list[_Piece]] = {}  # of the task that comes next
-        self._buffers: dict[str, np.ndarray[Any, np.dtype[np.uint8]]] = {}
+        self._scratch = Scratch()
 
     def run(self, task: Task, check: Callable[[], None] = lambda: None, following: Task | None = None) -> Done:
         """Copy all blocks of a task; `check` is called between blocks and may raise to stop.
@@ -169,7 +169,7 @@ class Copier:
 
     def _copy_block(self, piece: _Piece, block: Box) -> None:
         transfer = piece.transfer
-        held = self._read_parts(piece, block)
+        held = read_parts(self._reader, transfer, piece.way.parts(block), self._scratch)
         if self._fingerprints:
             for (place, taken), (_, content) in zip(piece.way.parts(block), held):
                 piece.count_source(place, taken, content)
@@ -199,7 +199,7 @@ class Copier:
         """Count a block, which is one run of the whole tensor; its parts are put together for that."""
         transfer = piece.transfer
         if len(held) > 1:
-            (content,) = self._arrays("counted", transfer.dtype, [block.shape])
+            (content,) = self._scratch.arrays("counted", transfer.dtype, [block.shape])
             for box, array in held:
                 content[box.relative_to(block).slices()] = array
             held = [(block, content)]
@@ -214,17 +214,6 @@ class Copier:
             transfer = piece.transfer
             piece.share ^= share_of_run(data, start, math.prod(transfer.shape) * transfer.dtype.itemsize)
 
-    def _read_parts(self, piece: _Piece, block: Box) -> list[tuple[Box, np.ndarray[Any, np.dtype[Any]]]]:
-        """What the sources hold of a block, each part contiguous in memory."""
-        name, dtype, parts = piece.transfer.name, piece.transfer.dtype, piece.way.parts(block)
-        held = [(part, self._reader.held(place, name, dtype, part)) for place, part in parts]
-        lacking = [read for read, (_, array) in zip(parts, held) if array is None]
-        arrays = self._arrays("read", dtype, [part.shape for _, part in lacking])
-        for (place, part), array in zip(lacking, arrays):
-            self._reader.read(place, name, dtype, part, array)
-        found = iter(arrays)
-        return [(part, next(found) if array is None else array) for part, array in held]
-
     def _gathered(
         self, part: Box, held: Sequence[tuple[Box, np.ndarray[Any, np.dtype[Any]]]], dtype: DType
     ) -> np.ndarray[Any, np.dtype[Any]]:
@@ -235,26 +224,10 @@ class Copier:
             content: np.ndarray[Any, np.dtype[Any]] = array[common.relative_to(box).slices()]
             if content.flags.c_contiguous:
                 return content
-        (gathered,) = self._arrays("gathered", dtype, [part.shape])
+        (gathered,) = self._scratch.arrays("gathered", dtype, [part.shape])
         for box, common, array in pieces:
             gathered[common.relative_to(part).slices()] = array[common.relative_to(box).slices()]
         return gathered
-
-    def _arrays(
-        self, purpose: str, dtype: DType, shapes: Sequence[tuple[int, ...]]
-    ) -> list[np.ndarray[Any, np.dtype[Any]]]:
-        """Arrays in a buffer that is used again and again: fresh memory would cost a page fault every 4 KiB."""
-        if not shapes:
-            return []
-        sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
-        starts = list(itertools.accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
-        buffer = self._buffers.get(purpose)
-        if buffer is None or len(buffer) < starts[-1]:
-            buffer = self._buffers[purpose] = empty_bytes(max(starts[-1], BLOCK_BYTES))
-        return [
-            buffer[start : start + size].view(dtype.carrier).reshape(shape)
-            for start, size, shape in zip(starts, sizes, shapes)
-        ]
 
 
 def _contiguous(content: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[Any]]:

@@ -162,7 +162,7 @@ class Descriptors:
 
     def _close_down_to(self, count: int) -> bool:
         """Close the files that nobody uses, the least recently used ones first, until so many are left; any closed?"""
-        if len(self._files) <= count:  # as nearly always
+        if len(self._files) <= count:  # as a rule, and this is asked for every read
             return False
         idle = [path for path, file in self._files.items() if not file.users]
         surplus = idle[: max(0, len(self._files) - count)]

@@ -162,6 +162,10 @@ class ShardReader:
         segments, path = self._segments(place, place.tensor or name, dtype), self._files[place.file].path
         if self._piece is None:
             self._piece = piece_memory()
+        ranges = file_ranges(segments, start, length)
+        if len(ranges) == 1 and self._ahead.is_empty:
+            yield from self._fetcher.stream(path, ranges[0][0], self._piece, cuts(length, lead))
+            return
         for count in cuts(length, lead):
             piece = self._held(path, segments, start, count)
             if piece is None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mindformers_ckpt.disk.nearby import like_it
 from mindformers_ckpt.errors import StrategyError, describe_problems
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.strategy.schema import layouts_class, unread_map_class
@@ -34,7 +35,10 @@ def read_data(path: Path, limit: int = _LARGEST_FILE) -> bytes:
     try:
         data = read_regular(path, limit)
     except FileNotFoundError:
-        raise StrategyError(f"no strategy file or folder at {path}") from None
+        raise StrategyError(
+            f"no strategy file or folder at {path}; a job saves it in the folder `strategy` of its output."
+            f"{like_it(path)}"
+        ) from None
     except OSError as error:
         raise StrategyError(f"the strategy file {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -143,7 +147,9 @@ def _message_rows(path: Path, data: bytes) -> _Rows:
         return _Rows(message.current_stage, items[0].parallel_strategys.stage if items else 0, layouts)
     # In protobuf's pure Python, damaged bytes end in errors of other kinds now and then.
     except (DecodeError, EncodeError, ValueError, RecursionError) as error:
-        raise StrategyError(f"{path} is not a strategy file (protobuf: {error})") from None
+        raise StrategyError(
+            f"{path} is not a strategy file (protobuf: {error}); give ckpt_strategy_rank_<n>.ckpt, or its folder"
+        ) from None
 
 
 def _message_row(fields: Any) -> _Row:
@@ -177,7 +183,9 @@ def _json_rows(path: Path, data: bytes) -> _Rows:
         stage = _number(strategies[0]["stage"]) if strategies else 0
         return _Rows(_number(content.get("current_stage", SINGLE_MARK)), stage, layouts)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StrategyError(f"{path} is not a strategy file (JSON: {error!r:.200})") from None
+        raise StrategyError(
+            f"{path} is not a strategy file (JSON: {error!r:.200}); give ckpt_strategy_rank_<n>.json, or its folder"
+        ) from None
 
 
 def _json_row(item: Any) -> _Row:

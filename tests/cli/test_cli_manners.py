@@ -350,7 +350,7 @@ def test_paths_without_their_options(toy: Path) -> None:
 def test_doctor_says_when_a_path_is_not_there(toy: Path) -> None:
     done = command(["doctor", "nowhere/deep"], toy)
     assert done.code == 0
-    assert "nowhere/deep is not there; the folder above it was looked at" in done.out
+    assert "nowhere/deep is not there; what is said of the storage" in done.out
 
 
 def test_completion_of_commands_models_and_formats(toy: Path) -> None:
