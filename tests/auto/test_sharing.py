@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from shared_file import MIB, SECRET, Counted, assert_read, pieces_of
 from test_cluster import free_address
 
-from mindformers_ckpt.engine.ahead import Fetcher
 from mindformers_ckpt.engine.into_memory import Piece, Request, fill_arrays, requests_of
 from mindformers_ckpt.engine.shares import digest_of
 from mindformers_ckpt.job.cluster import proof
@@ -30,25 +30,7 @@ from mindformers_ckpt.job.sharing.lines import Pass
 from mindformers_ckpt.job.sharing.reads import fill_together, filling
 
 ROOT = Path(__file__).parents[2]
-MIB = 1 << 20
-SECRET = Trust("the secret of this job")
 KEY = b"k" * 32
-
-
-class Counted(Fetcher):
-    """Counts the bytes that it reads; `slow` seconds a request."""
-
-    def __init__(self, slow: float = 0.0) -> None:
-        super().__init__(is_shared=True)
-        self.bytes, self.slow = 0, slow
-
-    def scatter(self, path: Path, start: int, parts: Sequence[memoryview]) -> bool:
-        self.bytes += sum(map(len, parts))
-        time.sleep(self.slow)
-        return super().scatter(path, start, parts)
-
-    def has_to_wait(self, extents: Any) -> bool:
-        return True
 
 
 @pytest.fixture
@@ -56,22 +38,6 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "weights"
     path.write_bytes(np.random.default_rng(1).bytes(7 * MIB + 12345))
     return path
-
-
-def pieces_of(file: Path, start: int = 0) -> tuple[list[Piece], list[Any]]:
-    """Runs and columns of a file, and the arrays that they go to."""
-    size = file.stat().st_size
-    arrays = [np.zeros(5 * MIB, np.uint8), np.zeros((300, 100), np.uint8), np.zeros(size - 6 * MIB, np.uint8)]
-    columns = Piece(file, 5 * MIB, 5 * MIB + 300 * 1000, arrays[1], (1000, 1))
-    pieces = [Piece(file, start, 5 * MIB, arrays[0][start:]), columns, Piece(file, 6 * MIB, size, arrays[2])]
-    return pieces, arrays
-
-
-def assert_read(file: Path, arrays: Sequence[Any], start: int = 0) -> None:
-    content = np.fromfile(file, np.uint8)
-    assert (arrays[0][start:] == content[start : 5 * MIB]).all()
-    assert (arrays[1] == content[5 * MIB : 5 * MIB + 300_000].reshape(300, 1000)[:, :100]).all()
-    assert (arrays[2] == content[6 * MIB :]).all()
 
 
 def run_job(nodes: Sequence[str], work: Callable[[Cluster], Any], trust: Trust = SECRET) -> list[Any]:
@@ -185,9 +151,13 @@ def test_a_rank_that_cannot_listen_reads_for_itself(file: Path, monkeypatch: pyt
 
 
 MEMBER = """
-import hashlib, json, os, signal, sys, time
+import json, os, signal, sys, time
+from pathlib import Path
 sys.path.insert(0, "tests/auto")
-from test_sharing import *
+from shared_file import SECRET, Counted, assert_read, pieces_of
+from mindformers_ckpt.job.cluster.cluster import Address, Cluster
+from mindformers_ckpt.job.sharing import exchange
+from mindformers_ckpt.job.sharing.reads import filling
 rank, port, path, what = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
 exchange.SILENT_SECONDS = 2.0
 with Cluster.connect(rank, 3, Address("127.0.0.1", port), 20, node=str(rank), trust=SECRET) as cluster:
@@ -352,11 +322,29 @@ def test_a_rank_that_tells_the_address_of_another_one_is_nobody(file: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "told", [["a"], [1, "127.0.0.1", 1, True], ["a", "localhost", 1, True], ["a", "::1", -1, True]]
+    "told", [None, ["a"], [1, "127.0.0.1", 1, True], ["a", "localhost", 1, True], ["a", "::1", -1, True]]
 )
-def test_what_ranks_tell_is_checked(told: Any) -> None:
-    with pytest.raises((TypeError, ValueError)):
-        reads._Told.of(told)
+def test_what_a_rank_tells_is_checked(told: Any) -> None:
+    assert reads._Told.of(told) == (None, None, False)
+    assert reads._Told.of(["a", "::1", 1, True]) == ("a", ("::1", 1), True)
+
+
+def test_a_rank_whose_storage_is_slow_says_that_it_is_there(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request takes it longer than a rank may be silent; nobody reads it in its place."""
+    monkeypatch.setattr(exchange, "SILENT_SECONDS", 0.7)
+    monkeypatch.setattr(exchange, "_TICKS_UNTIL_ALIVE", 2)
+    array = np.zeros(2 * MIB, np.uint8)
+    requests, theirs = (list(requests_of([Piece(file, 0, 2 * MIB, array)])) for array in (array, array.copy()))
+    shared, fetcher, their_fetcher = digest_of(requests, str), Counted(), Counted(slow=1.5)
+    with lines.listen("127.0.0.1") as listener, lines.listen("127.0.0.1") as second, ThreadPoolExecutor(1) as pool:
+        members = {0: Address(*listener.getsockname()), 1: Address(*second.getsockname())}
+        slow = pool.submit(fill_together, their_fetcher, theirs, Pass(KEY, shared, 1), members, second, lambda: None)
+        fill_together(fetcher, requests, Pass(KEY, shared, 0), members, listener, lambda: None)
+        slow.result()
+    assert (fetcher.bytes, their_fetcher.bytes) == (MIB, MIB)
+    assert array.tobytes() == file.read_bytes()[: 2 * MIB]
+    fetcher.close()
+    their_fetcher.close()
 
 
 def test_a_much_slower_rank_is_helped_from_the_end(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Ranks give each other what each has read: a connection for every two of them, a thread for each direction.
 
     header:  number of the request, its bytes, their xxh3-64; then the bytes
+             (or ALIVE, 0, 0 after a second in which nothing was read: its storage is slow, the rank is there)
 
 Blocking sockets in threads: asyncio's streams moved a fifth as much, with eight times the processor's time. A thread
 receives all the time, so nobody's sending waits for anybody's reading. What comes is put into memory of the thread, and
@@ -27,7 +28,9 @@ from mindformers_ckpt.job.sharing.lines import PROOF_SECONDS, Pass, answer, call
 
 _HEADER = struct.Struct(">IIQ")
 _MOST_STRANGERS = 64
+_ALIVE = (1 << 32) - 1
 _TICK = 0.1
+_TICKS_UNTIL_ALIVE = 10
 # Since the last byte came, and since the own part is done where bytes still come, but slowly.
 SILENT_SECONDS = 5.0
 _LEAST_SECONDS, _MOST_SECONDS = 5.0, 30.0
@@ -191,14 +194,18 @@ class Exchange:
         """Send the own requests as they are read."""
         import xxhash
 
-        memory, position = empty_bytes(self._largest), 0
+        memory, position, idle = empty_bytes(self._largest), 0, 0
         try:
             while not self._is_closed:
                 number = self._board.own_done(position, _TICK)
                 if number == NO_MORE:
                     sock.shutdown(socket.SHUT_WR)
                     return
-                if number is not None:
+                if number is None:
+                    idle += 1
+                    if idle % _TICKS_UNTIL_ALIVE == 0:
+                        sock.sendall(_HEADER.pack(_ALIVE, 0, 0))
+                else:
                     content = self._board.requests[number].content(memory)
                     digest = xxhash.xxh3_64_intdigest(content)
                     sock.sendall(_HEADER.pack(number, len(content), digest), getattr(socket, "MSG_MORE", 0))
@@ -217,6 +224,8 @@ class Exchange:
         while expected:
             self._fill(rank, sock, header)
             number, size, digest = _HEADER.unpack(header)
+            if number == _ALIVE and not size:
+                continue
             if number not in expected or size != self._board.requests[number].size:
                 raise ProtocolError("it sends what is not its part")
             content = memory[:size]

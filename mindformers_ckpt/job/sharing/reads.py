@@ -21,7 +21,6 @@ from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.engine.ahead import Extent, Fetcher
 from mindformers_ckpt.engine.into_memory import Fill, Piece, Request, fill_arrays, fill_requests, requests_of
 from mindformers_ckpt.engine.shares import digest_of, groups_of, shares_of
-from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.cluster.messages import Address, name_ranks
@@ -47,10 +46,13 @@ class _Told(NamedTuple):
 
     @classmethod
     def of(cls, value: Any) -> _Told:
-        """What another rank told. Raises TypeError or ValueError for anything else."""
-        digest, host, port, has_to_wait = list_of(value, 4)
-        address = address_of(host, port) if port else None
-        return cls(None if digest is None else text_of(digest), address, has_to_wait is True)
+        """What another rank told. Of one that tells something else nothing is known, as all ranks see."""
+        try:
+            digest, host, port, has_to_wait = list_of(value, 4)
+            address = address_of(host, port) if port else None
+            return cls(None if digest is None else text_of(digest), address, has_to_wait is True)
+        except (TypeError, ValueError):
+            return cls(None, None, False)
 
 
 def filling(cluster: Cluster, root: Path, *, is_on: bool) -> Fill:
@@ -138,10 +140,7 @@ def _members(
 ) -> dict[int, Address]:
     """The ranks that share with this one, and where they listen; none where it reads for itself."""
     port = 0 if listener is None else listener.getsockname()[1]
-    try:
-        told = [_Told.of(value) for value in cluster.gather("what is read", [digest, cluster.host, port, has_to_wait])]
-    except (TypeError, ValueError) as error:
-        raise PlanError(f"what another rank told of its reads cannot be read: {str(error)[:300]}") from None
+    told = [_Told.of(value) for value in cluster.gather("what is read", [digest, cluster.host, port, has_to_wait])]
     if cluster.peer_key is None:
         _tell_of_secret(cluster, told)
         return {}
