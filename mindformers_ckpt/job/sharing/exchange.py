@@ -147,13 +147,12 @@ class Exchange:
 
     def _call(self, rank: int) -> None:
         address = self._peers[rank]
-        with self._kept(new_socket(address.host)) as sock:
-            try:
+        try:
+            with self._kept(new_socket(address.host)) as sock:
                 call(sock, address, self._own, rank)
-            except (OSError, ProtocolError) as error:
-                self._lose(rank, f"it cannot be reached at {address}: {error}")
-                return
-            self._talk(rank, sock)
+                self._talk(rank, sock)
+        except (OSError, ProtocolError) as error:
+            self._lose(rank, f"it cannot be reached at {address}: {error}")
 
     @contextlib.contextmanager
     def _kept(self, sock: socket.socket) -> Iterator[socket.socket]:

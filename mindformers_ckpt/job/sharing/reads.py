@@ -156,6 +156,7 @@ def _members(
 
 
 def _tell_of_secret(cluster: Cluster, told: Sequence[_Told]) -> None:
+    """Say what a secret would save."""
     groups = groups_of([about.digest for about in told], cluster.nodes, len(told))
     if groups and cluster.rank == MAIN_RANK:
         log.info(
@@ -166,6 +167,7 @@ def _tell_of_secret(cluster: Cluster, told: Sequence[_Told]) -> None:
 
 
 def _report(rank: int, board: Board, exchange: Exchange) -> None:
+    """Say what came from where, and what was to come from another rank and did not."""
     own = board.bytes_from[rank]
     expected = sum(request.size for request in board.requests if board.readers[request.number] == rank)
     others = {other: count for other, count in board.bytes_from.items() if other != rank}
