@@ -33,7 +33,7 @@ _TICK = 0.1
 _TICKS_UNTIL_ALIVE = 10
 # Since the last byte came, and since the own part is done where bytes still come, but slowly.
 SILENT_SECONDS = 5.0
-_LEAST_SECONDS, _MOST_SECONDS = 5.0, 30.0
+_LEAST_SECONDS, _MOST_SECONDS = 10.0, 30.0
 
 
 class Exchange:
