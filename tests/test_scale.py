@@ -48,8 +48,9 @@ def plan_of(source_ranks: int, target_ranks: int, tensors: int) -> Plan:
         tensor = LogicalTensor(TensorSpec(name, dtype, SHAPE), shards, (), layout, (0,))
         way = found.way(tensor)
         transfers.append(Transfer(name, dtype, SHAPE, found.sources(tensor, way), way.targets))
-        for place, shape in zip(way.targets, way.shapes):
-            held[place.file].append(TensorSpec(name, dtype, shape))
+        for shape, files in way.holders.items():
+            for file in files:
+                held[file].append(TensorSpec(name, dtype, shape))
     targets = rank_targets(range(target_ranks), held, "checkpoint_", "ckpt")
     return Plan(tuple(SourceFile(path, 1 << 30) for path in paths), targets, tuple(transfers))
 

@@ -466,7 +466,7 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
 def test_the_strategy_of_complete_weights() -> None:
     strategy = Strategy.complete()
     assert strategy.is_complete
-    assert (strategy.rank_count, strategy.names(), strategy.layout("w", 0)) == (1, set(), None)
+    assert (strategy.rank_count, strategy.names(), strategy.layout("w", 0)) == (1, frozenset(), None)
     assert strategy.describe() == "complete weights"
     assert recorded("dp1").strategy.is_complete
     assert recorded("dp2mp2pp2").strategy.describe().startswith("8 ranks, 2 pipeline stages of 4 (")

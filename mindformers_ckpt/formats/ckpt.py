@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mindformers_ckpt.errors import FormatError, TransferError
-from mindformers_ckpt.formats.dtypes import from_ckpt
+from mindformers_ckpt.formats.dtypes import DType, from_ckpt
 from mindformers_ckpt.formats.guesses import Pieces
 from mindformers_ckpt.formats.tensor_file import (
     FileLayout,
@@ -55,6 +55,8 @@ _CIPHER_MARKS = (b"\xd8\x5e\x3a\x7f", b"\xd9\x5e\x3a\x7f", b"\xda\x5e\x3a\x7f") 
 
 _RESTORE = "the file is damaged or no MindSpore checkpoint, restore it from a good copy"
 
+# By how many bytes after the name it is guessed what comes before the content: its size and the first dimension.
+_LIKELY = 8
 _WINDOW = 512
 _HEAD_LIMIT = 256 * 1024
 _CRC_BLOCK = 4 * 1024 * 1024
@@ -142,19 +144,27 @@ def append_crc(path: Path) -> None:
         raise TransferError(f"{path}: cannot append the CRC-32: {error.strerror}") from error
 
 
+class _Form(NamedTuple):
+    """What stands between the name and the content of a record; layers repeat it, byte for byte."""
+
+    raw: bytes
+    dtype: DType
+    shape: tuple[int, ...]
+    length: int
+
+
 class _Head(NamedTuple):
-    """What stands before the content of a record, and where the content lies."""
+    """What stands before the content of a record, and where the content is."""
 
     name: str
-    dims: tuple[int, ...]
-    type_name: str
+    form: _Form
     content: Segment
 
 
 class _Scanner:
     """One pass over the records of an open file."""
 
-    __slots__ = ("_base", "_last_good", "_path", "_pieces", "_position", "_size", "_window", "frames")
+    __slots__ = ("_base", "_forms", "_last_good", "_path", "_pieces", "_position", "_size", "_window", "frames")
 
     def __init__(self, path: Path, pieces: Pieces, size: int) -> None:
         self._path = path
@@ -164,6 +174,7 @@ class _Scanner:
         self._base = 0
         self._position = 0
         self._last_good: str | None = None
+        self._forms: dict[bytes, _Form] = {}
         self.frames: list[tuple[int, bytes]] = []
 
     def has_heads_of(self, other: Header) -> bool:
@@ -206,7 +217,7 @@ class _Scanner:
         segments: list[Segment] = []
         missing = 0
         for head in self._heads():
-            spec = self._spec(head)
+            spec = TensorSpec(head.name, head.form.dtype, head.form.shape)
             if current is None or spec.name != current.name:
                 if missing:
                     break
@@ -256,7 +267,7 @@ class _Scanner:
         try:
             while True:
                 try:
-                    return _parse_head(self._window, self._position - self._base, self._base, self._size)
+                    return self._parsed(self._position - self._base)
                 except IndexError:
                     self._widen()
         except Malformed as error:
@@ -274,21 +285,26 @@ class _Scanner:
         if len(self._window) <= known:
             raise Malformed("the file ends inside a record: it is truncated")
 
-    def _spec(self, head: _Head) -> TensorSpec:
-        try:
-            dtype = from_ckpt(head.type_name)
-        except FormatError as error:
-            raise self._error(f"tensor {head.name!r}: {error}", "save it with a known type") from None
-        shape = head.dims
-        if dtype.name == "str":
-            shape = (head.content.length,)
-        elif shape == (0,) and head.content.length:
-            shape = ()
-        try:
-            check_shape(head.name, shape, dtype.itemsize)
-        except Malformed as error:
-            raise self._error(*error.args) from None
-        return TensorSpec(head.name, dtype, shape)
+    def _parsed(self, at: int) -> _Head:
+        """The head of the record at `at` of the window.
+
+        Raises IndexError when the window ends before the head does, Malformed when it is no head.
+        """
+        window = self._window
+        if window[at] != _VALUE:
+            raise Malformed("no record begins here")
+        length, at = _varint(window, at + 1)
+        end = at + length
+        if self._base + end > self._size:
+            raise Malformed(f"a record of {length} bytes reaches over the end of the file: it is truncated")
+        raw_name, at = _field(window, at, end, _TAG)
+        name = _text(raw_name)
+        likely = window[at : at + _LIKELY]
+        form = self._forms.get(likely)
+        if form is None or not window.startswith(form.raw, at) or at + len(form.raw) + form.length != end:
+            form = self._forms[likely] = _parse_form(window, at, end, name)
+        at += len(form.raw)
+        return _Head(name, form, Segment(self._base + at, form.length))
 
     def _error(self, what: str, advice: str = _RESTORE) -> FormatError:
         after = "before any tensor" if self._last_good is None else f"last good tensor {self._last_good!r}"
@@ -311,23 +327,12 @@ def _spans(frames: tuple[tuple[int, bytes], ...]) -> list[tuple[int, int, list[t
     return spans
 
 
-def _parse_head(window: bytes, at: int, base: int, size: int) -> _Head:
-    """Parse the head of the record at `at` of a window that begins at byte `base` of a file of `size` bytes.
-
-    Raises IndexError when the window ends before the head does, Malformed when it is no head.
-    """
-    if window[at] != _VALUE:
-        raise Malformed("no record begins here")
-    length, at = _varint(window, at + 1)
-    end = at + length
-    if base + end > size:
-        raise Malformed(f"a record of {length} bytes reaches over the end of the file: it is truncated")
-    raw_name, at = _field(window, at, end, _TAG)
-    name = _text(raw_name)
-    if window[at] == _MAP_TENSOR:
+def _parse_form(window: bytes, start: int, end: int, name: str) -> _Form:
+    """Parse what comes after the name of a tensor in its record, which ends at `end`."""
+    if window[start] == _MAP_TENSOR:
         raise Malformed(f"{name!r} is a MapParameter (hash table)", "save the checkpoint without it")
-    at = _enter(window, at, end, _TENSOR)
-    dims = []
+    at = _enter(window, start, end, _TENSOR)
+    dims: list[int] = []
     while window[at] == _DIMENSION:
         dimension, at = _varint(window, at + 1)
         if dimension >> 63:
@@ -335,7 +340,18 @@ def _parse_head(window: bytes, at: int, base: int, size: int) -> _Head:
         dims.append(dimension)
     raw_type, at = _field(window, at, end, _TYPE)
     at = _enter(window, at, end, _CONTENT)
-    return _Head(name, tuple(dims), _text(raw_type), Segment(base + at, end - at))
+    try:
+        dtype = from_ckpt(_text(raw_type))
+    except FormatError as error:
+        raise Malformed(f"tensor {name!r}: {error}", "save it with a known type") from None
+    length = end - at
+    shape = tuple(dims)
+    if dtype.name == "str":
+        shape = (length,)
+    elif shape == (0,) and length:
+        shape = ()
+    check_shape(name, shape, dtype.itemsize)
+    return _Form(window[start:at], dtype, shape, length)
 
 
 def _enter(window: bytes, at: int, end: int, key: int) -> int:
@@ -385,14 +401,20 @@ def _text(raw: bytes) -> str:
 
 def _encode_head(spec: TensorSpec, length: int) -> bytes:
     """The head of a record whose content is `length` bytes."""
-    dims = (0,) if spec.dtype.name == "str" else spec.shape
-    value = _encode_field(_TAG, spec.name.encode()) + _encode_tensor(dims, spec.dtype.ckpt, length)
-    return bytes([_VALUE]) + _encode_varint(len(value) + length) + value
+    name = spec.name.encode()
+    before, after = _encode_around(len(name), spec.dtype, spec.shape, length)
+    return before + name + after
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
+def _encode_around(name_length: int, dtype: DType, shape: tuple[int, ...], length: int) -> tuple[bytes, bytes]:
+    """What comes before and after the name in a head: layers repeat it."""
+    after = _encode_tensor((0,) if dtype.name == "str" else shape, dtype.ckpt, length)
+    tag = bytes([_TAG]) + _encode_varint(name_length)
+    return bytes([_VALUE]) + _encode_varint(len(tag) + name_length + len(after) + length) + tag, after
+
+
 def _encode_tensor(dims: tuple[int, ...], type_name: str, length: int) -> bytes:
-    """The part of a head that comes after the name: layers repeat it."""
     tensor = b"".join(
         [
             *(bytes([_DIMENSION]) + _encode_varint(dimension) for dimension in dims),

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mindformers_ckpt.errors import FormatError
 from mindformers_ckpt.formats.dtypes import DType, by_name, from_safetensors
@@ -166,41 +168,54 @@ def _check_metadata(metadata: object) -> dict[str, str]:
     return metadata
 
 
+class _Form(NamedTuple):
+    """Type and shape of a tensor, and the bytes that it needs; layers repeat them."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    nbytes: int
+
+
 def _tensors(fields: dict[str, Any], metadata: dict[str, str], base: int, size: int) -> dict[str, TensorRecord]:
     """Check that the tensors fill the bytes from `base` to `size`, each with the bytes its shape needs."""
-    spans = sorted((_check_entry(name, entry, metadata) for name, entry in fields.items()), key=lambda span: span[:2])
+    forms: dict[str, _Form] = {}
+    spans = [(*_check_entry(name, entry, metadata, forms), name) for name, entry in fields.items()]
+    spans.sort(key=itemgetter(0, 1))
     tensors: dict[str, TensorRecord] = {}
     position = 0
-    for start, end, spec in spans:
+    for start, end, (dtype, shape, nbytes), name in spans:
         if start != position:
-            raise Malformed(f"tensor {spec.name!r} begins at byte {start} of the contents, not at {position}")
-        if spec.nbytes != end - start:
-            raise Malformed(
-                f"tensor {spec.name!r} ({spec.dtype.name}, shape {spec.shape}) needs {spec.nbytes} "
-                f"bytes and has {end - start}"
-            )
-        tensors[spec.name] = _record(spec, base + start)
+            raise Malformed(f"tensor {name!r} begins at byte {start} of the contents, not at {position}")
+        if nbytes != end - start:
+            raise Malformed(f"tensor {name!r} ({dtype.name}, shape {shape}) needs {nbytes} bytes and has {end - start}")
+        segments = (Segment(base + start, nbytes),) if nbytes else ()
+        tensors[name] = TensorRecord(TensorSpec(name, dtype, shape), segments)
         position = end
     if base + position != size:
         raise Malformed(f"the contents end at byte {base + position}, the file at byte {size}")
     return tensors
 
 
-def _check_entry(name: str, entry: Any, metadata: dict[str, str]) -> tuple[int, int, TensorSpec]:
-    """Where a tensor starts and ends in the contents, and what it is."""
+def _check_entry(name: str, entry: Any, metadata: dict[str, str], forms: dict[str, _Form]) -> tuple[int, int, _Form]:
+    """Where a tensor starts and ends in the contents, and what it is. `forms` keeps what other tensors are."""
     if not isinstance(entry, dict):
         raise Malformed(f"the entry of tensor {name!r} is not a JSON object")
     code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(code, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+    if not isinstance(code, str) or not _are_sizes(offsets) or len(offsets) != 2:
         raise Malformed(f"the entry of tensor {name!r} is not of the form dtype, shape, data_offsets")
-    spec = TensorSpec(name, _dtype(name, code, metadata), tuple(shape))
-    check_shape(name, spec.shape, spec.dtype.itemsize)
-    return offsets[0], offsets[1], spec
+    is_packed = code == "I8" and metadata.get(name) == "Int4"
+    key = f"{is_packed} {code} {shape!r}"  # not the list: True and 1.0 are equal to 1
+    form = forms.get(key)
+    if form is None:
+        if not _are_sizes(shape):
+            raise Malformed(f"the entry of tensor {name!r} is not of the form dtype, shape, data_offsets")
+        dtype = by_name("qint4x2") if is_packed else _dtype(name, code)
+        check_shape(name, shape, dtype.itemsize)
+        form = forms[key] = _Form(dtype, tuple(shape), math.prod(shape) * dtype.itemsize)
+    return offsets[0], offsets[1], form
 
 
-def _dtype(name: str, code: str, metadata: dict[str, str]) -> DType:
-    if code == "I8" and metadata.get(name) == "Int4":
-        return by_name("qint4x2")
+def _dtype(name: str, code: str) -> DType:
     try:
         return from_safetensors(code)
     except FormatError as error:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 
 from mindformers_ckpt.errors import StrategyError
 from mindformers_ckpt.geometry.box import Box
@@ -64,6 +64,14 @@ class Layout:
             )
         if any(extent < 0 for extent in self.flat_shape):
             raise StrategyError(f"the recorded shape {list(self.flat_shape)} has a negative dimension")
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Layouts are keys of everything that is found once for all tensors that are cut alike.
+        return hash((self.device_matrix, self.tensor_map, self.optimizer_shards, self.optimizer_step, self.flat_shape))
 
     def _check_bounds(self) -> None:
         """Refuse numbers that no job has, before anything is made for every rank of it."""

@@ -116,7 +116,7 @@ class Loading:
         names = self._names()
         return Reslicing(self.config, self.cluster, self.output, self.target, names, self.source, self._check_plan)
 
-    def _names(self) -> set[str] | None:
+    def _names(self) -> frozenset[str] | None:
         """The parameters that any rank of the job wants, None for all that the source has. All ranks call it."""
         if self.for_training:
             return None
@@ -164,7 +164,7 @@ class Loading:
                 raise type(error)(f"{error}; {self._advice()}") from error
             return Slices.SAME  # whole on every rank, as data parallel jobs save them: other ranks hold no more
 
-    def _shares(self, names: set[str] | None = None) -> tuple[Checkpoint, Strategy]:
+    def _shares(self, names: frozenset[str] | None = None) -> tuple[Checkpoint, Strategy]:
         """The files of all ranks under the strategy they were saved under, and the strategy of the job.
 
         `names` are the tensors to look at, beside those of the strategy; by default those of this rank's network.

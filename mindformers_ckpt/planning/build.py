@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 
@@ -12,7 +12,7 @@ from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.planning.computations import Constant
 from mindformers_ckpt.planning.missing import has_states, missing_names, patterns_of, shortened
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, SourceFile, TargetFile, Transfer
-from mindformers_ckpt.planning.places import Places, target_boxes
+from mindformers_ckpt.planning.places import Places, Way, target_boxes
 from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
 from mindformers_ckpt.sources.plausibility import check_contents, check_names
 from mindformers_ckpt.strategy.model import Strategy
@@ -48,8 +48,9 @@ def build_plan(
         raise PlanError(f"ranks {outside[:8]} are not among the {target.rank_count} ranks of the target strategy")
     check_names(source, tensors)
     warnings = [*source.warnings, *check_contents(source, tensors, contents)]
-    warnings += _one_sided(source, target, tensors)
-    target = _with_states(target, tensors)
+    completed = _with_states(target, tensors)
+    warnings += _one_sided(source, target, completed.names(), tensors)
+    target = completed
     allowed = patterns_of(allow_missing)
     _check_lost(source, target, tensors, allowed)
     missing = missing_names(target.names(), tensors, allowed)
@@ -119,21 +120,28 @@ def _assemble(
             continue
         if not way.targets:
             continue
-        problems += [
-            f"{name}{list(tensor.spec.shape)}: the box {box} is held by ranks {list(holders)}, none of whose files "
-            "is there"
-            for box, holders in tensor.missing
-            if any(box.intersect(place.box) for place in way.targets)
-        ]
-        dtype, shape = tensor.spec.dtype, tensor.spec.shape
-        transfers.append(Transfer(name, dtype, shape, found.sources(tensor, way), way.targets))
-        specs = {shape: TensorSpec(name, dtype, shape) for shape in set(way.shapes)}
-        for place, shape in zip(way.targets, way.shapes):
-            held[place.file].append(specs[shape])
+        if tensor.missing:
+            problems += _lost_boxes(tensor, way)
+        dtype = tensor.spec.dtype
+        transfers.append(Transfer(name, dtype, tensor.spec.shape, found.sources(tensor, way), way.targets))
+        for shape, holders in way.holders.items():
+            spec = TensorSpec(name, dtype, shape)
+            for file in holders:
+                held[file].append(spec)
     if problems:
         raise PlanError(describe_problems(f"{source.files.root} cannot be re-sliced for {target.describe()}", problems))
     files = tuple(SourceFile(path, source.size_of(path)) for path in paths)
     return Plan(files, rank_targets(ranks, held, prefix, format), tuple(transfers))
+
+
+def _lost_boxes(tensor: LogicalTensor, way: Way) -> list[str]:
+    """The boxes of a tensor that its targets need, and that no file holds."""
+    return [
+        f"{tensor.spec.name}{list(tensor.spec.shape)}: the box {box} is held by ranks {list(holders)}, none of whose "
+        "files is there"
+        for box, holders in tensor.missing
+        if any(box.intersect(place.box) for place in way.targets)
+    ]
 
 
 def _with_counters(plan: Plan, source: Checkpoint, tensors: Mapping[str, LogicalTensor]) -> Plan:
@@ -221,14 +229,19 @@ def held_boxes(source: Checkpoint, name: str, tensor: LogicalTensor) -> dict[int
     return held
 
 
-def _target_order(source: Strategy, target: Strategy, tensors: Iterable[str]) -> list[str]:
+def _target_order(source: Strategy, target: Strategy, tensors: Collection[str]) -> list[str]:
     """Tensors that both strategies name first, then the rest: the order that MindSpore's tool writes."""
 
     named = [strategy.names() for strategy in (source, target) if not strategy.is_complete]
-    return sorted(tensors, key=lambda name: not all(name in names for names in named))
+    if not named:
+        return [*tensors]
+    first = frozenset.intersection(*named)
+    return [*(name for name in tensors if name in first), *(name for name in tensors if name not in first)]
 
 
 def _with_states(target: Strategy, tensors: Mapping[str, LogicalTensor]) -> Strategy:
+    if tensors.keys() <= target.names():
+        return target
     return with_states(target, {name: tensor.spec.shape for name, tensor in tensors.items()})
 
 
@@ -245,22 +258,27 @@ def cut_like_weights(where: str, names: Sequence[str]) -> list[str]:
 
 
 def _like_weights(source: Checkpoint, tensors: Mapping[str, LogicalTensor]) -> list[str]:
-    named = source.strategy.names()
-    return [name for name in tensors if name not in named and tensors[name].layout is not None]
+    unnamed = _in_order(tensors, tensors.keys() - source.strategy.names())
+    return [name for name in unnamed if tensors[name].layout is not None]
 
 
-def _one_sided(source: Checkpoint, target: Strategy, tensors: Mapping[str, LogicalTensor]) -> list[str]:
+def _in_order(names: Iterable[str], some: Container[str]) -> list[str]:
+    """Some of the names, in their order."""
+    return [name for name in names if name in some] if some else []
+
+
+def _one_sided(
+    source: Checkpoint, target: Strategy, completed: frozenset[str], tensors: Mapping[str, LogicalTensor]
+) -> list[str]:
     """Warn of parameters that only one of two real strategies names, and of states that are cut though one leaves
-    them out: the file decides how they are read."""
-    in_source, in_target = source.strategy.names(), target.names()
-    completed = _with_states(target, tensors).names()
-    like_weights = _like_weights(source, tensors)
-    cut_too = [name for name in tensors if name in completed and name not in in_target]
+    them out: the file decides how they are read. `completed` are the names of the target with these states."""
+    in_source, in_target, held = source.strategy.names(), target.names(), tensors.keys()
+    cut_too = _in_order(tensors, held & (completed - in_target))
     warnings = [*source_states(source, tensors), *cut_like_weights("target", cut_too)]
     if source.strategy.is_complete or target.is_complete:
         return warnings
-    lost = [name for name in tensors if name in in_source and name not in completed]
-    gained = [name for name in tensors if name in in_target and name not in in_source and name not in like_weights]
+    lost = _in_order(tensors, held & (in_source - completed))
+    gained = _in_order(tensors, (held & (in_target - in_source)) - {*_like_weights(source, tensors)})
     if lost:
         warnings.append(f"not in the target strategy, every target rank gets them whole: {shortened(lost)}")
     if gained:

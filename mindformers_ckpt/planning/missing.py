@@ -40,6 +40,8 @@ def missing_names(wanted: Collection[str], held: Collection[str], allowed: Seque
     """
     wanted, held = set(wanted), set(held)
     absent = sorted(name for name in wanted - held if not is_never_saved(name))
+    if not absent:
+        return Missing([], [], [])
     states: dict[str, list[str]] = {}
     required, adapters, counters, frozen, permitted = [], [], [], [], []
     known = held | wanted

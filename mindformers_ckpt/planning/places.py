@@ -60,15 +60,21 @@ class Way:
 
     Attributes:
         targets: its places in the target files; empty where no rank gets it.
-        shapes: what each of those files holds.
+        holders: the shapes of what these files hold, and the files that hold such a box.
         needed: the smallest box around them.
         sources: the places that they take from, by the shards that a tensor has.
+        seen: the same by the identity of these shards, which are kept: mostly they are one object where tensors are
+            cut alike, and to take their hash takes longer than all else.
     """
 
     targets: tuple[Place, ...]
-    shapes: tuple[tuple[int, ...], ...]
+    holders: Mapping[tuple[int, ...], Sequence[int]]
     needed: Box | None
     sources: dict[tuple[Shard, ...], tuple[Place, ...]] = field(default_factory=dict)
+    seen: dict[int, tuple[tuple[Shard, ...], tuple[Place, ...]]] = field(default_factory=dict)
+
+
+_NOWHERE = Way((), {}, None)
 
 
 class Places:
@@ -90,6 +96,8 @@ class Places:
     def way(self, tensor: LogicalTensor) -> Way:
         """How a tensor is cut. Raises StrategyError where it cannot be."""
         named = self._named.get(tensor.spec.name, ())
+        if named and len(tensor.stages) == 1 and self._ranks.keys().isdisjoint(named):
+            return _NOWHERE
         layouts = _layouts(tensor, self._target, named, self._ranks)
         key = tensor.spec.shape, None if layouts is None else tuple(layouts.items())
         if key not in self._ways:
@@ -99,12 +107,16 @@ class Places:
     def sources(self, tensor: LogicalTensor, way: Way) -> tuple[Place, ...]:
         """The shards of a tensor that its targets take from."""
         shards = tensor.shards
+        seen = way.seen.get(id(shards))
+        if seen is not None:
+            return seen[1]
         if shards not in way.sources:
             assert way.needed is not None
             needed = way.needed
             way.sources[shards] = tuple(
                 Place(self._files[shard.path], shard.box, shard.tensor) for shard in shards if meets(shard.box, needed)
             )
+        way.seen[id(shards)] = shards, way.sources[shards]
         return way.sources[shards]
 
     def _found(self, shape: tuple[int, ...], layouts: Mapping[int, Layout] | None) -> Way:
@@ -117,8 +129,10 @@ class Places:
                 boxes = layouts[stage].boxes(shape)
                 targets += [Place(number, boxes[position]) for number, position in ranks]
         shape_of = once(_shape)  # the layout has one box for all replicas
-        shapes = tuple(shape_of(place.box) for place in targets)
-        return Way(tuple(targets), shapes, hull([place.box for place in targets]) if targets else None)
+        holders: dict[tuple[int, ...], list[int]] = {}
+        for place in targets:
+            holders.setdefault(shape_of(place.box), []).append(place.file)
+        return Way(tuple(targets), holders, hull([place.box for place in targets]) if targets else None)
 
 
 def _shape(box: Box) -> tuple[int, ...]:

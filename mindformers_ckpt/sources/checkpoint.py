@@ -9,11 +9,11 @@ from pathlib import Path
 from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
 from mindformers_ckpt.formats import Header, TensorRecord, TensorSpec, read_header
 from mindformers_ckpt.formats.headers import sound_headers
-from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.sources import checkpoint2, shards
 from mindformers_ckpt.sources.shards import LogicalTensor, Shard
 from mindformers_ckpt.sources.source import Kind, Source
+from mindformers_ckpt.sources.stage_files import StageFiles
 from mindformers_ckpt.state_names import state_of
 from mindformers_ckpt.strategy.model import Strategy
 
@@ -34,7 +34,7 @@ class Checkpoint:
     _headers: dict[Path, Header] = field(default_factory=dict)
     _last: Header | None = None
     _tensors: dict[str, LogicalTensor] | None = None
-    _by_rank: dict[int, dict[str, tuple[Path, TensorRecord]]] = field(default_factory=dict)
+    _by_rank: dict[int, Mapping[str, tuple[Path, TensorRecord]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         ranks, count = set(self.files.by_rank), self.strategy.rank_count
@@ -117,9 +117,10 @@ class Checkpoint:
         found: dict[str, LogicalTensor] = {}
         problems: list[str] = []
         for stage in range(len(self.strategy.stages)):
-            for name, holders in self._holders(stage).items():
+            files = self._files_of(stage)
+            for name in files.names:
                 try:
-                    tensor = self._tensor(name, stage, holders)
+                    tensor = self._tensor(name, stage, files)
                     found[name] = _merged(found[name], tensor) if name in found else tensor
                 except (PlanError, StrategyError) as error:
                     problems.append(f"{name}: {error}")
@@ -134,17 +135,20 @@ class Checkpoint:
         """The tensors in the files of a rank: name -> (file, spec)."""
         return {name: (path, record.spec) for name, (path, record) in self.records_of(rank).items()}
 
-    def records_of(self, rank: int) -> dict[str, tuple[Path, TensorRecord]]:
+    def records_of(self, rank: int) -> Mapping[str, tuple[Path, TensorRecord]]:
         """The tensors in the files of a rank, and where they lie in them: name -> (file, record)."""
         if rank not in self._by_rank:
             self._by_rank[rank] = self._read_headers(rank)
         return self._by_rank[rank]
 
-    def _read_headers(self, rank: int) -> dict[str, tuple[Path, TensorRecord]]:
+    def _read_headers(self, rank: int) -> Mapping[str, tuple[Path, TensorRecord]]:
         tensors: dict[str, tuple[Path, TensorRecord]] = {}
         if self.files.tensors is not None:
             return self._in_one_piece(self.files.tensors)
-        for path in self.files.by_rank[rank]:
+        paths = self.files.by_rank[rank]
+        if len(paths) == 1 and self.files.owners is None:
+            return _OneFile(self.header(paths[0]))
+        for path in paths:
             for name, record in self.header(path).tensors.items():
                 if not self.files.assigns(name, path):
                     continue
@@ -181,9 +185,8 @@ class Checkpoint:
 
     def used_files(self, tensors: Mapping[str, LogicalTensor]) -> list[Path]:
         """The files that hold the chosen replicas, in order."""
-        # There may be millions of shards, and few thousand paths, each of them one object: it is hashed once.
-        paths = {id(shard.path): shard.path for tensor in tensors.values() for shard in tensor.shards}
-        return sorted(set(paths.values()))
+        cuts = {id(tensor.shards): tensor.shards for tensor in tensors.values()}  # many tensors share theirs
+        return sorted({shard.path for shards in cuts.values() for shard in shards})
 
     def header(self, path: Path) -> Header:
         """The header of one of the files, as it was when it was read first."""
@@ -220,40 +223,27 @@ class Checkpoint:
         first = stage * self.strategy.stage_size
         return [rank for rank in range(first, first + self.strategy.stage_size) if rank in self.files.by_rank]
 
-    def _holders(self, stage: int) -> dict[str, dict[int, tuple[Path, TensorSpec]]]:
-        """For every tensor that files of the stage hold: rank -> file and spec of its shard."""
-        holders: dict[str, dict[int, tuple[Path, TensorSpec]]] = {}
+    def _files_of(self, stage: int) -> StageFiles:
+        """The files of a stage. Raises PlanError where several of a rank hold the same tensor."""
+        files: list[tuple[int, Header]] = []
         for rank in self._ranks(stage):
-            for name, (path, record) in self.records_of(rank).items():
-                if self.names is None or name in self.names:
-                    holders.setdefault(name, {})[rank] = (path, record.spec)
-        return holders
+            records = self.records_of(rank)
+            for path in self.files.by_rank[rank]:
+                header = self.header(path)
+                if self.files.owners is not None:
+                    own = {name: record for name, (file, record) in records.items() if file == path}
+                    header = replace(header, tensors=own)
+                files.append((rank, header))
+        return StageFiles(stage * self.strategy.stage_size, files, self.names)
 
-    def _tensor(self, name: str, stage: int, holders: Mapping[int, tuple[Path, TensorSpec]]) -> LogicalTensor:
-        shard_spec = next(iter(holders.values()))[1]
-        for rank, (path, spec) in holders.items():
-            # Files with equal headers have the same specs.
-            if spec is not shard_spec and (spec.dtype, spec.shape) != (shard_spec.dtype, shard_spec.shape):
-                raise PlanError(
-                    f"{path} holds {spec.dtype.name}{list(spec.shape)}, but other ranks of the stage hold "
-                    f"{shard_spec.dtype.name}{list(shard_spec.shape)} (rank {rank} differs)"
-                )
-        layout = self.layout_of(name, stage, shard_spec)
-        if layout is None:
-            rank = min(holders)
-            whole = Shard(rank, holders[rank][0], Box.whole(shard_spec.shape))
-            return LogicalTensor(shard_spec, (whole,), (), None, (stage,))
-        shape = layout.full_shape(shard_spec.shape)
-        held: list[Shard] = []
-        missing: list[tuple[Box, tuple[int, ...]]] = []
-        first = stage * self.strategy.stage_size
-        for box, members in layout.shards(shape):
-            holder = next((first + member for member in members if first + member in holders), None)
-            if holder is not None:
-                held.append(Shard(holder, holders[holder][0], box))
-            else:
-                missing.append((box, tuple(first + member for member in members)))
-        return LogicalTensor(shard_spec._replace(shape=shape), tuple(held), tuple(missing), layout, (stage,))
+    def _tensor(self, name: str, stage: int, files: StageFiles) -> LogicalTensor:
+        held = files.held(name)
+        layout = self.layout_of(name, stage, held.spec)
+        spec = held.spec
+        if layout is not None:
+            spec = TensorSpec(name, spec.dtype, layout.full_shape(spec.shape))
+        cut = files.cut(held, layout, spec.shape)
+        return LogicalTensor(spec, cut.shards, cut.missing, layout, (stage,))
 
     def layout_of(self, name: str, stage: int, shard: TensorSpec) -> Layout | None:
         """The layout of a tensor on a stage, fitted to the shape of its shards; None for one that is whole."""
@@ -309,6 +299,25 @@ class Checkpoint:
             if candidate.full_shape(shard.shape) == full:
                 return candidate
         return None if shard.shape == full else layout.for_shard(shard.shape)
+
+
+class _OneFile(Mapping[str, "tuple[Path, TensorRecord]"]):
+    """The tensors of a rank that has one file."""
+
+    def __init__(self, header: Header) -> None:
+        self._header = header
+
+    def __getitem__(self, name: str) -> tuple[Path, TensorRecord]:
+        return self._header.path, self._header.tensors[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._header.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._header.tensors)
+
+    def __len__(self) -> int:
+        return len(self._header.tensors)
 
 
 def _merged(first: LogicalTensor, second: LogicalTensor) -> LogicalTensor:

@@ -67,7 +67,7 @@ class _Equals(NamedTuple):
 def check_names(source: Checkpoint, tensors: Mapping[str, LogicalTensor]) -> None:
     """Raise PlanError when files and strategy have no parameter in common."""
     named = source.strategy.names()
-    if named and tensors and not named & tensors.keys():
+    if named and tensors and named.isdisjoint(tensors):
         raise PlanError(
             f"{source.files.root} and its strategy ({source.strategy.origin}) have no parameter in common: the files "
             f"hold {min(tensors)}, …, the strategy names {min(named)}, …; it is the strategy of another model"

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from mindformers_ckpt.errors import StrategyError
 from mindformers_ckpt.geometry.layout import MOST_RANKS, Layout
@@ -72,9 +73,13 @@ class Strategy:
         """The pipeline stage of a rank."""
         return rank // self.stage_size
 
-    def names(self) -> set[str]:
+    def names(self) -> frozenset[str]:
         """All parameters that have a layout on some stage."""
-        return set().union(*self.stages)
+        return self._names
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset().union(*self.stages)
 
     def layout(self, name: str, stage: int) -> Layout | None:
         """The layout of a parameter on a stage.

@@ -16,12 +16,13 @@ def with_states(strategy: Strategy, shapes: Mapping[str, tuple[int, ...]]) -> St
     `shapes` are those of the whole tensors. A state of another shape than its weight stays left out: it is whole.
     """
     named = strategy.names()
-    if not named:
+    left_out = shapes.keys() - named if named else ()
+    if not left_out:
         return strategy
     found = {
         name: state.weight
         for name, shape in shapes.items()
-        if name not in named
+        if name in left_out
         and (state := state_of(name, named, known=True)) is not None
         and shapes.get(state.weight) == shape
     }

@@ -464,13 +464,13 @@ def test_files_of_a_stage_are_parsed_once(tmp_path: Path, write_file: Any, monke
     for path in paths:
         write_file(path, layout, {})
     parsed: list[Any] = []
-    parse = ckpt._parse_head
+    parse = ckpt._Scanner._parsed
 
     def counted(*arguments: Any) -> Any:
         parsed.append(arguments)
         return parse(*arguments)
 
-    monkeypatch.setattr(ckpt, "_parse_head", counted)
+    monkeypatch.setattr(ckpt._Scanner, "_parsed", counted)
     headers = [read_header(paths[0])]
     count = len(parsed)
     headers += [read_header(path, headers[0]) for path in paths[1:]]
