@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -116,5 +117,6 @@ def test_a_rank_that_is_killed_while_it_reads_ends_the_job_at_once(
     started = time.monotonic()
     outcomes = start(run, mounts, "ranks", tmp_path, faults={2: "read"}).outcomes(60)
     assert [outcome.code for outcome in outcomes] == [1, 1, -9, 1]
-    assert all("rank 2 on" in outcome.error and "died" in outcome.error for outcome in outcomes if outcome.code == 1)
+    for outcome in outcomes[:2] + outcomes[3:]:
+        assert re.match(r"rank 2\b.* died", outcome.error)  # it may have been the one that coordinates
     assert time.monotonic() - started < 30
