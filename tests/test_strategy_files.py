@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from mindformers_ckpt.strategy.files import (
     is_strategy_folder,
     merge_strategies,
     rank_file_name,
+    read_rank_file,
     read_strategy,
     write_strategy,
 )
@@ -535,3 +538,32 @@ def by_stage(path: Path) -> Any:
     strategies = sorted(message.parallel_strategy_item, key=lambda item: item.parallel_strategys.stage)
     layouts = sorted(message.parallel_layout_item, key=lambda item: int(item.param_name.partition("-")[0]))
     return message.current_stage, strategies, layouts
+
+
+def test_layouts_that_are_written_alike_are_one_object(tmp_path: Path) -> None:
+    """Their bytes are parsed once, however many parameters have them."""
+    layouts = {f"layers.{number}.w{kind}": Layout((2, 2), ((kind,), ())) for number in range(50) for kind in range(2)}
+    write_strategy(layouts, tmp_path / "ckpt_strategy_rank_0.ckpt")
+    found = read_rank_file(tmp_path / "ckpt_strategy_rank_0.ckpt")
+    assert found == layouts
+    assert len({id(layout) for layout in found.values()}) == 2
+
+
+@pytest.mark.parametrize("implementation", ["python", "upb"])
+def test_both_implementations_of_protobuf_read_the_same(implementation: str) -> None:
+    """A job has the one in pure Python: MindSpore sets the variable when it is imported."""
+    program = """
+import sys
+from google.protobuf.internal import api_implementation
+from mindformers_ckpt.strategy.files import read_strategy
+print(api_implementation.Type(), *(repr(read_strategy(path)) for path in sys.argv[1:]), sep="\\n")
+"""
+    paths = [STRATEGIES / name for name in ("dp2mp2pp2", "dp2mp4")]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, paths)],
+        env={**os.environ, "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": implementation},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == [implementation, *(repr(read_strategy(path)) for path in paths)]

@@ -11,6 +11,7 @@ MindSpore.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import re
@@ -104,7 +105,7 @@ def _members(value: type) -> Iterator[str]:
     for name, member in vars(value).items():
         if (name.startswith("_") and name not in ("__getitem__",)) or name in fields:
             continue
-        if isinstance(member, property):
+        if isinstance(member, (property, functools.cached_property)):
             yield f"`{name}`: {_summary(member)}"
         elif isinstance(member, classmethod) or callable(member):
             function = member.__func__ if isinstance(member, classmethod) else member

@@ -12,6 +12,7 @@ import click
 from mindformers_ckpt.cli.dry import say_plan
 from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
 from mindformers_ckpt.cli.options import (
+    BOOL,
     CACHE,
     DRY_RUN,
     FINGERPRINT,
@@ -23,6 +24,7 @@ from mindformers_ckpt.cli.options import (
     LocalPath,
     OneOf,
     StrategyPath,
+    Whole,
     json_option,
     replace_options,
     resumable,
@@ -51,7 +53,7 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
 @click.option(
     "--reversed",
     "reverse",
-    type=bool,
+    type=BOOL,
     is_flag=False,
     flag_value=True,
     default=False,
@@ -78,22 +80,26 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
 @click.option("--n-head", type=int, help="Attention heads, where config.json lacks them (BLOOM).")
 @click.option("--hidden-size", type=int, help="Hidden size, where config.json lacks it (BLOOM).")
 @click.option("--layers", type=int, help="Layers, where config.json lacks them (GPT2, WizardCoder).")
-@click.option("--num-layers", type=click.IntRange(1), help="Convert the first layers only: so many.")
-@click.option("--num-nextn-predict-layers", type=click.IntRange(0), help="Prediction (MTP) layers to convert.")
-@click.option("--is-pretrain", type=bool, help="Swin: weights of pre-training.")
+@click.option("--num-layers", type=Whole(1), help="Convert the first layers only: so many.")
+@click.option("--num-nextn-predict-layers", type=Whole(0), help="Prediction (MTP) layers to convert.")
+@click.option("--is-pretrain", type=BOOL, help="Swin: weights of pre-training.")
 @click.option("--telechat-type", help="TeleChat: telechat_7b or telechat_12b.")
-@click.option("--mlp-concat", type=bool, help="GLM4: gate and up in one tensor; left out: they are.")
-@click.option("--use-rearrange-rope", type=bool, help="GLM4: even rows of a head before odd ones, in query and key.")
-@click.option("--use-gmm", type=bool, help="Mixtral: experts turned, for grouped multiplication in inference.")
-@click.option("--use-gmm-training", type=bool, help="Mixtral: as a training network with use_gmm has them.")
+@click.option("--mlp-concat", type=BOOL, help="GLM4: gate and up in one tensor; left out: they are.")
+@click.option("--use-rearrange-rope", type=BOOL, help="GLM4: even rows of a head before odd ones, in query and key.")
+@click.option("--use-gmm", type=BOOL, help="Mixtral: experts turned, for grouped multiplication in inference.")
+@click.option("--use-gmm-training", type=BOOL, help="Mixtral: as a training network with use_gmm has them.")
 @click.option(
-    "--use-contiguous-weight-layout-attention", type=bool, help="Fused tensors: all of query, all of key, all of value."
+    "--use-contiguous-weight-layout-attention",
+    type=BOOL,
+    help="Fused tensors: all of query, all of key, all of value.",
 )
 @click.option(
-    "--use-interleaved-weight-layout-mlp", type=bool, help="Fused tensors: false for all of gate, then all of up."
+    "--use-interleaved-weight-layout-mlp",
+    type=BOOL,
+    help="Fused tensors: false for all of gate, then all of up.",
 )
-@click.option("--mla-qkv-concat", type=bool, help="DeepSeek, mcore names: query, key and value start in one tensor.")
-@click.option("--pynative", type=bool, help="DeepSeek, mcore names: as the PyNative network has them.")
+@click.option("--mla-qkv-concat", type=BOOL, help="DeepSeek, mcore names: query, key and value start in one tensor.")
+@click.option("--pynative", type=BOOL, help="DeepSeek, mcore names: as the PyNative network has them.")
 @click.option(
     "--format",
     "--save-format",
@@ -104,7 +110,7 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
 @click.option("--naming", type=OneOf(["legacy", "mcore"]), help="MindSpore names; left out: the model's usual.")
 @click.option(
     "--qkv-concat",
-    type=bool,
+    type=BOOL,
     is_flag=False,
     flag_value=True,
     help="Query, key, value in one tensor, gate and up too; alone or with true or false.",

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mindformers_ckpt.cli.notices import say, say_json, warn
-from mindformers_ckpt.cli.options import CONTENTS, AnyPath, StrategyPath, json_option
+from mindformers_ckpt.cli.options import CONTENTS, AnyPath, Number, StrategyPath, json_option
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.look.diff import Diff, TensorDiff, diff
@@ -27,7 +27,7 @@ _SHOWN = 20
 @click.option("--step-b", help="The same of B.")
 @click.option(
     "--tolerance",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     default=0.0,
     show_default=True,
     help="Largest |difference| of an element that is allowed.",

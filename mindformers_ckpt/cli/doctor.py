@@ -64,6 +64,7 @@ def _checkpoint(path: Path, folder: Path) -> Iterator[Finding]:
     from mindformers_ckpt.sources.find import find_source
 
     if not path.exists():
+        yield Finding("checkpoint", f"{path} is not there; what is said of the storage is of {folder}")
         return
     try:
         source = find_source(path)

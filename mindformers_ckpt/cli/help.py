@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 
 import click
+
+from mindformers_ckpt.cli.folding import folded_command, width_of
+from mindformers_ckpt.errors import did_you_mean
 
 _PAGES = "docs/{} of the project"
 EXIT_CODES = (
@@ -56,10 +60,35 @@ _HELP = {
 _NEEDED = {"transform": "--src-checkpoint PATH --dst-checkpoint-dir PATH", "plan": "--src-checkpoint PATH"}
 
 
+class Formatter(click.HelpFormatter):
+    """Help that fits the terminal: the names of an option, too, which click leaves in one line."""
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        fitting = [(self._folded(names), text) for names, text in rows]
+        super().write_dl(fitting, col_max, col_spacing)
+
+    def _folded(self, names: str) -> str:
+        lines: list[str] = []
+        for name in names.split(", "):
+            if lines and self.current_indent + len(lines[-1]) + len(name) + 3 <= self.width:
+                lines[-1] += f", {name}"
+            else:
+                lines.append(name)
+        return f",\n{'':>{self.current_indent + 4}}".join(lines)
+
+
+class Context(click.Context):
+    """A context whose help fits the terminal."""
+
+    formatter_class = Formatter
+
+
 def complete_help(name: str, command: click.Command) -> None:
     """Add examples, link and exit codes to the help of a command, and its required options to the usage line."""
     page, examples = _HELP.get(name, ("offline.md", ()))
-    lines = ["\b", "Examples:", *(f"  mindformers-ckpt {example}" for example in examples), ""] if examples else []
+    width = width_of(sys.stdout)
+    shown = [line for each in examples for line in folded_command(f"  mindformers-ckpt {each}", width and width - 2)]
+    lines = ["\b", "Examples:", *shown, ""] if examples else []
     command.epilog = "\n".join([*lines, f"More: {_PAGES.format(page)}.", "", f"Exit codes: {EXIT_CODES}."])
     required = [
         f"{parameter.opts[0]} {parameter.type.name.upper()}"
@@ -67,6 +96,7 @@ def complete_help(name: str, command: click.Command) -> None:
         if isinstance(parameter, click.Option) and parameter.required
     ]
     needed = _NEEDED.get(name) or " ".join(required)
+    command.context_class = Context
     command.options_metavar = f"{needed} [OPTIONS]" if needed else "[OPTIONS]"
 
 
@@ -81,6 +111,12 @@ def what_is_missing(error: click.MissingParameter) -> str:
     arguments = [each.human_readable_name for each in lacking if isinstance(each, click.Argument)]
     options = [each.opts[0] for each in lacking if isinstance(each, click.Option)]
     return missing(arguments, options)
+
+
+def no_such_option(error: click.NoSuchOption) -> str:
+    """The message for a misspelt option, as that for a misspelt command."""
+    known = [] if error.ctx is None else [name for each in error.ctx.command.params for name in each.opts]
+    return f"No such option {error.option_name!r}.{did_you_mean(error.option_name, known)}"
 
 
 def missing(arguments: Sequence[str], options: Sequence[str]) -> str:

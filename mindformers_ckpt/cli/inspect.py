@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mindformers_ckpt.cli.notices import amount, say, say_json
-from mindformers_ckpt.cli.options import STEP, AnyPath, StrategyPath, json_option
+from mindformers_ckpt.cli.options import STEP, AnyPath, StrategyPath, Whole, json_option
 from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.look.inspect import Inspection, inspect
 from mindformers_ckpt.look.parameters import Parameter
@@ -27,7 +27,7 @@ _BOXES = 64
     help="Strategy of rank folders: file, merged file or folder.  [default: a folder `strategy` in or beside them]",
 )
 @click.option("--name", help="Parameters whose names hold this text, or fit it with * and ?.")
-@click.option("--rank", type=click.IntRange(min=0), help="What the file of this rank holds, and where in it.")
+@click.option("--rank", type=Whole(min=0), help="What the file of this rank holds, and where in it.")
 @click.option("--flat", is_flag=True, help="A line for each parameter instead of a tree.")
 @STEP
 @json_option

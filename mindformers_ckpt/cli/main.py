@@ -5,14 +5,16 @@ Exit codes: 0 done, 1 wrong input or failed, 2 usage, 130 interrupted, 143 ended
 
 from __future__ import annotations
 
+import gc
+
 from mindformers_ckpt.cli import signals
 
 if signals.is_program():
     signals.quiet_start()
+    gc.disable()  # as `main` does it; the modules that are imported from here on are a tenth of the work
 
 import contextlib
 import errno
-import gc
 import importlib
 import os
 import sys
@@ -22,7 +24,7 @@ from typing import IO, Any
 import click
 
 from mindformers_ckpt import __version__
-from mindformers_ckpt.cli.help import EXIT_CODES, complete_help, what_is_missing
+from mindformers_ckpt.cli.help import EXIT_CODES, Context, complete_help, no_such_option, what_is_missing
 from mindformers_ckpt.cli.notices import complain, escape_what_the_locale_lacks, notice, open_closed_streams, say_json
 from mindformers_ckpt.cli.verbosity import add_verbosity
 from mindformers_ckpt.errors import CheckpointError, did_you_mean
@@ -77,6 +79,7 @@ class _LazyGroup(click.Group):
     """A group that imports only the command that is called."""
 
     as_json = False
+    context_class = Context
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -133,7 +136,7 @@ def _as_failures() -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        raise _Failure(str(error)) from error
+        raise _Failure(_with_advice(str(error))) from error
     except KeyboardInterrupt as error:
         raise _Interrupted(" ".join(error.args) or "interrupted") from error
     except (MemoryError, OSError, RuntimeError, ImportError) as error:
@@ -154,7 +157,16 @@ def _said_of(error: Exception) -> str | None:
     if not isinstance(error, OSError) or error.errno == errno.EPIPE:  # a closed pipe is click's business
         return None
     file = error.filename2 or error.filename
-    return f"{file}: {error.strerror}" if file is not None else f"the system reports: {error.strerror or error}"
+    said = f"{file}: {error.strerror}" if file is not None else f"the system reports: {error.strerror or error}"
+    return _with_advice(said)
+
+
+def _with_advice(message: str) -> str:
+    """A message, with what to do where the system has refused a file; faults that are listed have no cause to ask."""
+    if os.strerror(errno.EACCES) not in message:
+        return message
+    mark = "\n  " if "\n" in message else "; "
+    return f"{message}{mark}this user may not: change the rights, or ask the owner (ls -l names it)"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -177,7 +189,11 @@ def _printable_usage_errors() -> Iterator[None]:
         if type(error).__name__ == "NoArgsIsHelpError":  # from click 8.2 on
             raise
         if isinstance(error, click.UsageError):
-            message = what_is_missing(error) if isinstance(error, click.MissingParameter) else error.format_message()
+            message = error.format_message()
+            if isinstance(error, click.MissingParameter):
+                message = what_is_missing(error)
+            elif isinstance(error, click.NoSuchOption):
+                message = no_such_option(error)
             raise _WrongCall(printable(message), error.ctx) from error
         vars(error)["message"] = printable(error.message)  # click calls it final
         raise
@@ -212,4 +228,8 @@ def main(arguments: list[str] | None = None) -> Any:
     # Plans are millions of tuples without cycles, and looking for cycles in them took a third of the planning.
     gc.disable()
     escape_what_the_locale_lacks()
-    cli.main(arguments, prog_name="mindformers-ckpt")
+    try:
+        cli.main(arguments, prog_name="mindformers-ckpt")
+    finally:
+        if signals.is_program():
+            gc.freeze()  # what is left is not looked through for cycles when the interpreter ends

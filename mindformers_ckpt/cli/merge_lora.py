@@ -23,6 +23,7 @@ from mindformers_ckpt.cli.options import (
     LocalPath,
     OneOf,
     StrategyPath,
+    Whole,
     check_prefix,
     json_option,
     resumable,
@@ -114,7 +115,7 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
 )
 @click.option("--lora-scaling", type=_Ratio(), help="lora_alpha / lora_rank of the training, like 2 or 16/8.")
 @click.option("--alpha", "--lora-alpha", "alpha", type=_Number(), help="lora_alpha; the rank is that of the factors.")
-@click.option("--rank", "--lora-rank", "rank", type=click.IntRange(min=1), help="lora_rank, to check the factors.")
+@click.option("--rank", "--lora-rank", "rank", type=Whole(min=1), help="lora_rank, to check the factors.")
 @click.option("--use-rslora", is_flag=True, help="The scaling is alpha / sqrt(rank).")
 @click.option("--adapter", type=_PATH, help="Checkpoint or PEFT folder with the LoRA parameters, if not the source.")
 @click.option("--model", callback=_check_name, help="Model of an adapter with Hugging Face names, as convert takes it.")

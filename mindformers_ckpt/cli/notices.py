@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import click
 
+from mindformers_ckpt.cli.folding import folded, width_of
 from mindformers_ckpt.errors import CheckpointError
 from mindformers_ckpt.printable import ascii_json, printable
 
@@ -28,7 +29,7 @@ class OutputError(CheckpointError, OSError):
 
 def say(text: str) -> None:
     """Print a line of a result. Raises OutputError."""
-    _to_stdout(printable(text))
+    _to_stdout(folded(printable(text), width_of(sys.stdout)))
 
 
 class Piece(NamedTuple):
@@ -93,6 +94,9 @@ def notice(label: str, text: str, **style: Any) -> None:
     """Print a line on stderr, where that is possible."""
     if "NO_COLOR" in os.environ:
         style = {}
+    if label:
+        label, whole = label.rstrip(), folded(label + text, width_of(sys.stderr))
+        text = whole[len(label) :]
     with contextlib.suppress(OSError):
         click.echo(click.style(label, **style) if style else label, err=True, nl=False)
         click.echo(text, err=True)

@@ -15,7 +15,7 @@ from mindformers_ckpt.engine.page_cache import CAN_DROP
 from mindformers_ckpt.errors import did_you_mean
 from mindformers_ckpt.objects.path import as_path, is_url
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX
-from mindformers_ckpt.sources.plausibility import MODES
+from mindformers_ckpt.sources.source import MODES
 
 if TYPE_CHECKING:
     from mindformers_ckpt.api.request import Request
@@ -34,6 +34,46 @@ class OneOf(click.Choice):  # type: ignore[type-arg]  # generic in newer version
             return super().convert(value, param, ctx)
         except click.BadParameter as error:
             self.fail(f"{error.message}{did_you_mean(str(value), map(str, self.choices))}", param, ctx)
+
+
+class TrueOrFalse(click.types.BoolParamType):
+    """True or False, in the words that click knows; the error suggests the one that was meant."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            like = did_you_mean(str(value).capitalize(), ("True", "False"))
+            self.fail(f"{str(value)!r} is not one of 'True', 'False'.{like}", param, ctx)
+
+
+BOOL = TrueOrFalse()
+
+
+class Whole(click.IntRange):
+    """A whole number in a range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not _is_number(int, value):
+            self.fail(f"{str(value)!r} is not a whole number.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Number(click.FloatRange):
+    """A number in a range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not _is_number(float, value):
+            self.fail(f"{str(value)!r} is not a number.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def _is_number(kind: Callable[[Any], float], value: Any) -> bool:
+    try:
+        kind(value)
+    except ValueError:
+        return False
+    return True
 
 
 class LocalPath(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
@@ -147,10 +187,10 @@ _REQUEST_OPTIONS = (
         "[default: safetensors if all source files are, else ckpt]",
     ),
     click.option("--ranks", type=Ranks(), help="Make these target ranks only, like 0-7,12."),
-    click.option("--world-size", type=click.IntRange(min=1), help="Ranks of the target; checked against its strategy."),
+    click.option("--world-size", type=Whole(min=1), help="Ranks of the target; checked against its strategy."),
     click.option(
         "--rank-id",
-        type=click.IntRange(min=0),
+        type=Whole(min=0),
         help="This process is one of --transform-process-num that were started by hand, with the first rank of "
         "its share: for 8 ranks and 2 processes 0 or 4. It makes ranks 0-3 or 4-7 only.",
     ),
@@ -191,7 +231,7 @@ PROCESSES = click.option(
     "--transform-process-num",
     "--process-num",
     "processes",
-    type=click.IntRange(min=1),
+    type=Whole(min=1),
     default=1,
     show_default=True,
     help="Processes that copy.",

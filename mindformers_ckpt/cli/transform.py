@@ -14,6 +14,7 @@ from mindformers_ckpt.cli.dry import say_plan
 from mindformers_ckpt.cli.help import missing
 from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
 from mindformers_ckpt.cli.options import (
+    BOOL,
     CACHE,
     DRY_RUN,
     FINGERPRINT,
@@ -37,7 +38,7 @@ from mindformers_ckpt.publish.results import ranks_of
 @request_options
 @click.option(
     "--transform-by-rank",
-    type=bool,
+    type=BOOL,
     default=False,
     show_default=True,
     help="Make one target rank the unit of work, instead of equal shares of bytes.",

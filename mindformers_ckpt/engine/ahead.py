@@ -20,23 +20,21 @@ from __future__ import annotations
 
 import mmap
 import os
-import threading
 import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from mindformers_ckpt.disk.waiting import waits
 from mindformers_ckpt.engine import page_cache
 from mindformers_ckpt.engine.descriptors import Descriptors, fill
+from mindformers_ckpt.engine.requests import Readers, Request
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.objects.path import ObjectPath
 from mindformers_ckpt.objects.reading import Handle, preadv
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
 
 # What a process holds of bytes that were read ahead, and a step of the work that is read as one.
 AHEAD_BYTES = 72 << 20
@@ -98,7 +96,7 @@ def is_near(gap: int, needed: int) -> bool:
 class _Range:
     """A range of a file in memory, filled request by request."""
 
-    def __init__(self, extent: Extent, memory: memoryview, requests: Sequence[Future[int]]) -> None:
+    def __init__(self, extent: Extent, memory: memoryview, requests: Sequence[Request]) -> None:
         self.start, self.stop = extent.start, extent.stop
         self._memory, self._requests, self._size = memory, requests, request_bytes(extent.path)
 
@@ -107,13 +105,13 @@ class _Range:
         first, last = start - self.start, start - self.start + length
         for number in range(first // self._size, -(-last // self._size)):
             at = number * self._size
-            if self._requests[number].result() < min(last - at, self._size):
+            if self._requests[number].filled() < min(last - at, self._size):
                 return None
         return self._memory[first:last]
 
     def wait(self) -> None:
         for request in self._requests:
-            request.exception()
+            request.wait()
 
 
 class _Batch(Generic[T]):
@@ -182,6 +180,11 @@ class Ahead(Generic[T]):
             self._release(self._current)
             self._current = None
         yield from line.steps  # of a warm task
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing of the present step was read ahead."""
+        return self._current is None or self._current.memory is None
 
     def bytes(self, path: Path, start: int, length: int) -> memoryview | None:
         """Bytes that the present step was said to need; None when they have to be read in the ordinary way."""
@@ -272,8 +275,7 @@ class Fetcher:
         self._drops = drops
         self._plain = Descriptors(os.O_RDONLY)
         self._direct = None if is_shared or not hasattr(os, "O_DIRECT") else Descriptors(os.O_RDONLY | os.O_DIRECT)
-        self._pool: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()
+        self._readers = Readers(_MOST_REQUESTS)
         self._slow: set[Path] = set()
 
     def read(self, path: Path, start: int, memory: memoryview) -> None:
@@ -282,6 +284,17 @@ class Fetcher:
             fill(descriptor, path, start, memory)
             if self._drops:
                 page_cache.drop(descriptor, start, len(memory))
+
+    def stream(self, path: Path, start: int, memory: memoryview, counts: Iterable[int]) -> Iterator[memoryview]:
+        """Bytes of a file from `start` on, so many at a time, each in the same memory. Raises TransferError."""
+        with self._plain.borrowed(path) as descriptor:
+            for count in counts:
+                piece = memory[:count]
+                fill(descriptor, path, start, piece)
+                if self._drops:
+                    page_cache.drop(descriptor, start, count)
+                yield piece
+                start += count
 
     def scatter(self, path: Path, start: int, parts: Sequence[memoryview]) -> bool:
         """Fill parts of memory with the bytes of a file from `start` on, in one call through the page cache.
@@ -306,17 +319,11 @@ class Fetcher:
         if self._read(path, start, memory) < needed:  # whoever reads it in the ordinary way has a message
             self.read(path, start, memory[:needed])
 
-    def fetch(self, extent: Extent, memory: memoryview) -> list[Future[int]]:
-        """Begin to read a range: for each request, how many bytes of it have come."""
-        with self._lock:
-            pool = self._pool
-            if pool is None:
-                from concurrent.futures import ThreadPoolExecutor
-
-                pool = self._pool = ThreadPoolExecutor(_MOST_REQUESTS, "read-ahead")
+    def fetch(self, extent: Extent, memory: memoryview) -> list[Request]:
+        """Begin to read a range, request by request."""
         size = request_bytes(extent.path)
         return [
-            pool.submit(self._read, extent.path, extent.start + at, memory[at : at + size])
+            self._readers.begin(partial(self._read, extent.path, extent.start + at, memory[at : at + size]))
             for at in range(0, len(memory), size)
         ]
 
@@ -372,8 +379,7 @@ class Fetcher:
         return 0
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._readers.close()
         self._plain.close()
         if self._direct is not None:
             self._direct.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +16,11 @@ BLOCK_BYTES = 8 << 20
 # what is written at once, to multiples of it where the data allow: the system takes one piece of memory for that.
 PIECE_BYTES = 512 << 10
 TRANSPOSE_BYTES = 32 << 20
+
+
+def piece_memory() -> memoryview:
+    """Memory for a piece, which begins at a page. It takes no numpy, whose import can wait then."""
+    return memoryview(mmap.mmap(-1, PIECE_BYTES))
 
 
 def empty_bytes(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

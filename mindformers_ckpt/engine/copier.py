@@ -6,19 +6,19 @@ part of it. Nothing here knows of strategies.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mindformers_ckpt.checksums.shares import share_of, share_of_run
 from mindformers_ckpt.engine.ahead import Fetcher
-from mindformers_ckpt.engine.buffers import ALIGNMENT, BLOCK_BYTES, PIECE_BYTES, empty_bytes
+from mindformers_ckpt.engine.buffers import PIECE_BYTES
+from mindformers_ckpt.engine.parts import Scratch, read_parts
 from mindformers_ckpt.engine.reader import Read, Reader, ShardReader
 from mindformers_ckpt.engine.sinks import Sink
 from mindformers_ckpt.engine.tasks import Done, Slice, SourceShare, Task, TensorHash, TensorShare, blocks_of
 from mindformers_ckpt.engine.views import in_view, target_runs
-from mindformers_ckpt.engine.ways import Way, Ways
+from mindformers_ckpt.engine.ways import Run, Way, Ways
 from mindformers_ckpt.formats import DType
 from mindformers_ckpt.geometry.box import Box, offset_in
 from mindformers_ckpt.planning.model import Place, SourceFile, View
@@ -107,7 +107,7 @@ class Copier:
         self._fingerprints = fingerprints
         self._ways = Ways(by_rows=not hashes)
         self._pieces: dict[int, list[_Piece]] = {}  # of the task that comes next
-        self._buffers: dict[str, np.ndarray[Any, np.dtype[np.uint8]]] = {}
+        self._scratch = Scratch()
 
     def run(self, task: Task, check: Callable[[], None] = lambda: None, following: Task | None = None) -> Done:
         """Copy all blocks of a task; `check` is called between blocks and may raise to stop.
@@ -148,17 +148,28 @@ class Copier:
     def _copy_rows(self, piece: _Piece, block: Box) -> None:
         """Copy what each target takes of each source as one run, in pieces small enough to stay in a core's cache."""
         name, dtype = piece.transfer.name, piece.transfer.dtype
-        for files, place, length, in_source, position, in_whole in piece.way.runs(block):
-            lead = PIECE_BYTES - self._sink.offset(files[0], name, position) % PIECE_BYTES
-            for data in self._reader.stream(place, name, dtype, in_source, length, lead):
-                for file in files:
-                    self._sink.write(file, name, position, data)
-                self._count(piece, in_whole, data)
-                position, in_whole = position + len(data), in_whole + len(data)
+        for place, start, length, runs in piece.way.readings(block):
+            first, lead, done = runs[0], PIECE_BYTES, 0
+            if length > PIECE_BYTES:  # otherwise it is one piece
+                lead -= self._sink.offset(first.files[0], name, first.in_target) % PIECE_BYTES
+            for data in self._reader.stream(place, name, dtype, start, length, lead):
+                if len(runs) == 1:
+                    self._write_run(piece, first, done, data)
+                    done += len(data)
+                    continue
+                for run in runs:
+                    self._write_run(piece, run, 0, data[: run.length])
+                    data = data[run.length :]
+
+    def _write_run(self, piece: _Piece, run: Run, done: int, data: memoryview) -> None:
+        """Give the bytes of a run from `done` on to the files that take it."""
+        for file in run.files:
+            self._sink.write(file, piece.transfer.name, run.in_target + done, data)
+        self._count(piece, run.in_whole + done, data)
 
     def _copy_block(self, piece: _Piece, block: Box) -> None:
         transfer = piece.transfer
-        held = self._read_parts(piece, block)
+        held = read_parts(self._reader, transfer, piece.way.parts(block), self._scratch)
         if self._fingerprints:
             for (place, taken), (_, content) in zip(piece.way.parts(block), held):
                 piece.count_source(place, taken, content)
@@ -188,7 +199,7 @@ class Copier:
         """Count a block, which is one run of the whole tensor; its parts are put together for that."""
         transfer = piece.transfer
         if len(held) > 1:
-            (content,) = self._arrays("counted", transfer.dtype, [block.shape])
+            (content,) = self._scratch.arrays("counted", transfer.dtype, [block.shape])
             for box, array in held:
                 content[box.relative_to(block).slices()] = array
             held = [(block, content)]
@@ -203,17 +214,6 @@ class Copier:
             transfer = piece.transfer
             piece.share ^= share_of_run(data, start, math.prod(transfer.shape) * transfer.dtype.itemsize)
 
-    def _read_parts(self, piece: _Piece, block: Box) -> list[tuple[Box, np.ndarray[Any, np.dtype[Any]]]]:
-        """What the sources hold of a block, each part contiguous in memory."""
-        name, dtype, parts = piece.transfer.name, piece.transfer.dtype, piece.way.parts(block)
-        held = [(part, self._reader.held(place, name, dtype, part)) for place, part in parts]
-        lacking = [read for read, (_, array) in zip(parts, held) if array is None]
-        arrays = self._arrays("read", dtype, [part.shape for _, part in lacking])
-        for (place, part), array in zip(lacking, arrays):
-            self._reader.read(place, name, dtype, part, array)
-        found = iter(arrays)
-        return [(part, next(found) if array is None else array) for part, array in held]
-
     def _gathered(
         self, part: Box, held: Sequence[tuple[Box, np.ndarray[Any, np.dtype[Any]]]], dtype: DType
     ) -> np.ndarray[Any, np.dtype[Any]]:
@@ -224,26 +224,10 @@ class Copier:
             content: np.ndarray[Any, np.dtype[Any]] = array[common.relative_to(box).slices()]
             if content.flags.c_contiguous:
                 return content
-        (gathered,) = self._arrays("gathered", dtype, [part.shape])
+        (gathered,) = self._scratch.arrays("gathered", dtype, [part.shape])
         for box, common, array in pieces:
             gathered[common.relative_to(part).slices()] = array[common.relative_to(box).slices()]
         return gathered
-
-    def _arrays(
-        self, purpose: str, dtype: DType, shapes: Sequence[tuple[int, ...]]
-    ) -> list[np.ndarray[Any, np.dtype[Any]]]:
-        """Arrays in a buffer that is used again and again: fresh memory would cost a page fault every 4 KiB."""
-        if not shapes:
-            return []
-        sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
-        starts = list(itertools.accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
-        buffer = self._buffers.get(purpose)
-        if buffer is None or len(buffer) < starts[-1]:
-            buffer = self._buffers[purpose] = empty_bytes(max(starts[-1], BLOCK_BYTES))
-        return [
-            buffer[start : start + size].view(dtype.carrier).reshape(shape)
-            for start, size, shape in zip(starts, sizes, shapes)
-        ]
 
 
 def _contiguous(content: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[Any]]:

@@ -100,9 +100,10 @@ class Descriptors:
         """The descriptor of a file, which nobody closes meanwhile."""
         file = self._entry(path)
         try:
-            with file.lock:
-                if file.descriptor is None:
-                    file.descriptor = self._opened(path)
+            if file.descriptor is None:
+                with file.lock:
+                    if file.descriptor is None:
+                        file.descriptor = self._opened(path)
             yield file.descriptor
         finally:
             with self._changed:
@@ -161,6 +162,8 @@ class Descriptors:
 
     def _close_down_to(self, count: int) -> bool:
         """Close the files that nobody uses, the least recently used ones first, until so many are left; any closed?"""
+        if len(self._files) <= count:  # as a rule, and this is asked for every read
+            return False
         idle = [path for path, file in self._files.items() if not file.users]
         surplus = idle[: max(0, len(self._files) - count)]
         for path in surplus:
@@ -204,6 +207,8 @@ def fill(descriptor: Handle, path: Path, offset: int, view: memoryview) -> None:
 
 def file_ranges(segments: Sequence[Segment], start: int, length: int) -> list[tuple[int, int]]:
     """The byte ranges (offset, length) of a file that hold `length` bytes from `start` of a tensor's content."""
+    if segments and 0 < length <= segments[0].length - start:  # as nearly always
+        return [(segments[0].offset + start, length)]
     found = []
     for offset, held in segments:
         if not length:

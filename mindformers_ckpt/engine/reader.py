@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from mindformers_ckpt.engine.ahead import Ahead, Extent, Fetcher
-from mindformers_ckpt.engine.buffers import PIECE_BYTES, empty_bytes
+from mindformers_ckpt.engine.buffers import PIECE_BYTES, empty_bytes, piece_memory
 from mindformers_ckpt.engine.compute import DOWN_TILE, UP_TILE, cast, dequantise, factor_values, merge, scale_values
 from mindformers_ckpt.engine.descriptors import file_ranges
 from mindformers_ckpt.engine.into_memory import LEAST_BYTES, Piece
@@ -160,7 +160,11 @@ class ShardReader:
         """Bytes of a shard from `start` on, piece by piece, as `cuts` has them; each is gone when the next comes."""
         segments, path = self._segments(place, place.tensor or name, dtype), self._files[place.file].path
         if self._piece is None:
-            self._piece = empty_bytes(PIECE_BYTES).data
+            self._piece = piece_memory()
+        ranges = file_ranges(segments, start, length)
+        if len(ranges) == 1 and self._ahead.is_empty:
+            yield from self._fetcher.stream(path, ranges[0][0], self._piece, cuts(length, lead))
+            return
         for count in cuts(length, lead):
             piece = self._held(path, segments, start, count)
             if piece is None:

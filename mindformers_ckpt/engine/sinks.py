@@ -52,13 +52,17 @@ class Layouts:
     def __init__(self, files: Sequence[TargetFile]) -> None:
         self._files = files
         self._known: dict[tuple[str, int], FileLayout] = {}
+        self._of_files: dict[int, FileLayout] = {}
 
     def of(self, file: int) -> FileLayout:
-        target = self._files[file]
-        key = (target.format, id(target.tensors))
-        if key not in self._known:
-            self._known[key] = _layout_of(target.format, target.tensors, target.metadata)
-        return self._known[key]
+        found = self._of_files.get(file)
+        if found is None:
+            target = self._files[file]
+            key = (target.format, id(target.tensors))
+            if key not in self._known:
+                self._known[key] = _layout_of(target.format, target.tensors, target.metadata)
+            found = self._of_files[file] = self._known[key]
+        return found
 
 
 class FileSink:

@@ -103,6 +103,14 @@ def cut_into_tasks(plan: Plan, *, by_rank: bool = False, whole_tensors: bool = F
     return tasks
 
 
+def tasks_of(transfer: Transfer, blocks: int = 8) -> Iterator[Task]:
+    """One transfer as tasks of so many blocks, for work that may end before the last one."""
+    total = block_count(_hull(transfer.targets), _limit(transfer.dtype, _is_transposed(transfer.sources)))
+    for number, first in enumerate(range(0, total, blocks)):
+        piece = Slice(transfer, first, min(blocks, total - first))
+        yield Task(number, (piece,), transfer.bytes_written * piece.blocks // total)
+
+
 def _tasks_by_file(plan: Plan) -> list[Task]:
     """A task a target file, of all that it takes."""
     written, cut = once(volume_of), _BlockCounts()

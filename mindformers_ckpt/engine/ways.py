@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
+from mindformers_ckpt.engine.buffers import PIECE_BYTES
 from mindformers_ckpt.geometry.box import Box, are_disjoint, offset_in
 from mindformers_ckpt.planning.model import Place, Transfer, View
 
@@ -22,14 +23,21 @@ T = TypeVar("T")
 
 
 class Run(NamedTuple):
-    """Bytes that files take of a source, one run of both: where it begins in the shards and in the whole tensor."""
+    """Bytes that files take of a source, one run of both: where it begins in the target shards and the whole tensor."""
 
     files: Sequence[int]
-    place: Place
     length: int
-    in_source: int
     in_target: int
     in_whole: int
+
+
+class Reading(NamedTuple):
+    """Bytes of a source that are read at once: a run, or short ones that follow each other in the source."""
+
+    place: Place
+    start: int
+    length: int
+    runs: Sequence[Run]
 
 
 class Way:
@@ -44,20 +52,20 @@ class Way:
         is_so = by_rows and is_cut_by_rows(transfer)
         self._meetings = _row_meetings(transfer, self.takers) if is_so else None
         self._parts: dict[Box, Sequence[tuple[Place, Box]]] = {}
-        self._runs: dict[Box, Sequence[Run]] = {}
+        self._readings: dict[Box, Sequence[Reading]] = {}
 
     @property
     def is_by_rows(self) -> bool:
-        """Whether all that is copied are `runs`."""
+        """Whether all that is copied are runs, by `readings`."""
         return self._meetings is not None
 
     def parts(self, block: Box) -> Sequence[tuple[Place, Box]]:
         """What is read of the sources to copy a block."""
         return _kept(self._parts, block, self._parts_of)
 
-    def runs(self, block: Box) -> Sequence[Run]:
+    def readings(self, block: Box) -> Sequence[Reading]:
         """The runs of a block, of tensors that are cut by rows."""
-        return _kept(self._runs, block, self._runs_of)
+        return _kept(self._readings, block, self._readings_of)
 
     def _parts_of(self, block: Box) -> Sequence[tuple[Place, Box]]:
         boxes = [(place, place.box) for place in self._transfer.sources]
@@ -66,15 +74,22 @@ class Way:
         parts = ((place, box.intersect(block)) for place, box in boxes)
         return [(place, part) for place, part in parts if part is not None]
 
-    def _runs_of(self, block: Box) -> Sequence[Run]:
+    def _readings_of(self, block: Box) -> Sequence[Reading]:
         assert self._meetings is not None
         itemsize, whole = self._transfer.dtype.itemsize, Box.whole(self._transfer.shape)
-        found = []
+        found: list[Reading] = []
         for box, files, place, common in self._meetings:
             part = common.intersect(block)
-            if part is not None:
-                starts = (offset_in(part, outer) * itemsize for outer in (place.box, box, whole))
-                found.append(Run(files, place, part.volume * itemsize, *starts))
+            if part is None:
+                continue
+            start, *others = (offset_in(part, outer) * itemsize for outer in (place.box, box, whole))
+            run = Run(files, part.volume * itemsize, *others)
+            last = found[-1] if found else None
+            follows = last is not None and last.place is place and last.start + last.length == start
+            if last is not None and follows and last.length + run.length <= PIECE_BYTES:
+                found[-1] = Reading(place, last.start, last.length + run.length, (*last.runs, run))
+            else:
+                found.append(Reading(place, start, run.length, (run,)))
         return found
 
 

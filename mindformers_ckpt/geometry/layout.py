@@ -115,7 +115,7 @@ class Layout:
         """Number of ranks in the stage."""
         return math.prod(self.device_matrix)
 
-    @property
+    @cached_property
     def cuts(self) -> tuple[int, ...]:
         """Number of even pieces of every dimension, optimizer shard included."""
         pieces = [math.prod(map(self._extent, axes)) for axes in self.tensor_map]

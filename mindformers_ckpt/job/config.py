@@ -18,7 +18,7 @@ from mindformers_ckpt.convert.config import LAYOUT_SETTINGS
 from mindformers_ckpt.errors import ConfigError, describe_problems
 from mindformers_ckpt.job.misspelt import misplaced, misspelt
 from mindformers_ckpt.job.object_store import check_url, is_url
-from mindformers_ckpt.sources.plausibility import MODES
+from mindformers_ckpt.sources.source import MODES
 from mindformers_ckpt.text_files import read_yaml_mapping
 
 RUN_MODES = ("train", "finetune", "predict", "eval")

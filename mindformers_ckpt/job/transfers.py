@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import tempfile
 import threading
 import time
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.job.object_store import ObjectStore, StoreError
 from mindformers_ckpt.log import log
+from mindformers_ckpt.objects.attempts import Retries
 from mindformers_ckpt.text_files import MAX_OWN_BYTES, read_json_object, write_json
 
 T = TypeVar("T")
@@ -28,12 +28,8 @@ _SECONDS_BETWEEN_CHECKS = 0.1
 _HASH_BLOCK = 8 << 20
 
 
-class Retries(NamedTuple):
-    """How often a request is repeated, and after which pauses (seconds, doubled each time)."""
-
-    attempts: int = 6
-    first_pause: float = 0.5
-    longest_pause: float = 30.0
+# Fewer than of a single request: what is repeated here are whole files, and a job has a time limit for all of it.
+_RETRIES = Retries(attempts=6, first_pause=0.5, longest_pause=30.0)
 
 
 class Entry(NamedTuple):
@@ -57,7 +53,7 @@ class Transfers:
     store: ObjectStore
     timeout: float
     check: Callable[[], None] = lambda: None
-    retries: Retries = field(default_factory=Retries)
+    retries: Retries = _RETRIES
     parallel: int = 4
     _stopped: threading.Event = field(default_factory=threading.Event)
 
@@ -146,8 +142,7 @@ class Transfers:
             except StoreError as error:
                 if error.final or self._stopped.is_set():
                     raise
-                pause = min(self.retries.first_pause * 2 ** (attempt - 1), self.retries.longest_pause)
-                pause *= random.uniform(0.5, 1)
+                pause = self.retries.pause(attempt)
                 now = time.monotonic()
                 if attempt == self.retries.attempts or now + pause > deadline:
                     raise StoreError(

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES
+from mindformers_ckpt.engine.tasks import tasks_of
 from mindformers_ckpt.errors import ConfigError
-from mindformers_ckpt.formats import DType, TensorSpec
+from mindformers_ckpt.formats import DType, Segment, TensorSpec
 from mindformers_ckpt.geometry.box import Box, blocks
 from mindformers_ckpt.look.arrays import numpy_type
+from mindformers_ckpt.look.blocks import WholeReader
+from mindformers_ckpt.look.comparing import Comparer
 from mindformers_ckpt.look.holders import first_difference
-from mindformers_ckpt.look.whole import PathLike, WholeReader, checkpoint_at
-from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
+from mindformers_ckpt.look.whole import PathLike, checkpoint_at
+from mindformers_ckpt.planning.model import Place, SourceFile, Transfer
+from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor, Shard
 from mindformers_ckpt.sources.plausibility import check_contents
 from mindformers_ckpt.strategy.model import Strategy
 
@@ -119,11 +124,14 @@ def diff(
     common = sorted(ours.keys() & theirs.keys())
     total, done = sum(ours[name].spec.nbytes for name in common), 0
     found: list[TensorDiff] = []
-    with closing(WholeReader(first)) as one, closing(WholeReader(second)) as other:
+    with (
+        closing(WholeReader(first)) as one,
+        closing(WholeReader(second)) as other,
+        closing(_Bits(first, second)) as bits,
+    ):
         for name in common:
-            compared = _compare(name, (one, ours[name]), (other, theirs[name]))
-            if compared is not None:
-                found.append(compared)
+            if not bits.are_equal(name, ours[name], theirs[name]):
+                found.append(_compare(name, (one, ours[name]), (other, theirs[name])))
             done += ours[name].spec.nbytes
             if progress is not None:
                 progress(done, total)
@@ -142,17 +150,51 @@ def _tensors(checkpoint: Checkpoint) -> Mapping[str, LogicalTensor]:
     return {name: tensor for name, tensor in checkpoint.whole_tensors().items() if tensor.spec.size}
 
 
+class _Bits:
+    """Finds out whether tensors of two checkpoints are the same, bit for bit."""
+
+    def __init__(self, left: Checkpoint, right: Checkpoint) -> None:
+        self._right = right
+        self._shards: Sequence[Shard] = ()
+        paths = list(dict.fromkeys(left.files.files))
+        self._numbers = {path: number for number, path in enumerate(paths)}
+        headers = {number: left.header(path) for path, number in self._numbers.items()}
+        files = [SourceFile(path, header.size) for path, header in zip(paths, headers.values())]
+        self._comparer = Comparer(files, headers, self._content, self._note)
+        self._differs = False
+
+    def are_equal(self, name: str, left: LogicalTensor, right: LogicalTensor) -> bool:
+        """Whether both have the same type, shape and bits. Little is read beyond the first difference."""
+        if (left.spec.dtype, left.spec.shape) != (right.spec.dtype, right.spec.shape):
+            return False
+        self._shards, self._differs = right.shards, False
+        sources = tuple(Place(self._numbers[shard.path], shard.box, shard.tensor) for shard in left.shards)
+        targets = tuple(Place(number, shard.box) for number, shard in enumerate(right.shards))
+        transfer = Transfer(name, left.spec.dtype, left.spec.shape, sources, targets)
+        for task in tasks_of(transfer):
+            self._comparer.run(task, lambda: None)
+            if self._differs:
+                return False
+        return True
+
+    def _content(self, number: int, name: str) -> tuple[Path, Sequence[Segment]]:
+        shard = self._shards[number]
+        return shard.path, self._right.header(shard.path).tensors[shard.tensor or name].segments
+
+    def _note(self, file: int, name: str, start: int, count: int) -> None:
+        self._differs = True
+
+    def close(self) -> None:
+        self._comparer.close()
+
+
 def _compare(
     name: str, left: tuple[WholeReader, LogicalTensor], right: tuple[WholeReader, LogicalTensor]
-) -> TensorDiff | None:
-    """What differs in a tensor, None when it is the same bit for bit."""
+) -> TensorDiff:
+    """What differs in a tensor that is not the same bit for bit."""
     ours, theirs = left[1].spec, right[1].spec
     if ours.shape != theirs.shape:
         return TensorDiff(name, ours, theirs)
-    if ours.dtype == theirs.dtype and all(
-        first_difference(a.view("u1"), b.view("u1")) is None for _, a, b in _both(left, right)
-    ):
-        return None
     sums = _Sums(ours, theirs)
     for block, a, b in _both(left, right):
         sums.add(a, b, block)
@@ -185,8 +227,13 @@ class _Sums:
         if self.left_type is None or self.right_type is None:
             return
         for first in range(0, len(a), _STRIP):
-            strip = slice(first, first + _STRIP)
-            self._add_strip(_as_numbers(a[strip], self.left_type), _as_numbers(b[strip], self.right_type), block, first)
+            left, right = a[first : first + _STRIP], b[first : first + _STRIP]
+            numbers = _as_numbers(left, self.left_type)
+            is_same = self.left_type == self.right_type and first_difference(left.view("u1"), right.view("u1")) is None
+            if is_same and self.where is not None:
+                self.norm += _square(numbers)
+            else:
+                self._add_strip(numbers, _as_numbers(right, self.right_type), block, first)
 
     def _add_strip(self, a: Array, b: Array, block: Box, first: int) -> None:
         import numpy as np

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from mindformers_ckpt.checksums.crc64 import finished, raw
 from mindformers_ckpt.checksums.digest import TensorChecksum, digest_of
-from mindformers_ckpt.look.whole import PathLike, WholeReader, checkpoint_at
+from mindformers_ckpt.look.blocks import WholeReader
+from mindformers_ckpt.look.whole import PathLike, checkpoint_at
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.plausibility import check_contents
 from mindformers_ckpt.strategy.model import Strategy

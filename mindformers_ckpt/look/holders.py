@@ -70,7 +70,7 @@ def first_difference(left: Bytes, right: Bytes) -> int | None:
     import numpy as np
 
     words = len(left) // 8 * 8  # as words they are compared in a fraction of the time
-    is_equal = np.array_equal(left[:words].view(np.uint64), right[:words].view(np.uint64))
-    if is_equal and np.array_equal(left[words:], right[words:]):
+    is_equal = (left[:words].view(np.uint64) == right[:words].view(np.uint64)).all()
+    if is_equal and (words == len(left) or (left[words:] == right[words:]).all()):
         return None
     return int(np.argmax(left != right))

@@ -321,7 +321,8 @@ def _source(source: Source, strategy: Strategy | None, facts: dict[str, str]) ->
         facts.update(model_facts(source.root))
     facts.update(step_facts(source))
     facts.update(counter_facts(files, parameters))
-    size = sum(path.stat().st_size for path in source.files if path in headers or source.tensors is not None)
+    sizes = (header.size for header in headers.values())
+    size = sum(sizes if source.tensors is None else (path.stat().st_size for path in source.files))
     facts["files"] = f"{counted(len(source.files), 'file')}, {size:,} bytes"
     is_known = strategy is not None or ranks == 1
     notes = (*source.warnings, *damaged, *problems, *odd_things(source, files, parameters, is_known))

@@ -25,6 +25,8 @@ def write_page(job: Job, path: Path, stage_sizes: tuple[int, int] | None = None)
     An earlier page is replaced, and nothing else. Raises PlanError when it cannot be written.
     """
     head = "<!doctype html>"
+    if path.is_dir():
+        raise PlanError(f"{path} is a folder; give the name of a file in it, like {path / 'plan.html'}")
     if path.exists():
         with path.open("rb") as stream:
             if stream.read(len(head)) not in (head.encode(), b""):
@@ -35,7 +37,8 @@ def write_page(job: Job, path: Path, stage_sizes: tuple[int, int] | None = None)
     try:
         replace_file(path, (before + data + after).encode(), tidy=True)
     except OSError as error:
-        raise PlanError(f"{path} cannot be written: {error.strerror}") from error
+        advice = "; make its folder first" if isinstance(error, FileNotFoundError) else ""
+        raise PlanError(f"{path} cannot be written: {error.strerror}{advice}") from error
 
 
 def page_data(job: Job, stage_sizes: tuple[int, int] | None = None) -> dict[str, Any]:

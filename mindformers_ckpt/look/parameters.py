@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,8 +65,7 @@ class Parameter(NamedTuple):
         pieces = self.pieces
         if pieces is None:
             return "whole" if self.told is None or not self.shape else f"{len(self.told.shards)} boxes"
-        words = [f"{_axis(axis, len(self.shape))} / {cut}" for axis, cut in enumerate(pieces) if cut > 1]
-        return ", ".join(words) or "whole"
+        return _in_words(pieces, len(self.shape))
 
     @property
     def pieces(self) -> tuple[int, ...] | None:
@@ -94,6 +94,12 @@ class Parameter(NamedTuple):
         )
         for box, members in shards:
             yield box, tuple(first + member for member in members if first + member in held)
+
+
+@lru_cache(maxsize=1024)
+def _in_words(pieces: tuple[int, ...], dimensions: int) -> str:
+    words = [f"{_axis(axis, dimensions)} / {cut}" for axis, cut in enumerate(pieces) if cut > 1]
+    return ", ".join(words) or "whole"
 
 
 def _axis(axis: int, dimensions: int) -> str:

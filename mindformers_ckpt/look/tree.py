@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from mindformers_ckpt.look.parameters import KINDS, Parameter
 from mindformers_ckpt.look.words import short_spans
@@ -22,12 +21,7 @@ class _Node:
 
     children: dict[str, _Node] = field(default_factory=dict)
     own: list[Parameter] = field(default_factory=list)
-
-    @cached_property
-    def form(self) -> object:
-        """What must be equal in nodes that are shown as one."""
-        own = [(one.dtype.name, one.shape, one.cut, one.kind) for one in self.own[:1]]
-        return tuple(own), tuple((name, child.form) for name, child in self.children.items())
+    form: int = 0  # the same number in nodes that can be shown as one
 
 
 def tree(parameters: Iterable[Parameter], amount: Callable[[float], str]) -> Iterator[str]:
@@ -38,7 +32,7 @@ def tree(parameters: Iterable[Parameter], amount: Callable[[float], str]) -> Ite
         for part in parameter.name.split("."):
             node = node.children.setdefault(part, _Node())
         node.own.append(parameter)
-    rows = list(_rows(_joined(root), 0))
+    rows = list(_rows(_joined(root, {}), 0))
     width = min(_WIDEST_NAME, max((len(label) for label, _ in rows), default=0))
     for label, own in rows:
         yield f"{label:<{width}}  {_described(own, amount)}" if own else label
@@ -53,18 +47,24 @@ def _rows(node: _Node, depth: int) -> Iterator[tuple[str, list[Parameter]]]:
         yield from _rows(child, depth + 1)
 
 
-def _joined(node: _Node) -> _Node:
-    """The same tree with neighbouring numbers as one branch where what is below them is alike."""
+def _joined(node: _Node, forms: dict[object, int]) -> _Node:
+    """The same tree with neighbouring numbers as one branch where what is below them is alike.
+
+    `forms` numbers what must be equal in such nodes, so that no tree is compared with another.
+    """
     children: dict[str, _Node] = {}
     group: list[tuple[str, _Node]] = []
-    for name, child in [(name, _joined(child)) for name, child in node.children.items()]:
+    for name, child in node.children.items():
+        child = _joined(child, forms)
         if group and not _goes_on(group, name, child):
             children.update([_as_one(group)])
             group = []
         group.append((name, child))
     if group:
         children.update([_as_one(group)])
-    return _Node(children, node.own)
+    own = [(one.dtype.name, one.shape, one.cut, one.kind) for one in node.own[:1]]
+    form = tuple(own), tuple((name, child.form) for name, child in children.items())
+    return _Node(children, node.own, forms.setdefault(form, len(forms)))
 
 
 def _goes_on(group: Sequence[tuple[str, _Node]], name: str, child: _Node) -> bool:
@@ -81,13 +81,13 @@ def _overlaid(nodes: Sequence[_Node]) -> _Node:
     if len(nodes) == 1:
         return nodes[0]
     children = {name: _overlaid([node.children[name] for node in nodes]) for name in nodes[0].children}
-    return _Node(children, [parameter for node in nodes for parameter in node.own])
+    return _Node(children, [parameter for node in nodes for parameter in node.own], nodes[0].form)
 
 
 def _described(own: Sequence[Parameter], amount: Callable[[float], str]) -> str:
     """Element type, shape, bytes, cut and ranks of parameters that are alike."""
     first = own[0]
-    ranks = sorted({rank for parameter in own for rank in parameter.ranks})
+    ranks = sorted(set().union(*{parameter.ranks for parameter in own}))
     size = ("" if len(own) == 1 else f"{len(own)} x ") + amount(first.nbytes)
     text = f"{first.dtype.name} {list(first.shape)}  {size}"
     if first.expected > 1 or len(ranks) > 1:

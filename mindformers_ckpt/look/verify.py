@@ -26,6 +26,7 @@ from mindformers_ckpt.publish.fingerprints import folder_of, recorded_checksums
 from mindformers_ckpt.publish.signature import BUNDLE_FILE, check_signature
 from mindformers_ckpt.sources import checkpoint2
 from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.sources.find import instead
 from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.source import Kind, Source
 from mindformers_ckpt.strategy.model import Strategy, origin_of
@@ -62,6 +63,8 @@ def verify(
     """
     if not 0 < sample <= 1:
         raise ConfigError(f"a sample of {sample:g} makes no sense; give a share of the tensors like 0.05 (5%)")
+    if public_key is not None and not Path(public_key).is_file():
+        raise ConfigError(f"there is no key at {public_key}; give the file of the public key (PEM)")
     found, chosen = Verification(), sampler(sample)
     if against is not None:
         _verify_against(path, strategy, against, src_strategy, step, chosen, contents, progress, found)
@@ -118,8 +121,14 @@ def _verify_manifest(
     progress: Progress | None,
     found: Verification,
 ) -> None:
+    if not folder.exists():
+        raise PlanError(f"there is no result at {folder}{instead(folder)}")
     if not folder.is_dir():
         raise PlanError(f"{folder} is no folder of a result; a file is compared with its source (--against SOURCE)")
+    try:
+        next(iter(folder.iterdir()), None)
+    except OSError as error:
+        raise PlanError(f"{folder}: cannot be read: {error.strerror}") from error
     manifest = read_result(folder)
     known = _known_strategy(manifest, strategy, found)
     headers = check_files(folder, manifest, found)

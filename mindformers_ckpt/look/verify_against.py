@@ -1,6 +1,6 @@
 """A proof that a result holds the tensors of a source under its own strategy, bit for bit: all is read and compared.
 
-The plan that would make the result is run once more, on a sink that compares where it should write.
+The plan that would make the result is gone through once more, and compared where it would be written.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from mindformers_ckpt.engine.copier import Copier
+from mindformers_ckpt.engine.descriptors import file_ranges
 from mindformers_ckpt.engine.tasks import Task, cut_into_tasks
 from mindformers_ckpt.errors import TransferError
-from mindformers_ckpt.formats import TensorRecord
-from mindformers_ckpt.look.holders import ContentReader, first_difference
+from mindformers_ckpt.formats import Header, Segment, TensorRecord
+from mindformers_ckpt.look.comparing import Comparer
 from mindformers_ckpt.look.verify_model import Difference, Verification, counted
 from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.planning.model import Plan
@@ -49,7 +49,8 @@ def verify_against(
         "with the source bit by bit"
     )
     compared = _Comparison(plan, held)
-    _run(plan, compared, progress)
+    headers = {number: source.header(file.path) for number, file in enumerate(plan.sources)}
+    _run(plan, headers, compared, progress)
     found.differences += compared.differences()
 
 
@@ -104,7 +105,9 @@ def _without(plan: Plan, chosen: set[str], unfit: set[tuple[int, str]]) -> Plan:
         ranks = [plan.targets[place.file].rank for place in transfer.targets]
         places = [place for place, rank in zip(transfer.targets, ranks) if (rank, transfer.name) not in unfit]
         if transfer.name in chosen and places:
-            transfers.append(transfer.for_places(places))
+            # Layers share their places, and with them what is found of them once (engine/ways.py).
+            is_whole = len(places) == len(transfer.targets)
+            transfers.append(transfer if is_whole else transfer.for_places(places))
     return replace(plan, transfers=tuple(transfers))
 
 
@@ -127,60 +130,27 @@ class _Comparison:
             self._bytes[key] = self._bytes.get(key, 0) + count
             self._first[key] = min(start, self._first.get(key, start))
 
-    def record(self, file: int, name: str) -> tuple[Path, TensorRecord]:
+    def content(self, file: int, name: str) -> tuple[Path, Sequence[Segment]]:
+        """Where the bytes of a tensor of a target file are."""
+        path, record = self._record(file, name)
+        return path, record.segments
+
+    def _record(self, file: int, name: str) -> tuple[Path, TensorRecord]:
         return self.held[self.plan.targets[file].rank][name]
 
     def differences(self) -> list[Difference]:
         found = []
         for file, name in sorted(self._first):
-            path, record = self.record(file, name)
+            path, record = self._record(file, name)
             start = self._first[file, name]
-            offset = _Sink.place(record, start)
+            offset = file_ranges(record.segments, start, 1)[0][0]
             what = f"{self._bytes[file, name]} of {record.spec.nbytes} bytes differ from the source"
             rank = self.plan.targets[file].rank
             found.append(Difference(what, path, name, rank, self._boxes[file, name], offset))
         return found
 
 
-class _Sink:
-    """Compares what it should write with what is there."""
-
-    def __init__(self, found: _Comparison) -> None:
-        self._found = found
-        self._reader = ContentReader()
-
-    def write(self, file: int, name: str, start: int, data: memoryview) -> None:
-        import numpy as np
-
-        path, record = self._found.record(file, name)
-        there, expected = self._reader.read(path, record.segments, start, len(data)), np.frombuffer(data, np.uint8)
-        first = first_difference(there, expected)
-        if first is not None:
-            self._found.note(file, name, start + first, int(np.count_nonzero(there != expected)))
-
-    def offset(self, file: int, name: str, start: int) -> int:
-        return self.place(self._found.record(file, name)[1], start)
-
-    @staticmethod
-    def place(record: TensorRecord, start: int) -> int:
-        """Where in its file a byte of a tensor is."""
-        for segment in record.segments:
-            if start < segment.length:
-                return segment.offset + start
-            start -= segment.length
-        return 0
-
-    def proof(self) -> str:
-        return ""
-
-    def end_task(self) -> None:
-        """Nothing was written."""
-
-    def close(self) -> None:
-        self._reader.close()
-
-
-def _run(plan: Plan, compared: _Comparison, progress: Progress | None) -> None:
+def _run(plan: Plan, headers: Mapping[int, Header], compared: _Comparison, progress: Progress | None) -> None:
     """Run all tasks of a plan in two threads: while one waits for a read, the other compares."""
     tasks = cut_into_tasks(plan)
     total, done = sum(task.bytes_written for task in tasks), 0
@@ -192,9 +162,9 @@ def _run(plan: Plan, compared: _Comparison, progress: Progress | None) -> None:
 
     def run(share: Sequence[Task]) -> None:
         nonlocal done
-        with closing(Copier(plan.sources, _Sink(compared))) as copier:
+        with closing(Comparer(plan.sources, headers, compared.content, compared.note)) as comparer:
             for task in share:
-                copier.repeat(task, check)
+                comparer.run(task, check)
                 with lock:
                     done += task.bytes_written
                     if progress is not None:

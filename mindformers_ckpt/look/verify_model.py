@@ -36,7 +36,8 @@ class Difference:
         }
         where = ", ".join(text for text in told.values() if text is not None)
         subject = ": ".join(str(part) for part in (self.file, self.tensor) if part is not None)
-        return ": ".join(part for part in (f"{subject} ({where})" if where else subject, self.what) if part)
+        both = f"{subject} ({where})" if subject and where else subject or where
+        return ": ".join(part for part in (both, self.what) if part)
 
 
 @dataclass

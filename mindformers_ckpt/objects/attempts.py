@@ -27,6 +27,11 @@ class Retries(NamedTuple):
     first_pause: float = 0.5
     longest_pause: float = 20.0
 
+    def pause(self, attempt: int) -> float:
+        """Seconds to wait after an attempt, counted from 1; a little less by chance, so that not all come at once."""
+        longest = min(self.first_pause * 2.0 ** (attempt - 1), self.longest_pause)
+        return longest * random.uniform(0.5, 1)
+
 
 RETRIES = Retries()
 
@@ -52,10 +57,9 @@ def persist(action: Callable[[], T], place: str, progress: Callable[[], int] = l
             if attempt >= RETRIES.attempts:
                 advice = f"given up after {attempt} attempts; check the storage and its endpoint, then go on"
                 raise type(found)(found.errno or 0, f"{found.strerror} ({advice})", place, is_final=True) from error
-        pause = min(RETRIES.first_pause * 2 ** (attempt - 1), RETRIES.longest_pause) * random.uniform(0.5, 1)
         say = log.warning if attempt > 2 else log.info
         say("%s; attempt %d of %d follows", found, attempt + 1, RETRIES.attempts)
-        time.sleep(pause)
+        time.sleep(RETRIES.pause(attempt))
 
 
 def _as_object_error(error: Exception, place: str) -> ObjectError | None:

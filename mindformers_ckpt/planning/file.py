@@ -81,7 +81,8 @@ def write_plan(job: Job, path: Path, *, anything: bool = False) -> None:
         text = _render({_MARK: VERSION, "digest": _digest(body), "plan": body})
         replace_file(path, text.encode(errors="surrogateescape"), tidy=True)
     except OSError as error:
-        raise PlanError(f"cannot write the plan file {path}: {error.strerror}") from error
+        advice = "; make its folder first" if isinstance(error, FileNotFoundError) else ""
+        raise PlanError(f"cannot write the plan file {path}: {error.strerror}{advice}") from error
 
 
 def _check_replaceable(path: Path) -> None:
@@ -106,7 +107,7 @@ def read_plan(path: Path) -> Job:
     try:
         content = parse_json(read_regular(path, MAX_OWN_BYTES), most_parts=None)
     except OSError as error:
-        raise PlanError(f"cannot read the plan file {path}: {error.strerror}") from error
+        raise PlanError(f"cannot read the plan file {path}: {error.strerror}; plan --out FILE makes one") from error
     except ValueError as error:
         raise PlanError(f"{path} is damaged or no plan file ({error}); make it again") from None
     if not isinstance(content, dict) or _MARK not in content:

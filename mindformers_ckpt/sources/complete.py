@@ -58,7 +58,10 @@ def read_file(file: Path) -> Source:
     Raises PlanError for a strategy file, and when other parts are missing.
     """
     if is_strategy_file(file.name):
-        raise PlanError(f"{file} is by its name a strategy file, which holds no weights; --src-strategy takes it")
+        raise PlanError(
+            f"{file} is by its name a strategy file, which holds no weights; give it as the strategy (--strategy, "
+            "--src-strategy), and the checkpoint here"
+        )
     listing = Listing(file.parent)
     if file.suffix == ".safetensors" and INDEX_FILE in listing.file_names:
         owners = read_index(file.parent / INDEX_FILE)
@@ -87,6 +90,8 @@ def at_step(source: Source, wanted: str) -> Source:
     found = matching(source.files, wanted, 0)
     if len(found) != 1:
         held = listed([file.name for file in found or source.files])
+        if len(source.files) == 1:
+            raise PlanError(f"{source.root} is one file, and not of {wanted!r}; leave the step out to read {held}")
         fault = "could be" if found else "is none of"
         raise PlanError(f"{source.root}: {wanted!r} {fault} {held}; give the name of the file to read")
     return Source(found[0], {0: (found[0],)}, warnings=source.warnings)

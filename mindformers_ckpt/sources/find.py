@@ -10,6 +10,7 @@ import os
 from itertools import islice
 from pathlib import Path
 
+from mindformers_ckpt.disk.nearby import like_it
 from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.objects.listing import look_again
 from mindformers_ckpt.objects.path import ObjectPath, as_path, may_be_mixture
@@ -197,7 +198,7 @@ def _checked_object(path: ObjectPath) -> ObjectPath:
 def _file(path: Path) -> Source:
     """The source that a single file is."""
     if not path.exists():
-        raise PlanError(f"there is no checkpoint at {path}{_instead(path)}")
+        raise PlanError(f"there is no checkpoint at {path}{instead(path)}")
     _refuse_shard(path, path.parent)
     _refuse_part(path)
     in_model = path.suffix == ".safetensors" and huggingface.is_model(Listing(path.parent))
@@ -245,17 +246,19 @@ def _refuse_part(path: Path) -> None:
         )
 
 
-def _instead(path: Path) -> str:
-    """What is where the path was expected to lead."""
+def instead(path: Path) -> str:
+    """What is where a path was expected to lead, and what of it is named alike."""
     if isinstance(path, ObjectPath):
         return ""  # a folder further up may hold anything, and listing it takes as long
     parent = next((parent for parent in path.parents if parent.is_dir()), None)
     if parent is None or parent == Path(parent.anchor):
         return ""
     try:
-        return f"; {parent} holds {Listing(parent).describe()}"
+        held = f"; {parent} holds {Listing(parent).describe()}"
     except PlanError:
         return ""
+    like = like_it(path)
+    return f"{held}.{like}" if like else held
 
 
 def _nothing(listing: Listing) -> str:

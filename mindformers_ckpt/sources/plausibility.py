@@ -34,8 +34,6 @@ from mindformers_ckpt.sources.numbers import Comparison, are_constant, compare
 from mindformers_ckpt.sources.sampling import SMALLEST, Chosen, Pair, Samples, choose, read_samples, repeats_itself
 from mindformers_ckpt.state_names import state_of
 
-# What is done about contents that contradict the strategy.
-MODES = ("error", "warn", "off")
 _LISTED = 20
 # Replicas are trained by the same operations, but not every reduction repeats bit for bit.
 _DRIFT = 0.02

@@ -17,6 +17,9 @@ from mindformers_ckpt.strategy.model import Strategy
 SUFFIXES = (".ckpt", ".safetensors")
 TORCH_SUFFIXES = (".bin", ".pth", ".pt")
 
+# What is done about contents that contradict the strategy (sources/plausibility.py).
+MODES = ("error", "warn", "off")
+
 
 class Kind(Enum):
     """The kinds of sources; the value is how messages call one."""

@@ -168,7 +168,10 @@ def _read_folder(folder: Path, use_merged: bool = True) -> Strategy:
     if not files:
         if use_merged and (folder / MERGED_FILE).is_file():
             return read_strategy(folder / MERGED_FILE)
-        raise StrategyError(f"{folder}: no strategy file (ckpt_strategy_rank_<n>.ckpt) in this folder")
+        raise StrategyError(
+            f"{folder}: no strategy file (ckpt_strategy_rank_<n>.ckpt) in this folder; give "
+            "the folder `strategy` of the job's output, or one of its files"
+        )
     contents: dict[bytes, tuple[Path, StageFile]] = {}
     stages: dict[int, tuple[bytes, Path]] = {}
     stage_of_rank: dict[int, int] = {}

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mindformers_ckpt.disk.nearby import like_it
 from mindformers_ckpt.errors import StrategyError, describe_problems
 from mindformers_ckpt.geometry.layout import Layout
-from mindformers_ckpt.strategy.schema import strategy_map_class
+from mindformers_ckpt.strategy.schema import layouts_class, unread_map_class
 from mindformers_ckpt.text_files import parse_json, read_regular
 
 SINGLE_MARK, MERGED_MARK = 2, 1  # `current_stage`, which is not the stage: single files 2, merged files 1
@@ -34,7 +35,10 @@ def read_data(path: Path, limit: int = _LARGEST_FILE) -> bytes:
     try:
         data = read_regular(path, limit)
     except FileNotFoundError:
-        raise StrategyError(f"no strategy file or folder at {path}") from None
+        raise StrategyError(
+            f"no strategy file or folder at {path}; a job saves it in the folder `strategy` of its output."
+            f"{like_it(path)}"
+        ) from None
     except OSError as error:
         raise StrategyError(f"the strategy file {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -51,9 +55,10 @@ def parse(path: Path, data: bytes) -> StageFile:
         raise StrategyError(f"{path}: no parameter has a layout; is this a strategy file?")
     layouts: dict[str, Layout] = {}
     problems = []
+    known: dict[int, Layout] = {}  # parameters that are cut alike have one row
     for name, row in rows.layouts:
         try:
-            layout = _layout(row)
+            layout = known.get(id(row)) or known.setdefault(id(row), _layout(row))
             if layouts.setdefault(name, layout) != layout:
                 raise StrategyError("it stands twice in the file, with different layouts")
         except StrategyError as error:
@@ -128,17 +133,23 @@ def _message_rows(path: Path, data: bytes) -> _Rows:
 
     if data[:1] == b"\n":
         raise StrategyError(f"{path} is not a strategy file: it looks like a checkpoint; give the strategy instead")
-    message = strategy_map_class()()
+    message = unread_map_class()()
+    rows: dict[bytes, _Row] = {}  # many parameters are cut alike
     try:
         message.ParseFromString(data)
         items = message.parallel_strategy_item
-        layouts = [
-            (_name(item.param_name), _message_row(item.parallel_layouts)) for item in message.parallel_layout_item
-        ]
+        layouts = []
+        for item in message.parallel_layout_item:
+            name, fields = _name(item.param_name), item.parallel_layouts
+            if fields not in rows:
+                rows[fields] = _message_row(layouts_class().FromString(fields))
+            layouts.append((name, rows[fields]))
         return _Rows(message.current_stage, items[0].parallel_strategys.stage if items else 0, layouts)
     # In protobuf's pure Python, damaged bytes end in errors of other kinds now and then.
     except (DecodeError, EncodeError, ValueError, RecursionError) as error:
-        raise StrategyError(f"{path} is not a strategy file (protobuf: {error})") from None
+        raise StrategyError(
+            f"{path} is not a strategy file (protobuf: {error}); give ckpt_strategy_rank_<n>.ckpt, or its folder"
+        ) from None
 
 
 def _message_row(fields: Any) -> _Row:
@@ -172,7 +183,9 @@ def _json_rows(path: Path, data: bytes) -> _Rows:
         stage = _number(strategies[0]["stage"]) if strategies else 0
         return _Rows(_number(content.get("current_stage", SINGLE_MARK)), stage, layouts)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StrategyError(f"{path} is not a strategy file (JSON: {error!r:.200})") from None
+        raise StrategyError(
+            f"{path} is not a strategy file (JSON: {error!r:.200}); give ckpt_strategy_rank_<n>.json, or its folder"
+        ) from None
 
 
 def _json_row(item: Any) -> _Row:

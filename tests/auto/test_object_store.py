@@ -18,7 +18,8 @@ from s3_server import BUCKET, Fault, FlakyProxy, environment, s3_server
 from mindformers_ckpt.errors import ConfigError, PlanError
 from mindformers_ckpt.job.modelarts import fetch_sources
 from mindformers_ckpt.job.object_store import FsspecStore, MoxingStore, ObjectStore, StoreError, open_store
-from mindformers_ckpt.job.transfers import Entry, Retries, Transfers, content_hash
+from mindformers_ckpt.job.transfers import Entry, Transfers, content_hash
+from mindformers_ckpt.objects.attempts import Retries
 
 # Stopped and broken transfers leave connections of aiohttp to the garbage collector, which says so.
 pytestmark = [

@@ -170,7 +170,7 @@ def test_a_plan_whose_sources_were_changed(toy: Path, change: Callable[[Path], o
 def test_a_plan_file_that_cannot_be_written(toy: Path) -> None:
     result = _plan(toy, "--out", "absent/plan.json")
     assert result.code == 1
-    assert "cannot write the plan file absent/plan.json: No such file or directory" in result.err
+    assert "cannot write the plan file absent/plan.json: No such file or directory; make its folder first" in result.err
 
 
 def test_a_target_outside_of_the_folder_is_refused(toy: Path, tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def _on_a_terminal(arguments: list[str], folder: Path) -> str:
     process = subprocess.Popen(
         [sys.executable, "-m", "mindformers_ckpt", *arguments],
         cwd=folder,
-        env=environment({"TERM": "xterm", "COLUMNS": "120"}),
+        env=environment({"TERM": "xterm", "COLUMNS": "200"}),
         stdin=child,
         stdout=child,
         stderr=child,

@@ -124,7 +124,7 @@ def test_booleans_are_words(toy: Path, value: str) -> None:
 def test_a_boolean_of_no_sense_is_refused(toy: Path, value: str) -> None:
     result = _transform(toy, "--transform_by_rank", value)
     assert result.code == 2, result
-    assert f"'{value}' is not a valid boolean" in result.err
+    assert f"Invalid value for '--transform-by-rank': '{value}' is not one of 'True', 'False'." in result.err
     assert not (toy / "out").exists()
 
 

@@ -112,7 +112,7 @@ def _held(strategy: Strategy, rank: int) -> dict[str, Tensor]:
 
 
 def test_a_tensor_of_several_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mindformers_ckpt.look.whole.BLOCK_BYTES", 100)
+    monkeypatch.setattr("mindformers_ckpt.look.blocks.BLOCK_BYTES", 100)
     assert fingerprint(write_tensors(tmp_path / "whole.ckpt", BIG)).digest == digest_of(expected(BIG))
 
 

@@ -1,0 +1,138 @@
+"""Compares what transfers would copy with what is there, bit by bit: each byte is read once, on both sides."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mindformers_ckpt.engine.buffers import PIECE_BYTES
+from mindformers_ckpt.engine.parts import Scratch, read_parts
+from mindformers_ckpt.engine.reader import Read, ShardReader
+from mindformers_ckpt.engine.tasks import Task, blocks_of
+from mindformers_ckpt.engine.ways import Way, Ways
+from mindformers_ckpt.formats import Header, Segment
+from mindformers_ckpt.geometry.box import Box, offset_in
+from mindformers_ckpt.look.holders import ContentReader, first_difference
+from mindformers_ckpt.planning.model import SourceFile, Transfer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+# Where the bytes of a tensor of a target file are, and who is told: file, tensor, first byte that differs, how many do.
+Contents = Callable[[int, str], "tuple[Path, Sequence[Segment]]"]
+Note = Callable[[int, str, int, int], None]
+
+
+class _Step(NamedTuple):
+    """A block that is to be compared."""
+
+    transfer: Transfer
+    way: Way
+    block: Box
+
+    def reads(self) -> Iterator[Read]:
+        for place, part in self.way.parts(self.block):
+            yield Read(place, self.transfer.name, self.transfer.dtype, part)
+
+
+class Comparer:
+    """Compares slices of transfers, whose targets are plain, with the contents of target files; for one thread."""
+
+    def __init__(
+        self, sources: Sequence[SourceFile], headers: Mapping[int, Header], contents: Contents, note: Note
+    ) -> None:
+        """`headers` are those of source files that need not be read once more, by their numbers."""
+        self._reader, self._there = ShardReader(sources, headers=headers), ContentReader()
+        self._contents, self._note = contents, note
+        self._ways, self._scratch = Ways(by_rows=True), Scratch()
+
+    def run(self, task: Task, check: Callable[[], None]) -> None:
+        """Compare all blocks of a task; `check` is called between blocks and may raise to stop."""
+        steps = (
+            _Step(piece.transfer, self._ways.of(piece.transfer), block)
+            for piece in task.slices
+            for block in blocks_of(piece)
+        )
+        for step in self._reader.ahead(task.number, steps, None):
+            check()
+            (self._compare_rows if step.way.is_by_rows else self._compare_block)(*step)
+
+    def close(self) -> None:
+        """Close the files that were opened."""
+        self._reader.close()
+        self._there.close()
+
+    def _compare_rows(self, transfer: Transfer, way: Way, block: Box) -> None:
+        """Compare runs of both sides, in pieces small enough to stay in a core's cache."""
+        import numpy as np
+
+        name = transfer.name
+        for place, start, length, runs in way.readings(block):
+            left = deque(runs)
+            run, done = left.popleft(), 0
+            for data in self._reader.stream(place, name, transfer.dtype, start, length, PIECE_BYTES):
+                values = np.frombuffer(data, np.uint8)
+                while len(values):
+                    if done == run.length:
+                        run, done = left.popleft(), 0
+                    expected = values[: run.length - done]
+                    for file in run.files:
+                        there = self._there.read(*self._contents(file, name), run.in_target + done, len(expected))
+                        self._compare(file, name, run.in_target + done, there, expected)
+                    done, values = done + len(expected), values[len(expected) :]
+
+    def _compare_block(self, transfer: Transfer, way: Way, block: Box) -> None:
+        """Compare what each target takes of a block with its file, where the block was read."""
+        held = read_parts(self._reader, transfer, way.parts(block), self._scratch)
+        itemsize, carrier = transfer.dtype.itemsize, transfer.dtype.carrier
+        for (box, _), files in way.takers.items():
+            part = box.intersect(block)
+            if part is None:
+                continue
+            start, length = offset_in(part, box) * itemsize, part.volume * itemsize
+            for file in files:
+                there = self._there.read(*self._contents(file, transfer.name), start, length)
+                if not _are_equal(there.view(carrier).reshape(part.shape), part, held):
+                    (expected,) = self._scratch.arrays("gathered", transfer.dtype, [part.shape])
+                    for given, wanted in _meetings(expected, part, held):
+                        given[...] = wanted
+                    self._compare(file, transfer.name, start, there, expected.reshape(-1).view("u1"))
+
+    def _compare(self, file: int, name: str, start: int, there: Array, expected: Array) -> None:
+        import numpy as np
+
+        first = first_difference(there, expected)
+        if first is not None:
+            self._note(file, name, start + first, int(np.count_nonzero(there != expected)))
+
+
+def _meetings(array: Array, part: Box, held: Sequence[tuple[Box, Array]]) -> Iterator[tuple[Array, Array]]:
+    """What an array of a part and the sources have in common, as views of both."""
+    for box, content in held:
+        common = box.intersect(part)
+        if common is not None:
+            yield array[common.relative_to(part).slices()], content[common.relative_to(box).slices()]
+
+
+def _are_equal(there: Array, part: Box, held: Sequence[tuple[Box, Array]]) -> bool:
+    import numpy as np
+
+    for ours, theirs in _meetings(there, part, held):
+        if not ours.ndim:
+            ours, theirs = ours.reshape(1), theirs.reshape(1)
+        if ours.strides[-1] == theirs.strides[-1] == ours.itemsize:  # as words they are compared in a fraction of time
+            kind = np.uint64 if _is_of_words(ours) and _is_of_words(theirs) else np.uint8
+            ours, theirs = ours.view(kind), theirs.view(kind)
+        if not (ours == theirs).all():
+            return False
+    return True
+
+
+def _is_of_words(array: Array) -> bool:
+    """Whether all rows of an array are made of whole words of 8 bytes, at multiples of 8."""
+    row, start = array.shape[-1] * array.itemsize, array.__array_interface__["data"][0]
+    return not any(number % 8 for number in (row, start, *array.strides[:-1]))
