@@ -111,6 +111,7 @@ def test_each_reads_for_itself(
     assert ("because the job has no secret" in outcomes[0].log) == (why == "no secret")
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_while_it_reads_ends_the_job_at_once(
     run: Any, mounts: dict[str, Mount], tmp_path: Path
 ) -> None:
