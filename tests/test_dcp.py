@@ -105,7 +105,7 @@ def test_inspect_tells_boxes_files_and_what_is_left_aside() -> None:
     found = mc.inspect(SAMPLES / "fsdp2/checkpoint")
     assert found.what == "a distributed checkpoint of PyTorch"
     assert {kind: total.tensors for kind, total in found.totals.items()} == {"weights": 4, "optimizer states": 9}
-    assert "no tensors: optim.param_groups.0.lr" in "\n".join(found.odd)
+    assert "not tensors: optim.param_groups.0.lr" in "\n".join(found.odd)
     by_name = {parameter.name: parameter for parameter in found.parameters}
     assert by_name["embedding.weight"].cut == "rows / 2"
     assert by_name["optim.state.layer.weight.exp_avg"].cut == "rows / 2"

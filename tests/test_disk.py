@@ -160,3 +160,12 @@ def test_a_lock_of_a_process_that_died_before_it_signed_is_waited_for(
     lasting.touch()
     os.utime(lasting, (time.time() + 100, time.time() + 100))  # a clock that is ahead: the wait ends all the same
     assert not Lock(lasting).acquire()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder in which no file can be made")
+def test_a_folder_that_takes_no_files_is_not_a_lock_of_another() -> None:
+    """/proc says that the new file does not exist, though its folder does."""
+    began = time.monotonic()
+    with pytest.raises(OSError, match=r"\.x\.lock"):
+        Lock(Path("/proc/.x.lock")).acquire(5)
+    assert time.monotonic() - began < 2

@@ -21,7 +21,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded import Tensor, assert_ranks, random_bits, random_model, read_ranks, write_ranks, write_tensors
 
-from mindformers_ckpt import execution
 from mindformers_ckpt.convert.output import NAME_MAP_FILE, write_name_map
 from mindformers_ckpt.engine import ahead, descriptors, sinks, tasks, views, ways
 from mindformers_ckpt.engine.copier import Copier
@@ -29,7 +28,7 @@ from mindformers_ckpt.engine.pool import copy_tasks
 from mindformers_ckpt.engine.sinks import FileSink
 from mindformers_ckpt.engine.tasks import Done, Task, cut_into_tasks
 from mindformers_ckpt.errors import CheckpointError, TransferError
-from mindformers_ckpt.execution import Options, Run
+from mindformers_ckpt.execution import Options, Run, run
 from mindformers_ckpt.formats import TensorSpec, layout_file
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box
@@ -513,7 +512,7 @@ def test_a_disk_that_is_too_small(tmp_path: Path, small_disk: Path) -> None:
 def test_room_is_reserved_before_anything_is_copied(
     tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(execution, "check_free_space", lambda folder, wanted: None)
+    monkeypatch.setattr(run, "check_free_space", lambda folder, wanted: None)
     plan = sparse_plan(tmp_path / "source", 8)
     copied: list[int] = []
     with pytest.raises(TransferError, match=r"checkpoint_\d\.ckpt: cannot be written: No space left on device"):
@@ -534,7 +533,7 @@ def test_written_files_take_their_place_on_the_disk(tmp_path: Path) -> None:
 def test_a_disk_that_fills_up(
     processes: int, tmp_path: Path, small_disk: Path, small_tasks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(execution, "check_free_space", lambda folder, wanted: None)
+    monkeypatch.setattr(run, "check_free_space", lambda folder, wanted: None)
     monkeypatch.setattr(sinks, "_reserve", os.ftruncate)  # a file system that cannot reserve
     plan = sparse_plan(tmp_path / "source", 8)
     old = old_result(small_disk / "result")

@@ -13,6 +13,10 @@ from pathlib import Path
 import prepare_release
 import pytest
 from prepare_release import ReleaseError, section, set_version, standalone
+from recorded import random_model, write_tensors
+
+from mindformers_ckpt.geometry.layout import Layout
+from mindformers_ckpt.strategy.files import write_strategy
 
 ROOT = Path(__file__).resolve().parent.parent
 CHANGELOG = """# Changelog
@@ -196,3 +200,46 @@ def test_the_dockerfile_names_what_is_there() -> None:
     assert [words for keyword, words in steps if keyword == "USER"] == ["65534"]  # nobody
     if shutil.which("hadolint"):
         subprocess.run(["hadolint", ROOT / "Dockerfile"], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_steps_of_the_dockerfile_make_what_runs(tmp_path: Path) -> None:
+    """Without Docker: its pip commands as they stand, in a clean folder, and what it starts, without a home."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    source, wheels, work = (tmp_path / name for name in ("source", "wheels", "work"))
+    for step in re.findall(r"^COPY (?!--)(.+)$", text, re.MULTILINE):
+        *names, _ = step.split()
+        source.mkdir(exist_ok=True)
+        for name in names:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / name, source)
+    commands = [
+        re.sub(r"^(--\S+\s+)*", "", step).replace("/wheels", str(wheels))
+        for step in re.findall(r"^RUN (.+)$", text, re.MULTILINE)
+    ]
+    assert [command.split()[1] for command in commands] == ["wheel", "install"]
+    for number, command in enumerate(commands):
+        stage = tmp_path / f"stage_{number}"
+        subprocess.run([sys.executable, "-m", "venv", stage], check=True)
+        environment = {**os.environ, "PATH": f"{stage / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": ""}
+        where = source if number == 0 else tmp_path
+        shell = ["sh", "-ec", command]
+        done = subprocess.run(shell, cwd=where, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    (entry,) = re.findall(r'^ENTRYPOINT \["(.+)"\]', text, re.MULTILINE)
+    write_tensors(work / "llama.ckpt", random_model({"a": (8, 6), "b": (6,)}))
+    write_strategy({"a": Layout.on({"mp": 2}, "mp", None)}, work / "strategy.ckpt", 0)
+    arguments = ["--src-checkpoint", "llama.ckpt", "--dst-strategy", "strategy.ckpt", "--dst-checkpoint-dir", "cut"]
+    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
+    done = subprocess.run(
+        [stage / "bin" / entry, "transform", *arguments],
+        cwd=work,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (work / "cut" / "rank_1" / "checkpoint_1.ckpt").exists()

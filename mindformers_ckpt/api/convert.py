@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable
 from pathlib import Path
 
+from mindformers_ckpt.api.checked import check_arguments
 from mindformers_ckpt.api.request import read_optional_strategy
 from mindformers_ckpt.api.transform import PathLike, StrategyLike, given_strategy
 from mindformers_ckpt.convert.run import ConversionReport, Request
 from mindformers_ckpt.convert.run import convert as run
+from mindformers_ckpt.errors import did_you_mean
 from mindformers_ckpt.execution import Options, Progress, affordable_processes
 from mindformers_ckpt.objects.path import as_path
+
+_RENAMED = {"input_path", "model_options"}  # of a request, and what stands for further names here
 
 
 def convert(
@@ -67,6 +73,10 @@ def convert(
     `transform`.
     Raises CheckpointError; then `dst` is as it was.
     """
+    _check_options(model_options)
+    layers = {name: model_options.get(name) for name in ("num_layers", "num_nextn_predict_layers")}
+    paths = {"src": src, "dst": dst, "hf_config": hf_config, "sign": sign}
+    check_arguments(**paths, **layers, format=format, dtype=dtype, step=step, processes=processes)
     request = Request(
         model,
         as_path(src),
@@ -100,3 +110,12 @@ def convert(
         ),
         progress=progress,
     )
+
+
+def _check_options(given: Iterable[str]) -> None:
+    """Raise TypeError, as Python does, for a word that is not an argument; it suggests those that are like it."""
+    known = {*Request.__dataclass_fields__, *inspect.signature(convert).parameters} - _RENAMED
+    for name in given:
+        if name not in known:
+            like = did_you_mean(name, known)
+            raise TypeError(f"convert() got an unexpected keyword argument {name!r}{'.' if like else ''}{like}")

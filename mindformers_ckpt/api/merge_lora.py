@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mindformers_ckpt.api.checked import check_arguments
 from mindformers_ckpt.api.request import (
     CHECKPOINT2,
     checkpoint2_prefix,
@@ -152,6 +153,8 @@ def merge_lora(
 
     The other arguments are those of `transform`. Raises CheckpointError; then `dst` is as it was.
     """
+    paths = {"src": src, "dst": dst, "adapter": adapter, "hf_config": hf_config, "sign": sign}
+    check_arguments(**paths, prefix=prefix, format=format, step=step, processes=processes)
     if scaling is not None and (alpha is not None or rank is not None or use_rslora):
         raise ConfigError("scaling is the whole factor; leave out alpha, rank and use_rslora")
     request = MergeRequest(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Union
 
+from mindformers_ckpt.api.checked import check_arguments
 from mindformers_ckpt.api.request import Request
 from mindformers_ckpt.errors import ConfigError, FormatError, describe_problems
 from mindformers_ckpt.execution import Options, Progress, Report, affordable_processes
@@ -55,6 +56,7 @@ def plan(
     The result is what `transform` takes as its source. `job.plan` has files, tensors, boxes, `bytes_read`,
     `bytes_written`, and `warnings` about choices that were made. Raises CheckpointError that lists all that is wrong.
     """
+    check_arguments(src=src, dst=dst, step=step, prefix=prefix, format=format, contents=contents, like=like)
     request = Request(
         as_path(src),
         given_strategy(src_strategy),
@@ -116,6 +118,7 @@ def transform(
 
     Raises CheckpointError; then `dst` is as it was.
     """
+    check_arguments(dst=dst, processes=processes, sign=sign)
     if isinstance(src, Job):
         asked = (src_strategy, dst_strategy, step, ranks, format, like, prefix, allow_missing, contents)
         if weights_only or asked != (None, None, None, None, None, None, DEFAULT_PREFIX, False, "error"):

@@ -10,30 +10,24 @@ from typing import Any
 import click
 
 from mindformers_ckpt.cli.dry import say_plan
+from mindformers_ckpt.cli.making import How, making_options, next_with_checkpoint2
 from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
 from mindformers_ckpt.cli.options import (
     BOOL,
-    CACHE,
-    DRY_RUN,
-    FINGERPRINT,
     PROCESSES,
-    RESUME,
-    SIGN,
     STEP,
     AnyPath,
     LocalPath,
     OneOf,
     StrategyPath,
     Whole,
-    json_option,
     replace_options,
     resumable,
 )
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.convert.plugins import find_plugin, parse_extra, run_plugin
-from mindformers_ckpt.convert.run import DTYPES, Request, convert, plan_conversion
+from mindformers_ckpt.convert.run import CHECKPOINT2, DTYPES, Request, convert, plan_conversion
 from mindformers_ckpt.errors import did_you_mean
-from mindformers_ckpt.execution import Options, affordable_processes
 from mindformers_ckpt.strategy.model import Strategy
 
 _PATH = AnyPath()
@@ -104,7 +98,7 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
     "--format",
     "--save-format",
     "format",
-    type=OneOf(["ckpt", "safetensors", "checkpoint2"]),
+    type=OneOf(["ckpt", "safetensors", CHECKPOINT2]),
     help="Of the MindSpore files.",
 )
 @click.option("--naming", type=OneOf(["legacy", "mcore"]), help="MindSpore names; left out: the model's usual.")
@@ -151,14 +145,8 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
 @PROCESSES
 @click.option("--plugin", type=LocalPath(), help="Folder with convert_weight.py and convert_reversed.py of your own.")
 @STEP
-@FINGERPRINT
-@SIGN
 @replace_options
-@RESUME
-@CACHE
-@DRY_RUN
-@json_option
-@click.option("--quiet", is_flag=True, help="Print errors only.")
+@making_options
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED)
 def command(
     model: str | None,
@@ -170,15 +158,7 @@ def command(
     format: str | None,
     processes: int,
     plugin: Path | None,
-    fingerprints: bool,
-    sign: Path | None,
-    overwrite: bool,
-    overwrite_anything: bool,
-    resume: bool,
-    drop_cache: bool,
-    dry_run: bool,
-    as_json: bool,
-    quiet: bool,
+    how: How,
     extra: tuple[str, ...],
     **choices: Any,
 ) -> None:
@@ -188,9 +168,9 @@ def command(
     """
     converter = find_plugin(model or "", reverse, plugin)
     if converter is not None:
-        if dry_run:
+        if how.dry_run:
             raise click.UsageError("--dry-run is for our own models; what a plugin would do it alone knows.")
-        if fingerprints or sign is not None:
+        if how.fingerprints or how.sign is not None:
             raise click.UsageError(
                 "a plugin writes its result itself; take its fingerprint afterwards: fingerprint PATH."
             )
@@ -205,36 +185,29 @@ def command(
     if extra:
         raise click.UsageError(f"No such option or argument: {' '.join(extra)}.{_suggestion(extra)}")
     request = Request(model, input_path, reverse, src_strategy=_strategy(src_strategy), **choices)
-    if dry_run:
+    if how.dry_run:
         say_plan(
-            plan_conversion(request, output_path, format=format, target=_strategy(dst_strategy)), output_path, as_json
+            plan_conversion(request, output_path, format=format, target=_strategy(dst_strategy)),
+            output_path,
+            how.as_json,
         )
         return
-    options = Options(
-        processes=affordable_processes(processes),
-        fingerprints=fingerprints,
-        sign=sign,
-        overwrite=overwrite,
-        overwrite_anything=overwrite_anything,
-        resume=resume,
-        may_fork=True,
-        drop_cache=drop_cache,
-    )
-    with resumable(output_path), show_progress("convert", quiet=quiet or as_json) as progress:
+    options = how.options(processes)
+    with resumable(output_path), show_progress("convert", quiet=how.quiet or how.as_json) as progress:
         result = convert(
             request, output_path, format=format, target=_strategy(dst_strategy), options=options, progress=progress
         )
-    if not quiet:
+    if not how.quiet:
         warn(result.warnings)
-    if as_json:
+    if how.as_json:
         say_json(asdict(result))
-    elif not quiet:
+    elif not how.quiet:
         say(
             f"{result.model} ({result.naming} names): {result.tensors} tensors, {amount(result.bytes_written)} in "
-            f"{result.files} files at {result.destination}, {result.seconds:.2f} s"
+            f"{result.files} {'file' if result.files == 1 else 'files'} at {result.destination}, {result.seconds:.2f} s"
         )
         say_fingerprints(result.fingerprints, result.source_fingerprint, result.signature)
-        say(_next_step(result.destination, reverse, dst_strategy))
+        say(_next_step(result.destination, reverse, dst_strategy, format))
 
 
 def _suggestion(extra: Sequence[str]) -> str:
@@ -244,9 +217,11 @@ def _suggestion(extra: Sequence[str]) -> str:
     return did_you_mean(word, known)
 
 
-def _next_step(destination: Path, reverse: bool, strategy: Path | None) -> str:
+def _next_step(destination: Path, reverse: bool, strategy: Path | None, format: str | None) -> str:
     if reverse:
         return f"next: AutoModelForCausalLM.from_pretrained({str(destination)!r})"
+    if format == CHECKPOINT2:
+        return next_with_checkpoint2(destination)
     if strategy is not None:
         return f"next, in the yaml: load_checkpoint: {destination}, auto_trans_ckpt: False"
     return f"next, in the yaml: load_checkpoint: {destination}, auto_trans_ckpt: True"

@@ -119,6 +119,18 @@ def no_such_option(error: click.NoSuchOption) -> str:
     return f"No such option {error.option_name!r}.{did_you_mean(error.option_name, known)}"
 
 
+def what_is_wrong(error: click.UsageError) -> str:
+    """The message of click; where it met paths that belong behind options, with what is to be given."""
+    message, context = error.format_message(), error.ctx
+    if context is None or not message.startswith("Got unexpected extra argument"):
+        return message
+    command = context.command
+    if any(isinstance(each, click.Argument) for each in command.params) or not isinstance(command, click.Command):
+        return message
+    needed = (command.options_metavar or "").removesuffix("[OPTIONS]").strip()
+    return f"{message}. Paths are given by options here{': ' if needed else ''}{needed}"
+
+
 def missing(arguments: Sequence[str], options: Sequence[str]) -> str:
     """The message for arguments and options that a call lacks."""
     named = [

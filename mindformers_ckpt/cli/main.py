@@ -24,7 +24,7 @@ from typing import IO, Any
 import click
 
 from mindformers_ckpt import __version__
-from mindformers_ckpt.cli.help import EXIT_CODES, Context, complete_help, no_such_option, what_is_missing
+from mindformers_ckpt.cli.help import EXIT_CODES, Context, complete_help, no_such_option, what_is_missing, what_is_wrong
 from mindformers_ckpt.cli.notices import complain, escape_what_the_locale_lacks, notice, open_closed_streams, say_json
 from mindformers_ckpt.cli.verbosity import add_verbosity
 from mindformers_ckpt.errors import CheckpointError, did_you_mean
@@ -189,7 +189,7 @@ def _printable_usage_errors() -> Iterator[None]:
         if type(error).__name__ == "NoArgsIsHelpError":  # from click 8.2 on
             raise
         if isinstance(error, click.UsageError):
-            message = error.format_message()
+            message = what_is_wrong(error)
             if isinstance(error, click.MissingParameter):
                 message = what_is_missing(error)
             elif isinstance(error, click.NoSuchOption):

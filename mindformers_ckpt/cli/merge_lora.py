@@ -11,25 +11,19 @@ import click
 from mindformers_ckpt.api.merge_lora import MergeRequest
 from mindformers_ckpt.api.request import CHECKPOINT2
 from mindformers_ckpt.cli.dry import say_plan
-from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
+from mindformers_ckpt.cli.making import How, is_checkpoint2, making_options, next_with_checkpoint2, say_made
+from mindformers_ckpt.cli.notices import say, say_json, warn
 from mindformers_ckpt.cli.options import (
-    CACHE,
-    DRY_RUN,
-    FINGERPRINT,
     PROCESSES,
-    RESUME,
-    SIGN,
     STEP,
     LocalPath,
     OneOf,
     StrategyPath,
     Whole,
     check_prefix,
-    json_option,
     resumable,
 )
 from mindformers_ckpt.cli.progress import show_progress
-from mindformers_ckpt.execution import Options, affordable_processes
 from mindformers_ckpt.lora_scaling import Scaling, number_fault
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
 
@@ -138,13 +132,7 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
 )
 @STEP
 @PROCESSES
-@FINGERPRINT
-@SIGN
-@RESUME
-@CACHE
-@DRY_RUN
-@json_option
-@click.option("--quiet", is_flag=True, help="Print errors only.")
+@making_options
 def command(
     src_strategy: Path | None,
     source: Path,
@@ -158,13 +146,7 @@ def command(
     save_format: str | None,
     step: str | None,
     processes: int,
-    fingerprints: bool,
-    sign: Path | None,
-    resume: bool,
-    drop_cache: bool,
-    dry_run: bool,
-    as_json: bool,
-    quiet: bool,
+    how: How,
     **scaling: Any,
 ) -> None:
     """Fold LoRA branches into the weights: W + scaling · B · A, without LoRA parameters.
@@ -189,31 +171,22 @@ def command(
         save_format,
         step,
     )
-    merge = request.prepare(resume=resume, dry=dry_run)
-    if dry_run:
-        say_plan(merge.plan, destination, as_json)
+    merge = request.prepare(resume=how.resume, dry=how.dry_run)
+    if how.dry_run:
+        say_plan(merge.plan, destination, how.as_json)
         return
-    if not quiet:
+    if not how.quiet:
         warn(merge.plan.warnings)
-    options = Options(
-        processes=affordable_processes(processes),
-        fingerprints=fingerprints,
-        sign=sign,
-        resume=resume,
-        may_fork=True,
-        drop_cache=drop_cache,
-    )
-    with resumable(destination), show_progress("merge", quiet=quiet) as progress:
-        report = merge.run(options, progress)
-    if as_json:
+    with resumable(destination), show_progress("merge", quiet=how.quiet) as progress:
+        report = merge.run(how.options(processes), progress)
+    if how.as_json:
         say_json(asdict(report))
-    elif not quiet:
-        say(
-            f"{report.files} {'file' if report.files == 1 else 'files'}, {amount(report.bytes_written)} written to "
-            f"{report.destination} in {report.seconds:.2f} s"
-        )
-        say_fingerprints(report.fingerprints, report.source_fingerprint, report.signature)
-        say(f"next, in the yaml: load_checkpoint: {_loaded(report.destination, merge.plan)}, use_lora: False")
+    elif not how.quiet:
+        say_made(report)
+        if is_checkpoint2(merge.plan):
+            say(next_with_checkpoint2(report.destination))
+        else:
+            say(f"next, in the yaml: load_checkpoint: {_loaded(report.destination, merge.plan)}, use_lora: False")
 
 
 def _scaling(lora_scaling: float | None, alpha: float | None, rank: int | None, use_rslora: bool) -> Scaling:

@@ -12,16 +12,11 @@ import click
 from mindformers_ckpt.api.transform import run_job, verify_crcs
 from mindformers_ckpt.cli.dry import say_plan
 from mindformers_ckpt.cli.help import missing
-from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
+from mindformers_ckpt.cli.making import How, is_checkpoint2, making_options, next_with_checkpoint2, say_made
+from mindformers_ckpt.cli.notices import say, say_json, warn
 from mindformers_ckpt.cli.options import (
     BOOL,
-    CACHE,
-    DRY_RUN,
-    FINGERPRINT,
-    RESUME,
-    SIGN,
     LocalPath,
-    json_option,
     planned,
     replace_options,
     request_of,
@@ -29,7 +24,7 @@ from mindformers_ckpt.cli.options import (
     resumable,
 )
 from mindformers_ckpt.cli.progress import show_progress
-from mindformers_ckpt.execution import Options, Report, affordable_processes
+from mindformers_ckpt.execution import Report
 from mindformers_ckpt.planning.file import Job
 from mindformers_ckpt.publish.results import ranks_of
 
@@ -50,33 +45,19 @@ from mindformers_ckpt.publish.results import ranks_of
     help="Run a plan that `mindformers-ckpt plan --out` wrote; it decides source, target and file names.",
 )
 @replace_options
-@RESUME
 @click.option("--hash", "hashes", is_flag=True, help="Take xxh3-128 of every written tensor into the manifest.")
-@FINGERPRINT
-@SIGN
 @click.option("--fsync", is_flag=True, help="Force the result to the disk before it gets its name.")
-@CACHE
 @click.option(
     "--crc-check", is_flag=True, help="Verify the CRC-32 that source .ckpt files store, and append one to target files."
 )
-@DRY_RUN
-@json_option
-@click.option("--quiet", is_flag=True, help="Print errors only.")
+@making_options
 def command(
     transform_by_rank: bool,
     plan_file: Path | None,
-    overwrite: bool,
-    overwrite_anything: bool,
-    resume: bool,
     hashes: bool,
-    fingerprints: bool,
-    sign: Path | None,
     fsync: bool,
-    drop_cache: bool,
     crc_check: bool,
-    dry_run: bool,
-    as_json: bool,
-    quiet: bool,
+    how: How,
     **asked: Any,
 ) -> None:
     """Re-slice a checkpoint for another parallel strategy.
@@ -89,48 +70,26 @@ def command(
     destination = asked["destination"] or job.destination
     if destination is None:
         raise click.UsageError("Missing option '--dst-checkpoint-dir'.")
-    if dry_run:
-        say_plan(job.plan, destination, as_json)
+    if how.dry_run:
+        say_plan(job.plan, destination, how.as_json)
         return
-    if not quiet:
+    if not how.quiet:
         warn(job.plan.warnings)
     if crc_check:
-        with show_progress("verify CRC", quiet=quiet) as progress:
+        with show_progress("verify CRC", quiet=how.quiet) as progress:
             notes = verify_crcs(job.plan, progress)
-        if not quiet:
+        if not how.quiet:
             warn(notes)
-    options = Options(
-        processes=_processes(asked["processes"], asked["rank_id"], quiet),
-        by_rank=transform_by_rank,
-        hashes=hashes,
-        fingerprints=fingerprints,
-        sign=sign,
-        fsync=fsync,
-        drop_cache=drop_cache,
-        crc=crc_check,
-        overwrite=overwrite,
-        overwrite_anything=overwrite_anything,
-        resume=resume,
-        may_fork=True,
-    )
-    with resumable(destination), show_progress("transform", quiet=quiet) as progress:
+    # Processes that are started by hand copy alone, each its share.
+    processes = 1 if asked["rank_id"] is not None else asked["processes"]
+    options = how.options(processes, by_rank=transform_by_rank, hashes=hashes, fsync=fsync, crc=crc_check)
+    with resumable(destination), show_progress("transform", quiet=how.quiet) as progress:
         report = run_job(job, destination, options, progress)
-    if as_json:
+    if how.as_json:
         say_json(_as_json(report, job))
-    elif not quiet:
-        say(_as_text(report))
-        say_fingerprints(report.fingerprints, report.source_fingerprint, report.signature)
+    elif not how.quiet:
+        say_made(report)
         say(_next_step(report.destination, asked["dst_strategy"], job))
-
-
-def _processes(wanted: int, rank_id: int | None, quiet: bool) -> int:
-    """Processes that copy: one where the processes are started by hand."""
-    if rank_id is not None:
-        return 1
-    processes = affordable_processes(wanted)
-    if processes < wanted and not quiet:
-        warn([f"the free memory is enough for {processes} of {wanted} processes; so many are used"])
-    return processes
 
 
 def _as_json(report: Report, job: Job) -> dict[str, Any]:
@@ -140,17 +99,11 @@ def _as_json(report: Report, job: Job) -> dict[str, Any]:
 
 def _next_step(destination: Path, strategy: Path | None, job: Job) -> str:
     """The keys of a training yaml under which the result is loaded."""
+    if is_checkpoint2(job.plan):
+        return next_with_checkpoint2(destination)
     if len(job.plan.targets) == 1 and strategy is None:
         return f"next, in the yaml: load_checkpoint: {destination / job.plan.targets[0].path}, auto_trans_ckpt: True"
     return f"next, in the yaml of a job with this strategy: load_checkpoint: {destination}, auto_trans_ckpt: False"
-
-
-def _as_text(report: Report) -> str:
-    files = f"{report.files} {'file' if report.files == 1 else 'files'}, {amount(report.bytes_written)}"
-    if report.resumed_bytes == report.bytes_written:
-        return f"nothing to do: {report.destination} has {files} of this run already"
-    resumed = f" ({amount(report.resumed_bytes)} of it before)" if report.resumed_bytes else ""
-    return f"{files} written to {report.destination} in {report.seconds:.2f} s{resumed}"
 
 
 def _check_given(asked: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ class Share(click.ParamType):  # type: ignore[type-arg]  # generic in newer vers
         try:
             share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
         except ValueError:
-            self.fail(f"{value!r} is no share; write it like 5% or 0.05", param, ctx)
+            self.fail(f"{value!r} is not a share; write it like 5% or 0.05", param, ctx)
         if not 0 < share <= 1:
             self.fail(f"{value!r} is not between 0 and 100%", param, ctx)
         return share

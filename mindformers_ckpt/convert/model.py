@@ -124,9 +124,14 @@ def model_of_config(config: ModelConfig) -> Model:
         if kind and kind in model.model_types:
             return model
     raise_without_network(kind)
+    if config.path is None:
+        raise ConfigError(
+            "there is no config.json that says which model this is; give its folder (--hf-config FOLDER), or the name "
+            f"of the model (--model NAME): {', '.join(models())}"
+        )
     known = sorted(kind for model in models().values() for kind in model.model_types)
     what = f"model_type {kind!r}" if kind else "no model_type"
-    raise ConfigError(f"{config.path or 'config.json'}: {what}; known are {', '.join(known)}")
+    raise ConfigError(f"{config.path}: {what}; known are {', '.join(known)}")
 
 
 def raise_without_network(name: str) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mindformers_ckpt.errors import ConfigError, PlanError
+from mindformers_ckpt.sources.listing import is_strategy_file
+from mindformers_ckpt.strategy.iterations import is_save_path
 
 _READ = (".safetensors", ".bin", ".pth", ".pt", ".distcp")
 # Files that stand in repositories in place of the weights, and what to do about them.
@@ -23,6 +25,8 @@ def check_path(path: Path, reverse: bool) -> None:
     """Refuse a path that is plainly not what is to be read. Raises ConfigError or PlanError with the next step."""
     if reverse:
         return  # the readers of MindSpore files say so themselves
+    if path.is_file() and is_strategy_file(path.name):
+        raise ConfigError(f"{path} is a strategy file; give the weights")
     if path.suffix == ".ckpt" and path.is_file():
         raise ConfigError(f"{path} is a MindSpore checkpoint; give --reversed to convert it to Hugging Face")
     if path.is_dir():
@@ -33,6 +37,10 @@ def check_path(path: Path, reverse: bool) -> None:
 
 def _next_step(path: Path, files: Iterable[Path]) -> str:
     names = [entry.name for entry in files]
+    if is_save_path([entry.name for entry in path.iterdir()]):
+        return "it is a checkpoint 2.0 of MindFormers: give --reversed to convert it to Hugging Face"
+    if names and all(map(is_strategy_file, names)):
+        return "what is there are strategy files; give the folder of the weights"
     for suffixes, format_name, step in _FOREIGN:
         found = [name for name in names if name.endswith(suffixes)]
         if found:

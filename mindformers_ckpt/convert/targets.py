@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from mindformers_ckpt.convert.planning import Conversion, Converted
 from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
@@ -72,9 +72,8 @@ def rank_files(
     states = find_states(absent.required, target.names())
     required = [name for name in absent.required if name not in states.names()]
     if required:
-        raise PlanError(
-            describe_problems(f"{origin} lacks parameters that the target strategy ({target.origin}) has", required)
-        )
+        lack = f"{origin} lacks parameters that the target strategy ({target.origin}) has"
+        raise PlanError(describe_problems(f"{lack}; {_advice(required, logical)}", required))
     notes = [*absent.notes, *cut_like_weights("target", sorted(target.names() - told))]
     if states:
         notes.append(f"the target strategy names states of a training run, which start anew: {states}")
@@ -99,6 +98,15 @@ def rank_files(
         raise PlanError(describe_problems(f"the weights cannot be cut for {target.describe()}", problems))
     files = rank_targets(chosen, held, prefix, format)
     return Plan(conversion.files, files, tuple(transfers), (*conversion.warnings, *notes))
+
+
+def _advice(required: Collection[str], held: Collection[str]) -> str:
+    """What may be wrong where a strategy has names that converted weights have not."""
+    is_mcore, is_made_mcore = (any(name.startswith("decoder.") for name in names) for names in (required, held))
+    if is_mcore != is_made_mcore:
+        asked, made = ("mcore", "legacy") if is_mcore else ("legacy", "mcore")
+        return f"the strategy has {asked} names, the result would have {made} names: give --naming {asked}"
+    return "is it the strategy of a job with this model?"
 
 
 def _cut(converted: Converted, boxes: Sequence[tuple[int, Box]]) -> Transfer:

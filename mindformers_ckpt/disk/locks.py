@@ -109,12 +109,10 @@ class Lock:
 
     def _try(self) -> bool:
         self._is_unsigned = False
-        try:
-            descriptor, is_new = self._open()
-        except FileNotFoundError:
-            if not self.path.parent.is_dir():
-                raise
-            return False  # released just now
+        opened = self._open()
+        if opened is None:
+            return False
+        descriptor, is_new = opened
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -132,18 +130,22 @@ class Lock:
         self._descriptor = descriptor
         return True
 
-    def _open(self) -> tuple[int, bool]:
+    def _open(self) -> tuple[int, bool] | None:
+        """The file, and whether it is new; None when it has gone meanwhile. Raises OSError."""
         try:
             return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o666), True
         except FileExistsError:
             pass
         try:
             return os.open(self.path, os.O_RDWR | _NO_FOLLOW), False
+        except FileNotFoundError:
+            return None  # released just now
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
-        self.path.unlink()  # a link that somebody put here
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
+        with contextlib.suppress(FileNotFoundError):
+            self.path.unlink()  # a link that somebody put here
+        return None
 
     def _sign(self, descriptor: int) -> None:
         os.ftruncate(descriptor, 0)

@@ -261,7 +261,7 @@ def _content(path: Path, content: object, is_torch: bool) -> DcpMetadata:
 def _check_name(name: object) -> None:
     try:
         if not isinstance(name, str) or not name or not name.encode():
-            raise Malformed("a tensor has a name that is no text")
+            raise Malformed("a tensor has a name that is not text")
     except UnicodeEncodeError:
         raise Malformed("a tensor has a name that is not valid Unicode") from None
 

@@ -183,9 +183,9 @@ class _Loader:
             raise _LeftToThemError("it holds adapters alone, whose weights come from another checkpoint")
         self._own = _own_parameters(self._call.cells)
         wanted = [name for name in asked if name in held]
-        self._targets = {name: recorded(name, asked[name]) for name in wanted}
+        self._targets = {name: recorded(name, asked[name], self._rank) for name in wanted}
         self._sources = {name: recorded(name, held[name][0]) for name in {*wanted, *self._own} & held.keys()}
-        self._boxes = {name: self._box(name, target) for name, target in self._targets.items()}
+        self._boxes = {name: self._box(target) for name, target in self._targets.items()}
 
     def load(self) -> dict[str, Any]:
         """This rank's parameters by name. Raises PlanError, ConfigError or FormatError for what does not fit."""
@@ -210,12 +210,9 @@ class _Loader:
         )
         return {name: weights.as_parameter(name, tensor) for name, tensor in tensors.items()}
 
-    def _box(self, name: str, target: Recorded) -> Box:
-        """This rank's box. Raises StrategyError when the layout is that of other ranks."""
+    def _box(self, target: Recorded) -> Box:
         if target.layout is None:
             return Box.whole(target.shape)
-        if not 0 <= self._rank - target.first < target.layout.rank_count:
-            raise StrategyError(f"{name}: rank {self._rank} is none of the ranks of its layout")
         return target.layout.box(target.shape, self._rank - target.first)
 
     def _file_of(self, name: str, number: int) -> Path | None:
@@ -266,16 +263,23 @@ class _Loader:
                 log.warning("%d parameters keep their initial values (allow_missing): %s", len(missing.allowed), names)
 
 
-def recorded(name: str, entry: Any) -> Recorded:
-    """What a `ShardedTensor` of MindFormers says of a parameter. Raises StrategyError where it cannot be read."""
+def recorded(name: str, entry: Any, rank: int | None = None) -> Recorded:
+    """What a `ShardedTensor` of MindFormers says of a parameter. Raises StrategyError where it cannot be read.
+
+    A layout of the network is given with the `rank` that asks. Its ranks may stand in any order (PyNative: those that
+    share the same part of a model, like 1 and 3), and `first` is as if they followed one another.
+    """
     try:
-        return recorded_of(
-            {
-                "global_shape": _lists(entry.global_shape),
-                "axis_fragmentations": _lists(entry.axis_fragmentations),
-                "layout": None if entry.layout is None else {k: _lists(v) for k, v in entry.layout.to_dict().items()},
-            }
-        )
+        layout = None if entry.layout is None else {k: _lists(v) for k, v in entry.layout.to_dict().items()}
+        first = None
+        if layout is not None and rank is not None:
+            ranks = layout["rank_list"]
+            if rank not in ranks:
+                raise StrategyError(f"rank {rank} is none of the ranks of its layout")
+            first, layout["rank_list"] = rank - ranks.index(rank), list(range(len(ranks)))
+        sizes = {key: _lists(getattr(entry, key)) for key in ("global_shape", "axis_fragmentations")}
+        found = recorded_of({**sizes, "layout": layout})
+        return found if first is None else found._replace(first=first)
     except (StrategyError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StrategyError(f"{name}: {error if isinstance(error, StrategyError) else f'{error!r:.200}'}") from error
 

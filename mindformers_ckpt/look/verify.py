@@ -73,7 +73,23 @@ def verify(
         _verify_manifest(folder, strategy, sample, chosen, progress, found)
         if public_key is not None:
             _verify_signatures(folder, Path(public_key), found)
+    if strategy is not None and found.differences:
+        _doubt_strategy(as_path(path), as_strategy(strategy), found)
     return found
+
+
+def _doubt_strategy(path: Path, given: Strategy, found: Verification) -> None:
+    """Say which strategy a result was made for by its manifest, where one for other ranks was given."""
+    if not has_manifest(path):
+        return
+    made_for, asked = read_result(path).target, given.describe()
+    if made_for is not None and _ranks_in(made_for) != _ranks_in(asked):
+        found.warnings.append(f"by its manifest the result was made for {made_for}, but the strategy given is {asked}")
+
+
+def _ranks_in(description: str) -> str:
+    """What a strategy's description says of its ranks, without its place."""
+    return description.replace(str(origin_of(description)), "")
 
 
 def _verify_against(
@@ -124,7 +140,7 @@ def _verify_manifest(
     if not folder.exists():
         raise PlanError(f"there is no result at {folder}{instead(folder)}")
     if not folder.is_dir():
-        raise PlanError(f"{folder} is no folder of a result; a file is compared with its source (--against SOURCE)")
+        raise PlanError(f"{folder} is not a folder; a file is compared with its source (--against SOURCE)")
     try:
         next(iter(folder.iterdir()), None)
     except OSError as error:

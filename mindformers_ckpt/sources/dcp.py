@@ -83,7 +83,7 @@ def read(listing: Listing, *, weights_only: bool = False) -> Source:
     if surplus:
         remarks.append(f"{root}: left aside, since {metadata.path.name} does not name them: {listed(surplus)}")
     if metadata.others:
-        remarks.append(f"{root}: left aside, since they are no tensors: {listed(list(metadata.others))}")
+        remarks.append(f"{root}: left aside, since they are not tensors: {listed(list(metadata.others))}")
     files = tuple(sorted({shard.path for tensor in tensors.values() for shard in tensor.shards}))
     kind = Kind.TORCH_DCP if metadata.is_torch else Kind.HYPER_PARALLEL
     return Source(root, {0: files}, kind, warnings=tuple(remarks), tensors=tensors, weights=weights)

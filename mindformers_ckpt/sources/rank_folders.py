@@ -315,7 +315,7 @@ def _is_same(file: Path, other: Path) -> bool:
 def _almost(listing: Listing) -> list[str]:
     """Warn of what has almost the name of a weight file: it could be the last one."""
     found = [f"{own.folder.name}/{name}" for own in listing.of_ranks.values() for name in own.almost_weights]
-    return [f"left aside, since they are no weight files by their names: {listed(found)}"] if found else []
+    return [f"left aside, since their names are not those of weight files: {listed(found)}"] if found else []
 
 
 def _other_ranks(chosen: Mapping[int, Path]) -> list[str]:

@@ -63,7 +63,7 @@ def _strategy_of(path: Path, ranks: int) -> Strategy:
     if strategy is None:
         raise PlanError(
             f"{path} holds the shards of {ranks} ranks, and neither it nor the folder around it has a folder "
-            "`strategy` for so many; put its strategy there, or give complete weights as the reference"
+            "`strategy` for that many; put its strategy there, or give complete weights as the reference"
         )
     return strategy
 

@@ -52,7 +52,7 @@ def chosen_iteration(
         number = iteration_of(wanted)
         number = int(wanted) if number is None and re.fullmatch(r"\d{1,12}", wanted) else number
         if number not in there:
-            raise error(f"{folder} has no iteration {wanted!r}; there are {listed}")
+            raise error(f"{folder} has no iteration {wanted!r} (iterations there: {listed})")
         return folder / folder_name(number), []
     if TRACKER_FILE not in names:
         raise error(

@@ -32,6 +32,7 @@ from mindformers_ckpt.execution import (
     copy_into,
     identity_of,
     is_checkpoint,
+    report_of,
 )
 from mindformers_ckpt.objects.client import Part
 from mindformers_ckpt.objects.errors import MissingObject, ObjectError
@@ -142,18 +143,9 @@ class ObjectRun:
             delete([self._record.path])
             look_again()
         resumed = self.plan.bytes_written if self.already_made else self._resumed_bytes
-        seconds = time.monotonic() - self._started
-        plan = self.plan
-        bundle = None if self.already_made or not plan.sources else find_bundle(plan.sources[0].path)
-        return Report(
-            self.destination,
-            len(plan.targets),
-            plan.bytes_read,
-            plan.bytes_written,
-            resumed,
-            seconds,
-            signature="" if bundle is None else left_behind(bundle, "a result in an object storage has no fingerprint"),
-        )
+        bundle = None if self.already_made or not self.plan.sources else find_bundle(self.plan.sources[0].path)
+        signature = "" if bundle is None else left_behind(bundle, "a result in an object storage has no fingerprint")
+        return report_of(self.plan, self.destination, self._started, resumed, signature=signature)
 
     def _put(self, parts: list[list[Part]], texts: Mapping[str, bytes]) -> None:
         """Put a folder in place: with the marker there from before the first change until after the last one."""

@@ -7,13 +7,15 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from mindformers_ckpt import execution
+from mindformers_ckpt.execution import copying
+from mindformers_ckpt.formats import headers
+from mindformers_ckpt.job import looking, reslice
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.job.output_dir import OutputDir
@@ -66,6 +68,19 @@ def fill_the_disk(folder: Path) -> None:
             stream.flush()
 
 
+def amid_headers(action: Callable[[], object]) -> None:
+    """Have something happen when this rank has read ten headers of its share."""
+    read = headers.read_headers
+
+    def read_some(paths: Sequence[Path]) -> Iterator[Any]:
+        for number, found in enumerate(read(paths)):
+            if number == 10:
+                action()
+            yield found
+
+    looking.read_headers = read_some  # type: ignore[assignment,attr-defined]
+
+
 def at_step(name: str, action: Callable[[], object]) -> Callable[..., None]:
     def run(self: Cluster, step: str, *rest: Any) -> None:
         if step == name:
@@ -83,9 +98,13 @@ def arm(fault: str, config: Config) -> None:
         before(CheckpointHook, "load", kill)
     elif fault == "merge":
         before(hook_module, "merge_strategies", kill)
+    elif fault == "look":
+        before(reslice, "look_together", kill)
+    elif fault in ("looking", "hangs looking"):
+        amid_headers(kill if fault == "looking" else lambda: time.sleep(120))
     elif fault == "transform":
-        copy = execution.copy_tasks  # type: ignore[attr-defined]  # between two blocks, with the workers of the pool at work
-        execution.copy_tasks = lambda *a, **k: copy(*a, **{**k, "check": kill})  # type: ignore[attr-defined]
+        copy = copying.copy_tasks  # type: ignore[attr-defined]  # between two blocks, with the workers of the pool at work
+        copying.copy_tasks = lambda *a, **k: copy(*a, **{**k, "check": kill})  # type: ignore[attr-defined]
     elif fault in ("wait", "hang"):
         action = kill if fault == "wait" else lambda: time.sleep(120)
         before(Cluster, "barrier", at_step("transformed", action))
@@ -98,13 +117,13 @@ def arm(fault: str, config: Config) -> None:
     elif fault == "keep":
         before(OutputDir, "keep", kill)
     elif fault == "worker":
-        copy = execution.copy_tasks  # type: ignore[attr-defined]
-        execution.copy_tasks = lambda *a, **k: copy(*a, **{**k, "check": kill_a_worker})  # type: ignore[attr-defined]
+        copy = copying.copy_tasks  # type: ignore[attr-defined]
+        copying.copy_tasks = lambda *a, **k: copy(*a, **{**k, "check": kill_a_worker})  # type: ignore[attr-defined]
     elif fault == "source vanishes":
         gone = Path(config.load_checkpoint) / "rank_5"
-        before(execution, "copy_tasks", lambda *arguments, **options: gone.rename(gone.with_name("gone")))
+        before(copying, "copy_tasks", lambda *arguments, **options: gone.rename(gone.with_name("gone")))
     elif fault == "disk fills":
-        before(execution, "copy_tasks", lambda *arguments, **options: fill_the_disk(output))
+        before(copying, "copy_tasks", lambda *arguments, **options: fill_the_disk(output))
     elif fault == "raise":
         before(CheckpointHook, "load", lambda *arguments: sys.exit("an error of the training script"))
     else:

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -646,6 +647,48 @@ def test_a_node_that_dies(run: Any, source: Source, tmp_path: Path) -> None:
         assert re.search(r"rank [23]\b.* died", outcome.error)
     assert results(output) == before
     assert_loaded(run(keys, nodes=TWO_NODES).outcomes(), expected(TARGET, source.tensors))
+
+
+@pytest.mark.parametrize(
+    ("fault", "rank", "saved"),
+    [
+        ("look", 2, True),
+        ("looking", 2, True),
+        pytest.param("looking", 2, False, marks=pytest.mark.slow),
+        pytest.param("looking", 0, True, marks=pytest.mark.slow),
+        pytest.param("look", 2, False, marks=pytest.mark.slow),
+        pytest.param("look", 0, True, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_while_the_headers_are_shared(run: Any, tmp_path: Path, fault: str, rank: int, saved: bool) -> None:
+    """The first rank of a node reads the headers of half the files: killed before it reads (`look`), and amid it."""
+    source, output = many_ranks(tmp_path, 128), tmp_path / "output"
+    before = old_results(output)
+    keys = {**source.keys, "output_dir": output, "auto_trans_save": saved}
+    began = time.monotonic()
+    outcomes = run(keys, nodes=TWO_NODES, faults={rank: fault}).outcomes()
+    assert time.monotonic() - began < TIMEOUT
+    assert outcomes[rank].code == -signal.SIGKILL
+    for outcome in (*outcomes[:rank], *outcomes[rank + 1 :]):
+        assert outcome.code == 1
+        (line,) = outcome.error.splitlines()
+        assert re.search(KILLED.format(rank), line), line
+    assert results(output) == before
+    assert_loaded(run(keys, nodes=TWO_NODES).outcomes(), expected(TARGET, source.tensors))
+    left = {path.name for path in output.iterdir()} - {".checkpoint_hook.lock"}
+    assert left <= {"strategy", "transformed_checkpoint"}
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_while_it_looks_is_named(run: Any, tmp_path: Path) -> None:
+    source = many_ranks(tmp_path, 128)
+    keys = {**source.keys, "output_dir": tmp_path / "output", "transform_timeout": 8}
+    job = run(keys, nodes=TWO_NODES, faults={2: "hangs looking"})
+    waiting = [process for rank, process in enumerate(job.processes) if rank != 2]
+    for process in waiting:
+        said = json.loads(process.communicate(timeout=30)[0])
+        assert said["error"].startswith("step 'looked at': rank 2 has not arrived within 8 s")
+    job.processes[2].kill()
 
 
 @pytest.mark.parametrize("saved", [True, False])

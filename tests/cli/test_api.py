@@ -245,3 +245,28 @@ def test_all_that_is_wrong_is_a_checkpoint_error(toy: Path, tmp_path: Path) -> N
     with pytest.raises(mc.ConfigError, match="scaling is the whole factor"):
         mc.merge_lora(toy / "full.ckpt", tmp_path / "x", scaling=2.0, alpha=16.0)
     assert not (tmp_path / "x").exists()
+
+
+def test_arguments_are_checked_as_options_are(toy: Path, tmp_path: Path) -> None:
+    """All at once; a value that means nothing is not taken for another one."""
+    source, out = toy / "full.ckpt", tmp_path / "out"
+    with pytest.raises(mc.ConfigError) as caught:
+        mc.plan(source, "", prefix="a/b", contents="maybe", format="pt", step=3)  # type: ignore[arg-type]
+    assert [line.partition(":")[0] for line in str(caught.value).splitlines()[1:]] == [
+        f"  - {name}" for name in ("dst", "step", "prefix", "format", "contents")
+    ]
+    wrong: list[tuple[Any, str]] = [
+        (lambda: mc.transform(source, out, processes=0), "processes: a whole number of at least 1"),
+        (lambda: mc.convert(source, out, dtype="int8"), "dtype: one of fp32, bf16, fp16"),
+        (lambda: mc.convert(source, out, num_layers=0), "num_layers: a whole number of at least 1"),
+        (lambda: mc.convert(source, out, hf_config=" "), "hf_config: the path is empty"),
+        (lambda: mc.merge_lora("", out, format="safetensor"), "src: the path is empty"),
+    ]
+    for call, said in wrong:
+        with pytest.raises(mc.ConfigError, match=said):
+            call()
+    with pytest.raises(
+        TypeError, match=r"convert\(\) got an unexpected keyword argument 'modle'\. Did you mean 'model'"
+    ):
+        mc.convert(source, out, modle="llama")
+    assert not out.exists()

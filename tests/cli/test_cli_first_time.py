@@ -27,7 +27,7 @@ SOURCES = {
 OTHERS = {
     "fingerprint dp2mp2/ckpt_strategy_rank_0.ckpt": (1, "a strategy file, .* give it as the strategy"),
     "verify resul": (1, "there is no result at {}/resul; {} holds "),
-    "verify full.ckpt": (1, "is no folder of a result; a file is compared with its source"),
+    "verify full.ckpt": (1, "is not a folder; a file is compared with its source"),
     "verify nothing": (1, "has no manifest.json, .* compare it with what it was made of"),
     "verify sharded --public-key key.pem": (1, "there is no key at key.pem; give the file"),
     "inspect full.ckpt --step 3_9": (1, "is one file, and not of '3_9'; leave the step out to read full.ckpt"),

@@ -95,15 +95,22 @@ main()
 
 
 @pytest.mark.parametrize(
-    ("module", "code", "said"), [("click", -signal.SIGINT, ""), ("numpy", 130, "error: interrupted")]
+    ("module", "arguments", "code", "said"),
+    [
+        ("click", ARGUMENTS, -signal.SIGINT, ""),
+        ("mindformers_ckpt.engine.copier", ARGUMENTS, 130, "error: interrupted"),
+        ("numpy", ["diff", "large.ckpt", "large.ckpt"], 130, "error: interrupted"),
+    ],
 )
-def test_an_interrupt_while_it_starts_is_no_traceback(large: Path, module: str, code: int, said: str) -> None:
+def test_an_interrupt_while_it_starts_is_no_traceback(
+    large: Path, module: str, arguments: list[str], code: int, said: str
+) -> None:
     """Numpy makes an ImportError of an interrupt that reaches it."""
-    words = [sys.executable, "-c", IMPORTING.format(module=module), "", *ARGUMENTS]
+    words = [sys.executable, "-c", IMPORTING.format(module=module), "", *arguments]
     done = subprocess.run(words, cwd=large, env=environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == code
     assert done.stderr.startswith(said)
-    assert done.stderr.count("\n") == bool(said)  # one line, which may say more: numpy is imported late
+    assert done.stderr.count("\n") == bool(said)  # one line, which may say more: these are imported late
     assert command([*ARGUMENTS, "--resume"], large).code == 0
 
 

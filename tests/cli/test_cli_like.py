@@ -86,7 +86,7 @@ def test_states_have_the_shapes_of_their_weights(toy: Path) -> None:
     ("reference", "message"),
     [
         ("nowhere", "there is no checkpoint at"),
-        ("sharded", "neither it nor the folder around it has a folder `strategy` for so many"),
+        ("sharded", "neither it nor the folder around it has a folder `strategy` for that many"),
         ("two", "holds 2 checkpoints; name the file"),
         ("alien.ckpt", "have no tensor in common: the one holds embedding.weight, …, the other x, …"),
         ("alien.json", "holds no config.json"),

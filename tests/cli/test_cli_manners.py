@@ -321,6 +321,38 @@ def test_the_next_step_is_told(toy: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["transform", "--src-checkpoint", "full.ckpt", "--weights-only"],
+        ["merge-lora", "--src-checkpoint", "lora.safetensors", "--alpha", "2"],
+    ],
+)
+def test_the_next_step_of_a_checkpoint_2_is_that_of_mindformers(toy: Path, arguments: list[str]) -> None:
+    """It is a folder, also where it holds one file of tensors."""
+    lora = {"wq.lora_a": (1, 6), "wq.lora_b": (8, 1), "wq.weight": (8, 6)}
+    save_file({name: np.ones(shape, np.float32) for name, shape in lora.items()}, toy / "lora.safetensors")
+    done = command([*arguments, "--dst-checkpoint", "out", "--format", "checkpoint2"], toy)
+    assert done.code == 0, done
+    assert done.out.splitlines()[-1] == (
+        f"next, in the yaml of MindFormers: load_checkpoint: {toy}/out, use_legacy_format: False"
+    )
+
+
+def test_paths_without_their_options(toy: Path) -> None:
+    done = command(["transform", "full.ckpt", "out"], toy)
+    assert done.code == 2
+    assert done.err.splitlines()[-1].endswith(
+        "(full.ckpt out). Paths are given by options here: --src-checkpoint PATH --dst-checkpoint-dir PATH"
+    )
+
+
+def test_doctor_says_when_a_path_is_not_there(toy: Path) -> None:
+    done = command(["doctor", "nowhere/deep"], toy)
+    assert done.code == 0
+    assert f"nowhere/deep is not there; what is said of the storage is of {toy}" in done.out
+
+
 def test_completion_of_commands_models_and_formats(toy: Path) -> None:
     def completed(words: str) -> list[str]:
         extra = {"_MINDFORMERS_CKPT_COMPLETE": "bash_complete", "COMP_WORDS": words}

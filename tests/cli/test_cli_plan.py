@@ -130,8 +130,8 @@ def _change(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda path: os.truncate(path, 300), "is damaged or no plan file"),
-        (lambda path: path.write_bytes(b"\x80pickle"), "is damaged or no plan file"),
+        (lambda path: os.truncate(path, 300), "is damaged, or not a plan file"),
+        (lambda path: path.write_bytes(b"\x80pickle"), "is damaged, or not a plan file"),
         (lambda path: path.write_text("[1]"), "is not a plan file"),
         (lambda path: path.unlink(), "cannot read the plan file"),
         (_change(lambda content: content.update(mindformers_ckpt_plan=7)), "of version 7, this program reads"),

@@ -83,7 +83,7 @@ def test_shell_script_over_an_earlier_result(toy: Path) -> None:
         ("full.ckpt None out mp2pp2 4 2 --overwrit", 2, "No such option"),
         ("full.ckpt None out mp2pp2 8 2", 1, "world_size is 8, but the target strategy is for 4 ranks"),
         ("absent.ckpt None out mp2pp2 4 2", 1, "there is no checkpoint at"),
-        ("full.ckpt None out mp2pp2 4 two", 2, "'two' is not a valid integer"),
+        ("full.ckpt None out mp2pp2 4 two", 2, "'two' is not a whole number"),
         ("full.ckpt None out mp2pp2 4", 2, "usage:"),
         ("full.ckpt None out mp2pp2 4 2 checkpoint_ more", 2, "usage:"),
     ],

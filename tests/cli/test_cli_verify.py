@@ -71,6 +71,21 @@ def test_a_result_against_its_source(toy: Path) -> None:
     assert found.err.splitlines()[-1] == "error: out: 1 difference"
 
 
+def test_a_strategy_for_other_ranks_is_told_from_damage(toy: Path) -> None:
+    assert invoke(["transform", *TRANSFORM[1:3], "--dst-checkpoint-dir", "out", "--quiet"], toy).code == 0
+    for against in ([], ["--against", "full.safetensors"]):
+        found = invoke(["verify", "out", "--strategy", "mp2pp2", *against], toy)
+        assert found.code == 1, found
+        assert (
+            "by its manifest the result was made for complete weights, but the strategy given is 4 ranks" in found.err
+        )
+    (toy / "mp2pp2").rename(toy / "moved")
+    assert invoke([*TRANSFORM[:3], "--dst-strategy", "moved", "--dst-checkpoint-dir", "cut", "--quiet"], toy).code == 0
+    (toy / "moved").rename(toy / "mp2pp2")
+    (toy / "cut/rank_1/checkpoint_1.ckpt").unlink()
+    assert "by its manifest" not in invoke(["verify", "cut", "--strategy", "mp2pp2"], toy).err
+
+
 def test_options_of_no_sense_are_usage_errors(toy: Path) -> None:
     for words in (["--sample", "0"], ["--sample", "many"], ["--sample", "101%"], ["--src-strategy", "dp2mp2"]):
         found = invoke(["verify", "out", *words], toy)

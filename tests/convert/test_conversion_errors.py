@@ -13,6 +13,9 @@ import pytest
 from mindformers_ckpt.convert.run import Request, convert
 from mindformers_ckpt.errors import CheckpointError, ConfigError, FormatError, PlanError, PublishError
 from mindformers_ckpt.execution import Options
+from mindformers_ckpt.geometry.layout import Layout
+from mindformers_ckpt.strategy.files import write_strategy
+from mindformers_ckpt.strategy.model import Strategy
 
 
 def llama(tmp_path: Path, **changes: Any) -> Path:
@@ -172,3 +175,36 @@ def test_the_source_is_not_replaced_by_its_result(tmp_path: Path) -> None:
     source = llama(tmp_path)
     with pytest.raises(PlanError, match="holds the source file"):
         convert(Request("llama", source), source / "model.safetensors", options=Options(overwrite=True))
+
+
+def test_a_model_that_nothing_tells_is_asked_for(tmp_path: Path) -> None:
+    """Backwards, to other names, and of a distributed checkpoint: where no config.json is beside the weights."""
+    convert(Request("llama", llama(tmp_path)), tmp_path / "llama.ckpt")
+    for words in ({"reverse": True}, {"to_naming": "mcore"}):
+        message = refusal(tmp_path, tmp_path / "llama.ckpt", ConfigError, model=None, **words)
+        assert message.startswith("there is no config.json that says which model this is; give its folder (--hf-config")
+
+
+def test_weights_and_strategies_of_mindspore_are_told_from_models(tmp_path: Path) -> None:
+    strategy = tmp_path / "strategy" / "ckpt_strategy_rank_0.ckpt"
+    write_strategy({"model.norm_out.weight": Layout((1,), ((),))}, strategy)
+    convert(Request("llama", llama(tmp_path)), tmp_path / "saved", format="checkpoint2")
+    assert "is a strategy file; give the weights" in refusal(tmp_path, strategy, ConfigError)
+    assert "what is there are strategy files; give the folder of the" in refusal(tmp_path, strategy.parent)
+    assert "is a checkpoint 2.0 of MindFormers: give --reversed" in refusal(tmp_path, tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("decoder.final_layernorm.weight", "the strategy has mcore names, the result would have legacy names: give"),
+        ("blocks.0.weight", "is it the strategy of a job with this model?"),
+    ],
+)
+def test_a_strategy_of_other_names(name: str, advice: str, tmp_path: Path) -> None:
+    target = Strategy.of_stages(({name: Layout((1,), ((),))},), "mine")
+    with pytest.raises(PlanError) as caught:
+        convert(Request("llama", llama(tmp_path)), tmp_path / "out", target=target)
+    first, *others = str(caught.value).splitlines()
+    assert f"lacks parameters that the target strategy (mine) has; {advice}" in first
+    assert others == [f"  - {name}"]

@@ -99,7 +99,7 @@ def test_conversion_in_one_go_is_that_of_gathered_weights(name: str, naming: str
 
 def test_what_is_no_tensor_is_said(saved: Path) -> None:
     warnings = "\n".join(find_source(saved / "types/checkpoint").warnings)
-    assert "left aside, since they are no tensors: more.1.text, number" in warnings
+    assert "left aside, since they are not tensors: more.1.text, number" in warnings
 
 
 class _Names(pickle.Unpickler):

@@ -19,6 +19,7 @@ from built_networks import Case
 from network_cases import CASES, values_of
 
 from mindformers_ckpt.convert.run import Request, convert
+from mindformers_ckpt.integrations import mindformers as replacement
 from mindformers_ckpt.state_names import find_states
 
 try:
@@ -73,11 +74,14 @@ def weights_of(network: Any) -> dict[str, Any]:
     return {name: parameter for name, parameter in found.items() if name not in aside}
 
 
-def difference(case: Case, network: Any, tensors: hf.Tensors, mindspore: Any) -> float:
-    """How far the logits of the network with these weights are from those that transformers computes."""
+def set_weights(network: Any, tensors: hf.Tensors, mindspore: Any) -> None:
     theirs = weights_of(network)
     for name, array in tensors.items():
         theirs[name].set_data(mindspore.Tensor(array))
+
+
+def difference(case: Case, network: Any, mindspore: Any) -> float:
+    """How far the logits of the network are from those that transformers computes."""
     with np.load(MODELS / f"{case.model}.npz") as known:
         tokens, expected = known["tokens"], known["logits"]
     network.set_train(False)
@@ -104,7 +108,8 @@ def test_network(case: Case, tmp_path: Path, mindspore: Any, monkeypatch: pytest
         network = build(case, patch.setattr)
         theirs = {name: parameter.shape for name, parameter in weights_of(network).items()}
         assert theirs == {name: array.shape for name, array in ours.items()}
-        largest = difference(case, network, ours, mindspore)
+        set_weights(network, ours, mindspore)
+        largest = difference(case, network, mindspore)
     note(case, len(ours), largest)
     assert largest < MOST
 
@@ -132,4 +137,63 @@ def test_rows_in_another_order_give_other_logits(
         <= {name: array.shape for name, array in ours.items()}.items()
     )
     with monkeypatch.context() as patch:
-        assert difference(case, build(case, patch.setattr), {**ours, **others}, mindspore) > 10 * MOST
+        network = build(case, patch.setattr)
+        set_weights(network, {**ours, **others}, mindspore)
+        assert difference(case, network, mindspore) > 10 * MOST
+
+
+@pytest.mark.skipif(VERSION.startswith("1.7"), reason="loads checkpoints 2.0 in another way")
+@pytest.mark.parametrize("engine", ["theirs", "ours"])
+@pytest.mark.parametrize(
+    ("source", "target", "to_naming"),
+    [
+        ("Llama-legacy", "Llama-mcore", "mcore"),
+        ("Qwen2-legacy,_qkv_concat", "Qwen2-mcore", "mcore"),
+        ("Moonlight-mcore,_separate", "Moonlight-mcore,_concatenated", "mcore+mla_qkv_concat"),
+        ("Qwen3-mcore,_contiguous,_halves", "Qwen3-PyNative", "mcore"),
+    ],
+)
+def test_load_checkpoint_loads_what_was_renamed(
+    source: str,
+    target: str,
+    to_naming: str,
+    engine: str,
+    tmp_path: Path,
+    mindspore: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """MindFormers' own function, by its own code and with ours installed: the weights are those of the conversion from
+    Hugging Face, and the network computes the same logits with them.
+    """
+    old, new = (next(case for case in CASES if str(case) == name) for name in (source, target))
+    if not is_there(new):
+        pytest.skip(f"MindFormers {VERSION} has no such network")
+    folder = tmp_path / "checkpoint2"
+    convert(Request(old.as_model, MODELS / old.model, **old.words), tmp_path / "old.safetensors")
+    renaming = Request(old.model, tmp_path / "old.safetensors", hf_config=MODELS / old.model, to_naming=to_naming)
+    convert(renaming, folder, format="checkpoint2")
+    with monkeypatch.context() as patch:
+        network = build(new, patch.setattr)
+        load(folder, network, engine, patch.setattr)
+        loaded = {name: parameter.asnumpy() for name, parameter in weights_of(network).items()}
+        expected = converted(new, tmp_path)
+        assert loaded.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(loaded[name], array, name)
+        assert difference(new, network, mindspore) < MOST
+
+
+def load(folder: Path, network: Any, engine: str, replace: Any) -> None:
+    """Load a checkpoint 2.0 as a training does; with ours, MindFormers' own reader must not be called."""
+    from mindformers.checkpoint import checkpoint
+
+    def read(loader: Any) -> None:
+        raise AssertionError("MindFormers' own code reads")
+
+    if engine == "ours":
+        replace(checkpoint.ReshardLoader, "load", read)
+        replacement.install()
+    try:
+        checkpoint.load_checkpoint(str(folder), network)
+    finally:
+        replacement.uninstall()

@@ -8,32 +8,27 @@ with Run(plan, destination, options) as run:
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mindformers_ckpt.disk.files import FileState
-from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.engine import page_cache
-from mindformers_ckpt.engine.buffers import BLOCK_BYTES, PIECE_BYTES, TRANSPOSE_BYTES
-from mindformers_ckpt.engine.object_sink import Uploads
-from mindformers_ckpt.engine.pool import copy_tasks
 from mindformers_ckpt.engine.sinks import FileSink
 from mindformers_ckpt.engine.tasks import Done, Task, cut_into_tasks
-from mindformers_ckpt.errors import (
-    CheckpointError,
-    ConfigError,
-    FormatError,
-    PlanError,
-    PublishError,
-    TransferError,
+from mindformers_ckpt.errors import CheckpointError, PublishError, TransferError
+from mindformers_ckpt.execution.checks import (
+    check_apart,
+    check_sees_whole,
+    check_signable,
+    identity_of,
+    is_checkpoint,
 )
+from mindformers_ckpt.execution.copying import copy_into
+from mindformers_ckpt.execution.options import Options, Progress, Report, report_of
 from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.objects.path import absolute
 from mindformers_ckpt.planning.digest import digest_of
@@ -41,80 +36,14 @@ from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.planning.source_states import changed_files, check_unchanged, states_of
 from mindformers_ckpt.publish import MANIFEST_FILE, Staging, check_free_space, read_manifests
 from mindformers_ckpt.publish.counted import LEFT_ASIDE, Counted
-from mindformers_ckpt.publish.fingerprints import check_countable
 from mindformers_ckpt.publish.journal import Journal
 from mindformers_ckpt.publish.manifest import is_whole
 from mindformers_ckpt.publish.results import check_addable, describe_result, partial_manifest_name
-from mindformers_ckpt.publish.signature import check_key, find_bundle, left_behind
+from mindformers_ckpt.publish.signature import find_bundle, left_behind
 from mindformers_ckpt.publish.source_fingerprint import Origin
 from mindformers_ckpt.publish.staging import Kind, Replace
 
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to run a plan.
-
-    Attributes:
-        processes: processes that copy, this one included (`transform_process_num`).
-        by_rank: one target rank is the unit of work (`transform_by_rank`), instead of equal shares of bytes.
-        hashes: take xxh3-128 of every written tensor into the manifest.
-        fingerprints: count the checksum of every whole tensor while it is copied, into the manifest.
-        sign: a private key (PEM) to sign the fingerprints with, which are counted then.
-        fsync: force everything to the disk before the result is put in place.
-        crc: append the CRC-32 trailer that `mindspore.load_checkpoint(crc_check=True)` verifies.
-        overwrite: replace an earlier result at the destination.
-        overwrite_anything: replace whatever is at the destination.
-        resume: go on after the finished tasks of an interrupted run of the same plan; nothing is left to do
-            when the destination holds its whole result.
-        partial: the plan makes some of the ranks only; they are put beside the ones that are there.
-        may_fork: start processes by fork where that is safe. Not for a process with connections to others.
-        drop_cache: leave nothing of what is read and written in the page cache.
-        keep: keep what is finished when the run fails, for `resume`.
-    """
-
-    processes: int = 1
-    by_rank: bool = False
-    hashes: bool = False
-    fingerprints: bool = False
-    sign: Path | None = None
-    fsync: bool = False
-    crc: bool = False
-    overwrite: bool = False
-    overwrite_anything: bool = False
-    resume: bool = False
-    partial: bool = False
-    may_fork: bool = False
-    drop_cache: bool = False
-    keep: bool = True
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a run did.
-
-    Attributes:
-        destination: where the result is.
-        files: number of files in it.
-        bytes_read, bytes_written: bytes of tensors, `resumed_bytes` of the latter by an earlier run.
-        seconds: how long it took.
-        fingerprints: digests of the checkpoints in the result, by their folders (mostly "."), where they are asked for.
-        source_fingerprint: that of the source; "" where it was not asked for, or is not known from what was copied.
-        signature: what became of signatures: "made with …", "taken over from …" or "left behind: …"; "" without any.
-        warnings: what the user should know of choices that were made.
-    """
-
-    destination: Path
-    files: int
-    bytes_read: int
-    bytes_written: int
-    resumed_bytes: int
-    seconds: float
-    fingerprints: Mapping[str, str] = field(default_factory=dict)
-    source_fingerprint: str = ""
-    signature: str = ""
-    warnings: tuple[str, ...] = ()
+_PLAIN = Options()
 
 
 class Run:
@@ -131,7 +60,7 @@ class Run:
         self,
         plan: Plan,
         destination: Path,
-        options: Options = Options(),
+        options: Options = _PLAIN,
         *,
         about: Mapping[str, Any] | None = None,
         file: bool = False,
@@ -149,9 +78,9 @@ class Run:
         self._origins = None if origins is None else tuple(origins)
         check_apart(plan, self.destination)
         if options.fingerprints:
-            _check_countable(plan, options)
+            check_sees_whole(plan, options)
         if options.sign is not None:
-            _check_signable(options.sign, file)
+            check_signable(options.sign, file)
         self.digest = digest_of(plan)
         self._states = states_of(plan.sources)
         self.fingerprint = identity or identity_of(self.digest, self._states, options)
@@ -274,18 +203,14 @@ class Run:
         elif self.options.sign is not None:
             self._add_companions(self._sign, self.destination)
         resumed = self.plan.bytes_written if self.already_made else self._resumed_bytes
-        seconds = time.monotonic() - self._started
-        plan = self.plan
-        return Report(
+        return report_of(
+            self.plan,
             self.destination,
-            len(plan.targets),
-            plan.bytes_read,
-            plan.bytes_written,
+            self._started,
             resumed,
-            seconds,
-            self._counted.digests(),
-            self._counted.source_digest(),
-            self._signature,
+            fingerprints=self._counted.digests(),
+            source_fingerprint=self._counted.source_digest(),
+            signature=self._signature,
         )
 
     def _add_companions(self, companions: Callable[[Path], None], folder: Path) -> None:
@@ -358,108 +283,11 @@ class Run:
         return describe_result(self.plan, self.folder, self._done.values(), about, self._states)
 
 
-def copy_into(
-    plan: Plan,
-    folder: Path | Uploads,
-    tasks: Sequence[Task],
-    options: Options,
-    *,
-    progress: Progress | None = None,
-    check: Callable[[], None] = lambda: None,
-    before: int = 0,
-    report: Callable[[Done], None] = lambda done: None,
-    proofs: bool = False,
-) -> None:
-    """Copy tasks into target files that are prepared, or into uploads; `report` is told each as it is done."""
-    total, written = before + sum(task.bytes_written for task in tasks), before
-    copied = copy_tasks(
-        plan,
-        folder,
-        tasks,
-        processes=options.processes,
-        hashes=options.hashes,
-        proofs=proofs,
-        drops=options.drop_cache,
-        fingerprints=options.fingerprints,
-        may_fork=options.may_fork,
-        check=check,
-    )
-    with contextlib.closing(copied):  # whatever goes wrong here, the workers end before the folder is removed
-        for done in copied:
-            report(done)
-            written += done.bytes_written
-            if progress is not None:
-                progress(written, total)
-
-
-def copy_unchanged(
-    plan: Plan, folder: Path, tasks: Sequence[Task], options: Options, *, progress: Progress, check: Callable[[], None]
-) -> None:
-    """`copy_into`, for a rank that copies a share. Raises TransferError when a source was written meanwhile."""
-    states = states_of(plan.sources)
-    copy_into(plan, folder, tasks, options, progress=progress, check=check)
-    check_unchanged(states)
-
-
-def affordable_processes(wanted: int) -> int:
-    """So many of the wanted processes as the free memory is enough for, at least one."""
-    if wanted == 1:
-        return 1
-    from mindformers_ckpt.engine.machine import MEMORY_PER_PROCESS, free_memory
-
-    return max(1, min(wanted, free_memory() // MEMORY_PER_PROCESS))
-
-
-def check_apart(plan: Plan, destination: Path) -> None:
-    """Refuse a destination that holds a source file: publishing would replace it."""
-    real = destination.resolve()
-    paths = [file.path for file in plan.sources]
-    for path, found in zip(paths, each(lambda path: path.resolve(), paths)):
-        if found.is_relative_to(real):
-            raise PlanError(f"the target folder {destination} holds the source file {path}; choose another folder")
-
-
-def identity_of(digest: str, states: Mapping[Path, FileState], options: Options) -> str:
-    """A digest of everything that decides which bytes are written where, and of the sources' identity."""
-    from mindformers_ckpt import __version__
-
-    # A journal counts tasks, and their cut changes with these.
-    sizes = (BLOCK_BYTES, TRANSPOSE_BYTES, PIECE_BYTES)
-    cut = (__version__, *sizes, options.by_rank, options.hashes, options.fingerprints, options.crc)
-    whole = hashlib.blake2b(f"{digest} {cut}\n".encode(), digest_size=16)
-    for path, state in states.items():
-        whole.update(f"{path} {tuple(state)}\n".encode(errors="surrogateescape"))
-    return whole.hexdigest()
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether a file has the form of what is written: a checkpoint that can be read."""
-    try:
-        return bool(read_header(path).tensors)
-    except FormatError:
-        return False
-
-
 def _drop(files: Iterable[Path]) -> None:
     """Put files on the disk, and have the system forget what it holds of them."""
     for file in files:
         with file.open("rb") as stream:
             page_cache.write_back(stream.fileno())
-
-
-def _check_countable(plan: Plan, options: Options) -> None:
-    """Refuse ways of running a plan that do not see every tensor whole. Raises ConfigError and PlanError."""
-    if options.by_rank or options.partial:
-        way = "one rank is a unit of work (--transform-by-rank)" if options.by_rank else "some ranks are made only"
-        raise ConfigError(f"a fingerprint is that of whole tensors, but {way}; leave one of the two out")
-    check_countable(plan)
-
-
-def _check_signable(key: Path, is_file: bool) -> None:
-    """Refuse to sign a result that has no manifest, or with what is not a key. Raises ConfigError."""
-    if is_file:
-        raise ConfigError("a signature goes with a manifest, which a single file has not; name a folder for the result")
-    check_key(key)
 
 
 def _append_crcs(plan: Plan, folder: Path) -> None:

@@ -1,0 +1,84 @@
+"""What the commands that make a result have in common: how they are run, and what they say in the end."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, warn
+from mindformers_ckpt.cli.options import CACHE, DRY_RUN, FINGERPRINT, RESUME, SIGN, json_option
+from mindformers_ckpt.execution import Options, Report, affordable_processes
+from mindformers_ckpt.planning.model import Plan
+from mindformers_ckpt.strategy.iterations import is_save_path
+
+_QUIET = click.option("--quiet", is_flag=True, help="Print errors only.")
+
+
+class How(NamedTuple):
+    """How a result is to be made, by the options of `making_options` and `replace_options`."""
+
+    fingerprints: bool
+    sign: Path | None
+    resume: bool
+    drop_cache: bool
+    dry_run: bool
+    as_json: bool
+    quiet: bool
+    overwrite: bool = False
+    overwrite_anything: bool = False
+
+    def options(self, processes: int, **more: Any) -> Options:
+        """The same for a run, with as many of the wanted processes as there is memory for."""
+        affordable = affordable_processes(processes)
+        if affordable < processes and not self.quiet:
+            warn([f"the free memory is enough for {affordable} of {processes} processes; the run uses {affordable}"])
+        return Options(
+            processes=affordable,
+            fingerprints=self.fingerprints,
+            sign=self.sign,
+            overwrite=self.overwrite,
+            overwrite_anything=self.overwrite_anything,
+            resume=self.resume,
+            may_fork=True,
+            drop_cache=self.drop_cache,
+            **more,
+        )
+
+
+def making_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of every command that makes a result; the command gets them as `how`."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        how = How(**{name: given.pop(name) for name in How._fields if name in given})
+        command(how=how, **given)
+
+    made: Callable[..., None] = run
+    for option in reversed((FINGERPRINT, SIGN, RESUME, CACHE, DRY_RUN, json_option, _QUIET)):
+        made = option(made)
+    return made
+
+
+def is_checkpoint2(plan: Plan) -> bool:
+    """Whether a plan makes a checkpoint 2.0, by the names of its files."""
+    return is_save_path({target.path.partition("/")[0] for target in plan.targets})
+
+
+def next_with_checkpoint2(destination: Path) -> str:
+    """The keys of a yaml of MindFormers under which a checkpoint 2.0 is loaded."""
+    return f"next, in the yaml of MindFormers: load_checkpoint: {destination}, use_legacy_format: False"
+
+
+def say_made(report: Report) -> None:
+    """Print what a run wrote, and its fingerprints."""
+    files = f"{report.files} {'file' if report.files == 1 else 'files'}, {amount(report.bytes_written)}"
+    if report.resumed_bytes == report.bytes_written:
+        say(f"nothing to do: {report.destination} has {files} of this run already")
+    else:
+        resumed = f" ({amount(report.resumed_bytes)} of it before)" if report.resumed_bytes else ""
+        say(f"{files} written to {report.destination} in {report.seconds:.2f} s{resumed}")
+    say_fingerprints(report.fingerprints, report.source_fingerprint, report.signature)
