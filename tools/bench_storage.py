@@ -15,7 +15,8 @@ limited to 200 MB/s, it prints
 The files below are warm, so that only the added latency counts; every run has a mount of its own, for what was read
 once stays in the page cache above it. Ways are measured in turn, `--repeats` times; the least times count.
 
-`--s3` measures object storage (tools/bench_objects.py), `--ranks N` how a rank starts (tools/bench_ranks.py).
+`--s3` measures object storage (tools/bench_objects.py), `--ranks N` how a rank starts (tools/bench_ranks.py),
+`--nodes N` what ranks of several nodes read that load the same weights (tools/bench_sharing.py).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ import click
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_objects import report_s3
 from bench_ranks import report_ranks
+from bench_sharing import report_sharing
 from bench_transform import (
     machine,
     ours,
@@ -54,6 +56,7 @@ from slow_mount import mounted, why_not
 
 _REQUEST = 1 << 20
 _THROTTLED = 200e6
+_NODE_THROTTLED = 20e6  # of each node, so that eight of them leave two cores time
 _LOAD = """
 import sys
 from pathlib import Path
@@ -231,6 +234,8 @@ def report(case: Case, bench: Bench, repeats: int, readers: list[int], options: 
 @click.option("--s3", is_flag=True, help="Object storage instead: a local S3 server behind a delay and a link.")
 @click.option("--link", default=200.0, show_default=True, help="With --s3: MB a second in each direction.")
 @click.option("--ranks", type=int, help="The start of a rank instead, of a source of so many rank files.")
+@click.option("--nodes", type=int, help="Ranks on so many nodes that load the same weights instead.")
+@click.option("--node-ranks", default=1, show_default=True, help="With --nodes: ranks a node.")
 @click.option("--result", type=click.Path(path_type=Path), help="Where results go. Default: memory (/dev/shm).")
 def main(
     gb: float,
@@ -243,6 +248,8 @@ def main(
     s3: bool,
     link: float,
     ranks: int | None,
+    nodes: int | None,
+    node_ranks: int,
     result: Path | None,
 ) -> None:
     """Measure re-slicing on slow storage and print a table."""
@@ -259,6 +266,12 @@ def main(
     make_checkpoint(folder, gb)
     size = sum(path.stat().st_size for path in (folder / "data" / "source").rglob("*.ckpt"))
     click.echo(f"{size / 1e9:.2f} GB, mp4 -> mp8; {machine()}")
+    if nodes is not None:
+        limited = [(1.0, _NODE_THROTTLED)] if throttled else []
+        for latency, rate in [*((latency, 0.0) for latency in latencies or (5,)), *limited]:
+            report_sharing(folder, nodes, node_ranks, latency, rate, repeats)
+        shutil.rmtree(folder)
+        return
     if s3:
         for latency in latencies or (20,):
             report_s3(folder, result or folder / "result", delay_ms=latency, link=link * 1e6, repeats=repeats)

@@ -64,10 +64,20 @@ class Piece(NamedTuple):
         self.target[...] = np.ndarray(self.target.shape, np.uint8, memory, at, self.strides or None)
 
 
-class _Request(NamedTuple):
-    """What is read at once: pieces in the order of a file."""
+class Request(NamedTuple):
+    """What is read at once: pieces in the order of a file. Requests are numbered from 0."""
 
+    number: int
     pieces: list[Piece]
+
+    @property
+    def path(self) -> Path:
+        return self.pieces[0].path
+
+    @property
+    def size(self) -> int:
+        """The bytes that go to targets, without what lies between them in the file."""
+        return sum(piece.target.size for piece in self.pieces)
 
     @property
     def start(self) -> int:
@@ -94,24 +104,41 @@ class _Request(NamedTuple):
             at = piece.stop
         return parts
 
+    def content(self, memory: Array) -> memoryview:
+        """The bytes of the targets, one after the other: where they are, if they are one run, else in `memory`."""
+        if len(self.pieces) == 1 and not self.pieces[0].strides:
+            return self.pieces[0].target.data
+        at = 0
+        for piece in self.pieces:
+            memory[at : at + piece.target.size].reshape(piece.target.shape)[...] = piece.target
+            at += piece.target.size
+        return memory[:at].data
 
-def _requests(pieces: Iterable[Piece]) -> Iterator[_Request]:
+    def take(self, memory: Array) -> None:
+        """Copy to the targets what `content` gave of them elsewhere."""
+        at = 0
+        for piece in self.pieces:
+            piece.target[...] = memory[at : at + piece.target.size].reshape(piece.target.shape)
+            at += piece.target.size
+
+
+def requests_of(pieces: Iterable[Piece]) -> Iterator[Request]:
     """Put pieces, in the order of their files, together to requests."""
     held: list[Piece] = []
-    needed = 0
+    needed = number = 0
     for piece in pieces:
         left: Piece | None = piece
         while left is not None:
             room = _room(held, needed, left)
             if held and (room <= 0 or (left.strides and left.size > room)):
-                yield _Request(held)
-                held, needed = [], 0
+                yield Request(number, held)
+                held, needed, number = [], 0, number + 1
                 continue
             now, left = (left, None) if left.strides or left.size <= room else left.cut(room)
             held.append(now)
             needed += now.size
     if held:
-        yield _Request(held)
+        yield Request(number, held)
 
 
 def _room(held: Sequence[Piece], needed: int, piece: Piece) -> int:
@@ -127,8 +154,8 @@ def _room(held: Sequence[Piece], needed: int, piece: Piece) -> int:
 class _Filling:
     """Requests that several threads take, and the first failure."""
 
-    def __init__(self, fetcher: Fetcher, requests: Iterator[_Request]) -> None:
-        self._fetcher, self._requests = fetcher, requests
+    def __init__(self, fetcher: Fetcher, requests: Iterator[Request], done: Callable[[Request], None]) -> None:
+        self._fetcher, self._requests, self._done = fetcher, requests, done
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._failure: BaseException | None = None
@@ -162,7 +189,7 @@ class _Filling:
         memory: Array | None = None
         for request in self._taken():
             check()
-            path, start, needed = request.pieces[0].path, request.start, request.stop - request.start
+            path, start, needed = request.path, request.start, request.stop - request.start
             size = max(-(-needed // PAGE) * PAGE, request_bytes(path))
             if memory is None or len(memory) < size:
                 memory = np.frombuffer(mmap.mmap(-1, size), np.uint8)  # from the beginning of a page
@@ -175,8 +202,9 @@ class _Filling:
             for piece in request.pieces:
                 if piece.strides or not is_copied:
                     piece.copy(memory, piece.start - start)
+            self._done(request)
 
-    def _taken(self) -> Iterator[_Request]:
+    def _taken(self) -> Iterator[Request]:
         """The requests that a thread takes."""
         while not self._is_stopped and self._failure is None:
             with self._lock:
@@ -199,9 +227,22 @@ class _Filling:
             self._threads.append(thread)
 
 
+Fill = Callable[[Fetcher, Iterable[Piece], Callable[[], None]], None]
+
+
 def fill_arrays(fetcher: Fetcher, pieces: Iterable[Piece], check: Callable[[], None]) -> None:
     """Read pieces, which are in the order of their files, to their targets.
 
     `check` is called between requests and may raise to stop. Raises TransferError when reading fails.
     """
-    _Filling(fetcher, _requests(pieces)).run(check)
+    fill_requests(fetcher, requests_of(pieces), check, lambda request: None)
+
+
+def fill_requests(
+    fetcher: Fetcher, requests: Iterator[Request], check: Callable[[], None], done: Callable[[Request], None]
+) -> None:
+    """Read requests to the targets of their pieces; `done` is told of each, by the thread that has read it.
+
+    Several threads take requests, one at a time. `check` and errors are as for `fill_arrays`.
+    """
+    _Filling(fetcher, requests, done).run(check)

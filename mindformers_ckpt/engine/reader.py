@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
@@ -19,10 +18,10 @@ from mindformers_ckpt.engine.ahead import Ahead, Extent, Fetcher
 from mindformers_ckpt.engine.buffers import PIECE_BYTES, empty_bytes, piece_memory
 from mindformers_ckpt.engine.compute import DOWN_TILE, UP_TILE, cast, dequantise, factor_values, merge, scale_values
 from mindformers_ckpt.engine.descriptors import file_ranges
-from mindformers_ckpt.engine.into_memory import LEAST_BYTES, Piece, fill_arrays
+from mindformers_ckpt.engine.into_memory import LEAST_BYTES, Piece
 from mindformers_ckpt.engine.views import box_in_view, copy_transposed, in_bytes, in_view, reads_of, span_in
 from mindformers_ckpt.errors import FormatError, TransferError
-from mindformers_ckpt.formats import DType, Header, Segment, TensorSpec, read_header
+from mindformers_ckpt.formats import DType, Header, Segment, read_header
 from mindformers_ckpt.geometry.box import Box, blocks
 from mindformers_ckpt.planning.computations import Cast, Compute, Constant, Dequantise, Factor, Merge
 from mindformers_ckpt.planning.model import Place, SourceFile, View
@@ -355,29 +354,6 @@ class ShardReader:
         for offset, length in file_ranges(segments, start, len(view)):
             self._ahead.fill(path, offset, view[:length])
             view = view[length:]
-
-
-def read_file(
-    path: Path, names: Container[str] | None = None, *, is_shared: bool = True
-) -> Iterator[tuple[TensorSpec, Array]]:
-    """The tensors of a file (those of `names`), each as the bytes of its content in memory of its own.
-
-    `is_shared`: other processes read the file, too, so the page cache is used. Raises TransferError.
-    """
-    try:
-        header = read_header(path)
-    except FormatError as error:
-        raise TransferError(str(error)) from error
-    records = [record for name, record in header.tensors.items() if names is None or name in names]
-    contents = [empty_bytes(record.spec.nbytes) for record in records]
-    pieces = []
-    for record, content in zip(records, contents):
-        for start, length in record.segments:
-            pieces.append(Piece(path, start, start + length, content[:length]))
-            content = content[length:]
-    with closing(Fetcher(is_shared=is_shared)) as fetcher:
-        fill_arrays(fetcher, sorted(pieces, key=lambda piece: piece.start), lambda: None)
-    yield from zip((record.spec for record in records), contents)
 
 
 def _in_file(segments: Sequence[Segment], block: Box, outer: Box) -> Iterator[tuple[int, int, Box]]:

@@ -54,6 +54,9 @@ class Config:
             (our key).
         verify_checkpoint: compare files with the CRC-32 or hashes that are recorded of them, before they are loaded
             (our key).
+        share_reads: "auto": ranks on several nodes that need the same bytes read them from the storage once between
+            them, where the job has a secret (MINDFORMERS_CKPT_SECRET, or a shared output_dir) and nothing is
+            re-sliced to files; "off": each reads for itself (our key).
         transform_timeout: seconds that ranks wait for each other at a step (our key).
         remote_save_url: obs:// or s3:// folder through which nodes without a shared disk exchange strategies
             and weights; "" for none.
@@ -78,6 +81,7 @@ class Config:
     load_ckpt_format: str = "ckpt"
     check_contents: str = "error"
     verify_checkpoint: bool = False
+    share_reads: str = "auto"
     transform_timeout: float = 7200.0
     remote_save_url: str = ""
     npu_num_per_node: int = 8
@@ -296,9 +300,9 @@ def _choice(*choices: str) -> Callable[[Any], str]:
     return parse
 
 
-def _parse_contents(value: Any) -> str:
-    """One of MODES; yaml reads a bare `off` as False."""
-    return _choice(*MODES)("off" if value is False else value)
+def _choice_or_off(*choices: str) -> Callable[[Any], str]:
+    """One of the choices, `off` among them; yaml reads a bare `off` as False."""
+    return lambda value: _choice(*choices)("off" if value is False else value)
 
 
 _PARSERS: dict[str, Callable[[Any], Any]] = {
@@ -315,8 +319,9 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "allow_missing": _parse_names,
     "only_save_strategy": parse_bool,
     "load_ckpt_format": _choice("ckpt", "safetensors"),
-    "check_contents": _parse_contents,
+    "check_contents": _choice_or_off(*MODES),
     "verify_checkpoint": parse_bool,
+    "share_reads": _choice_or_off("auto", "off"),
     "transform_timeout": _parse_seconds,
     "remote_save_url": _parse_url,
     "npu_num_per_node": _parse_positive,

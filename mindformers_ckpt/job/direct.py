@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from mindformers_ckpt.disk.files import FileState
 from mindformers_ckpt.engine.ahead import Fetcher
 from mindformers_ckpt.engine.copier import Copier
-from mindformers_ckpt.engine.into_memory import Piece, fill_arrays
+from mindformers_ckpt.engine.into_memory import Fill, Piece, fill_arrays
 from mindformers_ckpt.engine.reader import Read, ShardReader
 from mindformers_ckpt.engine.sinks import ArraySink
 from mindformers_ckpt.engine.tasks import cut_into_tasks
@@ -66,12 +66,18 @@ def _rounds(texts: Iterable[str], size: int) -> Iterator[list[tuple[bool, str | 
 
 
 def read_direct(
-    plan: Plan, check: Callable[[], None], headers: Mapping[int, Header] | None = None, *, is_shared: bool = True
+    plan: Plan,
+    check: Callable[[], None],
+    headers: Mapping[int, Header] | None = None,
+    *,
+    is_shared: bool = True,
+    fill: Fill = fill_arrays,
 ) -> Iterator[tuple[TensorSpec, np.ndarray[Any, Any]]]:
     """The tensors of the one target of `plan`, each as the bytes of its content in memory of its own.
 
     `check` is called between blocks and may raise to stop. `headers` are those of sources that need not be read again.
-    `is_shared`: other ranks of the node read the same files, often the same bytes, so the page cache is used.
+    `is_shared`: other ranks of the node read the same files, often the same bytes, so the page cache is used. `fill`
+    reads what is taken as it is, and may get it from elsewhere.
     Raises TransferError when reading fails, or a file is not what it was when the plan was made, or when reading began.
     """
     (target,) = plan.targets
@@ -81,7 +87,7 @@ def read_direct(
     others = replace(plan, transfers=tuple(transfer for transfer in plan.transfers if not _is_plain(transfer)))
     with closing(Fetcher(is_shared=is_shared)) as fetcher:
         reader = ShardReader(plan.sources, fetcher, headers)
-        fill_arrays(fetcher, _pieces(plain, reader, sink), check)
+        fill(fetcher, _pieces(plain, reader, sink), check)
         _copy_others(others, sink, ShardReader(plan.sources, fetcher, headers), check)
     check_unchanged(states)
     for spec in target.tensors:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindformers_ckpt.engine.reader import read_file
+from mindformers_ckpt.engine.into_memory import Fill, fill_arrays
+from mindformers_ckpt.engine.whole_files import read_files
 from mindformers_ckpt.errors import CheckpointError, PlanError
 from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.job import MAIN_RANK
@@ -22,6 +25,7 @@ from mindformers_ckpt.job.output_dir import OutputDir
 from mindformers_ckpt.job.own_files import OwnFiles, find_own_files
 from mindformers_ckpt.job.remote_reslice import RemoteReslicing
 from mindformers_ckpt.job.reslice import Reslicing
+from mindformers_ckpt.job.sharing.reads import filling
 from mindformers_ckpt.log import log
 from mindformers_ckpt.look.verify_files import verify_files
 from mindformers_ckpt.ms import live, weights
@@ -203,17 +207,22 @@ class Loading:
         else:
             found = find_source(folder).by_rank
             own = OwnFiles(found[0 if set(found) == {0} else self.cluster.rank])
-        files = own.files
         wanted = None if self.for_training else weights.wanted_names(self.cells)
-        loaded: dict[str, Any] = {}
-        for file in files:
-            names = {name for name in own.names_in(file) if wanted is None or name in wanted}
-            tensors = weights.tensors_of(read_file(file, names, is_shared=not own.sharded and self._shares_node))
-            twice = sorted(tensors.keys() & loaded.keys())
+        names: dict[Path, set[str]] = {}
+        for file in own.files:
+            held = {name for name in own.names_in(file) if wanted is None or name in wanted}
+            twice = sorted(held.intersection(chain(*names.values())))
             if twice:
-                raise PlanError(f"{files[0].parent} holds several checkpoints, {twice[0]} is in two; name the file")
-            loaded.update(tensors)
-        return self._put(loaded, files[0])
+                raise PlanError(f"{file.parent} holds several checkpoints, {twice[0]} is in two; name the file")
+            names[file] = held
+        fill = self._fill() if folder is None else fill_arrays
+        tensors = read_files(names, self.cluster.check, is_shared=not own.sharded and self._shares_node, fill=fill)
+        return self._put(weights.tensors_of(tensors), own.files[0])
+
+    def _fill(self) -> Fill:
+        """What reads the source: all ranks use it once, and those that need the same bytes read them together."""
+        root = Path(os.path.abspath(self.config.load_checkpoint))
+        return filling(self.cluster, root, is_on=self.config.share_reads != "off")
 
     @property
     def _shares_node(self) -> bool:
@@ -225,8 +234,8 @@ class Loading:
             own = own.only(weights.wanted_names(self.cells))  # what other stages want has no place here
         for warning in own.plan.warnings if self.cluster.rank == MAIN_RANK else ():
             log.warning("%s", warning)
-        loaded = weights.tensors_of(read_direct(own.plan, self.cluster.check, own.headers, is_shared=self._shares_node))
-        return self._put(loaded, self.config.load_checkpoint)
+        tensors = read_direct(own.plan, self.cluster.check, own.headers, is_shared=self._shares_node, fill=self._fill())
+        return self._put(weights.tensors_of(tensors), self.config.load_checkpoint)
 
     def _put(self, loaded: Mapping[str, Any], origin: object) -> dict[str, Any]:
         """Set the parameters of the network, and of the optimizer; all that was loaded, by name."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mindformers_ckpt.engine.reader import read_file
+from mindformers_ckpt.engine.whole_files import read_file
 from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
 from mindformers_ckpt.formats import DType, TensorSpec
 from mindformers_ckpt.geometry.layout import Layout, without_optimizer_shards

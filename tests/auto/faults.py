@@ -19,6 +19,7 @@ from mindformers_ckpt.job import looking, reslice
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.job.output_dir import OutputDir
+from mindformers_ckpt.job.sharing.board import Board
 from mindformers_ckpt.ms import hook as hook_module
 from mindformers_ckpt.ms import weights
 from mindformers_ckpt.ms.hook import CheckpointHook
@@ -107,6 +108,8 @@ def arm(fault: str, config: Config) -> None:
     elif fault in ("wait", "hang"):
         action = kill if fault == "wait" else lambda: time.sleep(120)
         before(Cluster, "barrier", at_step("transformed", action))
+    elif fault == "read":
+        before(Board, "done", kill)  # of what ranks read once between them
     elif fault == "load":
         before(weights, "load_into", kill)
     elif fault == "publish":

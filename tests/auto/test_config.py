@@ -28,6 +28,7 @@ DEFAULTS = {
     "load_ckpt_format": "ckpt",
     "check_contents": "error",
     "verify_checkpoint": False,
+    "share_reads": "auto",
     "transform_timeout": 7200.0,
 }
 
@@ -78,6 +79,8 @@ def test_a_key_without_a_value_has_its_default(key: str) -> None:
         ("check_contents", "off", "off"),
         ("check_contents", False, "off"),  # what yaml reads of a bare off
         ("verify_checkpoint", "True", True),
+        ("share_reads", "off", "off"),
+        ("share_reads", False, "off"),
         ("transform_timeout", "90", 90.0),
     ],
 )
@@ -106,6 +109,8 @@ def test_values_that_are_taken(key: str, value: Any, expected: Any) -> None:
         ("load_ckpt_format", "pt"),
         ("check_contents", "ignore"),
         ("check_contents", True),
+        ("share_reads", "on"),
+        ("share_reads", True),
         ("transform_timeout", 0),
         ("transform_timeout", "inf"),
         ("transform_timeout", "nan"),

@@ -22,7 +22,7 @@ import pytest
 from test_cluster import free_address, job, run_ranks, share_rank, start_ranks, wait_for_listener
 
 from mindformers_ckpt.errors import ConfigError, PlanError
-from mindformers_ckpt.job.cluster import coordinator, proof
+from mindformers_ckpt.job.cluster import coordinator, proof, secret
 from mindformers_ckpt.job.cluster.cluster import PORT_OFFSET, Address, Cluster, RankError
 from mindformers_ckpt.job.cluster.messages import Decoder, encode
 from mindformers_ckpt.job.cluster.secret import (
@@ -88,6 +88,39 @@ def test_a_secret_of_the_environment_needs_no_file(address: Address, tmp_path: P
     assert not (tmp_path / "output").exists()
     with pytest.raises(ConfigError, match=r"MINDFORMERS_CKPT_SECRET has 6 characters, at least 16.*openssl rand"):
         Cluster.from_environment(1.0, job(0, 8118, MINDFORMERS_CKPT_SECRET="secret"))
+
+
+def test_ranks_have_a_key_between_them_only_where_all_know_a_secret(address: Address, tmp_path: Path) -> None:
+    def keys(trust: Trust) -> list[bytes | None]:
+        found: list[bytes | None] = run_ranks(address, 2, lambda cluster: cluster.peer_key, trust=trust)
+        return found
+
+    first, second = keys(Trust("the secret of this job"))
+    assert first == second
+    assert first is not None
+    assert Job(address, 2).key(b"the secret of this job") != first  # the key of the meeting is not told to ranks
+    assert keys(Trust("another secret of the job"))[0] not in (None, first)
+    one, other = keys(Trust(folder=tmp_path, strict=True))
+    assert one == other
+    assert one not in (None, first)
+    assert keys(Trust()) == [None, None]
+
+
+def test_ranks_that_anybody_may_be_have_no_key(
+    address: Address, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one does not see the file with the secret."""
+    monkeypatch.setattr(secret, "_PATIENCE", 0.1)
+    folders = [tmp_path / name for name in ("mine", "other")]
+
+    def work(cluster: Cluster) -> bytes | None:
+        return cluster.peer_key
+
+    with ThreadPoolExecutor(2) as pool:
+        ranks = start_ranks(pool, address, 2, work, ranks=[0], trust=Trust(folder=folders[0]))
+        wait_for_listener(address)
+        ranks += start_ranks(pool, address, 2, work, ranks=[1], trust=Trust(folder=folders[1]))
+        assert [future.result() for future in ranks] == [None, None]
 
 
 @pytest.mark.parametrize("mine", ["another secret of 16", ""])

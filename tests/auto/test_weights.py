@@ -15,7 +15,7 @@ from mindspore import Tensor
 from networks import Net, content_of
 from recorded import random_bits, write_tensors
 
-from mindformers_ckpt.engine.reader import read_file
+from mindformers_ckpt.engine.whole_files import read_file
 from mindformers_ckpt.errors import ConfigError, PlanError
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name

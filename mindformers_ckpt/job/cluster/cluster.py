@@ -58,7 +58,8 @@ class Cluster:
     """The ranks of one job; built by `from_environment` or `connect`.
 
     `nodes[r]` names the node of rank r. `unproved` are the ranks that did not know the secret of the job, where there
-    is one: with them anybody may have taken part.
+    is one: with them anybody may have taken part. `host` is the address of this rank's host, "" where it is alone, and
+    `peer_key` what the ranks can prove to each other with, None where they have no secret.
     """
 
     def __init__(self, rank: int, size: int, nodes: tuple[str, ...], timeout: float, meeting: Meeting | None) -> None:
@@ -67,6 +68,8 @@ class Cluster:
         self.nodes = nodes
         self.timeout = timeout
         self.unproved: tuple[int, ...] = ()
+        self.host = "" if meeting is None else meeting.link.host
+        self.peer_key: bytes | None = None
         self._folder: Path | None = None  # of the secret
         self._meeting = meeting
         self._error: RankError | None = None
@@ -140,12 +143,13 @@ class Cluster:
         try:
             members = cluster._values(meeting, JOIN)
             cluster.nodes = tuple(printable(str(member[0])) for member in members)
-            trusted = [meeting.is_trusted and member[1] is True for member in members]
+            trusted = [meeting.key.is_trusted and member[1] is True for member in members]
         except BaseException:
             cluster.close()
             raise
         cluster._folder = trust.folder
         cluster.unproved = tuple(rank for rank, is_trusted in enumerate(trusted) if not is_trusted)
+        cluster.peer_key = None if cluster.unproved else meeting.key.of_peers()
         if cluster.unproved and rank == min(set(range(size)) - set(cluster.unproved), default=0):
             log.warning(
                 "%s did not see the secret in %s, so whoever reaches %s could take part in this job; set %s, alike on "

@@ -105,6 +105,11 @@ class Link:
         self._poller = select.poll()
         self._poller.register(self._sock, select.POLLIN)
 
+    @property
+    def host(self) -> str:
+        """The address of this host, as it is seen from the coordinator's."""
+        return str(self._sock.getsockname()[0])
+
     def send(self, message: Message, deadline: float) -> None:
         """Send a message. Raises OSError when the connection is lost, or at the deadline."""
         self.write(encode(message), deadline)
@@ -155,12 +160,12 @@ class Link:
 class Meeting(NamedTuple):
     """What a rank has after it joined.
 
-    Its connection, who coordinates, whether that one is a rank of this job for sure, and the coordinator if it is here.
+    Its connection, who coordinates, the key that both have proved to know, and the coordinator if it is here.
     """
 
     link: Link
     host_rank: int
-    is_trusted: bool
+    key: Key
     coordinator: Coordinator | None
 
 
@@ -181,7 +186,7 @@ def meet(job: Job, rank: int, node: str, trust: Trust, timeout: float) -> Meetin
                 except OSError as error:
                     cannot_listen = f"; rank {rank} cannot listen there: {error}"
             try:
-                link, host_rank, is_trusted = _introduce(job, rank, node, trust, deadline)
+                link, host_rank, key = _introduce(job, rank, node, trust, deadline)
                 break
             except OSError as error:
                 if time.monotonic() + delay >= deadline:
@@ -200,7 +205,7 @@ def meet(job: Job, rank: int, node: str, trust: Trust, timeout: float) -> Meetin
         # net.ipv4.ip_nonlocal_bind lets every host listen on the address; only one of them is reached.
         coordinator.stop()
         coordinator = None
-    return Meeting(link, host_rank, is_trusted, coordinator)
+    return Meeting(link, host_rank, key, coordinator)
 
 
 def _coordinate(job: Job, rank: int, node: str, trust: Trust, timeout: float) -> Coordinator:
@@ -218,7 +223,7 @@ def _coordinate(job: Job, rank: int, node: str, trust: Trust, timeout: float) ->
     return coordinator
 
 
-def _introduce(job: Job, rank: int, node: str, trust: Trust, deadline: float) -> tuple[Link, int, bool]:
+def _introduce(job: Job, rank: int, node: str, trust: Trust, deadline: float) -> tuple[Link, int, Key]:
     """Connect once. Raises OSError where it is worth trying again, RankError where it is not."""
     link = Link(job.address, max(deadline - time.monotonic(), 0.001))
     try:
@@ -239,7 +244,7 @@ def _introduce(job: Job, rank: int, node: str, trust: Trust, deadline: float) ->
     except BaseException:
         link.close()
         raise
-    return link, host_rank, key.is_trusted
+    return link, host_rank, key
 
 
 def _prove(link: Link, job: Job, trust: Trust, deadline: float) -> Key:

@@ -34,11 +34,16 @@ class Key(NamedTuple):
     """What a rank proves with.
 
     `is_trusted`: whether one who knows it is a rank of this job as far as can be known. False for a key of public
-    values where there is a secret.
+    values where there is a secret. `is_secret`: whether it is made of a secret.
     """
 
     content: bytes
     is_trusted: bool
+    is_secret: bool = False
+
+    def of_peers(self) -> bytes | None:
+        """The key with which ranks prove themselves to each other, None where anybody could know it."""
+        return hmac.digest(self.content, b"peers", "sha256") if self.is_secret else None
 
 
 @dataclass(frozen=True)
@@ -71,14 +76,14 @@ class Trust:
     def key(self, job: Job, number: bytes) -> Key | None:
         """The key with which a rank answers a coordinator that names a number; None when it must not."""
         if self.given:
-            return Key(job.key(self.given.encode()), is_trusted=True)
+            return Key(job.key(self.given.encode()), is_trusted=True, is_secret=True)
         if self.folder is None:
             return Key(job.key(b""), is_trusted=True)
         if number == NO_NUMBER:
             key = Key(job.key(b""), is_trusted=not keeps_secrets(self.folder))
         else:
             secret = read_secret(self.folder, number, 0.0 if self.strict else _PATIENCE)
-            key = Key(job.key(secret or b""), is_trusted=secret is not None)
+            key = Key(job.key(secret or b""), is_trusted=secret is not None, is_secret=secret is not None)
         return key if key.is_trusted or not self.strict else None
 
 
