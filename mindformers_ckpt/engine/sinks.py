@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.engine import page_cache
 from mindformers_ckpt.engine.buffers import PIECE_BYTES, empty_bytes
 from mindformers_ckpt.engine.descriptors import Descriptors, file_ranges
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 
 _TMPFS = 0x01021994
+# Of files, and of frames in each, where every call is a round trip. A .ckpt file has a frame for each tensor.
+_AT_ONCE = 8
+_FRAMES_TOGETHER = 16
 
 
 class Sink(Protocol):
@@ -83,10 +87,10 @@ class FileSink:
     def path(self, file: int) -> Path:
         return self._paths[file]
 
-    def prepare_all(self) -> None:
-        """Create all target files."""
-        for file in range(len(self._files)):
-            self.prepare(file)
+    def prepare_files(self, files: Sequence[int], *, repair: bool = False) -> None:
+        """Prepare target files, or repair them: several at once where the disk lets a writer wait."""
+        for _ in each(self.repair if repair else self.prepare, files, at_once=_AT_ONCE):
+            pass
 
     def repair(self, file: int) -> None:
         """Give a target file of an interrupted run its size, and all in it but the contents of the tensors, again."""
@@ -96,8 +100,7 @@ class FileSink:
                 is_whole = os.fstat(stream.fileno()).st_size >= layout.size
                 if is_whole:
                     os.ftruncate(stream.fileno(), layout.size)  # a checksum may have been appended
-                    for offset, data in layout.frames:
-                        os.pwrite(stream.fileno(), data, offset)
+                    _write_frames(stream.fileno(), layout)
         except OSError:
             is_whole = False
         if not is_whole:
@@ -114,8 +117,7 @@ class FileSink:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "wb") as stream:
                 (os.ftruncate if sparse else _reserve)(stream.fileno(), layout.size)
-                for offset, data in layout.frames:
-                    os.pwrite(stream.fileno(), data, offset)
+                _write_frames(stream.fileno(), layout)
         except OSError as error:
             raise TransferError(f"{path}: cannot be written: {error.strerror}") from error
 
@@ -155,6 +157,18 @@ class FileSink:
 
     def close(self) -> None:
         self._descriptors.close()
+
+
+def _write_frames(descriptor: int, layout: FileLayout) -> None:
+    """Write what is around the contents."""
+    frames = layout.frames
+
+    def write(first: int) -> None:
+        for offset, data in frames[first : first + _FRAMES_TOGETHER]:
+            os.pwrite(descriptor, data, offset)
+
+    for _ in each(write, range(0, len(frames), _FRAMES_TOGETHER), at_once=_AT_ONCE):
+        pass
 
 
 @lru_cache(maxsize=16)

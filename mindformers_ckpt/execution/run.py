@@ -149,8 +149,8 @@ class Run:
             self._done = {task.task: task for task in done}
             self._resumed_bytes = sum(task.bytes_written for task in done)
         check_free_space(self.folder, self._missing_bytes(files))
-        for file in range(len(self.plan.targets)) if files is None else files:
-            (sink.repair if self._done else sink.prepare)(file)
+        wanted = range(len(self.plan.targets)) if files is None else files
+        sink.prepare_files(wanted, repair=bool(self._done))
         self._journal.start(self._done.values())
 
     def copy(
