@@ -24,8 +24,8 @@ if (($#)); then
 fi
 # Three processes side by side, for two cores: jobs of several ranks, and commands, wait a lot.
 GROUPS_BESIDE=(
-    "tests/auto tests/jobs tests/mindformers"
-    "tests/convert tests/docs tests/formats tests/lora tests/look tests/objects"
+    "tests/auto"
+    "tests/convert tests/docs tests/formats tests/jobs tests/lora tests/look tests/mindformers tests/objects"
 )
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT

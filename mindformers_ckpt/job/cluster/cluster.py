@@ -23,6 +23,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -341,9 +342,16 @@ def node_name(env: Mapping[str, str]) -> str:
     identity = name
     if not name:
         name = socket.gethostname()
-        boot_id = Path("/proc/sys/kernel/random/boot_id")
-        identity = f"{name} {boot_id.read_text(encoding='ascii') if boot_id.exists() else ''}"
+        identity = f"{name} {_boot_id()}"
     return f"{name[:64]}:{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+
+
+@cache
+def _boot_id() -> str:
+    """What tells this start of this machine from others, "" where the system does not say; read once, while files can be
+    opened."""
+    file = Path("/proc/sys/kernel/random/boot_id")
+    return file.read_text(encoding="ascii") if file.exists() else ""
 
 
 def _rank_and_size(env: Mapping[str, str]) -> tuple[int, int]:
