@@ -348,8 +348,10 @@ def node_name(env: Mapping[str, str]) -> str:
 
 @cache
 def _boot_id() -> str:
-    """What tells this start of this machine from others, "" where the system does not say; read once, while files can be
-    opened."""
+    """What tells this start of this machine from others, "" where the system does not say.
+
+    It is read once, while files can be opened.
+    """
     file = Path("/proc/sys/kernel/random/boot_id")
     return file.read_text(encoding="ascii") if file.exists() else ""
 
