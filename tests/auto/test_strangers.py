@@ -63,6 +63,9 @@ def test_the_secret_is_there_while_ranks_join_and_only_then(address: Address, tr
     with ThreadPoolExecutor(2) as pool:
         first = start_ranks(pool, address, 2, share_rank, ranks=[0], trust=trust)
         wait_for_listener(address)
+        deadline = time.monotonic() + 60
+        while not secrets_in(trust.folder) and time.monotonic() < deadline:  # it listens first
+            time.sleep(0.01)
         (file,) = secrets_in(trust.folder)
         status = file.stat()
         assert (stat.S_IMODE(status.st_mode), status.st_uid) == (0o600, os.geteuid())
