@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from typing import Any, cast
 import checkout  # noqa: F401 - finds the package of this checkout
 import click
 from bench_transform import ours, shapes, specs, strategy_argument, write_complete, write_strategies
+from quickstart import free_port
 from slow_mount import CONTROL, STATS, mounted
 
 from mindformers_ckpt import Layout
@@ -56,9 +56,7 @@ def report_ranks(folder: Path, ranks: int, latency_ms: float) -> None:
     data = folder / "data"
     data.mkdir(parents=True)
     make_source(data, ranks)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with ExitStack() as stack:
         mounts = [
             stack.enter_context(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple, cast
 
 import checkout  # noqa: F401 - finds the package of this checkout
 import click
+from quickstart import free_port
 from slow_mount import mounted
 
 _SECONDS = 600.0
@@ -59,9 +59,7 @@ def _run(
     folder: Path, nodes: int, node_ranks: int, latency_ms: float, bytes_per_s: float, way: str
 ) -> tuple[list[Told], int]:
     """What the ranks tell, and the bytes that all mounts gave of contents."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with ExitStack() as stack:
         mounts = [
             stack.enter_context(

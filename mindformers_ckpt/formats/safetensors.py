@@ -96,7 +96,7 @@ def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> FileLayo
     if len(text) > HEADER_LIMIT:
         raise FormatError(f"the .safetensors header would take {len(text)} bytes, over {HEADER_LIMIT}")
     frame = len(text).to_bytes(_LENGTH_SIZE, "little") + text
-    tensors = {spec.name: _record(spec, len(frame) + start) for spec, start in spans}
+    tensors = {spec.name: _record(spec, len(frame) + start, spec.nbytes) for spec, start in spans}
     return FileLayout(len(frame) + end, ((0, frame),), tensors)
 
 
@@ -110,8 +110,7 @@ def _code(spec: TensorSpec) -> str:
     return code
 
 
-def _record(spec: TensorSpec, offset: int) -> TensorRecord:
-    nbytes = spec.nbytes
+def _record(spec: TensorSpec, offset: int, nbytes: int) -> TensorRecord:
     return TensorRecord(spec, (Segment(offset, nbytes),) if nbytes else ())
 
 
@@ -188,8 +187,7 @@ def _tensors(fields: dict[str, Any], metadata: dict[str, str], base: int, size: 
             raise Malformed(f"tensor {name!r} begins at byte {start} of the contents, not at {position}")
         if nbytes != end - start:
             raise Malformed(f"tensor {name!r} ({dtype.name}, shape {shape}) needs {nbytes} bytes and has {end - start}")
-        segments = (Segment(base + start, nbytes),) if nbytes else ()
-        tensors[name] = TensorRecord(TensorSpec(name, dtype, shape), segments)
+        tensors[name] = _record(TensorSpec(name, dtype, shape), base + start, nbytes)
         position = end
     if base + position != size:
         raise Malformed(f"the contents end at byte {base + position}, the file at byte {size}")

@@ -46,7 +46,7 @@ _MESSAGES: dict[str, list[tuple[str, int, str, bool]]] = {
 
 
 # The same, with the layouts left as bytes: thousands of parameters have some dozens of different ones. In a job
-# MindSpore has protobuf run in pure Python, where all of a large model's took 14 times as long as the different ones.
+# MindSpore has protobuf run in pure Python, where to parse a layout takes long.
 _UNREAD_LAYOUTS = {
     **_MESSAGES,
     "ParallelLayoutItem": [("param_name", 1, "STRING", False), ("parallel_layouts", 2, "BYTES", False)],
