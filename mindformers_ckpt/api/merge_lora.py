@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,20 +12,18 @@ from typing import Any
 from mindformers_ckpt.api.checked import check_arguments
 from mindformers_ckpt.api.request import (
     CHECKPOINT2,
-    checkpoint2_prefix,
     default_format,
     read_optional_strategy,
 )
-from mindformers_ckpt.api.transform import PathLike, StrategyLike, given_strategy
+from mindformers_ckpt.api.transform import PathLike, StrategyLike, given_strategy, verify_crcs
 from mindformers_ckpt.convert.adapters import locator
-from mindformers_ckpt.errors import ConfigError, PublishError, StrategyError
+from mindformers_ckpt.errors import ConfigError, StrategyError
 from mindformers_ckpt.execution import Options, Progress, Report, affordable_processes
 from mindformers_ckpt.lora import MergedBranch, plan_merge
 from mindformers_ckpt.lora_scaling import Scaling
 from mindformers_ckpt.lora_settings import read_settings
 from mindformers_ckpt.objects.path import as_path
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
-from mindformers_ckpt.publish import clear_waste
 from mindformers_ckpt.publish.source_fingerprint import Origin
 from mindformers_ckpt.sources.adapter import AdapterSource, find_adapter
 from mindformers_ckpt.sources.checkpoint import Checkpoint
@@ -56,11 +53,11 @@ class MergeRequest:
     prefix: str = DEFAULT_PREFIX
     format: str | None = None
     step: str | None = None
+    allow_missing: bool | Sequence[str] = False
+    contents: str = "error"
 
-    def prepare(self, *, resume: bool = False, dry: bool = False) -> Merge:
+    def prepare(self, *, dry: bool = False) -> Merge:
         """Plan the merge. Nothing is written but the merged strategy of a folder, and that not if it is `dry`."""
-        if not resume:
-            _check_empty(self.destination)
         found = None if self.adapter is None else find_adapter(self.adapter)
         scaling, notes = _completed(self.scaling, found)
         files = only_checkpoint(find_source(self.source, self.step))
@@ -78,6 +75,8 @@ class MergeRequest:
             locator=lambda weights: locator(weights, self.model, self.hf_config),
             prefix=self.prefix,
             format="safetensors" if self.format == CHECKPOINT2 else self.format or default_format(files),
+            allow_missing=self.allow_missing,
+            contents=self.contents,
         )
         about = {
             "lora": _record(branches, scaling, found),
@@ -88,7 +87,7 @@ class MergeRequest:
         plan = replace(plan, warnings=(*plan.warnings, *notes))
         companions: Callable[[Path], None] = partial(_add_familiar_name, plan=plan, target=target)
         if self.format == CHECKPOINT2:
-            plan, companions = as_checkpoint2(plan, target, checkpoint2_prefix(self.prefix))
+            plan, companions = as_checkpoint2(plan, target, self.prefix)
         origins = [Origin.of(tensor.spec, tensor.spec.name, tensor.shards) for tensor in base.tensors().values()]
         return Merge(plan, about, self.destination, companions, origins)
 
@@ -133,17 +132,24 @@ def merge_lora(
     prefix: str = DEFAULT_PREFIX,
     format: str | None = None,
     step: str | None = None,
+    allow_missing: bool | Sequence[str] = False,
+    contents: str = "error",
     processes: int = 1,
+    overwrite: bool = False,
+    overwrite_anything: bool = False,
+    resume: bool = False,
+    hashes: bool = False,
     fingerprints: bool = False,
     sign: PathLike | None = None,
-    resume: bool = False,
+    fsync: bool = False,
+    crc: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Fold LoRA branches into the weights: W + scaling · B · A, without LoRA parameters.
 
     Args:
         src: file of complete weights, or the folder of `rank_<n>` folders.
-        dst: new or empty folder for the result.
+        dst: folder for the result.
         src_strategy: strategy of the source. That of a folder is merged into merged_ckpt_strategy.ckpt there first.
         dst_strategy: cut the merged weights for this strategy, in the same pass; None for complete weights.
         adapter: checkpoint or PEFT folder with the LoRA parameters, if they are not in the source.
@@ -154,7 +160,7 @@ def merge_lora(
     The other arguments are those of `transform`. Raises CheckpointError; then `dst` is as it was.
     """
     paths = {"src": src, "dst": dst, "adapter": adapter, "hf_config": hf_config, "sign": sign}
-    check_arguments(**paths, prefix=prefix, format=format, step=step, processes=processes)
+    check_arguments(**paths, prefix=prefix, format=format, step=step, contents=contents, processes=processes)
     if scaling is not None and (alpha is not None or rank is not None or use_rslora):
         raise ConfigError("scaling is the whole factor; leave out alpha, rank and use_rslora")
     request = MergeRequest(
@@ -169,14 +175,24 @@ def merge_lora(
         prefix=prefix,
         format=format,
         step=step,
+        allow_missing=allow_missing,
+        contents=contents,
     )
     options = Options(
         processes=affordable_processes(processes),
+        overwrite=overwrite,
+        overwrite_anything=overwrite_anything,
+        resume=resume,
+        hashes=hashes,
         fingerprints=fingerprints,
         sign=None if sign is None else Path(sign),
-        resume=resume,
+        fsync=fsync,
+        crc=crc,
     )
-    return request.prepare(resume=resume).run(options, progress)
+    merge = request.prepare()
+    notes = verify_crcs(merge.plan) if crc else []
+    report = merge.run(options, progress)
+    return replace(report, warnings=(*notes, *report.warnings))
 
 
 def _completed(given: Scaling, adapter: AdapterSource | None) -> tuple[Scaling, tuple[str, ...]]:
@@ -206,13 +222,6 @@ def _record(branches: tuple[MergedBranch, ...], scaling: Scaling, adapter: Adapt
             for branch in branches
         },
     }
-
-
-def _check_empty(destination: Path) -> None:
-    if destination.is_dir() and any(destination.iterdir()):
-        with contextlib.suppress(OSError):  # a folder that cannot be written
-            clear_waste(destination)
-        raise PublishError(f"{destination} is not empty; give a new or an empty folder for the merged weights")
 
 
 def _source_strategy(path: Path | Strategy | None, merged: Path | None) -> Strategy:

@@ -113,7 +113,7 @@ class Request:
                 "make a checkpoint 2.0 of"
             )
         (plan,) = plans.values()
-        return as_checkpoint2(plan, target, checkpoint2_prefix(self.prefix))
+        return as_checkpoint2(plan, target, self.prefix)
 
     def _ranks(self, target: Strategy) -> Sequence[int] | None:
         """The target ranks to make, None for all."""
@@ -177,11 +177,6 @@ def read_optional_strategy(path: Path | Strategy | None) -> Strategy:
     from mindformers_ckpt.strategy.files import read_strategy
 
     return read_strategy(path.absolute())
-
-
-def checkpoint2_prefix(prefix: str) -> str:
-    """The prefix of the files of a checkpoint 2.0: what was given in place of the one that rank files have."""
-    return "CKP" if prefix == DEFAULT_PREFIX else prefix.rstrip("-_")
 
 
 def default_format(files: Source) -> str:

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from mindformers_ckpt.cli.dry import say_plan
 from mindformers_ckpt.cli.making import How, making_options, next_with_checkpoint2
 from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
 from mindformers_ckpt.cli.options import (
+    ALLOW_MISSING,
     BOOL,
+    CONTENTS,
+    PREFIX,
     PROCESSES,
     STEP,
     AnyPath,
@@ -21,7 +25,6 @@ from mindformers_ckpt.cli.options import (
     OneOf,
     StrategyPath,
     Whole,
-    replace_options,
     resumable,
 )
 from mindformers_ckpt.cli.progress import show_progress
@@ -31,6 +34,10 @@ from mindformers_ckpt.errors import did_you_mean
 from mindformers_ckpt.strategy.model import Strategy
 
 _PATH = AnyPath()
+_NOT_OF_PLUGINS = (
+    *("format", "dst_strategy", "prefix", "allow_missing", "contents", "processes"),
+    *(name for name in How._fields if name not in ("as_json", "quiet")),
+)
 
 
 def _models(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
@@ -117,6 +124,8 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
     type=StrategyPath(),
     help="Cut for this strategy in the same pass.",
 )
+@PREFIX
+@ALLOW_MISSING
 @click.option(
     "--to",
     "--to-naming",
@@ -145,7 +154,7 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
 @PROCESSES
 @click.option("--plugin", type=LocalPath(), help="Folder with convert_weight.py and convert_reversed.py of your own.")
 @STEP
-@replace_options
+@CONTENTS
 @making_options
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED)
 def command(
@@ -155,9 +164,12 @@ def command(
     output_path: Path,
     src_strategy: Path | None,
     dst_strategy: Path | None,
+    prefix: str,
+    allow_missing: bool,
     format: str | None,
     processes: int,
     plugin: Path | None,
+    contents: str,
     how: How,
     extra: tuple[str, ...],
     **choices: Any,
@@ -168,12 +180,7 @@ def command(
     """
     converter = find_plugin(model or "", reverse, plugin)
     if converter is not None:
-        if how.dry_run:
-            raise click.UsageError("--dry-run is for our own models; what a plugin would do it alone knows.")
-        if how.fingerprints or how.sign is not None:
-            raise click.UsageError(
-                "a plugin writes its result itself; take its fingerprint afterwards: fingerprint PATH."
-            )
+        _check_options_of_plugin()
         dtype = choices.pop("dtype")
         flags = {"write_tied", "weights_only"}  # false is what they are when they are not given
         choices |= {"src_strategy": src_strategy}
@@ -184,18 +191,16 @@ def command(
         return
     if extra:
         raise click.UsageError(f"No such option or argument: {' '.join(extra)}.{_suggestion(extra)}")
-    request = Request(model, input_path, reverse, src_strategy=_strategy(src_strategy), **choices)
+    request = Request(model, input_path, reverse, src_strategy=_strategy(src_strategy), contents=contents, **choices)
+    files: dict[str, Any] = {"format": format, "target": _strategy(dst_strategy), "prefix": prefix}
+    files["allow_missing"] = allow_missing
     if how.dry_run:
-        say_plan(
-            plan_conversion(request, output_path, format=format, target=_strategy(dst_strategy)),
-            output_path,
-            how.as_json,
-        )
+        say_plan(plan_conversion(request, output_path, **files), output_path, how.as_json)
         return
     options = how.options(processes)
-    with resumable(output_path), show_progress("convert", quiet=how.quiet or how.as_json) as progress:
+    with resumable(output_path), show_progress("convert", quiet=how.quiet) as progress:
         result = convert(
-            request, output_path, format=format, target=_strategy(dst_strategy), options=options, progress=progress
+            request, output_path, **files, options=options, progress=progress, check_source=how.check_source
         )
     if not how.quiet:
         warn(result.warnings)
@@ -208,6 +213,18 @@ def command(
         )
         say_fingerprints(result.fingerprints, result.source_fingerprint, result.signature)
         say(_next_step(result.destination, reverse, dst_strategy, format))
+
+
+def _check_options_of_plugin() -> None:
+    """Refuse what a plugin would not be told: it writes its result itself. Raises UsageError."""
+    context = click.get_current_context()
+    given = [name for name in _NOT_OF_PLUGINS if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        names = {param.name: param.opts[0] for param in context.command.params}
+        raise click.UsageError(
+            f"{', '.join(names[name] for name in given)}: a plugin writes its result itself, and is not told of this; "
+            "leave it out"
+        )
 
 
 def _suggestion(extra: Sequence[str]) -> str:

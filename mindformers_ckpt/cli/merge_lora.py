@@ -14,18 +14,20 @@ from mindformers_ckpt.cli.dry import say_plan
 from mindformers_ckpt.cli.making import How, is_checkpoint2, making_options, next_with_checkpoint2, say_made
 from mindformers_ckpt.cli.notices import say, say_json, warn
 from mindformers_ckpt.cli.options import (
+    ALLOW_MISSING,
+    CONTENTS,
+    PREFIX,
     PROCESSES,
     STEP,
     LocalPath,
     OneOf,
     StrategyPath,
     Whole,
-    check_prefix,
     resumable,
 )
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.lora_scaling import Scaling, number_fault
-from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
+from mindformers_ckpt.planning.model import Plan
 
 _PATH = LocalPath()
 
@@ -98,15 +100,9 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
     "destination",
     type=_PATH,
     required=True,
-    help="Empty or new folder for the result.",
+    help="Folder for the result.",
 )
-@click.option(
-    "--prefix",
-    default=DEFAULT_PREFIX,
-    show_default=True,
-    callback=check_prefix,
-    help="Target files are rank_<n>/<prefix><n>.ckpt.",
-)
+@PREFIX
 @click.option("--lora-scaling", type=_Ratio(), help="lora_alpha / lora_rank of the training, like 2 or 16/8.")
 @click.option("--alpha", "--lora-alpha", "alpha", type=_Number(), help="lora_alpha; the rank is that of the factors.")
 @click.option("--rank", "--lora-rank", "rank", type=Whole(min=1), help="lora_rank, to check the factors.")
@@ -131,6 +127,8 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
     "[default: safetensors if all source files are, else ckpt]",
 )
 @STEP
+@ALLOW_MISSING
+@CONTENTS
 @PROCESSES
 @making_options
 def command(
@@ -145,6 +143,8 @@ def command(
     merged_strategy: Path | None,
     save_format: str | None,
     step: str | None,
+    allow_missing: bool,
+    contents: str,
     processes: int,
     how: How,
     **scaling: Any,
@@ -170,13 +170,18 @@ def command(
         prefix,
         save_format,
         step,
+        allow_missing,
+        contents,
     )
-    merge = request.prepare(resume=how.resume, dry=how.dry_run)
+    merge = request.prepare(dry=how.dry_run)
     if how.dry_run:
         say_plan(merge.plan, destination, how.as_json)
         return
     if not how.quiet:
         warn(merge.plan.warnings)
+    notes = how.check_source(merge.plan)
+    if not how.quiet:
+        warn(notes)
     with resumable(destination), show_progress("merge", quiet=how.quiet) as progress:
         report = merge.run(how.options(processes), progress)
     if how.as_json:

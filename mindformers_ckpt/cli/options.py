@@ -149,6 +149,18 @@ CONTENTS = click.option(
     show_default=True,
     help="When samples of the source contradict its strategy: refuse, warn and go on, or do not look.",
 )
+ALLOW_MISSING = click.option(
+    "--allow-missing",
+    is_flag=True,
+    help="Leave out parameters of the target strategy that are not in the source, instead of refusing.",
+)
+PREFIX = click.option(
+    "--prefix",
+    default=DEFAULT_PREFIX,
+    show_default=True,
+    callback=check_prefix,
+    help="Target files are rank_<n>/<prefix><n>.ckpt.",
+)
 _REQUEST_OPTIONS = (
     click.option(
         "--src-checkpoint",
@@ -171,13 +183,7 @@ _REQUEST_OPTIONS = (
         type=StrategyPath(),
         help="Strategy of the target. None, or left out, for complete weights.",
     ),
-    click.option(
-        "--prefix",
-        default=DEFAULT_PREFIX,
-        show_default=True,
-        callback=check_prefix,
-        help="Target files are rank_<n>/<prefix><n>.ckpt.",
-    ),
+    PREFIX,
     click.option(
         "--format",
         "--save-format",
@@ -194,11 +200,7 @@ _REQUEST_OPTIONS = (
         help="This process is one of --transform-process-num that were started by hand, with the first rank of "
         "its share: for 8 ranks and 2 processes 0 or 4. It makes ranks 0-3 or 4-7 only.",
     ),
-    click.option(
-        "--allow-missing",
-        is_flag=True,
-        help="Leave out parameters of the target strategy that are not in the source, instead of refusing.",
-    ),
+    ALLOW_MISSING,
     click.option(
         "--weights-only",
         is_flag=True,
@@ -286,6 +288,11 @@ SIGN = click.option(
     metavar="KEY",
     help="Sign the fingerprint of the result with a private key (PEM); see docs/trust.md.",
 )
+HASH = click.option("--hash", "hashes", is_flag=True, help="Take xxh3-128 of every written tensor into the manifest.")
+FSYNC = click.option("--fsync", is_flag=True, help="Force the result to the disk before it gets its name.")
+CRC_CHECK = click.option(
+    "--crc-check", is_flag=True, help="Verify the CRC-32 that source .ckpt files store, and append one to target files."
+)
 RESUME = click.option(
     "--resume", is_flag=True, help="Go on after what an interrupted run of the same command has done."
 )
@@ -308,12 +315,7 @@ CACHE = click.option(
 )
 
 
-def replace_options(command: Command) -> Command:
-    """Add the two words that allow to replace what is at the destination."""
-    command = OVERWRITE_ANYTHING(command)
-    return click.option("--overwrite", is_flag=True, help="Replace an earlier result of this program.")(command)
-
-
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an earlier result of this program.")
 OVERWRITE_ANYTHING = click.option(
     "--overwrite-anything", is_flag=True, help="Replace whatever is there, also what this program did not make."
 )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mindformers_ckpt.convert.output import copy_companions, write_index, write_name_map
 from mindformers_ckpt.convert.planning import Conversion
@@ -78,19 +78,25 @@ def convert(
     *,
     format: str | None = None,
     target: Strategy | None = None,
+    prefix: str = DEFAULT_PREFIX,
+    allow_missing: bool | Sequence[str] = False,
     options: Options = _PLAIN,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
     check: Callable[[], None] = lambda: None,
+    check_source: Callable[[Plan], Sequence[str]] = lambda plan: (),
 ) -> ConversionReport:
     """Convert weights and publish them at `output`.
 
     To MindSpore: one file, when `output` ends in .ckpt or .safetensors; a folder of files of at most
     `shard_bytes` otherwise; the rank folders of a strategy when `target` is one. To Hugging Face: always a
     folder, which `from_pretrained` loads. What was at `output` before stays as it is until the end.
+    `check_source` is called with the plan before anything is written, and returns further warnings.
     """
     started = time.monotonic()
-    prepared, plan, companions = _planned(request, output, format, target, shard_bytes)
+    wanted = _Wanted(format, target, prefix, allow_missing, shard_bytes)
+    prepared, plan, companions = _planned(request, output, wanted)
+    notes = check_source(plan)
     output = absolute(output)
     shapes = _shapes(prepared.conversion)
     if not request.reverse and target is None and output.suffix in SUFFIXES and format != CHECKPOINT2:
@@ -107,7 +113,7 @@ def convert(
         len(prepared.conversion.tensors),
         plan.bytes_written,
         time.monotonic() - started,
-        plan.warnings,
+        (*plan.warnings, *notes),
         report.fingerprints,
         report.source_fingerprint,
         report.signature,
@@ -120,17 +126,43 @@ def plan_conversion(
     *,
     format: str | None = None,
     target: Strategy | None = None,
+    prefix: str = DEFAULT_PREFIX,
+    allow_missing: bool | Sequence[str] = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> Plan:
     """What `convert` would do, with the same arguments. Nothing is written."""
-    return _planned(request, output, format, target, shard_bytes)[1]
+    return _planned(request, output, _Wanted(format, target, prefix, allow_missing, shard_bytes))[1]
 
 
-def _planned(
-    request: Request, output: Path, format: str | None, target: Strategy | None, shard_bytes: int
-) -> tuple[Prepared, Plan, Callable[[Path], None]]:
+class _Wanted(NamedTuple):
+    """What the files of a result are to be; names are those of `convert`."""
+
+    format: str | None
+    target: Strategy | None
+    prefix: str
+    allow_missing: bool | Sequence[str]
+    shard_bytes: int
+
+    def rank_files(self, prepared: Prepared, target: Strategy, format: str) -> Plan:
+        origin = str(prepared.request.input_path)
+        return rank_files(
+            prepared.conversion,
+            target,
+            prefix=self.prefix,
+            format=format,
+            origin=origin,
+            allow_missing=self.allow_missing,
+        )
+
+
+def _planned(request: Request, output: Path, files: _Wanted) -> tuple[Prepared, Plan, Callable[[Path], None]]:
     """The conversion, its plan, and what puts further files into the folder of the result."""
+    format, target = files.format, files.target
     check_options(request)
+    given = {"--prefix": files.prefix != DEFAULT_PREFIX, "--allow-missing": bool(files.allow_missing)}
+    if target is None and format != CHECKPOINT2 and any(given.values()):
+        names = " and ".join(name for name, is_given in given.items() if is_given)
+        raise ConfigError(f"{names}: for the files of ranks, which --dst-strategy asks for; give it, or leave them out")
     if request.reverse and (target is not None or format not in (None, "safetensors")):
         raise ConfigError("a strategy and that format are of the MindSpore side; leave them out with --reversed")
     wanted = target.names() if target is not None else ()
@@ -140,9 +172,9 @@ def _planned(
         prepared = prepare_renaming(request, absolute(output), wanted)
     companions: Callable[[Path], None]
     if format == CHECKPOINT2:
-        plan, companions = _checkpoint2(prepared, target or Strategy.complete())
+        plan, companions = _checkpoint2(prepared, files)
     else:
-        plan = _targets(prepared, absolute(output), format, target, shard_bytes)
+        plan = _targets(prepared, absolute(output), files)
         companions = partial(_add_companions, prepared=prepared, plan=plan)
     plan.check()
     return prepared, plan, companions
@@ -174,21 +206,21 @@ def plan_ranks(
     return plan
 
 
-def _targets(prepared: Prepared, output: Path, format: str | None, target: Strategy | None, shard_bytes: int) -> Plan:
-    request, conversion = prepared.request, prepared.conversion
+def _targets(prepared: Prepared, output: Path, files: _Wanted) -> Plan:
+    request, conversion, format = prepared.request, prepared.conversion, files.format
     # Jobs of networks with mcore names load nothing else.
     usual = "safetensors" if prepared.naming.startswith("mcore") else "ckpt"
-    if target is not None:
-        return rank_files(conversion, target, format=format or usual, origin=str(request.input_path))
+    if files.target is not None:
+        return files.rank_files(prepared, files.target, format or usual)
     if request.reverse:
         pytorch = (("format", "pt"),)
-        return whole_files(conversion, "model", "safetensors", limit=shard_bytes, metadata=pytorch)
+        return whole_files(conversion, "model", "safetensors", limit=files.shard_bytes, metadata=pytorch)
     suffix = output.suffix.lstrip(".") if output.suffix in SUFFIXES else ""
     if suffix and format and suffix != format:
         raise ConfigError(f"--format {format} contradicts the name {output.name}")
     if suffix:
         return whole_files(conversion, output.name, suffix, metadata=prepared.record)
-    return whole_files(conversion, "ms-model", format or usual, limit=shard_bytes, metadata=prepared.record)
+    return whole_files(conversion, "ms-model", format or usual, limit=files.shard_bytes, metadata=prepared.record)
 
 
 def _write_folder(
@@ -236,7 +268,8 @@ def _add_companions(folder: Path, prepared: Prepared, plan: Plan) -> None:
         write_name_map(plan, folder)
 
 
-def _checkpoint2(prepared: Prepared, target: Strategy) -> Made:
+def _checkpoint2(prepared: Prepared, files: _Wanted) -> Made:
     """The plan of a checkpoint 2.0, and what puts its texts into the folder."""
-    plan = rank_files(prepared.conversion, target, format="safetensors", origin=str(prepared.request.input_path))
-    return as_checkpoint2(plan, target, metadata=prepared.record)
+    target = files.target or Strategy.complete()
+    plan = files.rank_files(prepared, target, "safetensors")
+    return as_checkpoint2(plan, target, files.prefix, prepared.record)
