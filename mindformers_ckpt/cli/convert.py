@@ -81,14 +81,14 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
 @click.option("--n-head", type=int, help="Attention heads, where config.json lacks them (BLOOM).")
 @click.option("--hidden-size", type=int, help="Hidden size, where config.json lacks it (BLOOM).")
 @click.option("--layers", type=int, help="Layers, where config.json lacks them (GPT2, WizardCoder).")
-@click.option("--num-layers", type=Whole(1), help="Convert the first layers only: so many.")
-@click.option("--num-nextn-predict-layers", type=Whole(0), help="Prediction (MTP) layers to convert.")
+@click.option("--num-layers", type=Whole(1), help="Convert only this many layers, the first ones.")
+@click.option("--num-nextn-predict-layers", type=Whole(0), help="Convert only this many prediction (MTP) layers.")
 @click.option("--is-pretrain", type=BOOL, help="Swin: weights of pre-training.")
 @click.option("--telechat-type", help="TeleChat: telechat_7b or telechat_12b.")
-@click.option("--mlp-concat", type=BOOL, help="GLM4: gate and up in one tensor; left out: they are.")
+@click.option("--mlp-concat", type=BOOL, help="GLM4: gate and up in one tensor; left out: True.")
 @click.option("--use-rearrange-rope", type=BOOL, help="GLM4: even rows of a head before odd ones, in query and key.")
 @click.option("--use-gmm", type=BOOL, help="Mixtral: experts turned, for grouped multiplication in inference.")
-@click.option("--use-gmm-training", type=BOOL, help="Mixtral: as a training network with use_gmm has them.")
+@click.option("--use-gmm-training", type=BOOL, help="Mixtral: experts as in a network that trains with use_gmm.")
 @click.option(
     "--use-contiguous-weight-layout-attention",
     type=BOOL,
@@ -106,7 +106,7 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
     "--save-format",
     "format",
     type=OneOf(["ckpt", "safetensors", CHECKPOINT2]),
-    help="Of the MindSpore files.",
+    help="Format of the MindSpore files.  [default: safetensors with mcore names, else ckpt]",
 )
 @click.option("--naming", type=OneOf(["legacy", "mcore"]), help="MindSpore names; left out: the model's usual.")
 @click.option(
@@ -139,7 +139,7 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
     "--from-naming",
     "from_naming",
     metavar="NAMING",
-    help="With --to: the names of the source; left out, they tell themselves.",
+    help="With --to: the names of the source; left out: what the names themselves show.",
 )
 @click.option(
     "--src-strategy",

@@ -34,7 +34,7 @@ _SHOWN = 20
 )
 @CONTENTS
 @json_option
-@click.option("--quiet", is_flag=True, help="Print nothing but errors; the exit code tells.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors; the exit code is 1 where they differ.")
 def command(
     a: Path,
     b: Path,

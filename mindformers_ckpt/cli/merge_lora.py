@@ -83,7 +83,7 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
     "--src-strategy",
     "src_strategy",
     type=_GivenStrategy(),
-    help="Strategy of the source; see above.",
+    help="Strategy of the source: file, merged file or folder. None, or left out, for complete weights.",
 )
 @click.option(
     "--src-ckpt-path-or-dir",

@@ -197,8 +197,8 @@ _REQUEST_OPTIONS = (
     click.option(
         "--rank-id",
         type=Whole(min=0),
-        help="This process is one of --transform-process-num that were started by hand, with the first rank of "
-        "its share: for 8 ranks and 2 processes 0 or 4. It makes ranks 0-3 or 4-7 only.",
+        help="For --transform-process-num processes that are started by hand: the first rank of this one's share. Of 8 "
+        "ranks and 2 processes, 0 makes ranks 0-3 and 4 makes ranks 4-7.",
     ),
     ALLOW_MISSING,
     click.option(
@@ -280,7 +280,7 @@ FINGERPRINT = click.option(
     "--fingerprint",
     "fingerprints",
     is_flag=True,
-    help="Count the fingerprints of result and source while the result is made.",
+    help="Record the fingerprints of result and source, which are counted while the result is made.",
 )
 SIGN = click.option(
     "--sign",
@@ -288,7 +288,7 @@ SIGN = click.option(
     metavar="KEY",
     help="Sign the fingerprint of the result with a private key (PEM); see docs/trust.md.",
 )
-HASH = click.option("--hash", "hashes", is_flag=True, help="Take xxh3-128 of every written tensor into the manifest.")
+HASH = click.option("--hash", "hashes", is_flag=True, help="Record xxh3-128 of every written tensor in the manifest.")
 FSYNC = click.option("--fsync", is_flag=True, help="Force the result to the disk before it gets its name.")
 CRC_CHECK = click.option(
     "--crc-check", is_flag=True, help="Verify the CRC-32 that source .ckpt files store, and append one to target files."
