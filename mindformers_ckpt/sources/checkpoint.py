@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -75,12 +75,18 @@ class Checkpoint:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the user should know of the choice of files."""
-        if not self.files.absent:
-            return self.files.warnings
-        ranks = sorted(self.files.absent)
-        shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-        left = f"{self.files.root}: ranks {shown} are left aside, the others hold everything between them: "
-        return (*self.files.warnings, left + self.files.absent[ranks[0]])
+        found = list(self.files.warnings)
+        absent = sorted(self.files.absent)
+        if absent:
+            left = f"{self.files.root}: ranks {_shown(absent)} are left aside, the others hold everything between them"
+            found.append(f"{left}: {self.files.absent[absent[0]]}")
+        lost = [rank for rank in self.lost_ranks if rank not in self.files.absent]
+        if lost and self.files.kind is Kind.RANK_FOLDERS:
+            found.append(
+                f"{self.files.root} has no folders for ranks {_shown(lost)} of the strategy ({self.strategy.origin}); "
+                "what they held is read from the others"
+            )
+        return tuple(found)
 
     def only(self, names: Container[str] | None) -> Checkpoint:
         """The same files with all tensors but `names` left aside (None for all); headers that were read are shared."""
@@ -318,6 +324,10 @@ class _OneFile(Mapping[str, "tuple[Path, TensorRecord]"]):
 
     def __len__(self) -> int:
         return len(self._header.tensors)
+
+
+def _shown(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
 
 def _merged(first: LogicalTensor, second: LogicalTensor) -> LogicalTensor:
