@@ -200,7 +200,7 @@ def test_files_beside_rank_folders_are_said(tmp_path: Path) -> None:
 
 def test_strategy_files_are_no_weights(tmp_path: Path) -> None:
     touch(tmp_path, "ckpt_strategy_rank_0.ckpt", "ckpt_strategy_rank_1.ckpt")
-    with pytest.raises(PlanError, match="strategy files, which --src-strategy takes"):
+    with pytest.raises(PlanError, match="strategy files, which hold no weights"):
         find_source(tmp_path)
 
 

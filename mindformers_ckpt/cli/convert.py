@@ -195,7 +195,7 @@ def command(
     files: dict[str, Any] = {"format": format, "target": _strategy(dst_strategy), "prefix": prefix}
     files["allow_missing"] = allow_missing
     if how.dry_run:
-        say_plan(plan_conversion(request, output_path, **files), output_path, how.as_json)
+        say_plan(plan_conversion(request, output_path, **files), output_path, how)
         return
     options = how.options(processes)
     with resumable(output_path), show_progress("convert", quiet=how.quiet) as progress:

@@ -175,7 +175,7 @@ def command(
     )
     merge = request.prepare(dry=how.dry_run)
     if how.dry_run:
-        say_plan(merge.plan, destination, how.as_json)
+        say_plan(merge.plan, destination, how)
         return
     if not how.quiet:
         warn(merge.plan.warnings)

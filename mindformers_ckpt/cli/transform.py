@@ -54,7 +54,7 @@ def command(
     if destination is None:
         raise click.UsageError("Missing option '--dst-checkpoint-dir'.")
     if how.dry_run:
-        say_plan(job.plan, destination, how.as_json)
+        say_plan(job.plan, destination, how, adds_ranks=job.partial)
         return
     if not how.quiet:
         warn(job.plan.warnings)

@@ -262,7 +262,7 @@ def instead(path: Path) -> str:
 
 
 def _nothing(listing: Listing) -> str:
-    strategies = "strategy files, which --src-strategy takes; " if listing.strategy_files else ""
+    strategies = "strategy files, which hold no weights; " if listing.strategy_files else ""
     return (
         f"{listing.folder} holds neither rank_<n> folders nor a .ckpt or .safetensors file, but {strategies}"
         f"{listing.describe()}; give {_inside(listing) or 'the folder that holds the rank folders, or a file'}"

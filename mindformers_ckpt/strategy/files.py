@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ckpt.disk.files import replace_file
+from mindformers_ckpt.disk.nearby import like_it
 from mindformers_ckpt.errors import StrategyError, describe_problems
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.objects.path import as_path, names_of
@@ -111,6 +112,9 @@ def merge_strategies(
     folder, target = Path(folder), Path(target)
     if not anything:
         _check_replaceable(target)
+    if not folder.is_dir():
+        what, like = ("is a file", "") if folder.exists() else ("is not there", like_it(folder))
+        raise StrategyError(f"{folder} {what}; give the folder with the strategy files of all ranks.{like}".rstrip("."))
     files = _rank_files(folder)
     strategy = _read_folder(folder, use_merged=False)
     by_stage: dict[int, bytes] = {}
