@@ -6,6 +6,7 @@ There is one conftest.py: several would be modules of one name, which a type che
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
