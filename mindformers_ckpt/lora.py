@@ -182,7 +182,7 @@ def plan_merge(
         found = find_adapters(factors, origin)
         _check_alone(own, source, origin)
         others = {name: tensor for name, tensor in factors.items() if name not in found.names}
-        warnings += _leftovers(others, weights.tensors, origin)
+        warnings += _leftovers(others, weights.tensors, origin) if found.branches else ()
     elif own.branches and not weights.tensors:
         raise PlanError(f"{origin} holds LoRA parameters alone; give it as --adapter, and the weights they belong to")
     if not found.branches:

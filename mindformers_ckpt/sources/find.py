@@ -123,7 +123,7 @@ def _huggingface(path: str | os.PathLike[str], step: str | None) -> Source:
     checked = _checked(path)
     if not checked.is_dir():
         if not checked.is_file():
-            raise PlanError(f"there is nothing at {checked}")
+            raise PlanError(f"there is nothing at {checked}{instead(checked)}")
         _refuse_shard(checked, checked.parent)
         _refuse_part(checked)
         return huggingface.read_file(checked)
