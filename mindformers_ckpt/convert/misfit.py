@@ -94,8 +94,8 @@ def other_type(model: Model, config: ModelConfig) -> str:
     kind = config.text("model_type")
     if not kind or kind in model.model_types:
         return ""
-    ours = " or ".join(model.model_types)
-    return f"config.json says model_type {kind!r}, --model {model.name} is for {ours}: leave --model out, or choose another"
+    told = f"config.json says model_type {kind!r}, --model {model.name} is for {' or '.join(model.model_types)}"
+    return f"{told}: leave --model out, or choose another"
 
 
 def describe(spec: TensorSpec, *, named: bool = True) -> str:
