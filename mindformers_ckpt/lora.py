@@ -22,6 +22,7 @@ from mindformers_ckpt.planning.computations import Factor, Merge, Piece
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan, SourceFile
 from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor, Shard
 from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.words import counted, shortened
 
 _TYPES = ("float16", "bfloat16", "float32")
 
@@ -147,7 +148,8 @@ def weights_of(tensors: Mapping[str, LogicalTensor], adapters: Collection[str], 
         raise PlanError(describe_problems(headline, problems))
     warnings: tuple[str, ...] = ()
     if found.replaced:
-        warnings = (f"trained copies (modules_to_save) are taken instead of the originals: {_some(found.replaced)}",)
+        copies = shortened(found.replaced, 20)
+        warnings = (f"trained copies (modules_to_save) are taken instead of the originals: {copies}",)
     return Weights({plain: tensors[name] for plain, name in found.names.items()}, warnings)
 
 
@@ -201,7 +203,7 @@ def _check_alone(own: Adapters, source: Checkpoint, adapter: Path) -> None:
 def _resolved(scaling: Scaling, branches: Sequence[Branch], origin: Path) -> tuple[Scaling, tuple[str, ...]]:
     """The scaling by modules. Raises PlanError once for all branches when nothing tells it."""
     if not scaling.is_known:
-        count = f"{len(branches)} LoRA {'branch' if len(branches) == 1 else 'branches'}"
+        count = counted(len(branches), "LoRA branch", "LoRA branches")
         raise PlanError(
             f"{origin}: the scaling of its {count} is not known; give --lora_scaling (lora_alpha / lora_rank of the "
             "training, like 16/8), or --alpha"
@@ -240,11 +242,7 @@ def _leftovers(others: Mapping[str, LogicalTensor], base: Collection[str], origi
             "where it was trained"
         )
         raise PlanError(describe_problems(headline, trained))
-    return (f"{origin}: not used: {_some(sorted(others))}",) if others else ()
-
-
-def _some(names: Sequence[str], limit: int = 20) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return (f"{origin}: not used: {shortened(sorted(others), 20)}",) if others else ()
 
 
 class _Fold(NamedTuple):
@@ -293,7 +291,7 @@ def _by_cause(problems: Mapping[str, Sequence[str]]) -> list[str]:
     """A line for every cause, with the branches that have it."""
     shown = max(1, 10 // len(problems))  # of a branch two names are said
     return [
-        f"{branches[0]}: {cause}" if len(branches) == 1 else f"{cause}: {_some(branches, shown)}"
+        f"{branches[0]}: {cause}" if len(branches) == 1 else f"{cause}: {shortened(branches, shown)}"
         for cause, branches in problems.items()
     ]
 

@@ -24,6 +24,7 @@ from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.shapes import Reference, check_shapes, shapes_of_checkpoint
 from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.words import counted
 
 if TYPE_CHECKING:
     from mindformers_ckpt.targets.checkpoint2 import Made
@@ -120,8 +121,8 @@ class Request:
         count = target.rank_count
         if self.world_size is not None and self.world_size != count:
             raise ConfigError(
-                f"world_size is {self.world_size}, but the target strategy is for {count} "
-                f"{'rank' if count == 1 else 'ranks'} ({target.origin}); leave world_size out, or give the strategy "
+                f"world_size is {self.world_size}, but the target strategy is for "
+                f"{counted(count, 'rank')} ({target.origin}); leave world_size out, or give the strategy "
                 f"of the job with {self.world_size}"
             )
         if self.rank_id is None:

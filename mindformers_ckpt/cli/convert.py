@@ -29,6 +29,7 @@ from mindformers_ckpt.convert.plugins import find_plugin, parse_extra, run_plugi
 from mindformers_ckpt.convert.run import CHECKPOINT2, DTYPES, Request, convert, plan_conversion
 from mindformers_ckpt.errors import did_you_mean
 from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.words import counted
 
 _PATH = AnyPath()
 
@@ -204,7 +205,7 @@ def command(
     elif not how.quiet:
         say(
             f"{result.model} ({result.naming} names): {result.tensors} tensors, {amount(result.bytes_written)} in "
-            f"{result.files} {'file' if result.files == 1 else 'files'} at {result.destination}, {result.seconds:.2f} s"
+            f"{counted(result.files, 'file')} at {result.destination}, {result.seconds:.2f} s"
         )
         say_fingerprints(result.fingerprints, result.source_fingerprint, result.signature)
         say(_next_step(result.destination, reverse, dst_strategy, format))

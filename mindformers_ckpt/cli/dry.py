@@ -8,10 +8,10 @@ from typing import Any
 
 from mindformers_ckpt.cli.notices import amount, say, say_json, warn
 from mindformers_ckpt.formats import TensorSpec, layout_file
-from mindformers_ckpt.look.words import counted
 from mindformers_ckpt.objects.path import ObjectPath
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.publish.manifest import is_result
+from mindformers_ckpt.words import counted
 
 
 def say_plan(plan: Plan, destination: Path, as_json: bool) -> None:

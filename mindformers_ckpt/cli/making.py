@@ -14,6 +14,7 @@ from mindformers_ckpt.cli.options import CACHE, DRY_RUN, FINGERPRINT, RESUME, SI
 from mindformers_ckpt.execution import Options, Report, affordable_processes
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.strategy.iterations import is_save_path
+from mindformers_ckpt.words import counted
 
 _QUIET = click.option("--quiet", is_flag=True, help="Print errors only.")
 
@@ -75,7 +76,7 @@ def next_with_checkpoint2(destination: Path) -> str:
 
 def say_made(report: Report) -> None:
     """Print what a run wrote, and its fingerprints."""
-    files = f"{report.files} {'file' if report.files == 1 else 'files'}, {amount(report.bytes_written)}"
+    files = f"{counted(report.files, 'file')}, {amount(report.bytes_written)}"
     if report.resumed_bytes == report.bytes_written:
         say(f"nothing to do: {report.destination} has {files} of this run already")
     else:

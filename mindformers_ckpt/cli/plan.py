@@ -15,10 +15,10 @@ from mindformers_ckpt.cli.notices import amount, say, say_json, warn
 from mindformers_ckpt.cli.options import OVERWRITE_ANYTHING, LocalPath, json_option, request_of, request_options
 from mindformers_ckpt.execution import check_apart
 from mindformers_ckpt.geometry.box import Box, hull
-from mindformers_ckpt.look.words import counted
 from mindformers_ckpt.planning.file import write_plan
 from mindformers_ckpt.planning.model import Place, Plan, Transfer, once
 from mindformers_ckpt.publish.results import ranks_of
+from mindformers_ckpt.words import counted
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import click
 from mindformers_ckpt.cli.notices import Piece, amount, draws_unicode, say, say_drawn, say_json, warn
 from mindformers_ckpt.cli.options import LocalPath, json_option, planned, request_of, request_options
 from mindformers_ckpt.look.picture import Drawn, Picture, grid, picture, widest_first
-from mindformers_ckpt.look.words import counted, short_spans
+from mindformers_ckpt.words import counted, short_spans
 
 _ROWS, _COLUMNS = 8, 4
 _CELL = 13

@@ -25,7 +25,7 @@ from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.objects.path import absolute
 from mindformers_ckpt.planning.build import source_states
 from mindformers_ckpt.planning.computations import Constant
-from mindformers_ckpt.planning.missing import has_states, shortened
+from mindformers_ckpt.planning.missing import has_states
 from mindformers_ckpt.planning.model import Place, SourceFile
 from mindformers_ckpt.publish.source_fingerprint import Origin
 from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor, Shard
@@ -34,6 +34,7 @@ from mindformers_ckpt.sources.plausibility import check_contents, check_names
 from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.state_names import find_states, state_of
 from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.words import shortened
 
 
 def prepare_renaming(request: Request, destination: Path, wanted: Collection[str] = ()) -> Prepared:

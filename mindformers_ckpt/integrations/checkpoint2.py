@@ -24,9 +24,10 @@ from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.integrations.replacing import parameters_of, replace_everywhere
 from mindformers_ckpt.log import log
 from mindformers_ckpt.lora_names import is_adapter_name
-from mindformers_ckpt.planning.missing import missing_names, shortened
+from mindformers_ckpt.planning.missing import missing_names
 from mindformers_ckpt.state_names import COUNTERS, find_states, state_of
 from mindformers_ckpt.strategy.metadata import Recorded, recorded_of
+from mindformers_ckpt.words import shortened
 
 CHECKPOINT2 = "mindformers.checkpoint.checkpoint"
 _LOAD, _LOADER = "load_checkpoint", "ReshardLoader"

@@ -26,6 +26,7 @@ from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies, read_strategy
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import transform
+from mindformers_ckpt.words import shortened
 
 _FOLDER_MODE = 0o750  # MindFormers' mode of the folders that it makes for results
 _WHOLE_MODES = ("data_parallel", "stand_alone")
@@ -89,8 +90,9 @@ class Request:
         for warning in dict.fromkeys(warning for plan in plans.values() for warning in plan.warnings):
             log.warning("%s", warning)
         if lacking:
-            names = ", ".join(lacking[:8]) + (f" and {len(lacking) - 8} more" if len(lacking) > 8 else "")
-            log.warning("%s lacks %s: they keep the values that the network starts with", self.source, names)
+            log.warning(
+                "%s lacks %s: they keep the values that the network starts with", self.source, shortened(lacking, 8)
+            )
 
     def about(self, target: Strategy) -> dict[str, Any]:
         """What the manifest says of the run."""

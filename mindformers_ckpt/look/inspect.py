@@ -16,7 +16,6 @@ from mindformers_ckpt.look.facts import counter_facts, manifest_facts, model_fac
 from mindformers_ckpt.look.odd import odd_things
 from mindformers_ckpt.look.parameters import KINDS, Parameter, find_parameters, kinds_of, read_quickly
 from mindformers_ckpt.look.whole import as_strategy
-from mindformers_ckpt.look.words import counted, shortened, spans
 from mindformers_ckpt.objects.path import absolute
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source, separate_checkpoints
@@ -25,6 +24,7 @@ from mindformers_ckpt.sources.source import Kind, Source
 from mindformers_ckpt.strategy.files import MERGED_FILE, is_strategy_folder, read_strategy
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.text_files import MAX_OWN_BYTES, read_json
+from mindformers_ckpt.words import counted, shortened, spans
 
 PathLike = Union[str, "os.PathLike[str]"]
 

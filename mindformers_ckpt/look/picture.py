@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from mindformers_ckpt.errors import PlanError, did_you_mean
 from mindformers_ckpt.geometry.box import Box, BoxIndex
-from mindformers_ckpt.look.words import shortened
 from mindformers_ckpt.planning.model import Place, Plan, SourceFile, Transfer
 from mindformers_ckpt.sources.listing import rank_of
+from mindformers_ckpt.words import shortened
 
 
 class Drawn(NamedTuple):

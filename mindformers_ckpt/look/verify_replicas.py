@@ -11,8 +11,9 @@ from mindformers_ckpt.checksums.digest import TensorChecksum
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES, empty_bytes
 from mindformers_ckpt.geometry.box import Box, blocks, offset_in
 from mindformers_ckpt.look.holders import ContentReader, Holder, first_difference, holders_of
-from mindformers_ckpt.look.verify_model import Difference, Verification, counted
+from mindformers_ckpt.look.verify_model import Difference, Verification
 from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
+from mindformers_ckpt.words import counted
 
 Progress = Callable[[int, int], None]
 
@@ -47,7 +48,7 @@ def verify_checksums(
             done += tensor.spec.nbytes
             if progress is not None:
                 progress(done, total)
-    found.checked.append(f"{counted(len(taken), 'tensor', len(recorded))}: fingerprint of the whole, and replicas")
+    found.checked.append(f"{counted(len(taken), 'tensor', of=len(recorded))}: fingerprint of the whole, and replicas")
 
 
 def _compare_names(

@@ -37,6 +37,7 @@ from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.files import read_strategy
 from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.words import shortened
 
 if TYPE_CHECKING:
     from mindspore.nn import Cell
@@ -265,7 +266,7 @@ class Loading:
             if note not in self._said:
                 log.warning("%s", note)
         if missing.allowed:
-            names = ", ".join(missing.allowed[:20])
+            names = shortened(missing.allowed, 20)
             log.warning("%d parameters keep their initial values (allow_missing): %s", len(missing.allowed), names)
         if self.for_training and "scale_sense" in loaded and "scale_sense" not in self._own:
             log.warning(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from mindformers_ckpt.errors import ConfigError, PlanError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.log import log
-from mindformers_ckpt.planning.missing import shortened
 from mindformers_ckpt.state_names import COUNTERS, is_never_saved
+from mindformers_ckpt.words import shortened
 
 if TYPE_CHECKING:
     import numpy as np

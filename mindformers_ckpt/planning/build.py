@@ -10,13 +10,14 @@ from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.planning.computations import Constant
-from mindformers_ckpt.planning.missing import has_states, missing_names, patterns_of, shortened
+from mindformers_ckpt.planning.missing import has_states, missing_names, patterns_of
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, SourceFile, TargetFile, Transfer
 from mindformers_ckpt.planning.places import Places, Way, target_boxes
 from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
 from mindformers_ckpt.sources.plausibility import check_contents, check_names
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.strategy.states import with_states
+from mindformers_ckpt.words import shortened
 
 
 def build_plan(

@@ -16,6 +16,7 @@ from mindformers_ckpt.sources.source import Kind, Source
 from mindformers_ckpt.sources.stage_files import StageFiles
 from mindformers_ckpt.state_names import state_of
 from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.words import shortened
 
 __all__ = ["Checkpoint", "LogicalTensor", "Shard"]
 
@@ -78,8 +79,9 @@ class Checkpoint:
         if not self.files.absent:
             return self.files.warnings
         ranks = sorted(self.files.absent)
-        shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-        left = f"{self.files.root}: ranks {shown} are left aside, the others hold everything between them: "
+        left = (
+            f"{self.files.root}: ranks {shortened(ranks, 8)} are left aside, the others hold everything between them: "
+        )
         return (*self.files.warnings, left + self.files.absent[ranks[0]])
 
     def only(self, names: Container[str] | None) -> Checkpoint:

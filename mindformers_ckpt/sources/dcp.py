@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING
 from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.distcp import SUFFIX
-from mindformers_ckpt.sources.index import listed
 from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.shards import LogicalTensor, Shard, from_boxes
 from mindformers_ckpt.sources.source import SUFFIXES, TORCH_SUFFIXES, Kind, Source
 from mindformers_ckpt.state_names import find_states
+from mindformers_ckpt.words import shortened
 
 if TYPE_CHECKING:
     from mindformers_ckpt.formats.dcp_metadata import DcpMetadata, Described
@@ -81,9 +81,9 @@ def read(listing: Listing, *, weights_only: bool = False) -> Source:
         raise PlanError(f"{root} holds no tensors")
     surplus = [file.name for file in listing.weight_files(_WEIGHTS) if file.name not in paths]
     if surplus:
-        remarks.append(f"{root}: left aside, since {metadata.path.name} does not name them: {listed(surplus)}")
+        remarks.append(f"{root}: left aside, since {metadata.path.name} does not name them: {shortened(surplus)}")
     if metadata.others:
-        remarks.append(f"{root}: left aside, since they are not tensors: {listed(list(metadata.others))}")
+        remarks.append(f"{root}: left aside, since they are not tensors: {shortened(list(metadata.others))}")
     files = tuple(sorted({shard.path for tensor in tensors.values() for shard in tensor.shards}))
     kind = Kind.TORCH_DCP if metadata.is_torch else Kind.HYPER_PARALLEL
     return Source(root, {0: files}, kind, warnings=tuple(remarks), tensors=tensors, weights=weights)
@@ -106,7 +106,7 @@ def _only(
         return dict(tensors), []
     states = find_states(left, kept)
     others = [name for name in left if name not in states.names()]
-    told = [*([str(states)] if states else []), *([f"{len(others)} others ({listed(others)})"] if others else [])]
+    told = [*([str(states)] if states else []), *([f"{len(others)} others ({shortened(others)})"] if others else [])]
     return kept, [f"left aside, as they are not weights of the model: {', '.join(told)}"]
 
 

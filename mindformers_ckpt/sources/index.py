@@ -8,6 +8,7 @@ from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.formats.headers import sound_headers
 from mindformers_ckpt.text_files import read_json_object
+from mindformers_ckpt.words import shortened
 
 NAME_MAP_FILE = "param_name_map.json"
 # What a download that has not finished leaves in the place of a file.
@@ -53,10 +54,4 @@ def check_index(path: Path, owners: dict[str, Path]) -> tuple[str, ...]:
     surplus = [f"{name} in {file.name}" for file, names in held.items() for name in names if owners.get(name) != file]
     if not surplus:
         return ()
-    some = ", ".join(surplus[:5]) + (f" and {len(surplus) - 5} more" if len(surplus) > 5 else "")
-    return (f"left aside, since {path.name} does not assign them there: {some}",)
-
-
-def listed(names: list[str]) -> str:
-    """File names for a message."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return (f"left aside, since {path.name} does not assign them there: {shortened(surplus)}",)

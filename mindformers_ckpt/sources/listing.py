@@ -15,6 +15,7 @@ from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
 from mindformers_ckpt.objects.path import ObjectPath, is_folder_entry, names_of
 from mindformers_ckpt.sources.source import SUFFIXES
 from mindformers_ckpt.text_files import read_json
+from mindformers_ckpt.words import shortened
 
 _RANK_FOLDER = re.compile(r"rank_([0-9]+)")
 # Names that people give to the folder of a rank by mistake: "Rank_0", "rank_0 ", "rank0", digits of other scripts.
@@ -129,10 +130,7 @@ class Listing:
 
     def describe(self, limit: int = 8) -> str:
         """What is there, for messages."""
-        names = self.names
-        if not names:
-            return "nothing"
-        return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+        return shortened(self.names, limit) or "nothing"
 
 
 def is_strategy_file(name: str) -> bool:

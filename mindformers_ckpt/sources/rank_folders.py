@@ -12,11 +12,11 @@ from pathlib import Path
 
 from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
 from mindformers_ckpt.formats.headers import read_headers
-from mindformers_ckpt.sources.index import listed
 from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.parts import is_part
 from mindformers_ckpt.sources.source import Kind, Source
 from mindformers_ckpt.sources.steps import Moment, SavedName, alike, matching, moments, natural, parse
+from mindformers_ckpt.words import shortened
 
 _LISTED = 8
 _ATTEMPTS = 10  # steps that are tried when the last ones are not whole
@@ -261,7 +261,7 @@ def _check_alike(root: Path, held: Mapping[int, Sequence[Path]], chosen: Mapping
     if not alike({rank: file.stem for rank, file in chosen.items()}, choice=choice):
         names = [f"rank_{rank}/{file.name}" for rank, file in chosen.items()]
         raise PlanError(
-            f"{root}: the last files of the ranks have different names ({listed(names)}); name the file to load, or "
+            f"{root}: the last files of the ranks have different names ({shortened(names)}); name the file to load, or "
             "remove the files that do not belong together"
         )
 
@@ -315,7 +315,7 @@ def _is_same(file: Path, other: Path) -> bool:
 def _almost(listing: Listing) -> list[str]:
     """Warn of what has almost the name of a weight file: it could be the last one."""
     found = [f"{own.folder.name}/{name}" for own in listing.of_ranks.values() for name in own.almost_weights]
-    return [f"left aside, since their names are not those of weight files: {listed(found)}"] if found else []
+    return [f"left aside, since their names are not those of weight files: {shortened(found)}"] if found else []
 
 
 def _other_ranks(chosen: Mapping[int, Path]) -> list[str]:
@@ -335,7 +335,7 @@ def _several_models(held: Mapping[int, Sequence[Path]], chosen: Mapping[int, Pat
     for rank, taken in chosen.items():
         others = [file for file in held[rank] if _prefix(parse(file.name)) != _prefix(parse(taken.name))]
         if others:
-            left = listed([file.name for file in others])
+            left = shortened([file.name for file in others])
             used = f"{taken.name} is used, the last by default sort of the names, and not {left}"
             return [f"rank_{rank} holds files of several names; {used}; name the file to take another"]
     return []

@@ -6,7 +6,7 @@ another place tell.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +14,10 @@ from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_mindspore, separate_checkpoints
 from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.words import shortened
 
 # States that have the shape of their weight.
 _STATES = ("adam_m", "adam_v", "moments", "moment1", "moment2", "accu_grads")
-_LISTED = 20
 
 # None: a dimension, or a whole shape, that a reference does not tell.
 Shape = tuple["int | None", ...]
@@ -90,14 +90,16 @@ def check_shapes(source: Checkpoint, reference: Reference) -> list[str]:
             f"{source.files.root}, put together by its strategy ({source.strategy.origin}), has other shapes than "
             f"{reference.origin}; is it the strategy of this run?"
         )
-        raise PlanError(describe_problems(headline, problems, limit=_LISTED))
+        raise PlanError(describe_problems(headline, problems))
     warnings = []
     unknown = [name for name, other in wanted.items() if other is None]
     if unknown:
-        warnings.append(f"{reference.origin} does not tell the shapes of {_listed(unknown)}; they are not compared")
+        warnings.append(
+            f"{reference.origin} does not tell the shapes of {shortened(unknown, 20)}; they are not compared"
+        )
     absent = [name for name in reference.shapes if name not in actual]
     if absent:
-        warnings.append(f"only {reference.origin} has {_listed(absent)}")
+        warnings.append(f"only {reference.origin} has {shortened(absent, 20)}")
     return warnings
 
 
@@ -116,8 +118,3 @@ def _described(shape: Shape) -> str:
 def _hint(here: tuple[int, ...], there: Shape) -> str:
     exchanged = (*there[:-2], *there[-2:][::-1])
     return " (rows and columns exchanged)" if len(here) > 1 and agrees(here, exchanged) else ""
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"{', '.join(names[:_LISTED])}{more}"

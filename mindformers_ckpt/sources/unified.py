@@ -14,10 +14,11 @@ from dataclasses import replace
 
 from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.formats import read_header
-from mindformers_ckpt.sources.index import NAME_MAP_FILE, check_index, listed, read_index
+from mindformers_ckpt.sources.index import NAME_MAP_FILE, check_index, read_index
 from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.state_names import is_never_saved
+from mindformers_ckpt.words import shortened
 
 HYPER_FILE = "hyper_param.safetensors"
 
@@ -38,7 +39,7 @@ def read(listing: Listing) -> Source | None:
     chosen = [*sorted(set(owners.values()))]
     surplus = [file.name for file in listing.weight_files() if file not in chosen and file.name != HYPER_FILE]
     if surplus:
-        warnings = (*warnings, f"left aside, since {NAME_MAP_FILE} does not name them: {listed(surplus)}")
+        warnings = (*warnings, f"left aside, since {NAME_MAP_FILE} does not name them: {shortened(surplus)}")
     source = Source(listing.folder, {0: tuple(chosen)}, owners=owners, warnings=warnings)
     return _with_counters(source) if HYPER_FILE in listing.file_names else source
 
@@ -56,7 +57,7 @@ def _with_counters(source: Source) -> Source:
     remarks = []
     if large:
         remarks.append(
-            f"{path} holds what rank 0 had of {listed(large)}; it is read as the whole tensor, which is wrong where "
+            f"{path} holds what rank 0 had of {shortened(large)}; it is read as the whole tensor, which is wrong where "
             "the strategy cut it"
         )
     owners = {**source.owners, **dict.fromkeys(kept, path)}
