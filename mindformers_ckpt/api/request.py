@@ -14,15 +14,12 @@ from mindformers_ckpt.planning.missing import weight_names
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, SourceFile, TargetFile, Transfer
 from mindformers_ckpt.publish.counted import LEFT_ASIDE
 from mindformers_ckpt.sources.checkpoint import Checkpoint
-from mindformers_ckpt.sources.find import (
-    check_outside,
-    find_mindspore,
-    is_huggingface_folder,
-    separate_checkpoints,
-)
+from mindformers_ckpt.sources.complete import separate_checkpoints
+from mindformers_ckpt.sources.find import check_outside, find_mindspore, is_huggingface_folder
 from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.shapes import Reference, check_shapes, shapes_of_checkpoint
 from mindformers_ckpt.sources.source import Source
+from mindformers_ckpt.strategy.given import StrategyLike, as_strategy
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.words import counted
 
@@ -45,10 +42,10 @@ class Request:
     """What to make of what: the options of `mindformers-ckpt transform`, the arguments of `mc.plan`."""
 
     src_checkpoint: Path
-    src_strategy: Path | Strategy | None = None
+    src_strategy: StrategyLike = None
     destination: Path | None = None
     step: str | None = None
-    dst_strategy: Path | Strategy | None = None
+    dst_strategy: StrategyLike = None
     prefix: str = DEFAULT_PREFIX
     format: str | None = None
     ranks: tuple[int, ...] | None = None
@@ -65,8 +62,8 @@ class Request:
         files = find_mindspore(self.src_checkpoint, self.step, weights_only=self.weights_only)
         if self.destination is not None:
             check_outside(files, self.destination)
-        source = files.strategy(read_optional_strategy(self.src_strategy))
-        target = read_optional_strategy(self.dst_strategy)
+        source = files.strategy(as_strategy(self.src_strategy))
+        target = as_strategy(self.dst_strategy)
         _check_names(files, target)
         ranks = self._ranks(target)
         format = self._file_format(files)
@@ -167,17 +164,6 @@ def _check_names(files: Source, target: Strategy) -> None:
             "…); a model with Hugging Face's names is converted: mindformers-ckpt convert --input-path … "
             "--output-path … --dst-strategy …"
         )
-
-
-def read_optional_strategy(path: Path | Strategy | None) -> Strategy:
-    """The strategy at a path, or that of complete weights when there is none."""
-    if path is None:
-        return Strategy.complete()
-    if isinstance(path, Strategy):
-        return path
-    from mindformers_ckpt.strategy.files import read_strategy
-
-    return read_strategy(path.absolute())
 
 
 def checkpoint2_prefix(prefix: str) -> str:

@@ -48,7 +48,7 @@ def command(path: Path, as_json: bool) -> None:
 
 def _meeting(environment: Mapping[str, str]) -> Iterator[Finding]:
     """The address where the ranks of a job would meet, if this environment names one."""
-    from mindformers_ckpt.job.cluster.cluster import meeting_address
+    from mindformers_ckpt.job.cluster.environment import meeting_address
 
     if not any(environment.get(name) for name in ("MINDFORMERS_CKPT_MASTER", "MS_SCHED_HOST")):
         yield Finding("meeting", "no address in the environment (MS_SCHED_HOST, MS_SCHED_PORT): not in a job of ranks")

@@ -11,7 +11,7 @@ import click
 
 from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, warn
 from mindformers_ckpt.cli.options import CACHE, DRY_RUN, FINGERPRINT, RESUME, SIGN, json_option
-from mindformers_ckpt.execution import Options, Report, affordable_processes
+from mindformers_ckpt.execution.options import Options, Report, affordable_processes
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.strategy.iterations import is_save_path
 from mindformers_ckpt.words import counted
@@ -35,7 +35,7 @@ class How(NamedTuple):
     def options(self, processes: int, **more: Any) -> Options:
         """The same for a run, with as many of the wanted processes as there is memory for."""
         affordable = affordable_processes(processes)
-        if affordable < processes and not self.quiet:
+        if affordable < processes:
             warn([f"the free memory is enough for {affordable} of {processes} processes; the run uses {affordable}"])
         return Options(
             processes=affordable,

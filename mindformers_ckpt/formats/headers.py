@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from mindformers_ckpt.disk.waiting import each
-from mindformers_ckpt.errors import FormatError, describe_problems
+from mindformers_ckpt.errors import FormatError, raise_problems
 from mindformers_ckpt.formats.tensor_file import Header, read_header
 
 _AT_ONCE = 8
@@ -44,6 +44,5 @@ def sound_headers(paths: Sequence[Path]) -> dict[Path, Header]:
             found[path] = header
     if len(problems) == 1:
         raise FormatError(problems[0])
-    if problems:
-        raise FormatError(describe_problems("checkpoint files cannot be read", problems))
+    raise_problems(FormatError, "checkpoint files cannot be read", problems)
     return found

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
+from mindformers_ckpt.errors import PlanError, StrategyError, raise_problems
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.integrations.replacing import parameters_of, replace_everywhere
 from mindformers_ckpt.log import log
@@ -245,8 +245,7 @@ class _Loader:
                 self._targets[name], self._boxes[name] = Recorded(shape, None, 0), Box.whole(shape)
             else:
                 lost.append(f"{name}{list(shape)}: of {list(self._sources[name].shape)} in the checkpoint")
-        if lost:
-            raise PlanError(describe_problems("the compiled network has no layouts of parameters to be loaded", lost))
+        raise_problems(PlanError, "the compiled network has no layouts of parameters to be loaded", lost)
 
     def _check(self) -> None:
         """Before anything is read: the shapes are those of the network, and all parameters are there."""

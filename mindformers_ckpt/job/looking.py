@@ -60,10 +60,7 @@ def look_together(cluster: Cluster, source: Checkpoint | None, root: Path) -> No
 
     `root` is where this rank finds the source. Nothing is told to, or believed of, ranks that anybody may be.
     """
-    first_of: dict[str, int] = {}
-    for rank, node in enumerate(cluster.nodes):
-        first_of.setdefault(node, rank)
-    helpers = list(first_of.values())
+    helpers = cluster.leaders
     shares: dict[int, list[Path]] = {}
     if source is not None and len(helpers) > 1 and not cluster.unproved:
         most = len(helpers) * (MAX_VALUES // cluster.size // _BYTES_OF_FILE)
@@ -80,7 +77,9 @@ def look_together(cluster: Cluster, source: Checkpoint | None, root: Path) -> No
         return
     try:
         share = [path_in(root, text_of(name)) for name in list_of(told[1])]
-        answers = cluster.gather("looked at", [_seen(header) for _, header in read_headers(share)])
+        headers = (header for _, header in read_headers(share))
+        seen = [None if isinstance(header, FormatError) else _Seen.of(header) for header in headers]
+        answers = cluster.gather("looked at", seen)
         if source is not None:
             _adopt(source, dict(_all_seen(shares, answers)))
     except (TypeError, ValueError) as error:
@@ -100,10 +99,6 @@ def _worthwhile(paths: Sequence[Path], root: Path) -> list[Path]:
     found = [path for path in paths if path.suffix in _SUFFIXES and not isinstance(path, ObjectPath)]
     found = [path for path in found if Path(os.path.abspath(path)).is_relative_to(root)]
     return found[:MOST_FILES] if len(found) >= LEAST_FILES else []
-
-
-def _seen(header: Header | FormatError) -> _Seen | None:
-    return None if isinstance(header, FormatError) else _Seen.of(header)
 
 
 def _adopt(source: Checkpoint, seen: Mapping[Path, _Seen]) -> None:

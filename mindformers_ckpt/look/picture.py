@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -166,8 +166,3 @@ def _intervals(boxes: Sequence[Box], axis: int | None) -> list[tuple[int, int]]:
 
 def _left(intervals: Sequence[object], limit: int, what: str) -> list[str]:
     return [f"{len(intervals) - limit} {what}"] if len(intervals) > limit else []
-
-
-def widest_first(flows: Sequence[Flow], limit: int) -> Iterator[Flow]:
-    """The flows with the most bytes."""
-    yield from sorted(flows, key=lambda flow: (-flow.nbytes, flow.source, flow.target))[:limit]

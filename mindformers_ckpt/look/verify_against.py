@@ -20,10 +20,10 @@ from mindformers_ckpt.look.comparing import Comparer
 from mindformers_ckpt.look.verify_model import Difference, Verification
 from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.planning.model import Plan
+from mindformers_ckpt.progress import Progress
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.words import counted
 
-Progress = Callable[[int, int], None]
 Records = Mapping[str, "tuple[Path, TensorRecord]"]
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES
 from mindformers_ckpt.errors import FormatError, PlanError, TransferError
 from mindformers_ckpt.formats import Header, TensorRecord
-from mindformers_ckpt.formats.ckpt import verify_crc
+from mindformers_ckpt.formats.ckpt_crc import verify_crc
 from mindformers_ckpt.formats.headers import read_headers
 from mindformers_ckpt.look.holders import ContentReader
 from mindformers_ckpt.look.verify_model import Difference, Verification

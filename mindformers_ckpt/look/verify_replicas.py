@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from mindformers_ckpt.engine.buffers import BLOCK_BYTES, empty_bytes
 from mindformers_ckpt.geometry.box import Box, blocks, offset_in
 from mindformers_ckpt.look.holders import ContentReader, Holder, first_difference, holders_of
 from mindformers_ckpt.look.verify_model import Difference, Verification
-from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
+from mindformers_ckpt.progress import Progress
+from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.sources.shards import LogicalTensor
 from mindformers_ckpt.words import counted
-
-Progress = Callable[[int, int], None]
 
 
 def verify_checksums(

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.objects.path import absolute
-from mindformers_ckpt.sources.find import find_source, separate_checkpoints
+from mindformers_ckpt.sources.complete import only_checkpoint
+from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.sources.source import SUFFIXES, Source
 from mindformers_ckpt.words import shortened
 
@@ -92,10 +93,7 @@ def _mindspore_adapter(folder: Path, names: Sequence[str]) -> AdapterSource:
             f"{folder} holds no adapter: neither {' nor '.join(_PEFT_FILES)}, nor rank_<n> folders, nor a .ckpt or "
             f".safetensors file{hint}"
         )
-    checkpoints = separate_checkpoints(find_source(folder))
-    if len(checkpoints) > 1:
-        raise PlanError(f"{folder} holds several checkpoints ({shortened(files, 20)}); give the file with the adapter")
-    return AdapterSource(checkpoints[0], _settings(folder))
+    return AdapterSource(only_checkpoint(find_source(folder)), _settings(folder))
 
 
 def _is_rank_folder(path: Path) -> bool:

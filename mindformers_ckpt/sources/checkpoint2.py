@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.errors import PlanError, raise_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.sources.listing import Listing
@@ -152,8 +152,7 @@ def _by_name(root: Path, listing: Listing, common: Mapping[str, Any], remarks: l
         problems.append(f"the files are of several checkpoints by their names: {', '.join(map(repr, prefixes[:20]))}")
     if len(totals) > 1:
         problems.append(f"the files are of jobs of different numbers of ranks: {', '.join(map(str, totals[:20]))}")
-    if problems:
-        raise PlanError(describe_problems(f"{listing.folder} has no {METADATA_FILE}, and", problems))
+    raise_problems(PlanError, f"{listing.folder} has no {METADATA_FILE}, and", problems)
     by_rank: dict[int, tuple[Path, ...]] = {}
     for name, found in sorted(parsed.items(), key=lambda item: (item[1].number, item[1].side)):
         if not (bare and found.side == "opt"):

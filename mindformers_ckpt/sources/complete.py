@@ -140,6 +140,6 @@ def only_checkpoint(source: Source) -> Source:
     """The checkpoint that a source holds. Raises PlanError where it holds several."""
     checkpoints = separate_checkpoints(source)
     if len(checkpoints) > 1:
-        names = ", ".join(files.root.name for files in checkpoints[:20])
+        names = shortened([files.root.name for files in checkpoints], 20)
         raise PlanError(f"{source.root} holds several checkpoints ({names}); give the file that is meant")
     return checkpoints[0]

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.errors import PlanError, raise_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.distcp import SUFFIX
 from mindformers_ckpt.sources.listing import Listing
@@ -72,8 +72,7 @@ def read(listing: Listing, *, weights_only: bool = False) -> Source:
             tensors[names[told]] = _tensor(paths, names[told], told, described)
         except PlanError as error:
             problems.append(f"{told}: {error}")
-    if problems:
-        raise PlanError(describe_problems(f"{root}: tensors that are not whole; copy or save it again", problems))
+    raise_problems(PlanError, f"{root}: tensors that are not whole; copy or save it again", problems)
     if weights_only:
         tensors, left = _only(tensors, weights)
         remarks += left
@@ -125,9 +124,8 @@ def _check_files(listing: Listing, metadata: DcpMetadata) -> None:
             continue
         if end > size:
             problems.append(f"{name} is truncated: it has {size} bytes of {end}")
-    if problems:
-        headline = f"{listing.folder} lacks files that {metadata.path.name} names; copy all files of the checkpoint"
-        raise PlanError(describe_problems(headline, problems))
+    headline = f"{listing.folder} lacks files that {metadata.path.name} names; copy all files of the checkpoint"
+    raise_problems(PlanError, headline, problems)
 
 
 def _tensor(paths: Mapping[str, Path], name: str, told: str, described: Described) -> LogicalTensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mindformers_ckpt.disk.waiting import each
-from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.errors import PlanError, raise_problems
 from mindformers_ckpt.formats.headers import sound_headers
 from mindformers_ckpt.text_files import read_json_object
 from mindformers_ckpt.words import shortened
@@ -29,8 +29,7 @@ def read_index(path: Path) -> dict[str, Path]:
         raise PlanError(f"{path} names files outside of its folder: {foreign[:5]}")
     are_there = each(lambda name: (path.parent / name).is_file(), names)
     missing = [f"{name}{_unfinished(path.parent, name)}" for name, there in zip(names, are_there) if not there]
-    if missing:
-        raise PlanError(describe_problems(f"{path} names files that are not there", missing))
+    raise_problems(PlanError, f"{path} names files that are not there", missing)
     return {tensor: path.parent / name for tensor, name in weight_map.items()}
 
 
@@ -49,8 +48,7 @@ def check_index(path: Path, owners: dict[str, Path]) -> tuple[str, ...]:
     headers = sound_headers(list(dict.fromkeys(owners.values())))
     held = {file: header.tensors for file, header in headers.items()}
     absent = [f"{tensor} in {file.name}" for tensor, file in owners.items() if tensor not in held[file]]
-    if absent:
-        raise PlanError(describe_problems(f"{path} names tensors that are not there; is it of these files?", absent))
+    raise_problems(PlanError, f"{path} names tensors that are not there; is it of these files?", absent)
     surplus = [f"{name} in {file.name}" for file, names in held.items() for name in names if owners.get(name) != file]
     if not surplus:
         return ()

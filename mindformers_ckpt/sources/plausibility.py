@@ -29,9 +29,10 @@ from itertools import groupby
 from typing import NamedTuple
 
 from mindformers_ckpt.errors import PlanError, describe_problems
-from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
+from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.numbers import Comparison, are_constant, compare
 from mindformers_ckpt.sources.sampling import SMALLEST, Chosen, Pair, Samples, choose, read_samples, repeats_itself
+from mindformers_ckpt.sources.shards import LogicalTensor
 from mindformers_ckpt.state_names import state_of
 from mindformers_ckpt.words import counted, shortened
 

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.errors import PlanError, raise_problems
 from mindformers_ckpt.sources.checkpoint import Checkpoint
-from mindformers_ckpt.sources.find import find_mindspore, separate_checkpoints
+from mindformers_ckpt.sources.complete import only_checkpoint
+from mindformers_ckpt.sources.find import find_mindspore
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.words import shortened
 
@@ -49,10 +50,7 @@ def shapes_of_checkpoint(path: Path) -> Reference:
         strategy = files.own_strategy
     elif files.sharded and len(files.by_rank) > 1:
         strategy = _strategy_of(path, max(files.by_rank) + 1)
-    parts = separate_checkpoints(files)
-    if len(parts) > 1:
-        raise PlanError(f"{path} holds {len(parts)} checkpoints; name the file whose shapes are the reference")
-    tensors = Checkpoint(files, strategy).tensors()
+    tensors = Checkpoint(only_checkpoint(files), strategy).tensors()
     return Reference(path, {name: tensor.spec.shape for name, tensor in tensors.items()})
 
 
@@ -85,12 +83,11 @@ def check_shapes(source: Checkpoint, reference: Reference) -> list[str]:
         for name, shape in actual.items()
         if (other := wanted[name]) is not None and not agrees(shape, other)
     ]
-    if problems:
-        headline = (
-            f"{source.files.root}, put together by its strategy ({source.strategy.origin}), has other shapes than "
-            f"{reference.origin}; is it the strategy of this run?"
-        )
-        raise PlanError(describe_problems(headline, problems))
+    headline = (
+        f"{source.files.root}, put together by its strategy ({source.strategy.origin}), has other shapes than "
+        f"{reference.origin}; is it the strategy of this run?"
+    )
+    raise_problems(PlanError, headline, problems)
     warnings = []
     unknown = [name for name, other in wanted.items() if other is None]
     if unknown:

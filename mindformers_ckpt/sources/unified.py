@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.errors import PlanError, raise_problems
 from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.sources.index import NAME_MAP_FILE, check_index, read_index
 from mindformers_ckpt.sources.listing import Listing
@@ -50,8 +50,7 @@ def _with_counters(source: Source) -> Source:
     assert source.owners is not None
     found = read_header(path).tensors
     twice = [name for name in found if name in source.owners]
-    if twice:
-        raise PlanError(describe_problems(f"{path} repeats tensors that other files hold", twice))
+    raise_problems(PlanError, f"{path} repeats tensors that other files hold", twice)
     kept = {name: record for name, record in found.items() if not is_never_saved(name)}
     large = [f"{name}{list(record.spec.shape)}" for name, record in kept.items() if record.spec.size > 1]
     remarks = []

@@ -20,7 +20,7 @@ from mindformers_ckpt.errors import FormatError
 from mindformers_ckpt.formats import tensor_file
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.job import looking
-from mindformers_ckpt.job.cluster.cluster import Address
+from mindformers_ckpt.job.cluster.messages import Address
 from mindformers_ckpt.job.looking import look_together
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source

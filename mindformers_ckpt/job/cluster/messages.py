@@ -114,7 +114,6 @@ def tune(sock: socket.socket, timeout: float) -> None:
 
 
 def hang_up(sock: socket.socket) -> None:
-    """Close, also where a forked child (of a data loader, say) still holds a copy of the descriptor."""
+    """End a connection for all that have it: other threads, forked children (of a data loader, say), the other side."""
     with contextlib.suppress(OSError):  # the other side was first
         sock.shutdown(socket.SHUT_RDWR)
-    sock.close()
