@@ -80,6 +80,12 @@ class Checkpoint:
             ranks = sorted(absent)
             left = f"{root}: ranks {shortened(ranks, 8)} are left aside, the others hold everything between them"
             found.append(f"{left}: {absent[ranks[0]]}")
+        lost = [rank for rank in self.lost_ranks if rank not in absent]
+        if lost and self.files.kind is Kind.RANK_FOLDERS:
+            found.append(
+                f"{root}: ranks {shortened(lost, 8)} of the strategy have no folder; what is needed of theirs is taken "
+                "from the others"
+            )
         return tuple(found)
 
     def only(self, names: Container[str] | None) -> Checkpoint:
