@@ -1,8 +1,8 @@
 """How a rank of a job starts on a source of many rank files (tools/bench_storage.py --ranks N).
 
-Eight ranks of a job, each on a node of its own: a slow mount of the same folder. Each reads the headers of an eighth of
-the files, rank 0 plans, and the others are told what is their own (`auto_trans_save: False`). Seconds of rank 0 are
-from the meeting to the plan, those of the others from being told to the first block. "Heads" are the reads before that.
+Eight ranks of a job, each on a node of its own: a slow mount of the same folder. Rank 0 looks at the files and plans,
+and the others are told what is their own (`auto_trans_save: False`). Seconds of rank 0 are from the meeting to the
+plan, those of the others from being told to the first block. "Heads" are the reads before that.
 """
 
 from __future__ import annotations

@@ -1,17 +1,25 @@
-"""The headers of many files; several are read at once where the disk lets a reader wait, as one over a network does."""
+"""The headers of many files; several are read at once where the disk lets a reader wait, as one over a network does.
+
+The heads of a `.ckpt` file are as many small reads as it has tensors. Files of a stage have the same ones, and who only
+wants to know what is there compares most files with another one at samples (`look_quickly`). Such a header is likely,
+not certain: whoever reads the contents compares all heads (`wrong_headers`), or reads the header again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.errors import FormatError, raise_problems
-from mindformers_ckpt.formats.tensor_file import Header, read_header
+from mindformers_ckpt.formats.tensor_file import Header, read_header, scan
 
 _AT_ONCE = 8
 # Seconds that a file is waited for. Of a quick disk a file has many heads, each with a wait of its own.
 _WAIT = 0.05
+# Heads at which a file is compared with one of its size that was read whole.
+_SAMPLES = 16
 
 
 def read_headers(paths: Sequence[Path]) -> Generator[tuple[Path, Header | FormatError], None, None]:
@@ -22,22 +30,54 @@ def read_headers(paths: Sequence[Path]) -> Generator[tuple[Path, Header | Format
     """
     last: Header | None = None
 
-    def read(path: Path) -> Header | FormatError:
+    def read(path: Path) -> Header:
         nonlocal last
-        try:
-            last = header = read_header(path, last)
-        except FormatError as error:
-            return error
+        last = header = read_header(path, last)
         return header
 
-    yield from zip(paths, each(read, paths, at_once=_AT_ONCE, patience=_WAIT))
+    yield from zip(paths, each(_or_error(read), paths, at_once=_AT_ONCE, patience=_WAIT))
 
 
-def sound_headers(paths: Sequence[Path]) -> dict[Path, Header]:
-    """The headers of files. Raises FormatError that tells of all damaged ones together."""
+def look_quickly(paths: Sequence[Path]) -> Generator[tuple[Path, Header | FormatError], None, None]:
+    """As `read_headers`, but only the first file of each size is read whole; the others are compared with it.
+
+    Of a `.ckpt` file 16 heads are compared, and where they are equal the header that is taken over `is_likely`.
+    """
+    states = dict(zip(paths, each(_state_of, paths)))
+    first = {(path.suffix, states[path][0]): path for path in reversed(paths)}
+    whole = dict(read_headers(list(first.values())))
+
+    def look(path: Path) -> Header:
+        size, modified = states[path]
+        like = whole[first[path.suffix, size]]
+        if isinstance(like, FormatError):
+            return read_header(path)
+        samples = _sampled(like)
+        header = replace(scan(path, samples), modified=modified)
+        if header.tensors is not like.tensors or samples is like:
+            return header
+        return replace(header, frames=like.frames, is_likely=True)
+
+    others = [path for path in paths if path not in whole]
+    found = {**whole, **dict(zip(others, each(_or_error(look), others)))}
+    yield from ((path, found[path]) for path in paths)
+
+
+def wrong_headers(headers: Mapping[int, Header]) -> dict[int, Header]:
+    """The true headers in the place of those that are likely and wrong: all heads are compared.
+
+    Raises FormatError where such a file cannot be read.
+    """
+    likely = [(number, header) for number, header in headers.items() if header.is_likely]
+    found = each(lambda item: scan(item[1].path, item[1]), likely)
+    return {number: true for (number, header), true in zip(likely, found) if true.tensors is not header.tensors}
+
+
+def sound_headers(paths: Sequence[Path], *, likely: bool = False) -> dict[Path, Header]:
+    """The headers of files; with `likely` by `look_quickly`. Raises FormatError that tells of all damaged ones."""
     found: dict[Path, Header] = {}
     problems = []
-    for path, header in read_headers(paths):
+    for path, header in look_quickly(paths) if likely else read_headers(paths):
         if isinstance(header, FormatError):
             problems.append(str(header))
         else:
@@ -46,3 +86,33 @@ def sound_headers(paths: Sequence[Path]) -> dict[Path, Header]:
         raise FormatError(problems[0])
     raise_problems(FormatError, "checkpoint files cannot be read", problems)
     return found
+
+
+def _or_error(read: Callable[[Path], Header]) -> Callable[[Path], Header | FormatError]:
+    """`read`, which returns the error where a file cannot be read."""
+
+    def answer(path: Path) -> Header | FormatError:
+        try:
+            return read(path)
+        except FormatError as error:
+            return error
+
+    return answer
+
+
+def _state_of(path: Path) -> tuple[int, int]:
+    """The size of a file and the time of its last change; (-1, 0) of one that reading will say something about."""
+    try:
+        status = path.stat()
+    except OSError:
+        return -1, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def _sampled(header: Header) -> Header:
+    """A header with some of the frames alone, evenly spread; itself where it has no more."""
+    frames = header.frames
+    if len(frames) <= _SAMPLES:
+        return header
+    chosen = (number * (len(frames) - 1) // (_SAMPLES - 1) for number in range(_SAMPLES))
+    return replace(header, frames=tuple(frames[number] for number in chosen))

@@ -80,7 +80,8 @@ class Header:
     `size` is that of the file in bytes. `metadata` is empty for a `.ckpt`. `crc` is the CRC-32 that a `.ckpt`
     stores (not verified), else None. `frames` are the bytes (offset, bytes) of a `.ckpt`
     before each content, and of a `.safetensors` file a digest of its header: with equal ones the tensors are the same.
-    `modified` is the time at which the file had been written last (ns), 0 where nobody looked.
+    `modified` is the time at which the file had been written last (ns), 0 where nobody looked. `is_likely`: all but
+    `modified` is that of another file of the same size, with which this one was compared at some of the frames.
     """
 
     path: Path
@@ -91,6 +92,7 @@ class Header:
     crc: int | None
     frames: tuple[tuple[int, bytes], ...] = ()
     modified: int = field(default=0, compare=False)
+    is_likely: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mindformers_ckpt.errors import CheckpointError, FormatError, PlanError, describe_problems
-from mindformers_ckpt.formats import DType
+from mindformers_ckpt.formats import DType, Header
+from mindformers_ckpt.formats.headers import look_quickly
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.look.facts import counter_facts, manifest_facts, model_facts, step_facts, strategy_facts
 from mindformers_ckpt.look.odd import odd_things
-from mindformers_ckpt.look.parameters import KINDS, Parameter, find_parameters, kinds_of, read_quickly
+from mindformers_ckpt.look.parameters import KINDS, Parameter, find_parameters, kinds_of
 from mindformers_ckpt.objects.path import PathLike, absolute
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.complete import only_checkpoint
@@ -295,7 +296,9 @@ def _source(source: Source, strategy: Strategy | None, facts: dict[str, str]) ->
     ranks = max((*source.by_rank, *source.absent), default=0) + 1
     used = strategy or (Strategy(({},), ranks, "not known") if source.sharded else Strategy.complete())
     # A source that tells its own boxes has told all that is shown.
-    headers, damaged = read_quickly(source.files) if source.tensors is None else ({}, [])
+    found = dict(look_quickly(source.files) if source.tensors is None else ())
+    headers = {path: header for path, header in found.items() if isinstance(header, Header)}
+    damaged = [str(error) for error in found.values() if isinstance(error, FormatError)]
     if not headers and source.tensors is None:
         raise FormatError(damaged[0] if len(damaged) == 1 else describe_problems("no file can be read", damaged))
     files = Checkpoint(source, used, _headers=headers)

@@ -198,9 +198,9 @@ class Checkpoint:
         """The files whose headers have not been read yet."""
         return [path for path in self.files.files if path not in self._headers]
 
-    def adopt(self, header: Header) -> None:
-        """Take what is known of a file for its header, which is then not read."""
-        self._headers[header.path] = header
+    def look_quickly(self) -> None:
+        """Read most headers at samples only; whoever reads contents has to check the headers that are likely."""
+        self._headers.update(sound_headers(self.unread(), likely=True))
 
     def _raise_other_content(self) -> None:
         """Compare the files with what the source itself records of them. Raises PlanError that lists what differs."""

@@ -37,7 +37,8 @@ class Listing:
 
     @cached_property
     def _entries(self) -> dict[str, bool]:
-        return _entries_of(self.folder) if self._known is None else self._known
+        # Whether the disk lets a reader wait is known from the first folder on.
+        return next(each(_entries_of, [self.folder])) if self._known is None else self._known
 
     @property
     def names(self) -> list[str]:
