@@ -13,7 +13,7 @@ import pytest
 from recorded import Tensor, random_model, read_tensors, write_tensors
 
 from mindformers_ckpt.errors import FormatError, TransferError
-from mindformers_ckpt.execution import Run
+from mindformers_ckpt.execution.run import Run
 from mindformers_ckpt.formats import ckpt, read_header
 from mindformers_ckpt.formats.headers import look_quickly, sound_headers, wrong_headers
 from mindformers_ckpt.formats.tensor_file import scan

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mindformers_ckpt.disk.waiting import each
-from mindformers_ckpt.errors import FormatError, describe_problems
+from mindformers_ckpt.errors import FormatError, raise_problems
 from mindformers_ckpt.formats.tensor_file import Header, read_header, scan
 
 _AT_ONCE = 8
@@ -85,8 +85,7 @@ def sound_headers(paths: Sequence[Path], *, likely: bool = False) -> dict[Path, 
             found[path] = header
     if len(problems) == 1:
         raise FormatError(problems[0])
-    if problems:
-        raise FormatError(describe_problems("checkpoint files cannot be read", problems))
+    raise_problems(FormatError, "checkpoint files cannot be read", problems)
     return found
 
 

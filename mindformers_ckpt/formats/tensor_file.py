@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from mindformers_ckpt.errors import FormatError
+from mindformers_ckpt.errors import FormatError, system_errors
 from mindformers_ckpt.formats.dtypes import DType
 from mindformers_ckpt.objects.path import as_path
 from mindformers_ckpt.objects.reading import Handle, close_handle, open_handle
@@ -173,7 +173,7 @@ def open_to_read(path: Path, scattered: bool = False) -> Iterator[tuple[Handle, 
     `scattered` keeps the system from reading ahead, which would fetch the contents between the headers.
     Raises FormatError when it is missing, no regular file, empty, or cannot be read.
     """
-    try:
+    with system_errors(FormatError, f"{path}: cannot be read"):
         # Without O_NONBLOCK the opening of a pipe waits for a writer, for ever.
         handle = open_handle(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
@@ -185,8 +185,6 @@ def open_to_read(path: Path, scattered: bool = False) -> Iterator[tuple[Handle, 
             yield handle, size
         finally:
             close_handle(handle)
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _size_of_regular(handle: Handle, path: Path) -> int:

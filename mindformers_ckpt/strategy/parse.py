@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mindformers_ckpt.disk.nearby import like_it
-from mindformers_ckpt.errors import StrategyError, describe_problems
+from mindformers_ckpt.disk.files import like_it
+from mindformers_ckpt.errors import StrategyError, raise_problems
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.strategy.schema import read_layouts, unread_map_class
 from mindformers_ckpt.text_files import parse_json, read_regular
@@ -63,8 +63,7 @@ def parse(path: Path, data: bytes) -> StageFile:
                 raise StrategyError("it stands twice in the file, with different layouts")
         except StrategyError as error:
             problems.append(f"{name}: {error}")
-    if problems:
-        raise StrategyError(describe_problems(f"{path}: layouts that cannot be used", problems))
+    raise_problems(StrategyError, f"{path}: layouts that cannot be used", problems)
     return _by_stage(path, rows, layouts)
 
 
