@@ -81,7 +81,8 @@ def report_ranks(folder: Path, ranks: int, latency_ms: float) -> None:
 
 def be_rank(rank: int, port: int, root: Path) -> tuple[float, dict[str, int]]:
     """Take part in the job; seconds as the head of this file says, and what was asked of the file system by then."""
-    from mindformers_ckpt.job.cluster.cluster import Address, Cluster
+    from mindformers_ckpt.job.cluster.cluster import Cluster
+    from mindformers_ckpt.job.cluster.messages import Address
     from mindformers_ckpt.job.config import Config
     from mindformers_ckpt.job.direct import read_direct
     from mindformers_ckpt.job.reslice import Reslicing

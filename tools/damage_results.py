@@ -25,7 +25,7 @@ import checkout  # noqa: E402, F401 - finds the package of this checkout
 import numpy as np  # noqa: E402
 from recorded import random_bits, write_tensors  # noqa: E402
 
-from mindformers_ckpt.execution import Options  # noqa: E402
+from mindformers_ckpt.execution.options import Options  # noqa: E402
 from mindformers_ckpt.formats import read_header  # noqa: E402
 from mindformers_ckpt.formats.dtypes import by_name  # noqa: E402
 from mindformers_ckpt.geometry.layout import Layout  # noqa: E402

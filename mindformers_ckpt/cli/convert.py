@@ -29,9 +29,11 @@ from mindformers_ckpt.cli.options import (
 )
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.convert.plugins import find_plugin, parse_extra, run_plugin
-from mindformers_ckpt.convert.run import CHECKPOINT2, DTYPES, Request, convert, plan_conversion
+from mindformers_ckpt.convert.request import DTYPES, Request
+from mindformers_ckpt.convert.run import CHECKPOINT2, convert, plan_conversion
 from mindformers_ckpt.errors import did_you_mean
-from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.strategy.given import strategy_or_none
+from mindformers_ckpt.words import counted
 
 _PATH = AnyPath()
 _NOT_OF_PLUGINS = (
@@ -191,8 +193,10 @@ def command(
         return
     if extra:
         raise click.UsageError(f"No such option or argument: {' '.join(extra)}.{_suggestion(extra)}")
-    request = Request(model, input_path, reverse, src_strategy=_strategy(src_strategy), contents=contents, **choices)
-    files: dict[str, Any] = {"format": format, "target": _strategy(dst_strategy), "prefix": prefix}
+    request = Request(
+        model, input_path, reverse, src_strategy=strategy_or_none(src_strategy), contents=contents, **choices
+    )
+    files: dict[str, Any] = {"format": format, "target": strategy_or_none(dst_strategy), "prefix": prefix}
     files["allow_missing"] = allow_missing
     if how.dry_run:
         say_plan(plan_conversion(request, output_path, **files), output_path, how)
@@ -202,14 +206,13 @@ def command(
         result = convert(
             request, output_path, **files, options=options, progress=progress, check_source=how.check_source
         )
-    if not how.quiet:
-        warn(result.warnings)
+    warn(result.warnings)
     if how.as_json:
         say_json(asdict(result))
     elif not how.quiet:
         say(
             f"{result.model} ({result.naming} names): {result.tensors} tensors, {amount(result.bytes_written)} in "
-            f"{result.files} {'file' if result.files == 1 else 'files'} at {result.destination}, {result.seconds:.2f} s"
+            f"{counted(result.files, 'file')} at {result.destination}, {result.seconds:.2f} s"
         )
         say_fingerprints(result.fingerprints, result.source_fingerprint, result.signature)
         say(_next_step(result.destination, reverse, dst_strategy, format))
@@ -242,11 +245,3 @@ def _next_step(destination: Path, reverse: bool, strategy: Path | None, format: 
     if strategy is not None:
         return f"next, in the yaml: load_checkpoint: {destination}, auto_trans_ckpt: False"
     return f"next, in the yaml: load_checkpoint: {destination}, auto_trans_ckpt: True"
-
-
-def _strategy(path: Path | None) -> Strategy | None:
-    if path is None:
-        return None
-    from mindformers_ckpt.strategy.files import read_strategy
-
-    return read_strategy(path)

@@ -10,12 +10,13 @@ import click
 
 from mindformers_ckpt.cli.making import How
 from mindformers_ckpt.cli.notices import amount, say, say_json, warn
+from mindformers_ckpt.disk.files import existing
 from mindformers_ckpt.execution.checks import is_checkpoint
 from mindformers_ckpt.formats import TensorSpec, layout_file
-from mindformers_ckpt.look.words import counted
 from mindformers_ckpt.objects.path import ObjectPath
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.publish.manifest import is_result
+from mindformers_ckpt.words import counted
 
 
 def say_plan(plan: Plan, destination: Path, how: How, *, adds_ranks: bool = False) -> None:
@@ -67,7 +68,7 @@ def free_bytes(destination: Path) -> int | None:
     """Free bytes of the disk where the destination would be; None in an object storage."""
     if isinstance(destination, ObjectPath):
         return None
-    return shutil.disk_usage(_existing(destination)).free
+    return shutil.disk_usage(existing(destination)).free
 
 
 def refusals(destination: Path, needed: int, how: How | None = None, *, adds_ranks: bool = False) -> list[str]:
@@ -94,7 +95,3 @@ def _taken(destination: Path, how: How | None) -> str:
         return ""
     option = "--overwrite" if is_ours else "--overwrite-anything"
     return f"{state}; choose another {other}, or {option} replaces it"
-
-
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -177,11 +177,8 @@ def command(
     if how.dry_run:
         say_plan(merge.plan, destination, how)
         return
-    if not how.quiet:
-        warn(merge.plan.warnings)
-    notes = how.check_source(merge.plan)
-    if not how.quiet:
-        warn(notes)
+    warn(merge.plan.warnings)
+    warn(how.check_source(merge.plan))
     with resumable(destination), show_progress("merge", quiet=how.quiet) as progress:
         report = merge.run(how.options(processes), progress)
     if how.as_json:

@@ -16,7 +16,7 @@ from mindformers_ckpt.cli.making import How, is_checkpoint2, making_options, nex
 from mindformers_ckpt.cli.notices import say, say_json, warn
 from mindformers_ckpt.cli.options import BOOL, LocalPath, planned, request_of, request_options, resumable
 from mindformers_ckpt.cli.progress import show_progress
-from mindformers_ckpt.execution import Report
+from mindformers_ckpt.execution.options import Report
 from mindformers_ckpt.planning.file import Job
 from mindformers_ckpt.publish.results import ranks_of
 
@@ -56,11 +56,8 @@ def command(
     if how.dry_run:
         say_plan(job.plan, destination, how, adds_ranks=job.partial)
         return
-    if not how.quiet:
-        warn(job.plan.warnings)
-    notes = how.check_source(job.plan)
-    if not how.quiet:
-        warn(notes)
+    warn(job.plan.warnings)
+    warn(how.check_source(job.plan))
     # Processes that are started by hand copy alone, each its share.
     processes = 1 if asked["rank_id"] is not None else asked["processes"]
     options = how.options(processes, by_rank=transform_by_rank)

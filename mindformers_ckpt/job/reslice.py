@@ -10,7 +10,7 @@ from functools import cached_property
 from itertools import repeat
 from pathlib import Path
 
-from mindformers_ckpt.execution import Run
+from mindformers_ckpt.execution.run import Run
 from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
@@ -176,7 +176,8 @@ class Reslicing:
 
     def _plan_conversion(self, format: str) -> Plan:
         """Convert and re-slice Hugging Face weights in one pass, to the names that the job's strategy has."""
-        from mindformers_ckpt.convert.run import Request, plan_ranks, with_settings
+        from mindformers_ckpt.convert.request import Request, with_settings
+        from mindformers_ckpt.convert.run import plan_ranks
 
         is_mcore = any(name.startswith(("decoder.", "embedding.")) for name in self.target.names())
         request = Request(None, Path(self.config.load_checkpoint), naming="mcore" if is_mcore else None)

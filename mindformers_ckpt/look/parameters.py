@@ -13,8 +13,8 @@ from mindformers_ckpt.formats import DType, Header, TensorRecord, TensorSpec
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.lora_names import is_adapter_name
-from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
-from mindformers_ckpt.sources.shards import cuts
+from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.sources.shards import LogicalTensor, cuts
 from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.state_names import find_states
 

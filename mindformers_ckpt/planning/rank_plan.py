@@ -24,7 +24,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mindformers_ckpt.errors import FormatError, PlanError, TransferError
+from mindformers_ckpt.errors import FormatError, PlanError, TransferError, system_errors
 from mindformers_ckpt.formats import Header, Segment, TensorRecord, TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.formats.tensor_file import Malformed
@@ -105,10 +105,8 @@ class _Encoder:
 
     def _current(self, file: SourceFile) -> Header:
         header = self._header_of(file.path)
-        try:
+        with system_errors(TransferError, f"{file.path}: cannot be read"):
             status = file.path.stat()
-        except OSError as error:
-            raise TransferError(f"{file.path}: cannot be read: {error.strerror}") from error
         if (status.st_size, status.st_mtime_ns) != (header.size, header.modified):
             raise TransferError(f"{file.path} was written after the job looked at it; start the job again")
         return header

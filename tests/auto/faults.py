@@ -22,7 +22,7 @@ from mindformers_ckpt.job.sharing.board import Board
 from mindformers_ckpt.ms import hook as hook_module
 from mindformers_ckpt.ms import weights
 from mindformers_ckpt.ms.hook import CheckpointHook
-from mindformers_ckpt.publish import Staging
+from mindformers_ckpt.publish.staging import Staging
 
 
 def kill(*arguments: Any, **options: Any) -> None:

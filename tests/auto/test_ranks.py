@@ -22,10 +22,10 @@ import pytest
 from checkpoint2_files import COMMON, write_checkpoint2
 from recorded import STRATEGIES, Recorded, Tensor, random_model, recorded, slices_of, write_ranks, write_tensors
 
-from mindformers_ckpt.formats.ckpt import append_crc
+from mindformers_ckpt.formats.ckpt_crc import append_crc
 from mindformers_ckpt.geometry.layout import Layout
-from mindformers_ckpt.job.cluster.cluster import PORT_OFFSET
-from mindformers_ckpt.publish import read_manifest
+from mindformers_ckpt.job.cluster.environment import PORT_OFFSET
+from mindformers_ckpt.publish.manifest import read_manifests
 from mindformers_ckpt.strategy.files import read_strategy, write_strategy
 
 ROOT = Path(__file__).parents[2]
@@ -204,7 +204,7 @@ def test_sharded_weights_for_a_pipeline(
     assert [str(file.relative_to(output)) for file in files] == [
         f"transformed_checkpoint/llama/rank_{rank}/checkpoint_{rank}.ckpt" for rank in range(4)
     ]
-    manifest = read_manifest(output / "transformed_checkpoint")
+    manifest = read_manifests(output / "transformed_checkpoint").get("manifest.json")
     assert manifest is not None
     assert len(manifest["files"]) == 4
     if processes > 2:
@@ -533,7 +533,7 @@ def test_killed_after_the_result_is_in_place(run: Any, source: Source, tmp_path:
     keys = {**source.keys, "output_dir": output}
     outcomes = run(keys, faults={0: "keep"}).outcomes()
     assert [outcome.code for outcome in outcomes[1:]] == [1, 1, 1]
-    assert read_manifest(output / "transformed_checkpoint") is not None
+    assert read_manifests(output / "transformed_checkpoint").get("manifest.json") is not None
     assert_loaded(run(keys).outcomes(), expected(TARGET, source.tensors))
 
 
