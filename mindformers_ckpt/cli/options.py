@@ -136,7 +136,7 @@ class Ranks(click.ParamType):  # type: ignore[type-arg]
         return tuple(sorted(ranks))
 
 
-def check_prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
+def _check_prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if "/" in value or "\0" in value:
         raise click.BadParameter("a prefix of file names cannot hold a /")
     return value
@@ -148,6 +148,13 @@ CONTENTS = click.option(
     default="error",
     show_default=True,
     help="When samples of the source contradict its strategy: refuse, warn and go on, or do not look.",
+)
+PREFIX = click.option(
+    "--prefix",
+    default=DEFAULT_PREFIX,
+    show_default=True,
+    callback=_check_prefix,
+    help="Target files are rank_<n>/<prefix><n>.ckpt.",
 )
 _REQUEST_OPTIONS = (
     click.option(
@@ -171,13 +178,7 @@ _REQUEST_OPTIONS = (
         type=StrategyPath(),
         help="Strategy of the target. None, or left out, for complete weights.",
     ),
-    click.option(
-        "--prefix",
-        default=DEFAULT_PREFIX,
-        show_default=True,
-        callback=check_prefix,
-        help="Target files are rank_<n>/<prefix><n>.ckpt.",
-    ),
+    PREFIX,
     click.option(
         "--format",
         "--save-format",

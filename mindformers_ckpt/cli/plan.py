@@ -92,16 +92,11 @@ def command(out: Path | None, overwrite_anything: bool, as_json: bool, **asked: 
     if as_json:
         say_json(asdict(summary))
         return
-    say_summary(summary)
-    if out is not None:
-        say(f"Written to {out}; run it with: mindformers-ckpt transform --plan {out}")
-
-
-def say_summary(summary: Summary) -> None:
-    """Print a summary for people."""
     warn(summary.warnings)
     for name, text in _lines(summary):
         say(f"{name + ':':<12} {text}")
+    if out is not None:
+        say(f"Written to {out}; run it with: mindformers-ckpt transform --plan {out}")
 
 
 def summarize(prepared: Prepared, processes: int) -> Summary:

@@ -36,7 +36,7 @@ class _Piece:
         # A tensor in several places of a file is not written in its order, so it has no digest.
         self.digests: dict[tuple[Box, View | None], Any] = {}
         if hashes:
-            self.digests = {taker: _new_hash() for taker in way.takers if taker[1] is None}
+            self.digests = {taker: new_hash() for taker in way.takers if taker[1] is None}
         # Of what was copied, where fingerprints are taken: of the whole tensor, and of what it is rearranged from.
         self.share = 0
         self._of_sources: dict[tuple[int, str], int] = {}
@@ -237,7 +237,7 @@ def _contiguous(content: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.d
     return np.ascontiguousarray(content)
 
 
-def _new_hash() -> Any:
+def new_hash() -> Any:
     import xxhash
 
     return xxhash.xxh3_128()
