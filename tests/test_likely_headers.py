@@ -94,6 +94,22 @@ def test_one_file_of_a_size_is_read_whole(source: Path, monkeypatch: pytest.Monk
         assert header.is_likely == (path.name != "checkpoint_0.ckpt")
 
 
+def test_one_file_of_a_stage_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages have other tensors, and their files often the same size."""
+    first = random_model({f"layers.0.{number:02}.w": (4, 4) for number in range(20)})
+    for number in range(12):
+        stage = {name.replace("layers.0", f"layers.{number // 4}"): tensor for name, tensor in first.items()}
+        write_tensors(tmp_path / f"{number:02}.ckpt", stage)
+    files = sorted(tmp_path.rglob("*.ckpt"))
+    parsed: Counter[Path] = Counter()
+    real = ckpt._Scanner.tensors
+    monkeypatch.setattr(ckpt._Scanner, "tensors", lambda self: (parsed.update([self._path]), real(self))[1])
+    headers = dict(look_quickly(files))
+    assert parsed == {files[0]: 1, files[4]: 1, files[8]: 1}
+    monkeypatch.undo()
+    assert headers == {path: scan(path) for path in files}
+
+
 def test_few_heads_are_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Far fewer than there are, once a file of the size is known."""
     files = find_source(source).files

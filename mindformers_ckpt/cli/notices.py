@@ -72,7 +72,7 @@ def say_fingerprints(digests: Mapping[str, str], source: str, signature: str) ->
         also = ", the same as that of the source" if digest == source else ""
         say(f"fingerprint {digest}{also}" + ("" if folder == "." else f"  {folder}"))
     if len(digests) == 1 and source not in digests.values():
-        told = source or "not known, for not all of it was passed on as it is; fingerprint SOURCE counts it"
+        told = source or "not known, for not all of it went into the result; fingerprint SOURCE counts it"
         say(f"fingerprint of the source {told}")
     if signature:
         say(f"signature {signature}")

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from mindformers_ckpt.convert.planning import Converted
+from mindformers_ckpt.geometry.axes import common_strides, extents_between, strides_of
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.planning.model import Place, View
 from mindformers_ckpt.planning.shards import parts_of
@@ -60,32 +61,12 @@ def compose(outer: Converted, middle: Mapping[str, Converted], shapes: Mapping[s
 # -------------------------------------------------------------------------------------- axes that views share
 
 
-def _strides(shape: Shape) -> list[int]:
-    """How far apart neighbours along each axis are in row-major order; the first is that of the whole."""
-    return [math.prod(shape[axis:]) for axis in range(len(shape) + 1)]
-
-
-def _common(strides: Iterable[int]) -> list[int]:
-    """The strides of a view whose axes make up those of all. Raises ValueError where there is none."""
-    found = sorted(set(strides), reverse=True)
-    for outer, inner in zip(found, found[1:]):
-        if outer % inner:
-            raise ValueError(f"its elements are taken in steps of {outer} on one side and {inner} on the other")
-    return found
-
-
-def _between(strides: Sequence[int], outer: int, inner: int) -> Shape:
-    """The extents of the axes between two strides."""
-    within = [stride for stride in strides if inner <= stride <= outer]
-    return tuple(first // second for first, second in zip(within, within[1:]))
-
-
 @lru_cache(maxsize=1 << 12)
 def _steps(shape: Shape, other: Shape) -> list[Shape]:
     """The extents of the axes into which each axis of a view falls by another view of the same tensor."""
-    own = _strides(shape)
-    strides = _common([*own, *_strides(other)])
-    return [_between(strides, outer, inner) for outer, inner in zip(own, own[1:])]
+    own = strides_of(shape)
+    strides = common_strides([*own, *strides_of(other)])
+    return [extents_between(strides, outer, inner) for outer, inner in zip(own, own[1:])]
 
 
 class _Viewed:
@@ -139,17 +120,17 @@ class _Viewed:
 
 def _digits(number: int, extents: Shape) -> list[int]:
     """The indices of an element, by its number in row-major order."""
-    return [number // inner % extent for extent, inner in zip(extents, _strides(extents)[1:])]
+    return [number // inner % extent for extent, inner in zip(extents, strides_of(extents)[1:])]
 
 
 def _fine_axes(axis: int, extent: int, views: Sequence[_Viewed]) -> Shape:
     """The extents into which an axis of the target is cut: itself, where places have parts of it."""
     if extent > 1 and all(viewed.is_whole(axis, extent) for viewed in views):
         try:
-            strides = _common(stride for viewed in views for stride in _strides(viewed.steps(axis)))
+            strides = common_strides(stride for viewed in views for stride in strides_of(viewed.steps(axis)))
         except ValueError:
             return (extent,)  # each place is cut for itself
-        return _between(strides, extent, 1)
+        return extents_between(strides, extent, 1)
     return (extent,)
 
 
@@ -250,8 +231,8 @@ def _joined_axes(piece: _Piece, shape: Shape) -> _Piece:
 
     Axes of different dimensions of the source tensor, which is of this `shape`, stay apart.
     """
-    dimensions = set(_strides(shape))
-    strides = _strides(tuple(axis.extent for axis in piece.axes))
+    dimensions = set(strides_of(shape))
+    strides = strides_of(tuple(axis.extent for axis in piece.axes))
     axes: list[_Axis] = []
     for axis, outer in zip(piece.axes, strides):
         if axes and axes[-1].along is None and (axis.start, axis.stop) == (0, axis.extent) and outer not in dimensions:

@@ -40,7 +40,7 @@ class ConversionReport:
         seconds: how long it took.
         warnings: what the user should know of choices that were made.
         fingerprints: digests of the checkpoints in the result, by their folders, where they were asked for.
-        source_fingerprint: that of the source; "" where it was not asked for, or is not known from what was copied.
+        source_fingerprint: that of the source; "" where it was not asked for, or is not known from what was read.
         signature: what became of signatures: "made with …" or "left behind: …"; "" without any.
     """
 

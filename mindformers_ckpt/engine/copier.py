@@ -10,18 +10,19 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mindformers_ckpt.checksums.shares import share_of, share_of_run
+from mindformers_ckpt.checksums.shares import share_of_run
 from mindformers_ckpt.engine.ahead import Fetcher
 from mindformers_ckpt.engine.buffers import PIECE_BYTES
 from mindformers_ckpt.engine.parts import Scratch, read_parts
 from mindformers_ckpt.engine.reader import Read, Reader, ShardReader
 from mindformers_ckpt.engine.sinks import Sink
-from mindformers_ckpt.engine.tasks import Done, Slice, SourceShare, Task, TensorHash, TensorShare, blocks_of
-from mindformers_ckpt.engine.views import in_view, target_runs
+from mindformers_ckpt.engine.source_shares import Cuts, SourceShares
+from mindformers_ckpt.engine.tasks import Done, Slice, Task, TensorHash, TensorShare, blocks_of
+from mindformers_ckpt.engine.views import target_runs
 from mindformers_ckpt.engine.ways import Run, Way, Ways
 from mindformers_ckpt.formats import DType
 from mindformers_ckpt.geometry.box import Box, offset_in
-from mindformers_ckpt.planning.model import Place, SourceFile, View
+from mindformers_ckpt.planning.model import SourceFile, View
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,10 +38,8 @@ class _Piece:
         self.digests: dict[tuple[Box, View | None], Any] = {}
         if hashes:
             self.digests = {taker: new_hash() for taker in way.takers if taker[1] is None}
-        # Of what was copied, where fingerprints are taken: of the whole tensor, and of what it is rearranged from.
-        self.share = 0
-        self._of_sources: dict[tuple[int, str], int] = {}
-        self._is_rearranged = not all(place.is_plain for place in piece.transfer.sources)
+        self.share = 0  # of what was copied in the checksum of the whole tensor, where fingerprints are taken
+        self.is_rearranged = not all(place.is_plain for place in piece.transfer.sources)
 
     def blocks(self) -> Iterator[Box]:
         """The blocks of the slice."""
@@ -48,21 +47,6 @@ class _Piece:
 
     def tensor_share(self) -> TensorShare:
         return TensorShare(self.transfer.targets[0].file, self.transfer.name, self.share)
-
-    def count_source(self, place: Place, part: Box, content: np.ndarray[Any, np.dtype[Any]]) -> None:
-        """Add what was read of a source to the checksum of its tensor, where the result has it in another order."""
-        if not self._is_rearranged or place.compute is not None or not part.volume:
-            return
-        box, shape = part.relative_to(place.box), place.box.shape
-        if place.view is not None:
-            box, content = in_view(box, place.view, content)
-            shape = place.view.shape
-        key = place.file, place.tensor or self.transfer.name
-        self._of_sources[key] = self._of_sources.get(key, 0) ^ share_of(_contiguous(content), box, shape)
-
-    def source_shares(self) -> Iterator[SourceShare]:
-        for (file, tensor), share in self._of_sources.items():
-            yield SourceShare(file, tensor, self.transfer.name, share)
 
     def hashes(self) -> Iterator[TensorHash]:
         for taker, digest in self.digests.items():
@@ -97,14 +81,15 @@ class Copier:
         sink: Sink,
         *,
         hashes: bool = False,
-        fingerprints: bool = False,
+        counted: Cuts | None = None,
         reader: Reader | None = None,
         fetcher: Fetcher | None = None,
     ) -> None:
-        self._reader = ShardReader(sources, fetcher) if reader is None else reader
+        """`counted`: checksums of result and source are counted (see `SourceShares`)."""
+        self._of_sources = None if counted is None else SourceShares(counted)
+        self._reader = ShardReader(sources, fetcher, shares=self._of_sources) if reader is None else reader
         self._sink = sink
         self._hashes = hashes
-        self._fingerprints = fingerprints
         self._ways = Ways(by_rows=not hashes)
         self._pieces: dict[int, list[_Piece]] = {}  # of the task that comes next
         self._scratch = Scratch()
@@ -129,8 +114,8 @@ class Copier:
             (self._copy_rows if step.piece.way.is_by_rows else self._copy_block)(step.piece, step.block)
         self._sink.end_task()
         hashes = tuple(found for piece in pieces for found in piece.hashes())
-        shares = tuple(piece.tensor_share() for piece in pieces) if self._fingerprints else ()
-        sources = tuple(share for piece in pieces for share in piece.source_shares())
+        shares = () if self._of_sources is None else tuple(piece.tensor_share() for piece in pieces)
+        sources = () if self._of_sources is None else self._of_sources.take()
         return Done(task.number, task.bytes_written, hashes, self._sink.proof(), shares, sources)
 
     def _pieces_of(self, task: Task) -> list[_Piece]:
@@ -170,9 +155,10 @@ class Copier:
     def _copy_block(self, piece: _Piece, block: Box) -> None:
         transfer = piece.transfer
         held = read_parts(self._reader, transfer, piece.way.parts(block), self._scratch)
-        if self._fingerprints:
+        if self._of_sources is not None:
             for (place, taken), (_, content) in zip(piece.way.parts(block), held):
-                piece.count_source(place, taken, content)
+                if piece.is_rearranged and place.compute is None:  # what is computed from is counted where it is read
+                    self._of_sources.add(place, transfer.name, taken, content)
             held = self._counted(piece, block, held)
         arrays = [array for _, array in held]
         for taker, files, part, copies in piece.way.takes(block, len(held) == 1 and held[0][0] == block):
@@ -208,7 +194,7 @@ class Copier:
 
     def _count(self, piece: _Piece, start: int, data: memoryview) -> None:
         """Add a run of bytes of the whole tensor to its checksum."""
-        if self._fingerprints:
+        if self._of_sources is not None:
             transfer = piece.transfer
             piece.share ^= share_of_run(data, start, math.prod(transfer.shape) * transfer.dtype.itemsize)
 
@@ -229,12 +215,6 @@ class Copier:
         for number, there, here in copies:
             gathered[here] = arrays[number][there]
         return gathered
-
-
-def _contiguous(content: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[Any]]:
-    import numpy as np
-
-    return np.ascontiguousarray(content)
 
 
 def new_hash() -> Any:

@@ -24,6 +24,7 @@ from mindformers_ckpt.engine.copier import Copier
 from mindformers_ckpt.engine.object_sink import ObjectSink, Uploads
 from mindformers_ckpt.engine.proof import ProvingSink
 from mindformers_ckpt.engine.sinks import FileSink, Sink
+from mindformers_ckpt.engine.source_shares import Cuts
 from mindformers_ckpt.engine.tasks import Done, Task
 from mindformers_ckpt.engine.threads import copy_with_threads
 from mindformers_ckpt.errors import TransferError
@@ -50,7 +51,7 @@ def copy_tasks(
     hashes: bool = False,
     proofs: bool = False,
     drops: bool = False,
-    fingerprints: bool = False,
+    counted: Cuts | None = None,
     may_fork: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> Generator[Done, None, None]:
@@ -60,11 +61,11 @@ def copy_tasks(
     called in the calling one. With more than one process, `processes - 1` workers are started and this process works
     as well, each in one thread. Workers are spawned; with `may_fork` they are forked where that is safe, and start
     sooner.
-    With `drops` nothing that is read or written stays in the page cache.
+    With `drops` nothing that is read or written stays in the page cache; `counted` is for checksums, as in `Copier`.
     The first failure stops everything, and so does closing the generator. Raises TransferError, also when a
     worker dies; what `check` raises goes through.
     """
-    make = partial(_copier, plan.sources, folder, plan.targets, hashes, proofs, drops, fingerprints)
+    make = partial(_copier, plan.sources, folder, plan.targets, hashes, proofs, drops, counted)
     with contextlib.ExitStack() as stack:
         is_alone = processes <= 1 and len(tasks) > 1
         threads = _THREADS if is_alone and not isinstance(folder, Uploads) else 1
@@ -85,7 +86,7 @@ def _copier(
     hashes: bool,
     proofs: bool,
     drops: bool,
-    fingerprints: bool,
+    counted: Cuts | None,
     fetcher: Fetcher,
 ) -> Copier:
     sink: Sink
@@ -93,7 +94,7 @@ def _copier(
         sink = ObjectSink(folder, targets)
     else:
         sink = (ProvingSink if proofs else FileSink)(folder, targets, drops=drops)
-    return Copier(sources, sink, hashes=hashes, fingerprints=fingerprints, fetcher=fetcher)
+    return Copier(sources, sink, hashes=hashes, counted=counted, fetcher=fetcher)
 
 
 def _copy_with_workers(

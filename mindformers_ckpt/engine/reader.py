@@ -19,6 +19,7 @@ from mindformers_ckpt.engine.buffers import PIECE_BYTES, empty_bytes, piece_memo
 from mindformers_ckpt.engine.compute import DOWN_TILE, UP_TILE, cast, dequantise, factor_values, merge, scale_values
 from mindformers_ckpt.engine.descriptors import file_ranges
 from mindformers_ckpt.engine.into_memory import LEAST_BYTES, Piece
+from mindformers_ckpt.engine.source_shares import SourceShares
 from mindformers_ckpt.engine.views import box_in_view, copy_transposed, in_bytes, in_view, reads_of, span_in
 from mindformers_ckpt.errors import FormatError, TransferError
 from mindformers_ckpt.formats import DType, Header, Segment, read_header
@@ -100,8 +101,13 @@ class ShardReader:
         files: Sequence[SourceFile],
         fetcher: Fetcher | None = None,
         headers: Mapping[int, Header] | None = None,
+        shares: SourceShares | None = None,
     ) -> None:
-        """`fetcher` has the files open, for all readers of the process; whoever made it closes it, after these."""
+        """`fetcher` has the files open, for all readers of the process; whoever made it closes it, after these.
+
+        `shares` is told what elements are computed from, as it was read.
+        """
+        self._shares = shares
         self._files = files
         self._fetcher = Fetcher() if fetcher is None else fetcher
         self._has_own = fetcher is None
@@ -185,6 +191,8 @@ class ShardReader:
             return
         values = np.empty(part.shape, compute.dtype.carrier)
         self.read(place._replace(compute=None), name, compute.dtype, part, values)
+        if self._shares is not None:
+            self._shares.add(place, name, part, values)
         if isinstance(compute, Cast):
             out[...] = cast(values, compute.dtype, dtype)
             return
@@ -206,7 +214,7 @@ class ShardReader:
         if key not in self._scales:
             wanted = _scale_read(compute)
             factors = np.empty(compute.scale_shape, wanted.dtype.carrier)
-            self.read(*wanted, factors)
+            self._read_all(wanted, factors)
             if len(self._scales) >= _SCALES:
                 self._scales.popitem(last=False)
             self._scales[key] = scale_values(factors, wanted.dtype)
@@ -219,11 +227,17 @@ class ShardReader:
         if factor not in self._factors:
             values = np.zeros(factor.view, factor.dtype.carrier)
             for wanted in _factor_reads(factor):
-                self.read(*wanted, values[wanted.part.slices()])
+                self._read_all(wanted, values[wanted.part.slices()])
             if len(self._factors) >= _FACTORS:
                 self._factors.popitem(last=False)
             self._factors[factor] = factor_values(values, factor, tile)
         return self._factors[factor]
+
+    def _read_all(self, wanted: Read, out: Array) -> None:
+        """Read all of a file's tensor."""
+        self.read(*wanted, out)
+        if self._shares is not None:
+            self._shares.add_all(wanted.place.file, wanted.name, out)
 
     def _read_part(
         self, path: Path, segments: Sequence[Segment], dtype: DType, part: Box, outer: Box, out: Array

@@ -51,8 +51,15 @@ class TensorShare(NamedTuple):
     share: int
 
 
+ALL = ""
+
+
 class SourceShare(NamedTuple):
-    """What some blocks of a target tensor add to the checksum of a tensor of a source file, rearranged for it."""
+    """What was read of a source file's tensor for some blocks of a target tensor, which have it in another form: what
+    it adds to the checksum of the whole source tensor.
+
+    For ALL, in place of the name of a target, it is that of all of the file's tensor: however often it was read.
+    """
 
     file: int
     tensor: str

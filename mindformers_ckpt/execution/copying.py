@@ -8,11 +8,14 @@ from pathlib import Path
 
 from mindformers_ckpt.engine.object_sink import Uploads
 from mindformers_ckpt.engine.pool import copy_tasks
+from mindformers_ckpt.engine.source_shares import Cuts
 from mindformers_ckpt.engine.tasks import Done, Task
 from mindformers_ckpt.execution.options import Options
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.planning.source_states import check_unchanged, states_of
 from mindformers_ckpt.progress import Progress
+
+_NO_CUTS: Cuts = {}
 
 
 def copy_into(
@@ -26,8 +29,12 @@ def copy_into(
     before: int = 0,
     report: Callable[[Done], None] = lambda done: None,
     proofs: bool = False,
+    cuts: Cuts = _NO_CUTS,
 ) -> None:
-    """Copy tasks into target files that are prepared, or into uploads; `report` is told each as it is done."""
+    """Copy tasks into target files that are prepared, or into uploads; `report` is told each as it is done.
+
+    `cuts` are those of the source, for fingerprints.
+    """
     total, written = before + sum(task.bytes_written for task in tasks), before
     copied = copy_tasks(
         plan,
@@ -37,7 +44,7 @@ def copy_into(
         hashes=options.hashes,
         proofs=proofs,
         drops=options.drop_cache,
-        fingerprints=options.fingerprints,
+        counted=cuts if options.fingerprints else None,
         may_fork=options.may_fork,
         check=check,
     )

@@ -59,7 +59,7 @@ class Report:
         bytes_read, bytes_written: bytes of tensors, `resumed_bytes` of the latter by an earlier run.
         seconds: how long it took.
         fingerprints: digests of the checkpoints in the result, by their folders (mostly "."), where they are asked for.
-        source_fingerprint: that of the source; "" where it was not asked for, or is not known from what was copied.
+        source_fingerprint: that of the source; "" where it was not asked for, or is not known from what was read.
         signature: what became of signatures: "made with …", "taken over from …" or "left behind: …"; "" without any.
         warnings: what the user should know of choices that were made.
     """

@@ -41,7 +41,7 @@ from mindformers_ckpt.publish.journal import Journal
 from mindformers_ckpt.publish.manifest import MANIFEST_FILE, is_whole, read_manifests
 from mindformers_ckpt.publish.results import check_addable, describe_result, partial_manifest_name
 from mindformers_ckpt.publish.signature import find_bundle, left_behind
-from mindformers_ckpt.publish.source_fingerprint import Origin
+from mindformers_ckpt.publish.source_fingerprint import Origin, cuts_of
 from mindformers_ckpt.publish.staging import Kind, Replace, Staging, check_free_space
 
 _PLAIN = Options()
@@ -180,6 +180,7 @@ class Run:
             before=self._resumed_bytes,
             report=self._finished,
             proofs=self.options.keep,
+            cuts=cuts_of(self.plan, self._origins or ()) if self.options.fingerprints else {},
         )
         check_unchanged(self._states)
 

@@ -62,10 +62,10 @@ _GAP = 16 * 1024
 _SPAN_LIMIT = 1024 * 1024
 
 
-def scan(path: Path, like: Header | None = None) -> Header:
+def scan(path: Path, *like: Header) -> Header:
     """Read the heads of all records; contents are hopped over.
 
-    Where they are, byte for byte, those of the header `like`, its tensors are those of this file, too, and
+    Where they are, byte for byte, those of one of `like`, its tensors are those of this file, too, and
     nothing is parsed: the files of a stage differ in their contents only.
 
     `dims` of none or [0] are a scalar; [0] with an empty content is a tensor of shape (0,). The shape of a
@@ -74,8 +74,9 @@ def scan(path: Path, like: Header | None = None) -> Header:
     """
     with open_to_read(path, scattered=True) as (handle, size), closing(Pieces(handle)) as pieces:
         scanner = _Scanner(path, pieces, size)
-        if like is not None and scanner.has_heads_of(like):
-            return Header(path, "ckpt", size, like.tensors, {}, scanner.trailer(), like.frames)
+        for other in like:
+            if scanner.has_heads_of(other):
+                return Header(path, "ckpt", size, other.tensors, {}, scanner.trailer(), other.frames)
         scanner.check_start()
         tensors = scanner.tensors()
         crc = scanner.trailer()

@@ -18,6 +18,7 @@ from mindformers_ckpt.formats.tensor_file import Header, read_header, scan
 _AT_ONCE = 8
 # Seconds that a file is waited for. Of a quick disk a file has many heads, each with a wait of its own.
 _WAIT = 0.05
+_WAIT_QUICK = 0.002  # of one that is looked at quickly
 # Heads at which a file is compared with one of its size that was read whole.
 _SAMPLES = 16
 
@@ -39,27 +40,27 @@ def read_headers(paths: Sequence[Path]) -> Generator[tuple[Path, Header | Format
 
 
 def look_quickly(paths: Sequence[Path]) -> Generator[tuple[Path, Header | FormatError], None, None]:
-    """As `read_headers`, but only the first file of each size is read whole; the others are compared with it.
+    """As `read_headers`, but files are compared at samples with others of their size, each of which was read whole.
 
     Of a `.ckpt` file 16 heads are compared, and where they are equal the header that is taken over `is_likely`.
     """
     states = dict(zip(paths, each(_state_of, paths)))
-    first = {(path.suffix, states[path][0]): path for path in reversed(paths)}
-    whole = dict(read_headers(list(first.values())))
+    whole: dict[tuple[str, int], list[tuple[Header, Header]]] = {}  # each with itself at samples
 
     def look(path: Path) -> Header:
         size, modified = states[path]
-        like = whole[first[path.suffix, size]]
-        if isinstance(like, FormatError):
-            return read_header(path)
-        samples = _sampled(like)
-        header = replace(scan(path, samples), modified=modified)
-        if header.tensors is not like.tensors or samples is like:
-            return header
-        return replace(header, frames=like.frames, is_likely=True)
+        known = whole.get((path.suffix, size), [])
+        header = replace(scan(path, *(samples for _, samples in known)), modified=modified)
+        like, samples = next((pair for pair in known if pair[0].tensors is header.tensors), (header, _sampled(header)))
+        # The next file is mostly like this one. An entry that another thread makes now may be lost: it is read again.
+        whole[path.suffix, size] = [(like, samples), *(pair for pair in known if pair[0] is not like)]
+        is_likely = like is not header and samples is not like
+        return replace(header, frames=like.frames, is_likely=True) if is_likely else header
 
-    others = [path for path in paths if path not in whole]
-    found = {**whole, **dict(zip(others, each(_or_error(look), others)))}
+    firsts = list({(path.suffix, states[path][0]): path for path in reversed(paths)}.values())
+    found = dict(zip(firsts, each(_or_error(look), firsts, at_once=_AT_ONCE, patience=_WAIT)))
+    others = [path for path in paths if path not in found]
+    found.update(zip(others, each(_or_error(look), others, patience=_WAIT_QUICK)))
     yield from ((path, found[path]) for path in paths)
 
 

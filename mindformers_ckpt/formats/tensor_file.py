@@ -124,24 +124,24 @@ def read_header(path: str | Path, like: Header | None = None) -> Header:
     known = _recent.get(path)
     if known is not None and known[0] == state:
         return known[1]
-    header = replace(scan(path, like), modified=status.st_mtime_ns)
+    header = replace(scan(path, *([] if like is None else [like])), modified=status.st_mtime_ns)
     for oldest in list(_recent)[: max(0, len(_recent) + 1 - _KEPT)]:  # a list, for there may be other threads
         _recent.pop(oldest, None)
     _recent[path] = state, header
     return header
 
 
-def scan(path: Path, like: Header | None = None) -> Header:
+def scan(path: Path, *like: Header) -> Header:
     """`read_header`, of the file as it is now and keeping nothing.
 
-    With `like` only as much is compared as that has of `frames`: who leaves some out of a header looks at samples.
+    Each of `like` is compared as far as it has `frames`: whoever leaves some out of a header looks at samples.
     """
     from mindformers_ckpt.formats import ckpt, safetensors
 
     if path.suffix == ".ckpt":
-        return ckpt.scan(path, like)
+        return ckpt.scan(path, *like)
     if path.suffix == ".safetensors":
-        return safetensors.scan(path, like)
+        return safetensors.scan(path, *like)
     from mindformers_ckpt.formats import distcp, torch_bin
 
     if path.suffix in torch_bin.SUFFIXES:

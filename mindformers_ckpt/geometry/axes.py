@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 
@@ -45,6 +45,26 @@ def runs(first: int, last: int, extents: tuple[int, ...], base: int = 0) -> Iter
         yield Run((head, *(0 for _ in rest)), (tail, *rest), base + head * inner, base + tail * inner)
     if high:
         yield from within(tail, 0, high)
+
+
+def strides_of(shape: Sequence[int]) -> list[int]:
+    """How far apart neighbours along each axis are in row-major order; the first is that of the whole."""
+    return [math.prod(shape[axis:]) for axis in range(len(shape) + 1)]
+
+
+def common_strides(strides: Iterable[int]) -> list[int]:
+    """The strides of a view whose axes make up those of all. Raises ValueError where there is none."""
+    found = sorted(set(strides), reverse=True)
+    for outer, inner in zip(found, found[1:]):
+        if outer % inner:
+            raise ValueError(f"its elements are taken in steps of {outer} on one side and {inner} on the other")
+    return found
+
+
+def extents_between(strides: Sequence[int], outer: int, inner: int) -> tuple[int, ...]:
+    """The extents of the axes between two strides."""
+    within = [stride for stride in strides if inner <= stride <= outer]
+    return tuple(first // second for first, second in zip(within, within[1:]))
 
 
 def axes_by_dimension(shape: Sequence[int], axes: Sequence[int]) -> list[tuple[int, ...]] | None:

@@ -13,7 +13,7 @@ from mindformers_ckpt.engine.reader import Read, ShardReader
 from mindformers_ckpt.engine.tasks import Task, blocks_of
 from mindformers_ckpt.engine.ways import Way, Ways
 from mindformers_ckpt.formats import Header, Segment
-from mindformers_ckpt.geometry.box import Box, offset_in
+from mindformers_ckpt.geometry.box import Box, blocks, offset_in
 from mindformers_ckpt.look.holders import ContentReader, first_difference
 from mindformers_ckpt.planning.model import SourceFile, Transfer
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # Where the bytes of a tensor of a target file are, and who is told: file, tensor, first byte that differs, how many do.
 Contents = Callable[[int, str], "tuple[Path, Sequence[Segment]]"]
 Note = Callable[[int, str, int, int], None]
+# Of columns: small enough that a block stays in the processor's cache until all that is made of it is compared.
+_BLOCK_BYTES = 2 << 20
 
 
 class _Step(NamedTuple):
@@ -52,14 +54,19 @@ class Comparer:
 
     def run(self, task: Task, check: Callable[[], None]) -> None:
         """Compare all blocks of a task; `check` is called between blocks and may raise to stop."""
-        steps = (
-            _Step(piece.transfer, self._ways.of(piece.transfer), block)
-            for piece in task.slices
-            for block in blocks_of(piece)
-        )
-        for step in self._reader.ahead(task.number, steps, None):
+        for step in self._reader.ahead(task.number, self._steps(task), None):
             check()
             (self._compare_rows if step.way.is_by_rows else self._compare_block)(*step)
+
+    def _steps(self, task: Task) -> Iterator[_Step]:
+        for piece in task.slices:
+            way = self._ways.of(piece.transfer)
+            for block in blocks_of(piece):
+                parts = (
+                    (block,) if way.is_by_rows else blocks(block, max(1, _BLOCK_BYTES // piece.transfer.dtype.itemsize))
+                )
+                for part in parts:
+                    yield _Step(piece.transfer, way, part)
 
     def close(self) -> None:
         """Close the files that were opened."""
@@ -89,17 +96,15 @@ class Comparer:
         """Compare what each target takes of a block with its file, where the block was read."""
         held = read_parts(self._reader, transfer, way.parts(block), self._scratch)
         itemsize, carrier = transfer.dtype.itemsize, transfer.dtype.carrier
-        for (box, _), files in way.takers.items():
-            part = box.intersect(block)
-            if part is None:
-                continue
+        for (box, _), files, part, copies in way.takes(block, False):
             start, length = offset_in(part, box) * itemsize, part.volume * itemsize
             for file in files:
                 there = self._there.read(*self._contents(file, transfer.name), start, length)
-                if not _are_equal(there.view(carrier).reshape(part.shape), part, held):
+                array = there.view(carrier).reshape(part.shape)
+                if not all(_are_equal(array[here], held[number][1][where]) for number, where, here in copies):
                     (expected,) = self._scratch.arrays("gathered", transfer.dtype, [part.shape])
-                    for given, wanted in _meetings(expected, part, held):
-                        given[...] = wanted
+                    for number, where, here in copies:
+                        expected[here] = held[number][1][where]
                     self._compare(file, transfer.name, start, there, expected.reshape(-1).view("u1"))
 
     def _compare(self, file: int, name: str, start: int, there: Array, expected: Array) -> None:
@@ -110,26 +115,15 @@ class Comparer:
             self._note(file, name, start + first, int(np.count_nonzero(there != expected)))
 
 
-def _meetings(array: Array, part: Box, held: Sequence[tuple[Box, Array]]) -> Iterator[tuple[Array, Array]]:
-    """What an array of a part and the sources have in common, as views of both."""
-    for box, content in held:
-        common = box.intersect(part)
-        if common is not None:
-            yield array[common.relative_to(part).slices()], content[common.relative_to(box).slices()]
-
-
-def _are_equal(there: Array, part: Box, held: Sequence[tuple[Box, Array]]) -> bool:
+def _are_equal(ours: Array, theirs: Array) -> bool:
     import numpy as np
 
-    for ours, theirs in _meetings(there, part, held):
-        if not ours.ndim:
-            ours, theirs = ours.reshape(1), theirs.reshape(1)
-        if ours.strides[-1] == theirs.strides[-1] == ours.itemsize:  # as words they are compared in a fraction of time
-            kind = np.uint64 if _is_of_words(ours) and _is_of_words(theirs) else np.uint8
-            ours, theirs = ours.view(kind), theirs.view(kind)
-        if not (ours == theirs).all():
-            return False
-    return True
+    if not ours.ndim:
+        ours, theirs = ours.reshape(1), theirs.reshape(1)
+    if ours.strides[-1] == theirs.strides[-1] == ours.itemsize:  # as words they are compared in a fraction of the time
+        kind = np.uint64 if _is_of_words(ours) and _is_of_words(theirs) else np.uint8
+        ours, theirs = ours.view(kind), theirs.view(kind)
+    return bool((ours == theirs).all())
 
 
 def _is_of_words(array: Array) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,10 @@ from mindformers_ckpt.look.arrays import numpy_type
 from mindformers_ckpt.look.blocks import WholeReader
 from mindformers_ckpt.look.comparing import Comparer
 from mindformers_ckpt.look.holders import first_difference
+from mindformers_ckpt.look.threads import in_threads
 from mindformers_ckpt.look.whole import checkpoint_at
 from mindformers_ckpt.objects.path import PathLike
-from mindformers_ckpt.planning.model import Place, SourceFile, Transfer
+from mindformers_ckpt.planning.model import Place, SourceFile, Transfer, once
 from mindformers_ckpt.progress import Progress
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.plausibility import check_contents
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
+Side = tuple[Checkpoint, Mapping[str, LogicalTensor]]
 # Elements that are computed with at a time: as double precision they stay in the cache.
 _STRIP = 64 << 10
 
@@ -124,19 +127,13 @@ def diff(
         *check_contents(second, second.tensors(), contents),
     ]
     common = sorted(ours.keys() & theirs.keys())
-    total, done = sum(ours[name].spec.nbytes for name in common), 0
+    done = _Done(sum(ours[name].spec.nbytes for name in common), progress)
+    others = _differing((first, ours), (second, theirs), common, done)
     found: list[TensorDiff] = []
-    with (
-        closing(WholeReader(first)) as one,
-        closing(WholeReader(second)) as other,
-        closing(_Bits(first, second)) as bits,
-    ):
-        for name in common:
-            if not bits.are_equal(name, ours[name], theirs[name]):
-                found.append(_compare(name, (one, ours[name]), (other, theirs[name])))
-            done += ours[name].spec.nbytes
-            if progress is not None:
-                progress(done, total)
+    with closing(WholeReader(first)) as one, closing(WholeReader(second)) as other:
+        for name in others:
+            found.append(_compare(name, (one, ours[name]), (other, theirs[name])))
+            done.add(ours[name])
     return Diff(
         tuple(sorted(ours.keys() - theirs.keys())),
         tuple(sorted(theirs.keys() - ours.keys())),
@@ -152,11 +149,45 @@ def _tensors(checkpoint: Checkpoint) -> Mapping[str, LogicalTensor]:
     return {name: tensor for name, tensor in checkpoint.whole_tensors().items() if tensor.spec.size}
 
 
+class _Done:
+    """How many bytes have been compared, by all threads."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total, self._progress = total, progress
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def add(self, tensor: LogicalTensor) -> None:
+        """A tensor is compared."""
+        with self._lock:
+            self._bytes += tensor.spec.nbytes
+            if self._progress is not None:
+                self._progress(self._bytes, self._total)
+
+
+def _differing(left: Side, right: Side, names: Sequence[str], done: _Done) -> list[str]:
+    """The tensors that are not the same on both sides, bit for bit, in order; `done` is told of the others."""
+    (first, ours), (second, theirs) = left, right
+    found: list[str] = []
+
+    def compare(taken: Iterator[str], check: Callable[[], None]) -> None:
+        with closing(_Bits(first, second, check)) as bits:
+            for name in taken:
+                if bits.are_equal(name, ours[name], theirs[name]):
+                    done.add(ours[name])
+                else:
+                    found.append(name)
+
+    in_threads(names, compare)
+    return sorted(found)
+
+
 class _Bits:
     """Finds out whether tensors of two checkpoints are the same, bit for bit."""
 
-    def __init__(self, left: Checkpoint, right: Checkpoint) -> None:
-        self._right = right
+    def __init__(self, left: Checkpoint, right: Checkpoint, check: Callable[[], None]) -> None:
+        """`check` is called between blocks, and may raise to stop."""
+        self._right, self._check = right, check
         self._shards: Sequence[Shard] = ()
         paths = list(dict.fromkeys(left.files.files))
         self._numbers = {path: number for number, path in enumerate(paths)}
@@ -164,20 +195,25 @@ class _Bits:
         files = [SourceFile(path, header.size) for path, header in zip(paths, headers.values())]
         self._comparer = Comparer(files, headers, self._content, self._note)
         self._differs = False
+        # Layers share their shards, and so the places of these, and what is found of them once (engine/ways.py).
+        self._sources, self._targets = once(self._sources_of), once(_targets_of)
 
     def are_equal(self, name: str, left: LogicalTensor, right: LogicalTensor) -> bool:
         """Whether both have the same type, shape and bits. Little is read beyond the first difference."""
         if (left.spec.dtype, left.spec.shape) != (right.spec.dtype, right.spec.shape):
             return False
         self._shards, self._differs = right.shards, False
-        sources = tuple(Place(self._numbers[shard.path], shard.box, shard.tensor) for shard in left.shards)
-        targets = tuple(Place(number, shard.box) for number, shard in enumerate(right.shards))
-        transfer = Transfer(name, left.spec.dtype, left.spec.shape, sources, targets)
+        transfer = Transfer(
+            name, left.spec.dtype, left.spec.shape, self._sources(left.shards), self._targets(right.shards)
+        )
         for task in tasks_of(transfer):
-            self._comparer.run(task, lambda: None)
+            self._comparer.run(task, self._check)
             if self._differs:
                 return False
         return True
+
+    def _sources_of(self, shards: Sequence[Shard]) -> tuple[Place, ...]:
+        return tuple(Place(self._numbers[shard.path], shard.box, shard.tensor) for shard in shards)
 
     def _content(self, number: int, name: str) -> tuple[Path, Sequence[Segment]]:
         shard = self._shards[number]
@@ -188,6 +224,10 @@ class _Bits:
 
     def close(self) -> None:
         self._comparer.close()
+
+
+def _targets_of(shards: Sequence[Shard]) -> tuple[Place, ...]:
+    return tuple(Place(number, shard.box) for number, shard in enumerate(shards))
 
 
 def _compare(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from mindformers_ckpt.engine.buffers import empty_bytes
 from mindformers_ckpt.engine.descriptors import Descriptors, file_ranges, fill
@@ -70,8 +72,18 @@ def first_difference(left: Bytes, right: Bytes) -> int | None:
     """The first place at which two contiguous runs of bytes of one length differ, None when they are equal."""
     import numpy as np
 
-    words = len(left) // 8 * 8  # as words they are compared in a fraction of the time
-    is_equal = (left[:words].view(np.uint64) == right[:words].view(np.uint64)).all()
-    if is_equal and (words == len(left) or (left[words:] == right[words:]).all()):
+    if len(left) == len(right) and _memcmp()(_address(left), _address(right), len(left)) == 0:
         return None
     return int(np.argmax(left != right))
+
+
+@lru_cache(maxsize=1)
+def _memcmp() -> Callable[[int, int, int], int]:
+    """That of the C library: numpy takes twice as long, and writes down for each element what it finds."""
+    function = ctypes.CDLL(None).memcmp
+    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_int
+    return cast("Callable[[int, int, int], int]", function)
+
+
+def _address(data: Bytes) -> int:
+    return int(data.__array_interface__["data"][0])

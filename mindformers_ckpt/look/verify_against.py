@@ -6,17 +6,16 @@ The plan that would make the result is gone through once more, and compared wher
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 from mindformers_ckpt.engine.descriptors import file_ranges
 from mindformers_ckpt.engine.tasks import Task, cut_into_tasks
-from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.formats import Header, Segment, TensorRecord
 from mindformers_ckpt.look.comparing import Comparer
+from mindformers_ckpt.look.threads import in_threads
 from mindformers_ckpt.look.verify_model import Difference, Verification
 from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.planning.model import Plan
@@ -116,7 +115,8 @@ class _Comparison:
     """What was found to differ so far, of all threads."""
 
     def __init__(self, plan: Plan, held: Mapping[int, Records]) -> None:
-        self.plan, self.held = plan, held
+        self.plan = plan
+        self._held = [held.get(target.rank, {}) for target in plan.targets]
         self._lock = threading.Lock()
         self._bytes: dict[tuple[int, str], int] = {}
         self._first: dict[tuple[int, str], int] = {}
@@ -133,16 +133,13 @@ class _Comparison:
 
     def content(self, file: int, name: str) -> tuple[Path, Sequence[Segment]]:
         """Where the bytes of a tensor of a target file are."""
-        path, record = self._record(file, name)
+        path, record = self._held[file][name]
         return path, record.segments
-
-    def _record(self, file: int, name: str) -> tuple[Path, TensorRecord]:
-        return self.held[self.plan.targets[file].rank][name]
 
     def differences(self) -> list[Difference]:
         found = []
         for file, name in sorted(self._first):
-            path, record = self._record(file, name)
+            path, record = self._held[file][name]
             start = self._first[file, name]
             offset = file_ranges(record.segments, start, 1)[0][0]
             what = f"{self._bytes[file, name]} of {record.spec.nbytes} bytes differ from the source"
@@ -152,27 +149,19 @@ class _Comparison:
 
 
 def _run(plan: Plan, headers: Mapping[int, Header], compared: _Comparison, progress: Progress | None) -> None:
-    """Run all tasks of a plan in two threads: while one waits for a read, the other compares."""
+    """Run all tasks of a plan, in several threads."""
     tasks = cut_into_tasks(plan)
     total, done = sum(task.bytes_written for task in tasks), 0
-    lock, stop = threading.Lock(), threading.Event()
+    lock = threading.Lock()
 
-    def check() -> None:
-        if stop.is_set():
-            raise TransferError("the work was stopped")
-
-    def run(share: Sequence[Task]) -> None:
+    def run(taken: Iterator[Task], check: Callable[[], None]) -> None:
         nonlocal done
         with closing(Comparer(plan.sources, headers, compared.content, compared.note)) as comparer:
-            for task in share:
+            for task in taken:
                 comparer.run(task, check)
                 with lock:
                     done += task.bytes_written
                     if progress is not None:
                         progress(done, total)
 
-    with ThreadPoolExecutor(2) as pool:
-        try:
-            list(pool.map(run, (tasks[::2], tasks[1::2])))
-        finally:
-            stop.set()
+    in_threads(tasks, run)

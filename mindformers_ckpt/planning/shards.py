@@ -42,6 +42,36 @@ def in_shard(place: Place, shape: Sequence[int], shard: Box) -> Iterator[Place]:
         yield place._replace(box=box, view=View(_flat(part.extents for part in choice), inner, view.order))
 
 
+def in_whole(box: Box, view: Sequence[int], shard: Box, shape: Sequence[int]) -> tuple[Box, tuple[int, ...]] | None:
+    """A box of a view of a shard, as a box of a view of the whole tensor (of `shape`), with the shape of that view.
+
+    Both boxes have the same elements in the same order. None where the axes of the view are no parts of the shard's
+    dimensions, or the shard begins or ends within one of them.
+    """
+    grouped = axes_by_dimension(shard.shape, view)
+    if grouped is None:
+        return None
+    extents: list[int] = []
+    start: list[int] = []
+    stop: list[int] = []
+    at = 0
+    for own, first, extent in zip(grouped, shard.start, shape):
+        inner = (box.start[at : at + len(own)], box.stop[at : at + len(own)])
+        at += len(own)
+        axis = next((number for number, size in enumerate(own) if size > 1), len(own) - 1)
+        if axis < 0:  # a single index, for which the view has no axis
+            own, inner, axis = (1,), ((0,), (1,)), 0
+        step = math.prod(own[axis + 1 :])
+        if extent % step or first % step:
+            return None
+        for number, (size, begin, end) in enumerate(zip(own, *inner)):
+            shift = first // step if number == axis else 0
+            extents.append(extent // step if number == axis else size)
+            start.append(begin + shift)
+            stop.append(end + shift)
+    return Box(tuple(start), tuple(stop)), tuple(extents)
+
+
 def _flat(values: Iterator[tuple[int, ...]]) -> tuple[int, ...]:
     return tuple(itertools.chain.from_iterable(values))
 

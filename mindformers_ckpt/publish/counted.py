@@ -38,6 +38,7 @@ class Counted(NamedTuple):
         of_all: bool,
     ) -> Counted:
         """What finished tasks counted; `shapes` and `origins` are those of `Run`, `of_all` if nothing is left aside."""
+        of_all = of_all and origins is None
         shares = itertools.chain.from_iterable(task.shares for task in done)
         result = describe_fingerprints(plan, shares, shapes, of_all=of_all)
         if origins is None:

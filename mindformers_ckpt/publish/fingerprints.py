@@ -12,6 +12,7 @@ from mindformers_ckpt.checksums.shares import checksum
 from mindformers_ckpt.engine.tasks import TensorShare
 from mindformers_ckpt.errors import PlanError, raise_problems
 from mindformers_ckpt.geometry.box import Box, covered_volume, hull
+from mindformers_ckpt.planning.computations import Constant
 from mindformers_ckpt.planning.model import Plan, Transfer
 
 KEY = "fingerprints"
@@ -39,13 +40,15 @@ def describe_fingerprints(
 ) -> dict[str, dict[str, Any]]:
     """What a manifest says of the fingerprints: folder of a checkpoint in the result ("." for all) -> fingerprint.
 
-    Where nothing is computed, renamed or left aside (`of_all`), `source_digest` says that the source has the same one.
-    `shapes` are those of target tensors whose transfers have another form (a view of them).
+    Where the source is only cut in another way, and all of it (`of_all`), `source_digest` is that of the source: the
+    same, but for counters that it keeps as text. `shapes` are those of target tensors whose transfers have another form
+    (a view of them).
     """
     found: dict[tuple[int, str], list[int]] = {}
     for file, name, share in shares:
         found.setdefault((file, name), []).append(share)
     folders: dict[str, list[TensorChecksum]] = {}
+    in_source: dict[str, list[TensorChecksum]] = {}
     changed: set[str] = set()
     for transfer in plan.transfers:
         file = transfer.targets[0].file
@@ -53,10 +56,17 @@ def describe_fingerprints(
         value = checksum(found[file, transfer.name], nbytes) if nbytes else 0
         shape = shapes.get(transfer.name) or _shape(plan, transfer)
         folder = folder_of(plan.targets[file].path)
-        folders.setdefault(folder, []).append(TensorChecksum(transfer.name, transfer.dtype.name, shape, value))
-        if any(not place.is_plain or place.tensor not in ("", transfer.name) for place in transfer.sources):
+        tensor = TensorChecksum(transfer.name, transfer.dtype.name, shape, value)
+        folders.setdefault(folder, []).append(tensor)
+        if all(isinstance(place.compute, Constant) for place in transfer.sources):
+            continue
+        in_source.setdefault(folder, []).append(tensor)
+        if not all(place.is_plain for place in transfer.sources):
             changed.add(folder)
-    return {folder: _as_json(tensors, of_all and folder not in changed) for folder, tensors in folders.items()}
+    return {
+        folder: _as_json(tensors, in_source.get(folder, []) if of_all and folder not in changed else None)
+        for folder, tensors in folders.items()
+    }
 
 
 def folder_of(path: str) -> str:
@@ -82,10 +92,9 @@ def _shape(plan: Plan, transfer: Transfer) -> tuple[int, ...]:
     return transfer.shape
 
 
-def _as_json(tensors: list[TensorChecksum], as_in_source: bool) -> dict[str, Any]:
-    digest = digest_of(tensors)
+def _as_json(tensors: list[TensorChecksum], in_source: list[TensorChecksum] | None) -> dict[str, Any]:
     return {
-        "digest": digest,
-        **({"source_digest": digest} if as_in_source else {}),
+        "digest": digest_of(tensors),
+        **({"source_digest": digest_of(in_source)} if in_source is not None else {}),
         "tensors": described(tensors),
     }

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from checkpoint2_files import write_checkpoint2
+from dcp_files import split, write_dcp
 from recorded import Tensor, random_bits, write_ranks, write_tensors
 
 import mindformers_ckpt as mc
@@ -16,6 +19,7 @@ from mindformers_ckpt.errors import ConfigError, PlanError
 from mindformers_ckpt.execution.options import Options, Report
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.layout import Layout
+from mindformers_ckpt.look.arrays import numpy_type
 from mindformers_ckpt.look.fingerprint import fingerprint
 from mindformers_ckpt.look.whole import checkpoint_at
 from mindformers_ckpt.planning.build import build_plan
@@ -46,7 +50,7 @@ STRATEGIES = {
 }
 
 
-def write_cut(root: Path, strategy: Strategy, tensors: dict[str, Tensor] = MODEL) -> Path:
+def write_cut(root: Path, strategy: Strategy, tensors: dict[str, Tensor] = MODEL, format: str = "ckpt") -> Path:
     """The files of a strategy, cut by its layouts; of complete weights a file."""
     if strategy.is_complete:
         return write_tensors(root / "whole.ckpt", tensors)
@@ -57,7 +61,7 @@ def write_cut(root: Path, strategy: Strategy, tensors: dict[str, Tensor] = MODEL
             name: tensors[name] if layout is None else tensors[name].part(layout.box(tensors[name].bits.shape, rank))
             for name, layout in layouts.items()
         }
-    return write_ranks(root, ranks)
+    return write_ranks(root, ranks, format)
 
 
 def run(source: str, target: str, folder: Path, **options: Any) -> tuple[Path, Report]:
@@ -88,6 +92,33 @@ def test_it_is_that_of_the_source_and_of_the_result(source: str, target: str, tm
     assert {name: told["crc64nvme"] for name, told in entry["tensors"].items()} == {
         tensor.name: tensor.hex for tensor in known.tensors
     }
+
+
+@pytest.mark.parametrize("target", ["ckpt", "safetensors", "checkpoint2"])
+@pytest.mark.parametrize("kind", ["ckpt", "safetensors", "checkpoint2", "dcp"])
+def test_it_is_that_of_the_source_in_every_format(kind: str, target: str, tmp_path: Path) -> None:
+    """Counters that a checkpoint 2.0 keeps as text are tensors of the result, and not of the source."""
+    model = {**{name: MODEL[name] for name in ("matrix", "cube", "norm")}, "adam_m.matrix": MODEL["matrix"]}
+    strategy: Strategy | None = STRATEGIES["columns"]
+    assert strategy is not None
+    if kind == "checkpoint2":
+        path, strategy = write_checkpoint2(tmp_path / "source", model, strategy), None
+    elif kind == "dcp":
+        arrays = {name: tensor.bits.view(numpy_type(tensor.dtype)) for name, tensor in model.items()}
+        boxes = {name: split(random.Random(7), array.shape, 6) for name, array in arrays.items()}
+        path, strategy = write_dcp(tmp_path / "source", arrays, boxes, ranks=3), None
+    else:
+        path = write_cut(tmp_path / "source", strategy, model, kind)
+    known = fingerprint(path, strategy, contents="off").digest
+    for number, cut in enumerate((None, STRATEGIES["both"])):
+        out = tmp_path / f"result {number}"
+        report = mc.transform(
+            path, out, src_strategy=strategy, dst_strategy=cut, format=target, contents="off", fingerprints=True
+        )
+        assert report.source_fingerprint == known
+        (file,) = out.rglob("manifest.json")
+        (entry,) = json.loads(file.read_bytes())["fingerprints"].values()
+        assert entry["source_digest"] == known
 
 
 def test_worker_processes_report_their_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
