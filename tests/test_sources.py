@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from recorded import Tensor, random_model, write_tensors
+from recorded import Tensor, random_model, touch, write_tensors
 
 from mindformers_ckpt.errors import FormatError, PlanError
 from mindformers_ckpt.sources.find import find_huggingface, find_mindspore, find_source, is_huggingface_folder
@@ -18,15 +18,6 @@ from mindformers_ckpt.sources.source import Kind, Source
 from mindformers_ckpt.sources.steps import Moment, SavedName, matching, parse
 
 CONFIG = json.dumps({"model_type": "llama"})
-
-
-def touch(root: Path, *names: str) -> Path:
-    """Files whose contents nobody looks at."""
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"x")
-    return root
 
 
 def names(source: Source) -> dict[int, list[str]]:

@@ -121,7 +121,7 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
 @click.option(
     "--save-format",
     "--format",
-    "save_format",
+    "format",
     type=OneOf(["ckpt", "safetensors", CHECKPOINT2]),
     help="Format of the result; checkpoint2 is MindFormers' own.  "
     "[default: safetensors if all source files are, else ckpt]",
@@ -132,22 +132,14 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
 @PROCESSES
 @making_options
 def command(
-    src_strategy: Path | None,
-    source: Path,
     destination: Path,
-    prefix: str,
-    adapter: Path | None,
-    model: str | None,
-    hf_config: Path | None,
-    dst_strategy: Path | None,
-    merged_strategy: Path | None,
-    save_format: str | None,
-    step: str | None,
-    allow_missing: bool,
-    contents: str,
+    lora_scaling: float | None,
+    alpha: float | None,
+    rank: int | None,
+    use_rslora: bool,
     processes: int,
     how: How,
-    **scaling: Any,
+    **asked: Any,
 ) -> None:
     """Fold LoRA branches into the weights: W + scaling · B · A, without LoRA parameters.
 
@@ -155,24 +147,13 @@ def command(
     merged into merged_ckpt_strategy.ckpt there, or that file. Without a pipeline any rank's file will do, and for
     complete weights it is left out.
     """
-    if merged_strategy is not None and (src_strategy is None or not src_strategy.is_dir()):
+    folder = asked["src_strategy"]
+    if asked["merged_strategy"] is not None and (folder is None or not folder.is_dir()):
         raise click.UsageError("--merged-strategy is for a folder as --src-ckpt-strategy; leave it out.")
-    request = MergeRequest(
-        source,
-        destination,
-        src_strategy,
-        dst_strategy,
-        adapter,
-        _scaling(**scaling),
-        model,
-        hf_config,
-        merged_strategy,
-        prefix,
-        save_format,
-        step,
-        allow_missing,
-        contents,
-    )
+    if lora_scaling is not None and (alpha is not None or rank is not None or use_rslora):
+        raise click.UsageError("--lora-scaling is the whole factor; leave out --alpha, --rank and --use-rslora.")
+    scaling = Scaling(lora_scaling, alpha, rank, use_rslora)
+    request = MergeRequest(destination=destination, scaling=scaling, **asked)
     merge = request.prepare(dry=how.dry_run)
     if how.dry_run:
         say_plan(merge.plan, destination, how)
@@ -189,12 +170,6 @@ def command(
             say(next_with_checkpoint2(report.destination))
         else:
             say(f"next, in the yaml: load_checkpoint: {_loaded(report.destination, merge.plan)}, use_lora: False")
-
-
-def _scaling(lora_scaling: float | None, alpha: float | None, rank: int | None, use_rslora: bool) -> Scaling:
-    if lora_scaling is not None and (alpha is not None or rank is not None or use_rslora):
-        raise click.UsageError("--lora-scaling is the whole factor; leave out --alpha, --rank and --use-rslora.")
-    return Scaling(lora_scaling, alpha, rank, use_rslora)
 
 
 def _loaded(destination: Path, plan: Plan) -> Path:

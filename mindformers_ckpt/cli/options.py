@@ -136,7 +136,7 @@ class Ranks(click.ParamType):  # type: ignore[type-arg]
         return tuple(sorted(ranks))
 
 
-def check_prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
+def _check_prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if "/" in value or "\0" in value:
         raise click.BadParameter("a prefix of file names cannot hold a /")
     return value
@@ -158,7 +158,7 @@ PREFIX = click.option(
     "--prefix",
     default=DEFAULT_PREFIX,
     show_default=True,
-    callback=check_prefix,
+    callback=_check_prefix,
     help="Target files are rank_<n>/<prefix><n>.ckpt.",
 )
 _REQUEST_OPTIONS = (

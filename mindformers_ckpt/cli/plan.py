@@ -96,16 +96,11 @@ def command(out: Path | None, overwrite_anything: bool, as_json: bool, **asked: 
     if as_json:
         say_json(asdict(summary))
         return
-    say_summary(summary, with_files=job.partial)
+    warn(summary.warnings)
+    for name, text in _lines(summary, with_files=job.partial):
+        say(f"{name + ':':<12} {text}")
     if out is not None:
         say(f"Written to {out}; run it with: mindformers-ckpt transform --plan {out}")
-
-
-def say_summary(summary: Summary, *, with_files: bool = False) -> None:
-    """Print a summary for people; with the names of the files that are read, as far as there are few."""
-    warn(summary.warnings)
-    for name, text in _lines(summary, with_files):
-        say(f"{name + ':':<12} {text}")
 
 
 def summarize(prepared: Prepared, processes: int) -> Summary:
@@ -181,7 +176,7 @@ def _one_sided(prepared: Prepared) -> list[str]:
     return [transfer.name for transfer in prepared.job.plan.transfers if transfer.name in in_one]
 
 
-def _lines(summary: Summary, with_files: bool) -> list[tuple[str, str]]:
+def _lines(summary: Summary, *, with_files: bool) -> list[tuple[str, str]]:
     """The summary for people: a name and a text a line."""
     details = [
         f"{len(names)} {what} ({shortened(names, 3)})"
