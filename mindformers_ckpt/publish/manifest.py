@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ckpt.errors import PublishError
+from mindformers_ckpt.publish.texts import with_checksum
 from mindformers_ckpt.text_files import MAX_OWN_BYTES, read_json_object, write_json
 
 MANIFEST_FILE = "manifest.json"
@@ -25,8 +26,8 @@ def read_manifests(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_manifest(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a manifest."""
-    write_json(path, content)
+    """Write a manifest, with a checksum of what it says."""
+    write_json(path, with_checksum(content))
 
 
 def is_result(folder: Path) -> bool:

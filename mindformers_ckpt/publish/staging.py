@@ -133,7 +133,7 @@ class Staging:
 
     def keep_only(self, paths: Collection[str]) -> None:
         """Remove what a run that died left beside the target files: companions, a manifest, temporary files."""
-        kept = {*(self.folder / path for path in paths), self._journal, self._lock.path}
+        kept = {*(self.folder / path for path in paths), *self.own_files}
         for path in self.folder.rglob("*"):
             if path not in kept and not files.is_real_folder(path):
                 path.unlink()
@@ -146,6 +146,11 @@ class Staging:
         except OSError as error:
             raise PublishError(f"{self._journal}: cannot be written: {error.strerror}") from error
         self.has_records = bool(text)
+
+    @property
+    def own_files(self) -> set[Path]:
+        """What is in the folder for the time of the run only."""
+        return {self._journal, self._lock.path}
 
     def publish(
         self,
