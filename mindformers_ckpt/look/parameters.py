@@ -126,7 +126,8 @@ def read_quickly(files: Sequence[Path]) -> tuple[dict[Path, Header], list[str]]:
             problems.append(f"{path}: cannot be read: {error.strerror}")
             continue
         headers[path] = header
-        known[key] = _sampled(header)
+        if key not in known or header.frames is not known[key].frames:
+            known[key] = _sampled(header)
     return headers, problems
 
 
