@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         StrategySaved,
         TransferError,
     )
-    from mindformers_ckpt.execution import Report
+    from mindformers_ckpt.execution.options import Report
     from mindformers_ckpt.geometry.layout import Layout
     from mindformers_ckpt.look.checkpoint import Checkpoint, Shard, Tensor, open_checkpoint
     from mindformers_ckpt.look.diff import Diff, TensorDiff, diff
@@ -96,7 +96,7 @@ _HOMES = {
         *("CheckpointError", "ClusterError", "ConfigError", "FormatError", "PlanError", "PublishError"),
         *("StrategyError", "StrategySaved", "TransferError"),
     ),
-    "execution": ("Report",),
+    "execution.options": ("Report",),
     "geometry.layout": ("Layout",),
     "look.checkpoint": ("Checkpoint", "Shard", "Tensor", "open_checkpoint"),
     "look.diff": ("Diff", "TensorDiff", "diff"),

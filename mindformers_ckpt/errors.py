@@ -15,7 +15,8 @@ Where one input has several faults they are collected and raised together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 
 from mindformers_ckpt.printable import printable, shortened
 
@@ -69,6 +70,21 @@ def describe_problems(headline: str, problems: Iterable[str], limit: int = 20) -
     if len(lines) > limit:
         shown.append(f"  … and {len(lines) - limit} more")
     return "\n".join([headline, *shown])
+
+
+@contextmanager
+def system_errors(kind: type[CheckpointError], what: str) -> Iterator[None]:
+    """Raise an error of this kind in the place of one of the system: what failed, and why by the system's words."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what}: {error.strerror}") from error
+
+
+def raise_problems(kind: type[CheckpointError], headline: str, problems: Collection[str]) -> None:
+    """Raise an error that lists the faults of one input; do nothing where there are none."""
+    if problems:
+        raise kind(describe_problems(headline, problems))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

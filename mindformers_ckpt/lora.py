@@ -13,15 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.errors import PlanError, describe_problems, raise_problems
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.lora_names import factor_name, is_adapter_name, is_dora_name, original_name, original_names
 from mindformers_ckpt.lora_scaling import Scaling
 from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.planning.computations import Factor, Merge, Piece
-from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan, SourceFile
-from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor, Shard
+from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Numbers, Plan, SourceFile
+from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.sources.shards import LogicalTensor, Shard
 from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.words import counted, shortened
 
 _TYPES = ("float16", "bfloat16", "float32")
 
@@ -117,8 +119,7 @@ def find_adapters(names: Iterable[str], origin: Path) -> Adapters:
             branches.append(Branch(module, up[0], down[0]))
         else:
             problems.append(f"{(down + up)[0]}: its partner, the factor {'A' if up else 'B'}, is not there")
-    if problems:
-        raise PlanError(describe_problems(f"{origin}: LoRA parameters cannot be merged", problems))
+    raise_problems(PlanError, f"{origin}: LoRA parameters cannot be merged", problems)
     return Adapters(tuple(branches), frozenset(states.union(factors)))
 
 
@@ -147,7 +148,8 @@ def weights_of(tensors: Mapping[str, LogicalTensor], adapters: Collection[str], 
         raise PlanError(describe_problems(headline, problems))
     warnings: tuple[str, ...] = ()
     if found.replaced:
-        warnings = (f"trained copies (modules_to_save) are taken instead of the originals: {_some(found.replaced)}",)
+        copies = shortened(found.replaced, 20)
+        warnings = (f"trained copies (modules_to_save) are taken instead of the originals: {copies}",)
     return Weights({plain: tensors[name] for plain, name in found.names.items()}, warnings)
 
 
@@ -187,7 +189,8 @@ def plan_merge(
     folds = _fit(found.branches, weights.tensors, factors, scaling, locator(weights.tensors), origin)
     plan = _base_plan(source, weights, target, prefix, format)
     plan = replace(plan, warnings=(*plan.warnings, *warnings, *notes))
-    return MergePlan(_with_branches(plan, folds), tuple(_merged_branches(folds)))
+    branches = sorted(branch for fold in folds.values() for branch in fold.branches)
+    return MergePlan(_with_branches(plan, folds), tuple(branches))
 
 
 def _check_alone(own: Adapters, source: Checkpoint, adapter: Path) -> None:
@@ -201,7 +204,7 @@ def _check_alone(own: Adapters, source: Checkpoint, adapter: Path) -> None:
 def _resolved(scaling: Scaling, branches: Sequence[Branch], origin: Path) -> tuple[Scaling, tuple[str, ...]]:
     """The scaling by modules. Raises PlanError once for all branches when nothing tells it."""
     if not scaling.is_known:
-        count = f"{len(branches)} LoRA {'branch' if len(branches) == 1 else 'branches'}"
+        count = counted(len(branches), "LoRA branch", "LoRA branches")
         raise PlanError(
             f"{origin}: the scaling of its {count} is not known; give --lora_scaling (lora_alpha / lora_rank of the "
             "training, like 16/8), or --alpha"
@@ -234,17 +237,12 @@ def _base_plan(source: Checkpoint, weights: Weights, target: Strategy, prefix: s
 def _leftovers(others: Mapping[str, LogicalTensor], base: Collection[str], origin: Path) -> tuple[str, ...]:
     """Refuse weights of an adapter that are no LoRA parameters; warn of single numbers, like the training step."""
     trained = sorted(name for name, tensor in others.items() if original_name(name) in base or tensor.spec.size > 1)
-    if trained:
-        headline = (
-            f"{origin} holds trained parameters besides LoRA branches, which cannot be merged; merge it with PEFT, or "
-            "where it was trained"
-        )
-        raise PlanError(describe_problems(headline, trained))
-    return (f"{origin}: not used: {_some(sorted(others))}",) if others else ()
-
-
-def _some(names: Sequence[str], limit: int = 20) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    headline = (
+        f"{origin} holds trained parameters besides LoRA branches, which cannot be merged; merge it with PEFT, or "
+        "where it was trained"
+    )
+    raise_problems(PlanError, headline, trained)
+    return (f"{origin}: not used: {shortened(sorted(others), 20)}",) if others else ()
 
 
 class _Fold(NamedTuple):
@@ -293,13 +291,9 @@ def _by_cause(problems: Mapping[str, Sequence[str]]) -> list[str]:
     """A line for every cause, with the branches that have it."""
     shown = max(1, 10 // len(problems))  # of a branch two names are said
     return [
-        f"{branches[0]}: {cause}" if len(branches) == 1 else f"{cause}: {_some(branches, shown)}"
+        f"{branches[0]}: {cause}" if len(branches) == 1 else f"{cause}: {shortened(branches, shown)}"
         for cause, branches in problems.items()
     ]
-
-
-def _merged_branches(folds: Mapping[str, _Fold]) -> list[MergedBranch]:
-    return sorted(branch for fold in folds.values() for branch in fold.branches)
 
 
 def _check_shapes(spot: Spot, weight: LogicalTensor | None, up: LogicalTensor, down: LogicalTensor) -> None:
@@ -351,7 +345,7 @@ def _without_adapters(target: Strategy, in_file: Mapping[str, str]) -> Strategy:
 
 def _with_branches(plan: Plan, folds: Mapping[str, _Fold]) -> Plan:
     """The plan with the branches added to the source places of their weights."""
-    files = {file.path: number for number, file in enumerate(plan.sources)}
+    files = Numbers({file.path: number for number, file in enumerate(plan.sources)})
     transfers = []
     for transfer in plan.transfers:
         fold = folds.get(transfer.name)
@@ -365,7 +359,7 @@ def _with_branches(plan: Plan, folds: Mapping[str, _Fold]) -> Plan:
     return replace(plan, sources=tuple(sizes), transfers=tuple(transfers))
 
 
-def _up(fold: _Fold, rows: int, files: dict[Path, int]) -> Factor:
+def _up(fold: _Fold, rows: int, files: Numbers[Path]) -> Factor:
     """The factor B of a weight: the branches' own side by side, zero in the rows of other modules."""
     pieces: list[Piece] = []
     rank = 0
@@ -381,7 +375,7 @@ def _up(fold: _Fold, rows: int, files: dict[Path, int]) -> Factor:
     return Factor(fold.ups[0].spec.dtype, (rows, rank), (*(fold.spots[0].view or (rows,)), rank), tuple(pieces))
 
 
-def _down(fold: _Fold, columns: int, files: dict[Path, int]) -> Factor:
+def _down(fold: _Fold, columns: int, files: Numbers[Path]) -> Factor:
     """The factor A of a weight: the branches' own, one below the other."""
     pieces: list[Piece] = []
     rank = 0
@@ -393,6 +387,6 @@ def _down(fold: _Fold, columns: int, files: dict[Path, int]) -> Factor:
     return Factor(fold.downs[0].spec.dtype, (rank, columns), (rank, columns), tuple(pieces))
 
 
-def _piece(shard: Shard, tensor: LogicalTensor, box: Box, files: dict[Path, int]) -> Piece:
+def _piece(shard: Shard, tensor: LogicalTensor, box: Box, files: Numbers[Path]) -> Piece:
     """A shard as a box of a factor. A file that the plan does not have yet is put at the end."""
-    return Piece(files.setdefault(shard.path, len(files)), shard.tensor or tensor.spec.name, box)
+    return Piece(files[shard.path], shard.tensor or tensor.spec.name, box)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from mindformers_ckpt.errors import ConfigError, describe_problems
+from mindformers_ckpt.errors import ConfigError, raise_problems
 from mindformers_ckpt.lora_names import original_name
 from mindformers_ckpt.patterns import match_patterns
 
@@ -68,8 +68,7 @@ class Scaling:
         if self.rank is not None:
             faults["the rank"] = rank_fault(self.rank)
         problems = [f"{name} {fault}" for name, fault in faults.items() if fault is not None]
-        if problems:
-            raise ConfigError(describe_problems(f"{self.origin}: not a scaling of LoRA", problems))
+        raise_problems(ConfigError, f"{self.origin}: not a scaling of LoRA", problems)
 
     @property
     def is_known(self) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mindformers_ckpt.errors import ConfigError, describe_problems
+from mindformers_ckpt.errors import ConfigError, raise_problems
 from mindformers_ckpt.lora_scaling import Scaling, number_fault, rank_fault
 from mindformers_ckpt.text_files import read_json_object
 
@@ -36,8 +36,7 @@ def read_settings(path: Path) -> Scaling:
     """
     values = read_json_object(path, ConfigError, infinite=True)  # numbers are checked one by one, by name
     problems = [*_unsupported(values), *_unfit_numbers(values)]
-    if problems:
-        raise ConfigError(describe_problems(f"{path}: the adapter cannot be merged", problems))
+    raise_problems(ConfigError, f"{path}: the adapter cannot be merged", problems)
     return Scaling(
         alpha=values.get("lora_alpha"),
         rank=values.get("r"),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+Progress = Callable[[int, int], None]  # is told the bytes done, and those in all
+
 _SECONDS_BETWEEN_LINES = 5.0
 
 
-def lines_of(what: str, say: Callable[[str], None], *, last_too: bool = False) -> Callable[[int, int], None]:
+def lines_of(what: str, say: Callable[[str], None], *, last_too: bool = False) -> Progress:
     """A callback for (bytes done, bytes in all) that says a line every few seconds, and `last_too` at the end."""
     started = last = time.monotonic()
 

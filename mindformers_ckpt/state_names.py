@@ -6,6 +6,8 @@ import re
 from collections.abc import Container, Iterable
 from typing import NamedTuple
 
+from mindformers_ckpt.words import shortened
+
 # What the checkpoint callbacks of MindSpore and MindFormers, and their optimizers, save beside the weights.
 COUNTERS = frozenset(
     {
@@ -65,7 +67,7 @@ class States(NamedTuple):
             (self.counters, "counters", self.counters),
             (self.buffers, "buffers", endings),
         )
-        return ", ".join(f"{len(names)} {kind} ({_shortened(shown)})" for names, kind, shown in kinds if names)
+        return ", ".join(f"{len(names)} {kind} ({shortened(shown, 8)})" for names, kind, shown in kinds if names)
 
     def __bool__(self) -> bool:
         return any(self)
@@ -118,8 +120,3 @@ def _words(name: str) -> str:
         return f"*.{match[1]}"
     match = _STATE.fullmatch(name)
     return f"{match[1] if match else name}.*"
-
-
-def _shortened(names: list[str], limit: int = 8) -> str:
-    listed = ", ".join(names[:limit])
-    return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"

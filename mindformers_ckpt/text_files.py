@@ -51,10 +51,8 @@ def read_json(path: Path, error: type[CheckpointError], *, limit: int = MAX_BYTE
     try:
         most_parts = MAX_PARTS if limit <= MAX_BYTES else None
         return parse_json(read_regular(path, limit), infinite=infinite, most_parts=most_parts)
-    except OSError as cause:
-        raise error(f"{path} cannot be read: {cause.strerror or cause}") from cause
-    except ValueError as cause:
-        raise error(f"{path} cannot be read: {cause}") from cause
+    except (OSError, ValueError) as cause:
+        raise error(f"{path} cannot be read: {_reason(cause)}") from cause
 
 
 def read_json_object(
@@ -71,10 +69,8 @@ def read_yaml_mapping(path: Path, error: type[CheckpointError]) -> dict[Any, Any
     """Read a yaml file that must hold a mapping, an empty one for an empty file. Raises `error`."""
     try:
         content = parse_yaml(read_regular(path, MAX_YAML_BYTES))
-    except OSError as cause:
-        raise error(f"{path}: the configuration cannot be read: {cause.strerror or cause}") from cause
-    except ValueError as cause:
-        raise error(f"{path}: the configuration cannot be read: {cause}") from cause
+    except (OSError, ValueError) as cause:
+        raise error(f"{path}: the configuration cannot be read: {_reason(cause)}") from cause
     if not isinstance(content, (dict, type(None))):
         raise error(f"{path}: a mapping of keys was expected, not {type(content).__name__}")
     return content or {}
@@ -234,6 +230,10 @@ def _check_unicode(value: Any) -> None:
         json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         raise ValueError("a text in it is not Unicode: an escape is half of a surrogate pair") from None
+
+
+def _reason(error: Exception) -> object:
+    return error.strerror or error if isinstance(error, OSError) else error
 
 
 def _kind(value: Any) -> str:

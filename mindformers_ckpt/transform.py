@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindformers_ckpt.execution import Options, Progress, Report, Run
+from mindformers_ckpt.execution.options import Options, Report
+from mindformers_ckpt.execution.run import Run
 from mindformers_ckpt.objects.path import ObjectPath, absolute
 from mindformers_ckpt.planning.model import Plan
+from mindformers_ckpt.progress import Progress
 from mindformers_ckpt.publish.source_fingerprint import Origin
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ There is one conftest.py: several would be modules of one name, which a type che
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -36,7 +37,9 @@ settings.register_profile(
 )
 # Many examples, for a night: pytest --hypothesis-profile=thorough tests/test_sources_properties.py
 settings.register_profile("thorough", settings.get_profile("mindformers_ckpt"), max_examples=5000)
-settings.load_profile("mindformers_ckpt")
+# Each example takes several times as long where it is measured which lines it executes (tools/coverage.sh).
+settings.register_profile("coverage", settings.get_profile("mindformers_ckpt"), max_examples=15)
+settings.load_profile("coverage" if os.environ.get("COVERAGE") else "mindformers_ckpt")
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from mindformers_ckpt.geometry.box import (
     blocks,
     covered_volume,
     hull,
-    is_one_run,
     meets,
     offset_in,
     run_length,
@@ -61,7 +60,7 @@ def test_a_scalar_is_the_box_of_no_dimensions() -> None:
     assert list(blocks(scalar, 1)) == [scalar]
     assert block_count(scalar, 1) == 1
     assert offset_in(scalar, scalar) == 0
-    assert is_one_run((), ())
+    assert run_length((), ()) == 1
     assert str(scalar) == "[]"
 
 
@@ -151,7 +150,7 @@ def test_runs_and_offsets_are_those_of_row_major_order(case: tuple[tuple[int, ..
     outer = hull([box, other])
     numbers = positions(box, outer)
     assert offset_in(box, outer) == numbers[0]
-    assert is_one_run(box.shape, outer.shape) == is_run(numbers)
+    assert (run_length(box.shape, outer.shape) == box.volume) == is_run(numbers)
     length = run_length(box.shape, outer.shape)
     assert len(numbers) % length == 0
     assert all(is_run(numbers[first : first + length]) for first in range(0, len(numbers), length))

@@ -249,3 +249,16 @@ def test_ranks_without_files_are_left_aside_where_replicas_hold_everything(tmp_p
     (tmp_path / "rank_1/gpt_rank_1-1_20.ckpt").unlink()
     with pytest.raises(PlanError, match=r"(?s)rank_1: no checkpoint file in .*rank_2: .*rank_3: its last file"):
         opened(tmp_path, strategy).tensors()
+
+
+def test_ranks_without_a_folder_are_said_where_replicas_hold_everything(tmp_path: Path) -> None:
+    """A copy that lacks folders of ranks is used, and not in silence."""
+    strategy = Strategy.of_stages(({"w": Layout((2, 2), ((0,), ()))},), "dp2mp2")
+    for rank, tensors in shards(strategy, {"w": MODEL["w"]}).items():
+        if rank not in (0, 3):
+            write_tensors(tmp_path / f"rank_{rank}/x.ckpt", tensors)
+    (warning,) = opened(tmp_path, strategy).warnings
+    assert "ranks 0, 3 of the strategy have no folder" in warning
+    for rank in (0, 3):
+        write_tensors(tmp_path / f"rank_{rank}/x.ckpt", shards(strategy, {"w": MODEL["w"]})[rank])
+    assert opened(tmp_path, strategy).warnings == ()

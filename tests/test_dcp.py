@@ -39,7 +39,8 @@ from hypothesis import strategies as st
 import mindformers_ckpt as mc
 from mindformers_ckpt.cli.main import cli
 from mindformers_ckpt.convert.model import models
-from mindformers_ckpt.convert.run import Request, convert
+from mindformers_ckpt.convert.request import Request
+from mindformers_ckpt.convert.run import convert
 from mindformers_ckpt.errors import CheckpointError, FormatError, PlanError
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name

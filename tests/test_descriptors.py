@@ -15,7 +15,7 @@ from test_execute import parts, plan_from
 from mindformers_ckpt.engine import descriptors, tasks
 from mindformers_ckpt.engine.descriptors import Descriptors
 from mindformers_ckpt.errors import TransferError
-from mindformers_ckpt.execution import Options
+from mindformers_ckpt.execution.options import Options
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.objects.reading import Handle
 from mindformers_ckpt.strategy.model import Strategy

@@ -21,14 +21,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded import Tensor, assert_ranks, random_bits, random_model, read_ranks, write_ranks, write_tensors
 
-from mindformers_ckpt.convert.output import NAME_MAP_FILE, write_name_map
+from mindformers_ckpt.convert.output import write_name_map
 from mindformers_ckpt.engine import ahead, descriptors, sinks, tasks, views, ways
 from mindformers_ckpt.engine.copier import Copier
 from mindformers_ckpt.engine.pool import copy_tasks
 from mindformers_ckpt.engine.sinks import FileSink
 from mindformers_ckpt.engine.tasks import Done, Task, cut_into_tasks
 from mindformers_ckpt.errors import CheckpointError, TransferError
-from mindformers_ckpt.execution import Options, Run, run
+from mindformers_ckpt.execution import run
+from mindformers_ckpt.execution.options import Options
+from mindformers_ckpt.execution.run import Run
 from mindformers_ckpt.formats import TensorSpec, layout_file
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box
@@ -37,6 +39,7 @@ from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.planning.model import Place, Plan, Transfer
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
+from mindformers_ckpt.sources.index import NAME_MAP_FILE
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import transform
 
@@ -179,10 +182,10 @@ def test_hashes_are_those_of_the_written_tensors(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(tasks, "BLOCK_BYTES", 64)
     model = random_model({"w": (16, 8), "v": (8, 16), "step": ()})
     plan = plan_from(write_ranks(tmp_path / "source", parts(MP4, model)), MP4, MP2)
-    from mindformers_ckpt.publish import read_manifest
+    from mindformers_ckpt.publish.manifest import read_manifests
 
     transform(plan, tmp_path / "result", Options(hashes=True))
-    manifest = read_manifest(tmp_path / "result")
+    manifest = read_manifests(tmp_path / "result").get("manifest.json")
     assert manifest is not None
     (tmp_path / "result" / "manifest.json").unlink()
     for entry in manifest["files"]:
@@ -578,7 +581,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_execute import MP2, MP4, plan_from
 from mindformers_ckpt.engine import tasks
-from mindformers_ckpt.execution import Options
+from mindformers_ckpt.execution.options import Options
 from mindformers_ckpt.transform import transform
 tasks._SMALLEST_TASK = 1
 if __name__ == "__main__":

@@ -246,7 +246,8 @@ def test_the_rank_that_is_named_is_the_one_that_is_read(tmp_path: Path) -> None:
 
     root = write_ranks(tmp_path / "source", {r: {n: tensor(a) for n, a in held(r).items()} for r in (1, 2, 3)})
     plan = build_plan(opened(root, given), WHOLE)
-    (warning,) = plan.warnings
+    lost, warning = plan.warnings
+    assert lost.endswith("ranks 0 of the strategy have no folder; what is needed of theirs is taken from the others")
     assert "norm.1 (ranks 2 and 3: " in warning
     assert "step (ranks 1 and 3: 1 and 3)" in warning or "step (ranks 1 and 2: 1 and 2)" in warning
     assert "norm.0" not in warning

@@ -16,11 +16,15 @@ from mindformers_ckpt.disk import files
 from mindformers_ckpt.engine import tasks
 from mindformers_ckpt.engine.copier import Copier
 from mindformers_ckpt.errors import PlanError, PublishError, TransferError
-from mindformers_ckpt.execution import Options, Run
+from mindformers_ckpt.execution.options import Options
+from mindformers_ckpt.execution.run import Run
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.planning.model import Plan
-from mindformers_ckpt.publish import MANIFEST_FILE, Staging, find_strays, read_manifest, read_manifests, recover
+from mindformers_ckpt.publish.manifest import MANIFEST_FILE, read_manifests
+from mindformers_ckpt.publish.replace import recover
+from mindformers_ckpt.publish.staging import Staging
+from mindformers_ckpt.publish.strays import find_strays
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.model import Strategy
@@ -67,7 +71,7 @@ def siblings(destination: Path) -> set[str]:
 
 
 def assert_result(destination: Path, ranks: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Any]:
-    manifest = read_manifest(destination)
+    manifest = read_manifests(destination).get("manifest.json")
     assert manifest is not None
     assert {path.name for path in destination.iterdir()} == {MANIFEST_FILE, *(f"rank_{rank}" for rank in ranks)}
     moved = (destination / MANIFEST_FILE).rename(destination.parent / "moved")
@@ -107,11 +111,11 @@ def test_incumbent_finding_15_no_ranks_of_an_old_run_are_left(source: Checkpoint
 
 def test_incumbent_finding_8_crc_on_request(plan: Plan, destination: Path) -> None:
     """MindSpore drops the checksum of its sources, and never looks at it."""
-    from mindformers_ckpt.formats import ckpt, read_header
+    from mindformers_ckpt.formats import ckpt_crc, read_header
 
     transform(plan, destination, Options(crc=True))
     for target in plan.targets:
-        ckpt.verify_crc(read_header(destination / target.path))
+        ckpt_crc.verify_crc(read_header(destination / target.path))
     assert_result(destination, slices(2))
 
 
@@ -302,7 +306,10 @@ def test_resume(
     assert 0 < report.resumed_bytes < plan.bytes_written
     for target in plan.targets:
         assert (destination / target.path).read_bytes() == (destination.with_name("direct") / target.path).read_bytes()
-    manifest, direct = read_manifest(destination), read_manifest(destination.with_name("direct"))
+    manifest, direct = (
+        read_manifests(destination).get("manifest.json"),
+        read_manifests(destination.with_name("direct")).get("manifest.json"),
+    )
     assert manifest is not None
     assert direct is not None
     assert manifest["files"] == direct["files"]
@@ -528,11 +535,11 @@ def test_synchronised_results(plan: Plan, destination: Path, monkeypatch: pytest
 
 
 def test_no_manifest_is_no_result(tmp_path: Path) -> None:
-    assert read_manifest(tmp_path) is None
+    assert read_manifests(tmp_path).get("manifest.json") is None
     (tmp_path / MANIFEST_FILE).write_text("{")
-    assert read_manifest(tmp_path) is None
+    assert read_manifests(tmp_path).get("manifest.json") is None
     (tmp_path / MANIFEST_FILE).write_text('{"plan": "x"}')
-    assert read_manifest(tmp_path) == {"plan": "x"}
+    assert read_manifests(tmp_path).get("manifest.json") == {"plan": "x"}
 
 
 def test_a_parent_that_cannot_be_made(tmp_path: Path) -> None:

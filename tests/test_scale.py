@@ -22,7 +22,7 @@ from mindformers_ckpt.planning.build import rank_targets
 from mindformers_ckpt.planning.digest import digest_of
 from mindformers_ckpt.planning.model import Place, Plan, SourceFile, Transfer, once
 from mindformers_ckpt.planning.places import Places
-from mindformers_ckpt.sources.checkpoint import LogicalTensor, Shard
+from mindformers_ckpt.sources.shards import LogicalTensor, Shard
 from mindformers_ckpt.strategy.model import Strategy
 
 SHAPE = (4096, 64)

@@ -27,13 +27,13 @@ from mindformers_ckpt.engine import ahead, descriptors, into_memory, sinks, task
 from mindformers_ckpt.engine.ahead import Ahead, Extent, Fetcher, merged
 from mindformers_ckpt.engine.sinks import FileSink
 from mindformers_ckpt.errors import FormatError, TransferError
-from mindformers_ckpt.execution import Options
+from mindformers_ckpt.execution.options import Options
 from mindformers_ckpt.formats import ckpt, guesses, layout_file
 from mindformers_ckpt.formats.ckpt import scan
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.formats.tensor_file import TensorSpec
 from mindformers_ckpt.geometry.layout import Layout
-from mindformers_ckpt.job.cluster.cluster import RankError
+from mindformers_ckpt.job.cluster.rendezvous import RankError
 from mindformers_ckpt.job.direct import read_direct
 from mindformers_ckpt.objects.reading import Handle
 from mindformers_ckpt.planning.model import Plan, TargetFile

@@ -24,7 +24,7 @@ from mindformers_ckpt.strategy.files import (
     write_strategy,
 )
 from mindformers_ckpt.strategy.model import Strategy
-from mindformers_ckpt.strategy.schema import strategy_map_class
+from mindformers_ckpt.strategy.schema import read_layouts, strategy_map_class, unread_map_class
 
 DP2MP2 = Layout((2, 2), ((0,), ()))
 LAYOUTS = {"w": DP2MP2, "b": Layout((2, 2), ((),))}
@@ -301,6 +301,46 @@ def test_the_shape_of_a_slice_is_no_uneven_split(tmp_path: Path) -> None:
     path = tmp_path / "strategy.ckpt"
     path.write_bytes(message_bytes(LAYOUTS, record_shapes, tmp_path))
     assert read_strategy(path).stages == (LAYOUTS,)
+
+
+def in_parts(data: bytes, cut: int) -> bytes:
+    """A strategy file whose layouts are written in two parts, after so many of their fields, which protobuf joins."""
+    message = unread_map_class()()
+    message.ParseFromString(data)
+    for item in message.parallel_layout_item:
+        (whole,) = item.parallel_layouts
+        layouts = read_layouts([whole])
+        first = type(layouts)()
+        for field, value in layouts.ListFields()[:cut]:
+            if isinstance(value, int):
+                setattr(first, field.name, value)
+            else:
+                getattr(first, field.name).extend(value)
+            layouts.ClearField(field.name)
+        del item.parallel_layouts[:]
+        item.parallel_layouts.extend(part.SerializePartialToString() for part in (first, layouts))
+    return bytes(message.SerializeToString())
+
+
+@pytest.mark.parametrize("cut", range(8))
+def test_a_layout_in_two_parts(cut: int, tmp_path: Path) -> None:
+    path = tmp_path / "strategy.ckpt"
+    data = in_parts(message_bytes(LAYOUTS, lambda message: None, tmp_path), cut)
+    path.write_bytes(data)
+    assert read_strategy(path).stages == (LAYOUTS,)
+    oracle = strategy_map_class()()
+    oracle.ParseFromString(data)
+    assert [len(item.parallel_layouts.dev_matrix) for item in oracle.parallel_layout_item] == [1] * len(LAYOUTS)
+
+
+def test_a_damaged_layout_before_a_sound_one(tmp_path: Path) -> None:
+    message = unread_map_class()()
+    message.ParseFromString(message_bytes(LAYOUTS, lambda message: None, tmp_path))
+    message.parallel_layout_item[0].parallel_layouts.insert(0, b"\x0a\x02op\x12\x02\x12\x1b")
+    path = tmp_path / "strategy.ckpt"
+    path.write_bytes(message.SerializeToString())
+    with pytest.raises(StrategyError, match="is not a strategy file"):
+        read_strategy(path)
 
 
 def test_a_parameter_that_stands_twice(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.lora_settings import read_settings
 from mindformers_ckpt.planning.file import read_plan
-from mindformers_ckpt.publish import read_manifest
+from mindformers_ckpt.publish.manifest import read_manifests
 from mindformers_ckpt.sources.find import find_source, is_huggingface_folder
 from mindformers_ckpt.strategy.files import read_strategy
 from mindformers_ckpt.text_files import (
@@ -290,7 +290,7 @@ def test_every_reader_has_one_typed_error(
 @pytest.mark.parametrize("data", [data for data, _ in BAD_JSON.values()], ids=BAD_JSON)
 def test_a_manifest_that_cannot_be_read_is_none(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(data)
-    assert read_manifest(tmp_path) is None
+    assert read_manifests(tmp_path).get("manifest.json") is None
 
 
 def test_a_deep_config_is_no_huggingface_folder(tmp_path: Path) -> None:

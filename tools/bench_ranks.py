@@ -1,8 +1,8 @@
 """How a rank of a job starts on a source of many rank files (tools/bench_storage.py --ranks N).
 
-Eight ranks of a job, each on a node of its own: a slow mount of the same folder. Each reads the headers of an eighth of
-the files, rank 0 plans, and the others are told what is their own (`auto_trans_save: False`). Seconds of rank 0 are
-from the meeting to the plan, those of the others from being told to the first block. "Heads" are the reads before that.
+Eight ranks of a job, each on a node of its own: a slow mount of the same folder. Rank 0 looks at the files and plans,
+and the others are told what is their own (`auto_trans_save: False`). Seconds of rank 0 are from the meeting to the
+plan, those of the others from being told to the first block. "Heads" are the reads before that.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def report_ranks(folder: Path, ranks: int, latency_ms: float) -> None:
 
 def be_rank(rank: int, port: int, root: Path) -> tuple[float, dict[str, int]]:
     """Take part in the job; seconds as the head of this file says, and what was asked of the file system by then."""
-    from mindformers_ckpt.job.cluster.cluster import Address, Cluster
+    from mindformers_ckpt.job.cluster.cluster import Cluster
+    from mindformers_ckpt.job.cluster.messages import Address
     from mindformers_ckpt.job.config import Config
     from mindformers_ckpt.job.direct import read_direct
     from mindformers_ckpt.job.reslice import Reslicing

@@ -85,7 +85,9 @@ def _run(
 
 def be_rank(rank: int, size: int, node: int, port: int, root: Path, way: str) -> Told:
     """Load all weights as a rank of the job."""
-    from mindformers_ckpt.job.cluster.cluster import Address, Cluster, Trust
+    from mindformers_ckpt.job.cluster.cluster import Cluster
+    from mindformers_ckpt.job.cluster.messages import Address
+    from mindformers_ckpt.job.cluster.secret import Trust
     from mindformers_ckpt.job.config import Config
     from mindformers_ckpt.job.direct import read_direct
     from mindformers_ckpt.job.reslice import Reslicing

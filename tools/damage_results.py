@@ -34,9 +34,10 @@ from recorded import Tensor, random_bits, write_tensors  # noqa: E402
 
 import mindformers_ckpt as mc  # noqa: E402
 from mindformers_ckpt.api.merge_lora import MergeRequest  # noqa: E402
-from mindformers_ckpt.convert.run import Request, convert  # noqa: E402
+from mindformers_ckpt.convert.request import Request  # noqa: E402
+from mindformers_ckpt.convert.run import convert  # noqa: E402
 from mindformers_ckpt.errors import CheckpointError  # noqa: E402
-from mindformers_ckpt.execution import Options  # noqa: E402
+from mindformers_ckpt.execution.options import Options  # noqa: E402
 from mindformers_ckpt.formats import read_header  # noqa: E402
 from mindformers_ckpt.formats.dtypes import by_name  # noqa: E402
 from mindformers_ckpt.geometry.layout import Layout  # noqa: E402

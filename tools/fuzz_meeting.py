@@ -29,8 +29,8 @@ import checkout  # noqa: F401 - finds the package of this checkout
 import click
 
 from mindformers_ckpt.job.cluster import proof
-from mindformers_ckpt.job.cluster.cluster import Address, Cluster
-from mindformers_ckpt.job.cluster.messages import encode
+from mindformers_ckpt.job.cluster.cluster import Cluster
+from mindformers_ckpt.job.cluster.messages import Address, encode
 from mindformers_ckpt.job.cluster.rendezvous import listen
 from mindformers_ckpt.job.cluster.secret import Job, Trust
 

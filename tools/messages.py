@@ -22,6 +22,7 @@ PUBLIC = (
 )
 CAUSE, NOTICE, LINE = "cause", "notice", "line"
 _NOTICES = {"warn", "warning", "info", "debug", "error", "say", "complain", "announce"}
+_RAISING = {"raise_problems", "system_errors"}  # by the class that is their first argument
 # Arguments that are no messages: help of options, patterns.
 _NOT_SAID = {"help", "epilog", "metavar", "short_help", "pattern"}
 _WORD = re.compile(r"(?<!\S)[(\"'`]*[^\W\d_]+(?:[-'][^\W\d_]+)*[)\"'`.,:;?!]*(?!\S)")
@@ -74,16 +75,23 @@ def _raised_names(tree: ast.Module) -> dict[str, str]:
     names: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Raise) and node.exc is not None:
-            kind = _kind_of_error(node.exc)
-            for inner in ast.walk(node.exc):
-                if isinstance(inner, ast.Name) and kind != CAUSE:
-                    names.setdefault(inner.id, kind)
+            kind, said = _kind_of_error(node.exc), node.exc
+        elif isinstance(node, ast.Call) and _name(node.func) in _RAISING:
+            kind, said = _kind_of_error(node.args[0]), node
+        else:
+            continue
+        for inner in ast.walk(said):
+            if isinstance(inner, ast.Name) and kind != CAUSE:
+                names.setdefault(inner.id, kind)
     return names
 
 
+def _name(called: ast.expr) -> str:
+    return called.attr if isinstance(called, ast.Attribute) else called.id if isinstance(called, ast.Name) else ""
+
+
 def _kind_of_error(raised: ast.expr) -> str:
-    called = raised.func if isinstance(raised, ast.Call) else raised
-    name = called.attr if isinstance(called, ast.Attribute) else called.id if isinstance(called, ast.Name) else ""
+    name = _name(raised.func if isinstance(raised, ast.Call) else raised)
     return name if name in PUBLIC else CAUSE
 
 
@@ -103,9 +111,11 @@ def _literals(node: ast.AST, kind: str, raised: dict[str, str]) -> Iterator[tupl
     elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
         kind = raised.get(node.targets[0].id, kind)
     elif isinstance(node, ast.Call):
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        if name in ("compile", "search", "fullmatch", "match", "sub", "option", "getLogger"):
+        name = _name(node.func)
+        if name in ("compile", "search", "fullmatch", "match", "sub", "option", "getLogger", "counted"):
             return
+        if name in _RAISING or name in PUBLIC:
+            kind = _kind_of_error(node.args[0] if name in _RAISING else node)
         kind = "UsageError" if name == "fail" else NOTICE if name in _NOTICES and kind == LINE else kind
     for child in ast.iter_child_nodes(node):
         yield from _literals(child, kind, raised)

@@ -30,7 +30,8 @@ import numpy as np
 from real_shapes import BLOCK, Shape, Shapes, huggingface_shapes, random_bits, write_file, write_huggingface
 
 import mindformers_ckpt as mc
-from mindformers_ckpt.convert.run import Request, plan_conversion
+from mindformers_ckpt.convert.request import Request
+from mindformers_ckpt.convert.run import plan_conversion
 from mindformers_ckpt.engine.machine import MEMORY_PER_PROCESS
 from mindformers_ckpt.formats import TensorSpec, layout_file, read_header
 from mindformers_ckpt.formats.dtypes import by_name

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
-from mindformers_ckpt.errors import ConfigError, describe_problems, did_you_mean
+from mindformers_ckpt.errors import ConfigError, did_you_mean, raise_problems
+from mindformers_ckpt.execution.options import Options, affordable_processes
 from mindformers_ckpt.sources.source import MODES
 
 
@@ -14,8 +16,12 @@ def check_arguments(**given: Any) -> None:
     """Raise ConfigError that lists all arguments whose value cannot be; None is one that was left out."""
     found = ((name, _RULES[name](value)) for name, value in given.items() if value is not None)
     problems = [f"{name}: {fault}" for name, fault in found if fault]
-    if problems:
-        raise ConfigError(describe_problems("arguments of the call are wrong", problems))
+    raise_problems(ConfigError, "arguments of the call are wrong", problems)
+
+
+def options_of(processes: int, sign: str | os.PathLike[str] | None, **chosen: bool) -> Options:
+    """How to run a plan, with as many of the wanted processes as there is memory for."""
+    return Options(processes=affordable_processes(processes), sign=None if sign is None else Path(sign), **chosen)
 
 
 def _one_of(words: Collection[str]) -> Callable[[Any], str]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from pathlib import Path
 
-from mindformers_ckpt.api.checked import check_arguments
-from mindformers_ckpt.api.request import read_optional_strategy
-from mindformers_ckpt.api.transform import PathLike, StrategyLike, given_strategy
-from mindformers_ckpt.convert.run import ConversionReport, Request
+from mindformers_ckpt.api.checked import check_arguments, options_of
+from mindformers_ckpt.convert.request import Request
+from mindformers_ckpt.convert.run import ConversionReport
 from mindformers_ckpt.convert.run import convert as run
 from mindformers_ckpt.errors import did_you_mean
-from mindformers_ckpt.execution import Options, Progress, affordable_processes
-from mindformers_ckpt.objects.path import as_path
+from mindformers_ckpt.objects.path import PathLike, as_path, path_or_none
+from mindformers_ckpt.progress import Progress
+from mindformers_ckpt.strategy.given import StrategyLike, strategy_or_none
 
 _RENAMED = {"input_path", "model_options"}  # of a request, and what stands for further names here
 
@@ -84,26 +83,25 @@ def convert(
         dtype=dtype,
         naming=naming,
         qkv_concat=qkv_concat,
-        hf_config=None if hf_config is None else as_path(hf_config),
+        hf_config=path_or_none(hf_config),
         write_tied=write_tied,
         strip_prefix=strip_prefix,
         step=step,
         to_naming=to_naming,
         from_naming=from_naming,
-        src_strategy=None if src_strategy is None else read_optional_strategy(given_strategy(src_strategy)),
+        src_strategy=strategy_or_none(src_strategy),
         weights_only=weights_only,
         **model_options,  # type: ignore[arg-type]  # the request tells which ones there are
     )
-    target = given_strategy(dst_strategy)
     return run(
         request,
         as_path(dst),
         format=format,
-        target=None if target is None else read_optional_strategy(target),
-        options=Options(
-            processes=affordable_processes(processes),
+        target=strategy_or_none(dst_strategy),
+        options=options_of(
+            processes,
+            sign,
             fingerprints=fingerprints,
-            sign=None if sign is None else Path(sign),
             overwrite=overwrite,
             overwrite_anything=overwrite_anything,
             resume=resume,

@@ -10,29 +10,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mindformers_ckpt.api.checked import check_arguments
+from mindformers_ckpt.api.checked import check_arguments, options_of
 from mindformers_ckpt.api.request import (
     CHECKPOINT2,
     checkpoint2_prefix,
     default_format,
-    read_optional_strategy,
 )
-from mindformers_ckpt.api.transform import PathLike, StrategyLike, given_strategy
 from mindformers_ckpt.convert.adapters import locator
+from mindformers_ckpt.disk.files import existing
 from mindformers_ckpt.errors import ConfigError, PublishError, StrategyError
-from mindformers_ckpt.execution import Options, Progress, Report, affordable_processes
+from mindformers_ckpt.execution.options import Options, Report
 from mindformers_ckpt.lora import MergedBranch, plan_merge
 from mindformers_ckpt.lora_scaling import Scaling
 from mindformers_ckpt.lora_settings import read_settings
-from mindformers_ckpt.objects.path import as_path
+from mindformers_ckpt.objects.path import PathLike, as_path, path_or_none
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
-from mindformers_ckpt.publish import clear_waste
+from mindformers_ckpt.progress import Progress
+from mindformers_ckpt.publish.replace import clear_waste
 from mindformers_ckpt.publish.source_fingerprint import Origin
 from mindformers_ckpt.sources.adapter import AdapterSource, find_adapter
 from mindformers_ckpt.sources.checkpoint import Checkpoint
-from mindformers_ckpt.sources.find import check_outside, find_source, only_checkpoint
+from mindformers_ckpt.sources.complete import only_checkpoint
+from mindformers_ckpt.sources.find import check_outside, find_source
 from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies
+from mindformers_ckpt.strategy.given import StrategyLike, as_strategy
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.targets.checkpoint2 import as_checkpoint2
 from mindformers_ckpt.transform import transform
@@ -46,8 +48,8 @@ class MergeRequest:
 
     source: Path
     destination: Path
-    src_strategy: Path | Strategy | None = None
-    dst_strategy: Path | Strategy | None = None
+    src_strategy: StrategyLike = None
+    dst_strategy: StrategyLike = None
     adapter: Path | None = None
     scaling: Scaling = _NO_SCALING
     model: str | None = None
@@ -65,10 +67,10 @@ class MergeRequest:
         scaling, notes = _completed(self.scaling, found)
         files = only_checkpoint(find_source(self.source, self.step))
         given = self.src_strategy
-        told = read_optional_strategy(given) if dry else _source_strategy(given, self.merged_strategy)
+        told = as_strategy(given) if dry else _source_strategy(given, self.merged_strategy)
         strategy = files.strategy(told)
         check_outside(files, self.destination)
-        target = read_optional_strategy(self.dst_strategy)
+        target = as_strategy(self.dst_strategy)
         base = Checkpoint(files, strategy)
         plan, branches = plan_merge(
             base,
@@ -160,22 +162,17 @@ def merge_lora(
     request = MergeRequest(
         as_path(src),
         as_path(dst),
-        given_strategy(src_strategy),
-        given_strategy(dst_strategy),
-        None if adapter is None else as_path(adapter),
+        src_strategy,
+        dst_strategy,
+        path_or_none(adapter),
         Scaling(scaling, alpha, rank, use_rslora),
         model,
-        None if hf_config is None else as_path(hf_config),
+        path_or_none(hf_config),
         prefix=prefix,
         format=format,
         step=step,
     )
-    options = Options(
-        processes=affordable_processes(processes),
-        fingerprints=fingerprints,
-        sign=None if sign is None else Path(sign),
-        resume=resume,
-    )
+    options = options_of(processes, sign, fingerprints=fingerprints, resume=resume)
     return request.prepare(resume=resume).run(options, progress)
 
 
@@ -215,17 +212,18 @@ def _check_empty(destination: Path) -> None:
         raise PublishError(f"{destination} is not empty; give a new or an empty folder for the merged weights")
 
 
-def _source_strategy(path: Path | Strategy | None, merged: Path | None) -> Strategy:
+def _source_strategy(given: StrategyLike, merged: Path | None) -> Strategy:
     """The strategy of the source; that of a folder is merged into a file first.
 
     Raises StrategyError when that file cannot be written.
     """
-    if not isinstance(path, Path) or not path.is_dir() or not any(path.glob("*rank_*.*")):
-        return read_optional_strategy(path)
+    path = None if isinstance(given, Strategy) else path_or_none(given)
+    if path is None or not path.is_dir() or not any(path.glob("*rank_*.*")):
+        return as_strategy(given)
     file = merged or path / MERGED_FILE
     if merged is None and any(path.glob("*rank_*.json")):
         file = file.with_suffix(".json")
-    folder = next(folder for folder in file.absolute().parents if folder.exists())
+    folder = existing(file.parent)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise StrategyError(
             f"{folder} cannot be written, so that the strategy files cannot be merged there; allow it, or choose "

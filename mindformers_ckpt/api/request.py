@@ -14,16 +14,14 @@ from mindformers_ckpt.planning.missing import weight_names
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, SourceFile, TargetFile, Transfer
 from mindformers_ckpt.publish.counted import LEFT_ASIDE
 from mindformers_ckpt.sources.checkpoint import Checkpoint
-from mindformers_ckpt.sources.find import (
-    check_outside,
-    find_mindspore,
-    is_huggingface_folder,
-    separate_checkpoints,
-)
+from mindformers_ckpt.sources.complete import separate_checkpoints
+from mindformers_ckpt.sources.find import check_outside, find_mindspore, is_huggingface_folder
 from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.shapes import Reference, check_shapes, shapes_of_checkpoint
 from mindformers_ckpt.sources.source import Source
+from mindformers_ckpt.strategy.given import StrategyLike, as_strategy
 from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.words import counted
 
 if TYPE_CHECKING:
     from mindformers_ckpt.targets.checkpoint2 import Made
@@ -44,10 +42,10 @@ class Request:
     """What to make of what: the options of `mindformers-ckpt transform`, the arguments of `mc.plan`."""
 
     src_checkpoint: Path
-    src_strategy: Path | Strategy | None = None
+    src_strategy: StrategyLike = None
     destination: Path | None = None
     step: str | None = None
-    dst_strategy: Path | Strategy | None = None
+    dst_strategy: StrategyLike = None
     prefix: str = DEFAULT_PREFIX
     format: str | None = None
     ranks: tuple[int, ...] | None = None
@@ -64,8 +62,8 @@ class Request:
         files = find_mindspore(self.src_checkpoint, self.step, weights_only=self.weights_only)
         if self.destination is not None:
             check_outside(files, self.destination)
-        source = files.strategy(read_optional_strategy(self.src_strategy))
-        target = read_optional_strategy(self.dst_strategy)
+        source = files.strategy(as_strategy(self.src_strategy))
+        target = as_strategy(self.dst_strategy)
         _check_names(files, target)
         ranks = self._ranks(target)
         format = self._file_format(files)
@@ -120,8 +118,8 @@ class Request:
         count = target.rank_count
         if self.world_size is not None and self.world_size != count:
             raise ConfigError(
-                f"world_size is {self.world_size}, but the target strategy is for {count} "
-                f"{'rank' if count == 1 else 'ranks'} ({target.origin}); leave world_size out, or give the strategy "
+                f"world_size is {self.world_size}, but the target strategy is for "
+                f"{counted(count, 'rank')} ({target.origin}); leave world_size out, or give the strategy "
                 f"of the job with {self.world_size}"
             )
         if self.rank_id is None:
@@ -166,17 +164,6 @@ def _check_names(files: Source, target: Strategy) -> None:
             "…); a model with Hugging Face's names is converted: mindformers-ckpt convert --input-path … "
             "--output-path … --dst-strategy …"
         )
-
-
-def read_optional_strategy(path: Path | Strategy | None) -> Strategy:
-    """The strategy at a path, or that of complete weights when there is none."""
-    if path is None:
-        return Strategy.complete()
-    if isinstance(path, Strategy):
-        return path
-    from mindformers_ckpt.strategy.files import read_strategy
-
-    return read_strategy(path.absolute())
 
 
 def checkpoint2_prefix(prefix: str) -> str:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
-from typing import Union
+from typing import Any
 
-from mindformers_ckpt.api.checked import check_arguments
+from mindformers_ckpt.api.checked import check_arguments, options_of
 from mindformers_ckpt.api.request import Request
 from mindformers_ckpt.errors import ConfigError, FormatError, describe_problems
-from mindformers_ckpt.execution import Options, Progress, Report, affordable_processes
+from mindformers_ckpt.execution.options import Options, Report
 from mindformers_ckpt.formats import read_header
-from mindformers_ckpt.objects.path import as_path
+from mindformers_ckpt.objects.path import PathLike, as_path, path_or_none
 from mindformers_ckpt.planning.file import Job
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
-from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.progress import Progress
+from mindformers_ckpt.strategy.given import StrategyLike
 from mindformers_ckpt.transform import transform as run
-
-PathLike = Union[str, "os.PathLike[str]"]
-StrategyLike = Union[str, "os.PathLike[str]", Strategy, None]
+from mindformers_ckpt.words import shortened
 
 
 def plan(
@@ -59,17 +58,17 @@ def plan(
     check_arguments(src=src, dst=dst, step=step, prefix=prefix, format=format, contents=contents, like=like)
     request = Request(
         as_path(src),
-        given_strategy(src_strategy),
-        None if dst is None else as_path(dst),
+        src_strategy,
+        path_or_none(dst),
         step,
-        given_strategy(dst_strategy),
+        dst_strategy,
         prefix,
         format,
         None if ranks is None else tuple(ranks),
         allow_missing=allow_missing,
         weights_only=weights_only,
         contents=contents,
-        like=None if like is None else as_path(like),
+        like=path_or_none(like),
     )
     return request.prepare().job
 
@@ -119,32 +118,30 @@ def transform(
     Raises CheckpointError; then `dst` is as it was.
     """
     check_arguments(dst=dst, processes=processes, sign=sign)
-    if isinstance(src, Job):
-        asked = (src_strategy, dst_strategy, step, ranks, format, like, prefix, allow_missing, contents)
-        if weights_only or asked != (None, None, None, None, None, None, DEFAULT_PREFIX, False, "error"):
-            raise ConfigError("the plan decides source, strategies, files and ranks; give them to mc.plan")
-        job = src
+    asked: dict[str, Any] = {
+        "src_strategy": src_strategy,
+        "dst_strategy": dst_strategy,
+        "step": step,
+        "ranks": ranks,
+        "prefix": prefix,
+        "format": format,
+        "allow_missing": allow_missing,
+        "weights_only": weights_only,
+        "contents": contents,
+        "like": like,
+    }
+    if not isinstance(src, Job):
+        job = plan(src, dst, **asked)
+    elif any(value != signature(plan).parameters[name].default for name, value in asked.items()):
+        raise ConfigError("the plan decides source, strategies, files and ranks; give them to mc.plan")
     else:
-        job = plan(
-            src,
-            dst,
-            src_strategy=src_strategy,
-            dst_strategy=dst_strategy,
-            step=step,
-            ranks=ranks,
-            prefix=prefix,
-            format=format,
-            allow_missing=allow_missing,
-            weights_only=weights_only,
-            contents=contents,
-            like=like,
-        )
-    options = Options(
-        processes=affordable_processes(processes),
+        job = src
+    options = options_of(
+        processes,
+        sign,
         by_rank=by_rank,
         hashes=hashes,
         fingerprints=fingerprints,
-        sign=None if sign is None else Path(sign),
         fsync=fsync,
         crc=crc,
         overwrite=overwrite,
@@ -152,7 +149,7 @@ def transform(
         resume=resume,
     )
     notes = verify_crcs(job.plan) if crc else []
-    report = run_job(job, None if dst is None else as_path(dst), options, progress)
+    report = run_job(job, path_or_none(dst), options, progress)
     return replace(report, warnings=(*notes, *report.warnings))
 
 
@@ -171,7 +168,7 @@ def verify_crcs(plan: Plan, progress: Progress | None = None) -> list[str]:
 
     Raises FormatError that lists all damaged files.
     """
-    from mindformers_ckpt.formats.ckpt import verify_crc
+    from mindformers_ckpt.formats.ckpt_crc import verify_crc
 
     headers = [read_header(file.path) for file in plan.sources if file.path.suffix == ".ckpt"]
     stored = [header for header in headers if header.crc is not None]
@@ -190,10 +187,4 @@ def verify_crcs(plan: Plan, progress: Progress | None = None) -> list[str]:
     without = [str(header.path) for header in headers if header.crc is None]
     if not without:
         return []
-    some = ", ".join(without[:3]) + (", …" if len(without) > 3 else "")
-    return [f"{len(without)} of {len(headers)} .ckpt files store no CRC-32 to verify: {some}"]
-
-
-def given_strategy(strategy: StrategyLike) -> Path | Strategy | None:
-    """A strategy as it was given; a path is read when it is needed."""
-    return strategy if strategy is None or isinstance(strategy, Strategy) else as_path(strategy)
+    return [f"{len(without)} of {len(headers)} .ckpt files store no CRC-32 to verify: {shortened(without, 3)}"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 
 class TensorChecksum(NamedTuple):
@@ -20,6 +20,22 @@ class TensorChecksum(NamedTuple):
     def hex(self) -> str:
         """The checksum as it is written: 16 hexadecimal digits."""
         return f"{self.crc64nvme:016x}"
+
+
+def described(tensors: Iterable[TensorChecksum]) -> dict[str, dict[str, Any]]:
+    """Checksums as JSON has them, by the names of the tensors; `recorded` reads them."""
+    return {
+        tensor.name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "crc64nvme": tensor.hex}
+        for tensor in sorted(tensors)
+    }
+
+
+def recorded(tensors: Mapping[str, Any]) -> list[TensorChecksum]:
+    """Checksums out of JSON. Raises KeyError, TypeError, ValueError and AttributeError for what is none."""
+    return [
+        TensorChecksum(str(name), str(told["dtype"]), tuple(map(int, told["shape"])), int(told["crc64nvme"], 16))
+        for name, told in tensors.items()
+    ]
 
 
 def digest_of(tensors: Iterable[TensorChecksum]) -> str:

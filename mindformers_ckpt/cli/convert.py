@@ -26,9 +26,11 @@ from mindformers_ckpt.cli.options import (
 )
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.convert.plugins import find_plugin, parse_extra, run_plugin
-from mindformers_ckpt.convert.run import CHECKPOINT2, DTYPES, Request, convert, plan_conversion
+from mindformers_ckpt.convert.request import DTYPES, Request
+from mindformers_ckpt.convert.run import CHECKPOINT2, convert, plan_conversion
 from mindformers_ckpt.errors import did_you_mean
-from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.strategy.given import strategy_or_none
+from mindformers_ckpt.words import counted
 
 _PATH = AnyPath()
 
@@ -184,27 +186,21 @@ def command(
         return
     if extra:
         raise click.UsageError(f"No such option or argument: {' '.join(extra)}.{_suggestion(extra)}")
-    request = Request(model, input_path, reverse, src_strategy=_strategy(src_strategy), **choices)
+    request = Request(model, input_path, reverse, src_strategy=strategy_or_none(src_strategy), **choices)
+    target = strategy_or_none(dst_strategy)
     if how.dry_run:
-        say_plan(
-            plan_conversion(request, output_path, format=format, target=_strategy(dst_strategy)),
-            output_path,
-            how.as_json,
-        )
+        say_plan(plan_conversion(request, output_path, format=format, target=target), output_path, how.as_json)
         return
     options = how.options(processes)
     with resumable(output_path), show_progress("convert", quiet=how.quiet or how.as_json) as progress:
-        result = convert(
-            request, output_path, format=format, target=_strategy(dst_strategy), options=options, progress=progress
-        )
-    if not how.quiet:
-        warn(result.warnings)
+        result = convert(request, output_path, format=format, target=target, options=options, progress=progress)
+    warn(result.warnings)
     if how.as_json:
         say_json(asdict(result))
     elif not how.quiet:
         say(
             f"{result.model} ({result.naming} names): {result.tensors} tensors, {amount(result.bytes_written)} in "
-            f"{result.files} {'file' if result.files == 1 else 'files'} at {result.destination}, {result.seconds:.2f} s"
+            f"{counted(result.files, 'file')} at {result.destination}, {result.seconds:.2f} s"
         )
         say_fingerprints(result.fingerprints, result.source_fingerprint, result.signature)
         say(_next_step(result.destination, reverse, dst_strategy, format))
@@ -225,11 +221,3 @@ def _next_step(destination: Path, reverse: bool, strategy: Path | None, format: 
     if strategy is not None:
         return f"next, in the yaml: load_checkpoint: {destination}, auto_trans_ckpt: False"
     return f"next, in the yaml: load_checkpoint: {destination}, auto_trans_ckpt: True"
-
-
-def _strategy(path: Path | None) -> Strategy | None:
-    if path is None:
-        return None
-    from mindformers_ckpt.strategy.files import read_strategy
-
-    return read_strategy(path)

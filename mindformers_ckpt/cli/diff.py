@@ -63,8 +63,7 @@ def command(
             contents=contents,
             progress=progress,
         )
-    if not quiet:
-        warn(found.warnings)
+    warn(found.warnings)
     if as_json:
         say_json(_as_json(found))
     elif not quiet:

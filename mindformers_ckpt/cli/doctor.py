@@ -13,6 +13,7 @@ from mindformers_ckpt.cli.options import LocalPath, json_option
 from mindformers_ckpt.errors import CheckpointError, ConfigError
 from mindformers_ckpt.look import doctor
 from mindformers_ckpt.look.doctor import Finding
+from mindformers_ckpt.words import counted
 
 
 @click.command("doctor")
@@ -42,12 +43,12 @@ def command(path: Path, as_json: bool) -> None:
             mark = f"{finding.mark}: " if finding.mark else ""
             say(f"  {finding.about + ':':<18} {mark}{finding.text}")
     count = sum(finding.mark == "warning" for found in sections.values() for finding in found)
-    say(f"{count or 'no'} {'warning' if count == 1 else 'warnings'}")
+    say(counted(count, "warning") if count else "no warnings")
 
 
 def _meeting(environment: Mapping[str, str]) -> Iterator[Finding]:
     """The address where the ranks of a job would meet, if this environment names one."""
-    from mindformers_ckpt.job.cluster.cluster import meeting_address
+    from mindformers_ckpt.job.cluster.environment import meeting_address
 
     if not any(environment.get(name) for name in ("MINDFORMERS_CKPT_MASTER", "MS_SCHED_HOST")):
         yield Finding("meeting", "no address in the environment (MS_SCHED_HOST, MS_SCHED_PORT): not in a job of ranks")

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ckpt.cli.notices import amount, say, say_json, warn
+from mindformers_ckpt.disk.files import existing
 from mindformers_ckpt.formats import TensorSpec, layout_file
-from mindformers_ckpt.look.words import counted
 from mindformers_ckpt.objects.path import ObjectPath
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.publish.manifest import is_result
+from mindformers_ckpt.words import counted
 
 
 def say_plan(plan: Plan, destination: Path, as_json: bool) -> None:
@@ -57,7 +58,7 @@ def free_bytes(destination: Path) -> int | None:
     """Free bytes of the disk where the destination would be; None in an object storage."""
     if isinstance(destination, ObjectPath):
         return None
-    return shutil.disk_usage(_existing(destination)).free
+    return shutil.disk_usage(existing(destination)).free
 
 
 def refusals(destination: Path, needed: int, *, adds_ranks: bool = False) -> list[str]:
@@ -72,7 +73,3 @@ def refusals(destination: Path, needed: int, *, adds_ranks: bool = False) -> lis
     if free is not None and needed > free:
         found.append(f"the disk has {amount(free)} free, {amount(needed)} are needed")
     return found
-
-
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())

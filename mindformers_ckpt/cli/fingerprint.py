@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from mindformers_ckpt.checksums.digest import described
 from mindformers_ckpt.cli.notices import say, say_json, warn
 from mindformers_ckpt.cli.options import CONTENTS, STEP, AnyPath, StrategyPath, json_option
 from mindformers_ckpt.cli.progress import show_progress
@@ -41,8 +42,7 @@ def command(
     """
     with show_progress("fingerprint", quiet=quiet or as_json) as progress:
         found = fingerprint(path, strategy, step=step, contents=contents, progress=progress)
-    if not quiet:
-        warn(found.warnings)
+    warn(found.warnings)
     if as_json:
         say_json(_as_json(path, found))
         return
@@ -53,7 +53,5 @@ def command(
 
 
 def _as_json(path: Path, found: Fingerprint) -> dict[str, Any]:
-    tensors = {
-        tensor.name: {"dtype": tensor.dtype, "shape": tensor.shape, "crc64nvme": tensor.hex} for tensor in found.tensors
-    }
+    tensors = described(found.tensors)
     return {"path": str(path), "digest": found.digest, "tensors": tensors, "warnings": list(found.warnings)}

@@ -12,7 +12,7 @@ from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.look.inspect import Inspection, inspect
 from mindformers_ckpt.look.parameters import Parameter
 from mindformers_ckpt.look.tree import tree
-from mindformers_ckpt.look.words import counted, short_spans, spans
+from mindformers_ckpt.words import counted, short_spans, spans
 
 _BOXES_OF = 4  # parameters of which all boxes are shown
 _BOXES = 64

@@ -11,9 +11,10 @@ import click
 
 from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, warn
 from mindformers_ckpt.cli.options import CACHE, DRY_RUN, FINGERPRINT, RESUME, SIGN, json_option
-from mindformers_ckpt.execution import Options, Report, affordable_processes
+from mindformers_ckpt.execution.options import Options, Report, affordable_processes
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.strategy.iterations import is_save_path
+from mindformers_ckpt.words import counted
 
 _QUIET = click.option("--quiet", is_flag=True, help="Print errors only.")
 
@@ -34,7 +35,7 @@ class How(NamedTuple):
     def options(self, processes: int, **more: Any) -> Options:
         """The same for a run, with as many of the wanted processes as there is memory for."""
         affordable = affordable_processes(processes)
-        if affordable < processes and not self.quiet:
+        if affordable < processes:
             warn([f"the free memory is enough for {affordable} of {processes} processes; the run uses {affordable}"])
         return Options(
             processes=affordable,
@@ -75,7 +76,7 @@ def next_with_checkpoint2(destination: Path) -> str:
 
 def say_made(report: Report) -> None:
     """Print what a run wrote, and its fingerprints."""
-    files = f"{report.files} {'file' if report.files == 1 else 'files'}, {amount(report.bytes_written)}"
+    files = f"{counted(report.files, 'file')}, {amount(report.bytes_written)}"
     if report.resumed_bytes == report.bytes_written:
         say(f"nothing to do: {report.destination} has {files} of this run already")
     else:

@@ -175,8 +175,7 @@ def command(
     if how.dry_run:
         say_plan(merge.plan, destination, how.as_json)
         return
-    if not how.quiet:
-        warn(merge.plan.warnings)
+    warn(merge.plan.warnings)
     with resumable(destination), show_progress("merge", quiet=how.quiet) as progress:
         report = merge.run(how.options(processes), progress)
     if how.as_json:

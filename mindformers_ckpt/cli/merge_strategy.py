@@ -9,6 +9,7 @@ import click
 from mindformers_ckpt.cli.notices import say, say_json
 from mindformers_ckpt.cli.options import OVERWRITE_ANYTHING, LocalPath, json_option
 from mindformers_ckpt.strategy.files import merge_strategies
+from mindformers_ckpt.words import counted
 
 
 @click.command("merge-strategy")
@@ -35,7 +36,4 @@ def command(folder: Path, file: Path, overwrite_anything: bool, as_json: bool) -
             }
         )
         return
-    say(
-        f"{file}: {stages} {'stage' if stages == 1 else 'stages'} of {strategy.stage_size} ranks, "
-        f"{len(strategy.names())} parameters"
-    )
+    say(f"{file}: {counted(stages, 'stage')} of {strategy.stage_size} ranks, {len(strategy.names())} parameters")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ from mindformers_ckpt.api.request import CHECKPOINT2, Prepared
 from mindformers_ckpt.cli.dry import file_bytes, free_bytes, refusals
 from mindformers_ckpt.cli.notices import amount, say, say_json, warn
 from mindformers_ckpt.cli.options import OVERWRITE_ANYTHING, LocalPath, json_option, request_of, request_options
-from mindformers_ckpt.execution import check_apart
+from mindformers_ckpt.execution.checks import check_apart
 from mindformers_ckpt.geometry.box import Box, hull
-from mindformers_ckpt.look.words import counted
 from mindformers_ckpt.planning.file import write_plan
 from mindformers_ckpt.planning.model import Place, Plan, Transfer, once
 from mindformers_ckpt.publish.results import ranks_of
+from mindformers_ckpt.words import counted, shortened
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ def _one_sided(prepared: Prepared) -> list[str]:
 def _lines(summary: Summary) -> list[tuple[str, str]]:
     """The summary for people: a name and a text a line."""
     details = [
-        f"{len(names)} {what}{_examples(names)}"
+        f"{len(names)} {what} ({shortened(names, 3)})"
         for what, names in (
             ("whole on every target rank", summary.replicated),
             ("in one strategy only", summary.one_sided),
@@ -194,8 +193,3 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
         ("result", summary.destination or "no target folder given"),
         *(("refused", f"{problem} (by transform, as things are)") for problem in summary.refusals),
     ]
-
-
-def _examples(names: Sequence[str] | dict[str, str]) -> str:
-    some = ", ".join(list(names)[:3])
-    return f" ({some}{', …' if len(names) > 3 else ''})"

@@ -12,8 +12,8 @@ import click
 
 from mindformers_ckpt.cli.notices import Piece, amount, draws_unicode, say, say_drawn, say_json, warn
 from mindformers_ckpt.cli.options import LocalPath, json_option, planned, request_of, request_options
-from mindformers_ckpt.look.picture import Drawn, Picture, grid, picture, widest_first
-from mindformers_ckpt.look.words import counted, short_spans
+from mindformers_ckpt.look.picture import Drawn, Picture, grid, picture
+from mindformers_ckpt.words import counted, short_spans
 
 _ROWS, _COLUMNS = 8, 4
 _CELL = 13
@@ -83,7 +83,7 @@ def _say(drawn: Picture) -> None:
     say("")
     written = sum(flow.nbytes for flow in drawn.flows)
     say(f"{amount(written)} are written, {amount(drawn.moved)} of them on another rank than they come from")
-    for flow in widest_first(drawn.flows, _FLOWS):
+    for flow in sorted(drawn.flows, key=lambda flow: (-flow.nbytes, flow.source, flow.target))[:_FLOWS]:
         say(f"  rank {flow.source:>4} -> rank {flow.target:>4}  {amount(flow.nbytes)}")
     if len(drawn.flows) > _FLOWS:
         say(f"  … and {len(drawn.flows) - _FLOWS} more pairs of ranks (--json has all)")

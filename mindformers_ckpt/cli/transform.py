@@ -24,7 +24,7 @@ from mindformers_ckpt.cli.options import (
     resumable,
 )
 from mindformers_ckpt.cli.progress import show_progress
-from mindformers_ckpt.execution import Report
+from mindformers_ckpt.execution.options import Report
 from mindformers_ckpt.planning.file import Job
 from mindformers_ckpt.publish.results import ranks_of
 
@@ -73,13 +73,11 @@ def command(
     if how.dry_run:
         say_plan(job.plan, destination, how.as_json)
         return
-    if not how.quiet:
-        warn(job.plan.warnings)
+    warn(job.plan.warnings)
     if crc_check:
         with show_progress("verify CRC", quiet=how.quiet) as progress:
             notes = verify_crcs(job.plan, progress)
-        if not how.quiet:
-            warn(notes)
+        warn(notes)
     # Processes that are started by hand copy alone, each its share.
     processes = 1 if asked["rank_id"] is not None else asked["processes"]
     options = how.options(processes, by_rank=transform_by_rank, hashes=hashes, fsync=fsync, crc=crc_check)

@@ -9,8 +9,10 @@ from mindformers_ckpt.cli import notices
 
 def add_verbosity(command: click.Command) -> None:
     """Give a command the two options, where it has not yet; they take effect before it runs."""
-    have = {name for parameter in command.params for name in parameter.opts}
-    if "--quiet" not in have:
+    have = {name: parameter for parameter in command.params for name in parameter.opts}
+    if "--quiet" in have:
+        have["--quiet"].callback = _be_quiet
+    else:
         command.params.append(
             click.Option(
                 ["--quiet"], is_flag=True, expose_value=False, callback=_be_quiet, help="Print no notices on stderr."
@@ -28,8 +30,9 @@ def add_verbosity(command: click.Command) -> None:
         )
 
 
-def _be_quiet(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+def _be_quiet(context: click.Context, parameter: click.Parameter, value: bool) -> bool:
     notices.is_quiet = value
+    return value
 
 
 def _be_verbose(context: click.Context, parameter: click.Parameter, value: bool) -> None:

@@ -12,6 +12,7 @@ from mindformers_ckpt.cli.options import CONTENTS, STEP, AnyPath, LocalPath, Str
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.look.verify import verify
 from mindformers_ckpt.look.verify_model import Difference, Verification
+from mindformers_ckpt.words import counted
 
 _SHOWN = 20
 
@@ -78,8 +79,7 @@ def command(
             contents=contents,
             progress=progress,
         )
-    if not quiet:
-        warn(found.warnings)
+    warn(found.warnings)
     if as_json:
         say_json(_as_json(result, found))
     else:
@@ -101,8 +101,7 @@ def _report(result: Path, found: Verification, quiet: bool) -> None:
     if found.ok and not quiet:
         say(f"{result}: nothing differs")
     elif not found.ok:
-        count = len(found.differences)
-        complain(f"{result}: {count} {'difference' if count == 1 else 'differences'}")
+        complain(f"{result}: {counted(len(found.differences), 'difference')}")
 
 
 def _as_json(result: Path, found: Verification) -> dict[str, Any]:

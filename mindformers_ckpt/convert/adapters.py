@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mindformers_ckpt.convert.config import ModelConfig, read_config
-from mindformers_ckpt.convert.model import Facts, Model, find_model, model_of_config, models
+from mindformers_ckpt.convert.model import Facts, model_of_config, named_model
 from mindformers_ckpt.convert.rules import (
     PART,
     Bound,
@@ -24,7 +24,7 @@ from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.lora import Locate, Spot, Unfit
 from mindformers_ckpt.lora_names import original_name
-from mindformers_ckpt.sources.checkpoint import LogicalTensor
+from mindformers_ckpt.sources.shards import LogicalTensor
 
 
 def locator(weights: Mapping[str, LogicalTensor], model: str | None, hf_config: Path | None) -> Locate:
@@ -55,18 +55,11 @@ def _tables(
     weights: Mapping[str, LogicalTensor], name: str | None, hf_config: Path | None
 ) -> Iterator[tuple[Table, Facts]]:
     config = read_config(hf_config)
-    model = model_of_config(config) if name is None else _model(name)
+    model = model_of_config(config) if name is None else named_model(name)
     if config.path is None:
         config = ModelConfig({**model.counted(weights), **config.values})
     for table in model.tables.values():
         yield table, model.facts(config)
-
-
-def _model(name: str) -> Model:
-    model = find_model(name)
-    if model is None:
-        raise ConfigError(f"unknown model {name!r}; known are {', '.join(models())}")
-    return model
 
 
 def _spots(table: Table, facts: Facts, weights: Mapping[str, LogicalTensor]) -> Iterator[tuple[str, Spot]]:

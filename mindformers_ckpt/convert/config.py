@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mindformers_ckpt.errors import ConfigError, FormatError, describe_problems
+from mindformers_ckpt.errors import ConfigError, FormatError, raise_problems
 from mindformers_ckpt.formats.dtypes import DType, by_name
+from mindformers_ckpt.sources.huggingface import CONFIG_FILE
 from mindformers_ckpt.text_files import read_json_object
 
-CONFIG_FILE = "config.json"
 # Settings of MindSpore's networks by which the same weights lie otherwise in their parameters, with what is usual.
 LAYOUT_SETTINGS = {
     "qkv_concat": True,
@@ -101,8 +101,7 @@ class ModelConfig:
             elif known != value:
                 name = next(key for key in keys if self.values.get(key) is not None)
                 problems.append(f"--{option} {value}: {self.path} says {name} {known}")
-        if problems:
-            raise ConfigError(describe_problems("options contradict the model's config.json", problems))
+        raise_problems(ConfigError, "options contradict the model's config.json", problems)
         return ModelConfig(values, self.path)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mindformers_ckpt.convert.weights import Found
-from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.errors import PlanError, raise_problems
 from mindformers_ckpt.geometry.box import Box
-from mindformers_ckpt.planning.model import Place, SourceFile
+from mindformers_ckpt.planning.model import Numbers, Place, SourceFile
 
 _COMPARED_BYTES = 4 << 20
 
@@ -20,12 +20,11 @@ def check_copies(copies: Sequence[tuple[Found, Found]]) -> None:
         for copy, original in copies
         if not _are_equal(copy, original)
     ]
-    if different:
-        headline = (
-            "tensors differ that the model holds once; if the output layer is one of its own, config.json must say "
-            "tie_word_embeddings false"
-        )
-        raise PlanError(describe_problems(headline, different))
+    headline = (
+        "tensors differ that the model holds once; if the output layer is one of its own, config.json must say "
+        "tie_word_embeddings false"
+    )
+    raise_problems(PlanError, headline, different)
 
 
 def _are_equal(first: Found, second: Found) -> bool:
@@ -37,8 +36,8 @@ def _are_equal(first: Found, second: Found) -> bool:
     if (first.spec.dtype, first.spec.shape) != (second.spec.dtype, second.spec.shape):
         return False
     whole = Box.whole(first.spec.shape)
-    files: dict[Path, int] = {}
-    both = [found.places(Place(0, whole), lambda path: files.setdefault(path, len(files))) for found in (first, second)]
+    files: Numbers[Path] = Numbers()
+    both = [found.places(Place(0, whole), files.__getitem__) for found in (first, second)]
     reader = ShardReader([SourceFile(path, path.stat().st_size) for path in files])
     try:
         for block in blocks(whole, _COMPARED_BYTES // first.spec.dtype.itemsize):

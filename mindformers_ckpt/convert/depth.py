@@ -13,7 +13,7 @@ from typing import Any
 from mindformers_ckpt.convert.config import LAYERS, ModelConfig
 from mindformers_ckpt.convert.model import layer_of
 from mindformers_ckpt.convert.weights import Weights
-from mindformers_ckpt.errors import ConfigError, describe_problems
+from mindformers_ckpt.errors import ConfigError, raise_problems
 
 PREDICTIONS = ("num_nextn_predict_layers", "num_mtp_layers")
 # Where prediction layers begin in Hugging Face files, when that is not behind the last layer that is converted.
@@ -35,9 +35,8 @@ def changes(config: ModelConfig, layers: int | None, predictions: int | None) ->
         known = config.integer(*keys)
         if known is not None and count > known:
             problems.append(f"--{option} {count}: {config.path} says {known}, and only fewer can be taken")
-        found[_key(config, keys)] = count
-    if problems:
-        raise ConfigError(describe_problems("options contradict the model's config.json", problems))
+        found[next((key for key in keys if config.values.get(key) is not None), keys[0])] = count
+    raise_problems(ConfigError, "options contradict the model's config.json", problems)
     if layers is not None:
         lists = {key: config.values.get(key) for key in _PER_LAYER}
         found |= {key: values[:layers] for key, values in lists.items() if isinstance(values, list)}
@@ -66,7 +65,3 @@ def without_layers(source: Weights, config: ModelConfig) -> tuple[Weights, tuple
     tensors = {name: found for name, found in source.tensors.items() if name not in set(left)}
     told = f"{len(left)} tensors of further layers are left out, as --num_layers or --num_nextn_predict_layers say"
     return replace(source, tensors=tensors), (told,)
-
-
-def _key(config: ModelConfig, keys: tuple[str, ...]) -> str:
-    return next((key for key in keys if config.values.get(key) is not None), keys[0])

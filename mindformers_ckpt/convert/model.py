@@ -12,7 +12,7 @@ from typing import Any
 
 from mindformers_ckpt.convert.config import ModelConfig
 from mindformers_ckpt.convert.rules import Side, Table, check_table
-from mindformers_ckpt.errors import ConfigError
+from mindformers_ckpt.errors import ConfigError, did_you_mean
 
 # Models that are asked for, and of which MindFormers has no network up to this version.
 _NO_NETWORK = {"qwen3_next": "2.1"}
@@ -117,13 +117,22 @@ def find_model(name: str) -> Model | None:
     return None
 
 
+def named_model(name: str) -> Model:
+    """`find_model`. Raises ConfigError where there is none."""
+    model = find_model(name)
+    if model is None:
+        _raise_without_network(name)
+        raise ConfigError(f"unknown model {name!r}.{did_you_mean(name, models())} Known are {', '.join(models())}")
+    return model
+
+
 def model_of_config(config: ModelConfig) -> Model:
     """The model that a config.json is of, by its model_type. Raises ConfigError when it is none of ours."""
     kind = config.text("model_type")
     for model in _models_like(kind):
         if kind and kind in model.model_types:
             return model
-    raise_without_network(kind)
+    _raise_without_network(kind)
     if config.path is None:
         raise ConfigError(
             "there is no config.json that says which model this is; give its folder (--hf-config FOLDER), or the name "
@@ -134,7 +143,7 @@ def model_of_config(config: ModelConfig) -> Model:
     raise ConfigError(f"{config.path}: {what}; known are {', '.join(known)}")
 
 
-def raise_without_network(name: str) -> None:
+def _raise_without_network(name: str) -> None:
     """Raise ConfigError where MindFormers has no network of a model, by its `model_type`."""
     version = _NO_NETWORK.get(_plain(name))
     if version is not None:

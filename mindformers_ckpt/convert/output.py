@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mindformers_ckpt.convert.config import CONFIG_FILE
 from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.planning.model import Plan
+from mindformers_ckpt.sources.complete import INDEX_FILE
+from mindformers_ckpt.sources.huggingface import CONFIG_FILE
+from mindformers_ckpt.sources.index import NAME_MAP_FILE
 from mindformers_ckpt.text_files import read_json_object, write_json
 
-INDEX_FILE = "model.safetensors.index.json"
-NAME_MAP_FILE = "param_name_map.json"
 # Configuration, tokenizer and the code of a model, as Hugging Face repositories hold them beside the weights.
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 _NOT_COMPANIONS = (".index.json", "manifest.json", NAME_MAP_FILE)
@@ -33,13 +33,11 @@ def write_name_map(plan: Plan, folder: Path) -> None:
     write_json(folder / NAME_MAP_FILE, places, indent=2)
 
 
-def copy_companions(
-    origin: Path | None, folder: Path, dtype: str | None, *, plain: bool, changes: Mapping[str, Any]
-) -> None:
+def copy_companions(origin: Path | None, folder: Path, dtype: str | None, changes: Mapping[str, Any]) -> None:
     """Carry over config.json, tokenizer files and the like.
 
-    `dtype` is the element type that was chosen, `plain` says that nothing is quantised any more, and `changes` are
-    further values: all are put right in config.json, by which `from_pretrained` loads.
+    config.json, by which `from_pretrained` loads, is put right: `dtype` is the element type that was chosen, `changes`
+    are further values, and nothing is quantised any more.
     """
     if origin is None:
         return
@@ -49,18 +47,10 @@ def copy_companions(
                 (folder / file.name).write_bytes(file.read_bytes())
     if (origin / CONFIG_FILE).is_file():
         values = read_json_object(origin / CONFIG_FILE, ConfigError, infinite=True)
-        adapted = _adapted_config(values, dtype, plain) | dict(changes)
+        adapted = {key: value for key, value in values.items() if key != "quantization_config"} | dict(changes)
+        if dtype is not None:
+            adapted |= {key: dtype for key in ("dtype", "torch_dtype") if key in values and key not in changes}
         if adapted == values:
             (folder / CONFIG_FILE).write_bytes((origin / CONFIG_FILE).read_bytes())
         else:
             write_json(folder / CONFIG_FILE, adapted, indent=2)
-
-
-def _adapted_config(values: dict[str, Any], dtype: str | None, plain: bool) -> dict[str, Any]:
-    adapted = dict(values)
-    if plain:
-        adapted.pop("quantization_config", None)
-    for key in ("dtype", "torch_dtype"):
-        if dtype is not None and key in adapted:
-            adapted[key] = dtype
-    return adapted

@@ -21,7 +21,7 @@ from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.formats import DType, TensorSpec
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.planning.computations import Cast, Dequantise
-from mindformers_ckpt.planning.model import Place, SourceFile, Transfer, View
+from mindformers_ckpt.planning.model import Numbers, Place, SourceFile, Transfer, View
 from mindformers_ckpt.state_names import find_states
 
 _SCALE = "_scale_inv"
@@ -101,7 +101,7 @@ class _Planner:
         self._source = source
         self._dtype = dtype
         self._used = used
-        self._index: dict[Path, int] = {}
+        self.files: Numbers[Path] = Numbers()  # the source files that places refer to
         # Sizes that config.json does not tell: those of the first tensor that has them.
         self._learnt: dict[str, tuple[int, str]] = {}
         self._notes: dict[str, None] = {}
@@ -109,11 +109,6 @@ class _Planner:
         self.shapes: list[str] = []
         self.integers: list[Found] = []
         self.others: list[str] = []
-
-    @property
-    def files(self) -> list[Path]:
-        """The source files that places refer to, in order."""
-        return list(self._index)
 
     def convert(self, bound: Bound, to: Side) -> Iterator[Converted]:
         """The target tensors of a rule."""
@@ -280,14 +275,10 @@ class _Planner:
             if compute is None:
                 return []
         try:
-            return found.places(Place(0, box, "", view, compute), self._number)
+            return found.places(Place(0, box, "", view, compute), self.files.__getitem__)
         except ValueError as error:
             self.others.append(f"{found.spec.name}: {error}")
             return []
-
-    def _number(self, path: Path) -> int:
-        """The number of a source file; new ones are put at the end."""
-        return self._index.setdefault(path, len(self._index))
 
     def _dequantise(self, found: Found) -> Dequantise | None:
         spec = found.spec
@@ -305,7 +296,7 @@ class _Planner:
             return None
         task = Dequantise(
             spec.dtype,
-            self._number(scale.path),
+            self.files[scale.path],
             scale.shards[0].tensor if scale.shards else scale.spec.name,
             (spec.shape[0], spec.shape[1]),
             (block[0], block[1]),

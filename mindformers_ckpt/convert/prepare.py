@@ -104,7 +104,7 @@ def prepare_opened(request: Request, opened: Opened, wanted: Collection[str] = (
     path, recorded = absolute(request.input_path), opened.recorded
     if recorded is not None:
         request = as_recorded(request, recorded)
-    folder = config_folder(path if path.is_dir() else path.parent, request.hf_config)
+    folder = config_folder(path, request.hf_config)
     options = {"n_head": request.n_head, "hidden_size": request.hidden_size, "layers": request.layers}
     config = read_config(folder).with_options(options)
     changed = depth.changes(config, request.num_layers, request.num_nextn_predict_layers)

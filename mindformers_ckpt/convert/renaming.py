@@ -6,7 +6,7 @@ tensors under the new names are made of under the old ones, and so it is for the
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,21 +19,24 @@ from mindformers_ckpt.convert.planning import Conversion, Converted, identity
 from mindformers_ckpt.convert.prepare import Opened, Prepared, prepare_opened
 from mindformers_ckpt.convert.request import Request, model_of, with_layout
 from mindformers_ckpt.convert.weights import Found, Weights, config_folder, recorded_naming, weights_of
-from mindformers_ckpt.errors import ConfigError, PlanError, describe_problems
+from mindformers_ckpt.errors import ConfigError, PlanError, describe_problems, raise_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.objects.path import absolute
 from mindformers_ckpt.planning.build import source_states
 from mindformers_ckpt.planning.computations import Constant
-from mindformers_ckpt.planning.missing import has_states, shortened
-from mindformers_ckpt.planning.model import Place, SourceFile
+from mindformers_ckpt.planning.missing import has_states
+from mindformers_ckpt.planning.model import Numbers, Place, SourceFile
 from mindformers_ckpt.publish.source_fingerprint import Origin
-from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor, Shard
-from mindformers_ckpt.sources.find import check_outside, find_mindspore, only_checkpoint
+from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.sources.complete import only_checkpoint
+from mindformers_ckpt.sources.find import check_outside, find_mindspore
 from mindformers_ckpt.sources.plausibility import check_contents, check_names
+from mindformers_ckpt.sources.shards import LogicalTensor, Shard
 from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.state_names import find_states, state_of
 from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.words import shortened
 
 
 def prepare_renaming(request: Request, destination: Path, wanted: Collection[str] = ()) -> Prepared:
@@ -57,8 +60,7 @@ def prepare_renaming(request: Request, destination: Path, wanted: Collection[str
     check_copies(
         [(_found(tensors[copy.spec.name]), _found(tensors[of.spec.name])) for copy, of in old.conversion.copies]
     )
-    renamed = _Renamed(tensors, new.naming)
-    renamed.add_weights(_composed(new, old, middle, tensors))
+    renamed = _Renamed(tensors, new.naming, _composed(new, old, middle, tensors))
     if not request.weights_only:
         renamed.add_states()
         renamed.add_counters(checkpoint)
@@ -114,7 +116,7 @@ def _prepare_old(request: Request, checkpoint: Checkpoint, tensors: Mapping[str,
     """Hugging Face tensors as made of those of the source, each taken as whole."""
     files = checkpoint.files
     path = absolute(request.input_path)
-    model = model_of(request, read_config(config_folder(path if path.is_dir() else path.parent, request.hf_config)))
+    model = model_of(request, read_config(config_folder(absolute(request.input_path), request.hf_config)))
     request = replace(request, model=model.name, reverse=True, dtype=None, write_tied=False)
     if request.from_naming is not None:
         request = with_layout(request, model, request.from_naming, "--from")
@@ -131,9 +133,8 @@ def _prepare_new(
     """The target's tensors as made of those of Hugging Face, which are in the `middle`."""
     root = files.root
     computed = [name for name, item in middle.items() if any(place.compute for place in item.transfer.sources)]
-    if computed:
-        headline = f"{root} holds FP8 weights, whose elements would have to be computed; convert it to Hugging Face"
-        raise PlanError(describe_problems(headline, computed))
+    headline = f"{root} holds FP8 weights, whose elements would have to be computed; convert it to Hugging Face"
+    raise_problems(PlanError, headline, computed)
     request = replace(request, model=old.model.name, strip_prefix=None)
     request = with_layout(request, old.model, str(request.to_naming), "--to")
     weights = Weights(root, root, {name: Found(files.files[0], item.spec) for name, item in middle.items()})
@@ -161,12 +162,11 @@ def _composed(
             found.append(compose(item, middle, shapes))
         except ValueError as error:
             problems.append(f"{item.spec.name}: {error}")
-    if problems:
-        headline = (
-            f"{old.naming} weights cannot be rearranged to {new.naming} ones in one pass; convert them to Hugging Face "
-            "and from there"
-        )
-        raise PlanError(describe_problems(headline, problems))
+    headline = (
+        f"{old.naming} weights cannot be rearranged to {new.naming} ones in one pass; convert them to Hugging Face "
+        "and from there"
+    )
+    raise_problems(PlanError, headline, problems)
     return found
 
 
@@ -192,18 +192,15 @@ class _Renamed:
         warnings: what was left aside.
     """
 
-    def __init__(self, tensors: Mapping[str, LogicalTensor], naming: str) -> None:
+    def __init__(self, tensors: Mapping[str, LogicalTensor], naming: str, weights: Sequence[Converted]) -> None:
+        """`weights` are made of whole tensors of the source."""
         self._found = {name: _found(tensor) for name, tensor in tensors.items()}
         self._tensors, self._naming = tensors, naming
-        self._files: dict[Path, int] = {}
-        self._weights: list[Converted] = []
+        self._files: Numbers[Path] = Numbers()
+        self._weights = weights
         self._others: list[Converted] = []
         self._problems: list[str] = []
         self.warnings: list[str] = []
-
-    def add_weights(self, items: Iterable[Converted]) -> None:
-        """Add tensors that are made of whole ones of the source."""
-        self._weights += items
 
     def add_states(self) -> None:
         """Add the states that an optimizer keeps of weights: rearranged like these."""
@@ -253,8 +250,7 @@ class _Renamed:
     def conversion(self, warnings: tuple[str, ...]) -> Conversion:
         """All of them. Raises PlanError."""
         tensors = [self._placed(item) for item in (*self._weights, *self._others)]
-        if self._problems:
-            raise PlanError(describe_problems("tensors cannot be put together", self._problems))
+        raise_problems(PlanError, "tensors cannot be put together", self._problems)
         files = tuple(SourceFile(path, path.stat().st_size) for path in self._files)
         return Conversion(files, tuple(tensors), (), warnings)
 
@@ -268,13 +264,10 @@ class _Renamed:
                 continue
             stages = self._tensors[place.tensor].stages
             try:
-                places += self._found[place.tensor].places(place, self._number)
+                places += self._found[place.tensor].places(place, self._files.__getitem__)
             except ValueError as error:
                 self._problems.append(f"{item.spec.name}: {error}")
         return item._replace(transfer=item.transfer._replace(sources=tuple(places)), stages=stages)
-
-    def _number(self, path: Path) -> int:
-        return self._files.setdefault(path, len(self._files))
 
 
 def _states(tensors: Mapping[str, LogicalTensor]) -> dict[str, set[str]]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ckpt.convert.config import LAYOUT_SETTINGS, ModelConfig, read_config
-from mindformers_ckpt.convert.model import Model, find_model, model_of_config, models, raise_without_network
+from mindformers_ckpt.convert.model import Model, model_of_config, named_model
 from mindformers_ckpt.convert.weights import Weights, config_folder
-from mindformers_ckpt.errors import ConfigError, did_you_mean
+from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.objects.path import absolute
 from mindformers_ckpt.strategy.model import Strategy
 
@@ -85,8 +85,7 @@ class Request:
 
 def with_settings(request: Request, settings: Mapping[str, bool]) -> Request:
     """The request with those of a network's settings that its model has. Raises ConfigError for unknown models."""
-    path = absolute(request.input_path)
-    model = model_of(request, read_config(config_folder(path if path.is_dir() else path.parent, request.hf_config)))
+    model = model_of(request, read_config(config_folder(absolute(request.input_path), request.hf_config)))
     has_fused_names = any(naming.endswith("+qkv_concat") for naming in model.namings)
     known = {*model.options, *(("qkv_concat",) if has_fused_names else ())}
     own: dict[str, Any] = {key: value for key, value in settings.items() if key in known}
@@ -97,12 +96,7 @@ def model_of(request: Request, config: ModelConfig) -> Model:
     """The model that is asked for, or that of the config.json. Raises ConfigError where there is none."""
     if request.model is None:
         return model_of_config(config)
-    model = find_model(request.model)
-    if model is None:
-        raise_without_network(request.model)
-        like = did_you_mean(request.model, models())
-        raise ConfigError(f"unknown model {request.model!r}.{like} Known are {', '.join(models())}")
-    return model
+    return named_model(request.model)
 
 
 def completed(

@@ -22,7 +22,7 @@ from functools import cache
 from itertools import combinations, groupby, product
 from typing import Literal, NamedTuple, Union
 
-from mindformers_ckpt.errors import ConfigError, describe_problems
+from mindformers_ckpt.errors import ConfigError, raise_problems
 
 Side = Literal["hf", "ms"]
 Axes = tuple[tuple[str, ...], ...]
@@ -288,8 +288,7 @@ def check_table(table: Table) -> None:
             for (first, when), (second, other) in combinations(names, 2):
                 if not _exclude(when, other):
                     problems.append(f"{first} and {second} can name the same tensor")
-    if problems:
-        raise ConfigError(describe_problems("a conversion table cannot be right", problems))
+    raise_problems(ConfigError, "a conversion table cannot be right", problems)
 
 
 def _exclude(when: str, other: str) -> bool:

@@ -7,37 +7,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from mindformers_ckpt.convert.output import copy_companions, write_index, write_name_map
-from mindformers_ckpt.convert.planning import Conversion
 from mindformers_ckpt.convert.prepare import Prepared, prepare
 from mindformers_ckpt.convert.renaming import check_options, prepare_renaming
-from mindformers_ckpt.convert.request import DTYPES, Request, with_settings
+from mindformers_ckpt.convert.request import Request
 from mindformers_ckpt.convert.targets import rank_files, whole_files
 from mindformers_ckpt.errors import ConfigError
-from mindformers_ckpt.execution import Options, Progress, Report
+from mindformers_ckpt.execution.options import Options
 from mindformers_ckpt.objects.path import absolute
-from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
-from mindformers_ckpt.sources.source import SUFFIXES
+from mindformers_ckpt.planning.model import Plan
+from mindformers_ckpt.progress import Progress
+from mindformers_ckpt.sources.source import SUFFIXES, TORCH_SUFFIXES
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.targets.checkpoint2 import Made, as_checkpoint2
 from mindformers_ckpt.transform import transform
-
-# Names of `request` and `prepare` are taken from here as well: together they are what a conversion is started with.
-__all__ = [
-    "CHECKPOINT2",
-    "DTYPES",
-    "SHARD_BYTES",
-    "ConversionReport",
-    "Prepared",
-    "Request",
-    "convert",
-    "plan_conversion",
-    "plan_ranks",
-    "prepare",
-    "with_settings",
-]
 
 SHARD_BYTES = 5 * 10**9
 CHECKPOINT2 = "checkpoint2"
@@ -90,22 +75,27 @@ def convert(
     folder, which `from_pretrained` loads. What was at `output` before stays as it is until the end.
     """
     started = time.monotonic()
-    prepared, plan, companions = _planned(request, output, format, target, shard_bytes)
-    output = absolute(output)
-    shapes = _shapes(prepared.conversion)
-    if not request.reverse and target is None and output.suffix in SUFFIXES and format != CHECKPOINT2:
-        report = transform(
-            plan, output, options, progress=progress, check=check, file=True, shapes=shapes, origins=prepared.origins
-        )
-    else:
-        report = _write_folder(prepared, plan, output, options, progress, check, target, companions)
+    prepared, plan, companions, is_file = _planned(request, output, format, target, shard_bytes)
+    about = {"model": prepared.model.name, "naming": prepared.naming, "direction": prepared.direction}
+    report = transform(
+        plan,
+        output,
+        options,
+        about=about if target is None else {**about, "target": target.describe()},
+        progress=progress,
+        check=check,
+        companions=companions,
+        file=is_file,
+        shapes={item.spec.name: item.spec.shape for item in prepared.conversion.tensors},
+        origins=prepared.origins,
+    )
     return ConversionReport(
         prepared.model.name,
         prepared.naming,
-        output,
-        len(plan.targets),
+        report.destination,
+        report.files,
         len(prepared.conversion.tensors),
-        plan.bytes_written,
+        report.bytes_written,
         time.monotonic() - started,
         plan.warnings,
         report.fingerprints,
@@ -115,21 +105,22 @@ def convert(
 
 
 def plan_conversion(
-    request: Request,
-    output: Path,
-    *,
-    format: str | None = None,
-    target: Strategy | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    request: Request, output: Path, *, format: str | None = None, target: Strategy | None = None
 ) -> Plan:
     """What `convert` would do, with the same arguments. Nothing is written."""
-    return _planned(request, output, format, target, shard_bytes)[1]
+    return _planned(request, output, format, target, SHARD_BYTES).plan
 
 
-def _planned(
-    request: Request, output: Path, format: str | None, target: Strategy | None, shard_bytes: int
-) -> tuple[Prepared, Plan, Callable[[Path], None]]:
-    """The conversion, its plan, and what puts further files into the folder of the result."""
+class _Planned(NamedTuple):
+    """A conversion and its plan, what puts further files into the folder of the result, or whether that is a file."""
+
+    prepared: Prepared
+    plan: Plan
+    companions: Callable[[Path], None]
+    is_file: bool
+
+
+def _planned(request: Request, output: Path, format: str | None, target: Strategy | None, shard_bytes: int) -> _Planned:
     check_options(request)
     if request.reverse and (target is not None or format not in (None, "safetensors")):
         raise ConfigError("a strategy and that format are of the MindSpore side; leave them out with --reversed")
@@ -138,21 +129,24 @@ def _planned(
         prepared = prepare(request, wanted)
     else:
         prepared = prepare_renaming(request, absolute(output), wanted)
-    companions: Callable[[Path], None]
+    is_file = not request.reverse and target is None and output.suffix in SUFFIXES and format != CHECKPOINT2
+    if not is_file and output.suffix in (*SUFFIXES, *TORCH_SUFFIXES):
+        raise ConfigError(f"{output} has the name of a file, but the result is a folder; give the name of a folder")
+    companions: Callable[[Path], None] = lambda folder: None  # noqa: E731
     if format == CHECKPOINT2:
         plan, companions = _checkpoint2(prepared, target or Strategy.complete())
     else:
-        plan = _targets(prepared, absolute(output), format, target, shard_bytes)
-        companions = partial(_add_companions, prepared=prepared, plan=plan)
+        plan = _targets(prepared, output, format, target, shard_bytes)
+        if not is_file:
+            companions = partial(_add_companions, prepared=prepared, plan=plan)
     plan.check()
-    return prepared, plan, companions
+    return _Planned(prepared, plan, companions, is_file)
 
 
 def plan_ranks(
     request: Request,
     target: Strategy,
     *,
-    prefix: str = DEFAULT_PREFIX,
     format: str = "ckpt",
     allow_missing: bool | Sequence[str] = False,
 ) -> Plan:
@@ -162,14 +156,7 @@ def plan_ranks(
     """
     prepared = prepare(request, target.names())
     origin = str(request.input_path)
-    plan = rank_files(
-        prepared.conversion,
-        target,
-        prefix=prefix,
-        format=format,
-        origin=origin,
-        allow_missing=allow_missing,
-    )
+    plan = rank_files(prepared.conversion, target, format=format, origin=origin, allow_missing=allow_missing)
     plan.check()
     return plan
 
@@ -191,47 +178,11 @@ def _targets(prepared: Prepared, output: Path, format: str | None, target: Strat
     return whole_files(conversion, "ms-model", format or usual, limit=shard_bytes, metadata=prepared.record)
 
 
-def _write_folder(
-    prepared: Prepared,
-    plan: Plan,
-    output: Path,
-    options: Options,
-    progress: Progress | None,
-    check: Callable[[], None],
-    target: Strategy | None,
-    companions: Callable[[Path], None],
-) -> Report:
-    if output.suffix in (*SUFFIXES, ".bin", ".pt", ".pth"):
-        raise ConfigError(f"{output} has the name of a file, but the result is a folder; give the name of a folder")
-    about: dict[str, Any] = {
-        "model": prepared.model.name,
-        "naming": prepared.naming,
-        "direction": prepared.direction,
-        **({} if target is None else {"target": target.describe()}),
-    }
-    return transform(
-        plan,
-        output,
-        options,
-        about=about,
-        progress=progress,
-        check=check,
-        companions=companions,
-        shapes=_shapes(prepared.conversion),
-        origins=prepared.origins,
-    )
-
-
-def _shapes(conversion: Conversion) -> dict[str, tuple[int, ...]]:
-    return {item.spec.name: item.spec.shape for item in conversion.tensors}
-
-
 def _add_companions(folder: Path, prepared: Prepared, plan: Plan) -> None:
     """Put indexes, and the model's other files, beside converted weights."""
     if prepared.request.reverse:
         write_index(plan, folder)
-        changes = prepared.config_changes
-        copy_companions(prepared.config_folder, folder, prepared.dtype, plain=True, changes=changes)
+        copy_companions(prepared.config_folder, folder, prepared.dtype, prepared.config_changes)
     elif all(target.format == "safetensors" and "/" not in target.path for target in plan.targets):
         write_name_map(plan, folder)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping
 from itertools import product
 from pathlib import Path
 
-from mindformers_ckpt.convert.config import LAYOUT_SETTINGS, ModelConfig, read_config
+from mindformers_ckpt.convert.config import LAYOUT_SETTINGS, ModelConfig, read_config, total
+from mindformers_ckpt.convert.config import product as product_of
 from mindformers_ckpt.convert.model import Facts, Model, model_of_config
 from mindformers_ckpt.convert.rules import PART, Bound, Copy, Rule, Table, bind, fill, parse_axes
 from mindformers_ckpt.convert.weights import config_folder
@@ -76,24 +76,14 @@ def _shapes_of_rule(bound: Bound, facts: Facts) -> Iterator[tuple[str, Shape | N
     spans = [part.span if isinstance(part.span, int) else facts.sizes.get(part.span) for part in rule.parts]
     if rule.side == "ms":
         axes = rule.whole.axes or rule.shape  # of a tensor that is only renamed
-        yield bound.whole, _shape(axes, {**facts.sizes, PART: _sum(spans)})
+        yield bound.whole, _shape(axes, {**facts.sizes, PART: total(*spans)})
         return
     for first in {part.name: part for part in reversed(rule.parts)}.values():
         shared = [span for part, span in zip(rule.parts, spans) if part.name == first.name]
-        shape = _shape(first.axes, {**facts.sizes, PART: _sum(shared)})
+        shape = _shape(first.axes, {**facts.sizes, PART: total(*shared)})
         yield from ((name, shape) for part, name, _ in bound.parts if part.name == first.name)
 
 
 def _shape(axes: str, sizes: Mapping[str, int | None]) -> Shape | None:
-    shape = tuple(_extent([sizes.get(axis) for axis in dimension]) for dimension in parse_axes(axes))
+    shape = tuple(product_of(*(sizes.get(axis) for axis in dimension)) for dimension in parse_axes(axes))
     return shape if any(extent is not None for extent in shape) else None
-
-
-def _extent(sizes: list[int | None]) -> int | None:
-    known = [size for size in sizes if size is not None]
-    return math.prod(known) if len(known) == len(sizes) else None
-
-
-def _sum(spans: list[int | None]) -> int | None:
-    known = [span for span in spans if span is not None]
-    return sum(known) if len(known) == len(spans) else None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from mindformers_ckpt.convert.planning import Conversion, Converted
-from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
+from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems, raise_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.geometry.axes import runs
 from mindformers_ckpt.geometry.box import Box, hull
@@ -14,7 +14,7 @@ from mindformers_ckpt.planning.build import cut_like_weights, rank_targets
 from mindformers_ckpt.planning.missing import missing_names, patterns_of
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, TargetFile, Transfer, View
 from mindformers_ckpt.planning.places import target_boxes
-from mindformers_ckpt.sources.checkpoint import LogicalTensor
+from mindformers_ckpt.sources.shards import LogicalTensor
 from mindformers_ckpt.state_names import find_states
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.strategy.states import with_states
@@ -54,10 +54,8 @@ def rank_files(
     conversion: Conversion,
     target: Strategy,
     *,
-    ranks: Iterable[int] | None = None,
-    prefix: str = DEFAULT_PREFIX,
-    format: str = "ckpt",
-    origin: str = "the source",
+    format: str,
+    origin: str,
     allow_missing: bool | Sequence[str] = False,
 ) -> Plan:
     """The files that re-slicing the complete weights would make: `rank_<r>/<prefix><r>.<format>`.
@@ -66,7 +64,7 @@ def rank_files(
     """
     told = target.names()
     target = with_states(target, {item.spec.name: item.spec.shape for item in conversion.tensors})
-    chosen = sorted(set(range(target.rank_count) if ranks is None else ranks))
+    chosen = range(target.rank_count)
     logical = {item.spec.name: LogicalTensor(item.spec, (), (), None, item.stages) for item in conversion.tensors}
     absent = missing_names(target.names(), logical, patterns_of(allow_missing))
     states = find_states(absent.required, target.names())
@@ -78,7 +76,6 @@ def rank_files(
     if states:
         notes.append(f"the target strategy names states of a training run, which start anew: {states}")
     held: list[list[TensorSpec]] = [[] for _ in chosen]
-    position = {rank: number for number, rank in enumerate(chosen)}
     named = target.names()
     transfers, problems = [], []
     # The order of `build_plan`: what the strategy names comes first.
@@ -91,12 +88,11 @@ def rank_files(
             problems.append(f"{spec.name}: {error}")
             continue
         if boxes:
-            transfers.append(_cut(converted, [(position[rank], box) for rank, box in boxes]))
+            transfers.append(_cut(converted, boxes))
         for rank, box in boxes:
-            held[position[rank]].append(TensorSpec(spec.name, spec.dtype, box.shape))
-    if problems:
-        raise PlanError(describe_problems(f"the weights cannot be cut for {target.describe()}", problems))
-    files = rank_targets(chosen, held, prefix, format)
+            held[rank].append(TensorSpec(spec.name, spec.dtype, box.shape))
+    raise_problems(PlanError, f"the weights cannot be cut for {target.describe()}", problems)
+    files = rank_targets(chosen, held, DEFAULT_PREFIX, format)
     return Plan(conversion.files, files, tuple(transfers), (*conversion.warnings, *notes))
 
 

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mindformers_ckpt.convert.config import CONFIG_FILE
-from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.errors import PlanError, raise_problems
 from mindformers_ckpt.formats import TensorSpec, read_header
 from mindformers_ckpt.formats.headers import sound_headers
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.planning.model import Place
 from mindformers_ckpt.planning.shards import in_shard
-from mindformers_ckpt.publish import MANIFEST_FILE, read_manifests
+from mindformers_ckpt.publish.manifest import MANIFEST_FILE, read_manifests
 from mindformers_ckpt.publish.source_fingerprint import Origin
 from mindformers_ckpt.sources import dcp
-from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
+from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
-from mindformers_ckpt.sources.shards import Shard
+from mindformers_ckpt.sources.huggingface import CONFIG_FILE
+from mindformers_ckpt.sources.shards import LogicalTensor, Shard
 from mindformers_ckpt.sources.source import Kind, Source
 from mindformers_ckpt.strategy.model import Strategy
 
@@ -100,8 +100,7 @@ def weights_of(
 
 
 def _weights(root: Path, tensors: Mapping[str, Found], problems: Sequence[str]) -> Weights:
-    if problems:
-        raise PlanError(describe_problems(f"{root} holds several weights, name the file to convert", problems))
+    raise_problems(PlanError, f"{root} holds several weights, name the file to convert", problems)
     return Weights(root, root if root.is_dir() else root.parent, tensors)
 
 
@@ -144,4 +143,5 @@ def config_folder(weights: Path, given: Path | None) -> Path | None:
         if not (folder / CONFIG_FILE).is_file():
             raise PlanError(f"{given} holds no {CONFIG_FILE}")
         return folder
-    return weights if (weights / CONFIG_FILE).is_file() else None
+    folder = weights if weights.is_dir() else weights.parent
+    return folder if (folder / CONFIG_FILE).is_file() else None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mindformers_ckpt.disk.locks import Lock
+from mindformers_ckpt.errors import did_you_mean
 from mindformers_ckpt.log import log
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -78,6 +79,19 @@ def exchange(first: Path, second: Path) -> bool:
     if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
         return False
     raise OSError(code, os.strerror(code), str(second))
+
+
+def existing(path: Path) -> Path:
+    """What is at a path, or the nearest folder above it."""
+    return next(above for above in (path, *path.absolute().parents) if above.exists())
+
+
+def like_it(path: Path) -> str:
+    """ " Did you mean 'x'?" where the folder of a path holds a name that is like its own, else nothing."""
+    try:
+        return did_you_mean(path.name, os.listdir(str(path.parent)))
+    except OSError:  # no folder on a disk, or none that can be read
+        return ""
 
 
 def is_real_folder(path: Path) -> bool:

@@ -13,6 +13,7 @@ import fcntl
 import os
 import secrets
 import time
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +44,11 @@ class Owner(NamedTuple):
         if len(words) < 5 or not words[0].isdecimal():
             return None
         return cls(int(words[0]), *words[1:5])
+
+    @classmethod
+    def of_file(cls, path: Path) -> Owner | None:
+        """Who is named in a file, None where nobody is."""
+        return cls.parse(_read(path))
 
     def __str__(self) -> str:
         return "\n".join(map(str, self)) + "\n"
@@ -104,7 +110,7 @@ class Lock:
 
     def holder(self) -> str:
         """Who holds it, in words."""
-        owner = Owner.parse(_read(self.path))
+        owner = Owner.of_file(self.path)
         return owner.described if owner is not None else "unknown"
 
     def _try(self) -> bool:
@@ -207,13 +213,15 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_bytes()[:4096].decode(errors="replace")
+        with path.open("rb") as stream:  # which may be a large one that only has the name of a lock
+            return stream.read(4096).decode(errors="replace")
     except OSError:
         return ""
 
 
+@cache
 def boot_id() -> str:
-    """What changes when the machine starts anew; "" where the system does not tell."""
+    """What changes when the machine starts anew; "" where the system does not tell. It is read once."""
     return _read(Path("/proc/sys/kernel/random/boot_id")).strip()
 
 

@@ -15,8 +15,9 @@ import threading
 import types
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from mindformers_ckpt.engine.ahead import Fetcher
 from mindformers_ckpt.engine.copier import Copier
@@ -64,18 +65,18 @@ def copy_tasks(
     The first failure stops everything, and so does closing the generator. Raises TransferError, also when a
     worker dies; what `check` raises goes through.
     """
-    arguments = (plan.sources, folder, plan.targets, hashes, proofs, drops, counted)
+    make = partial(_copier, plan.sources, folder, plan.targets, hashes, proofs, drops, counted)
     with contextlib.ExitStack() as stack:
         is_alone = processes <= 1 and len(tasks) > 1
         threads = _THREADS if is_alone and not isinstance(folder, Uploads) else 1
         fetcher = stack.enter_context(contextlib.closing(Fetcher(readers=threads, drops=drops)))
-        copiers = [stack.enter_context(contextlib.closing(_copier(*arguments, fetcher))) for _ in range(threads)]
+        copiers = [stack.enter_context(contextlib.closing(make(fetcher))) for _ in range(threads)]
         if processes <= 1 or len(tasks) <= 1:
             yield from copy_with_threads(copiers, tasks, check)
         else:
             (copier,) = copiers
             workers = min(processes, len(tasks)) - 1
-            yield from _copy_with_workers(workers, arguments, tasks, copier, check, may_fork)
+            yield from _copy_with_workers(workers, make, drops, tasks, copier, check, may_fork)
 
 
 def _copier(
@@ -98,15 +99,15 @@ def _copier(
 
 def _copy_with_workers(
     workers: int,
-    arguments: tuple[Any, ...],
+    make: Callable[[Fetcher], Copier],
+    drops: bool,
     tasks: Sequence[Task],
     copier: Copier,
     check: Callable[[], None],
     may_fork: bool,
 ) -> Iterator[Done]:
-    """Run tasks in workers and, with `copier`, in this process; yield each as it is done.
+    """Run tasks in workers, for which `make` makes copiers, and, with `copier`, in this process.
 
-    `arguments` are those of a worker's copier: sources, folder, targets, hashes, proofs, drops, counted.
     `may_fork` is for a process without connections, which a forked worker would keep open. Raises TransferError, also
     when a worker dies; what `check` raises goes through.
     """
@@ -119,7 +120,7 @@ def _copy_with_workers(
     context = multiprocessing.get_context(_start_method(may_fork))
     # No Event: it has a lock, which a killed worker might take with it.
     stop = context.RawValue(ctypes.c_bool, False)
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(*arguments, stop))
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(make, drops, stop))
     try:
         yield from _work_along(pool, workers, _run_in_worker, tasks, copier, check)
     except BrokenProcessPool as error:
@@ -199,19 +200,9 @@ _worker: Copier | None = None
 _stop: ctypes.c_bool | None = None
 
 
-def _start_worker(
-    sources: tuple[SourceFile, ...],
-    folder: Path | Uploads,
-    targets: tuple[TargetFile, ...],
-    hashes: bool,
-    proofs: bool,
-    drops: bool,
-    counted: Cuts | None,
-    stop: ctypes.c_bool,
-) -> None:
+def _start_worker(make: Callable[[Fetcher], Copier], drops: bool, stop: ctypes.c_bool) -> None:
     global _worker, _stop
-    _worker = _copier(sources, folder, targets, hashes, proofs, drops, counted, Fetcher(drops=drops))
-    _stop = stop
+    _worker, _stop = make(Fetcher(drops=drops)), stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

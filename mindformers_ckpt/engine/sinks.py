@@ -15,7 +15,7 @@ from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.engine import page_cache
 from mindformers_ckpt.engine.buffers import PIECE_BYTES, empty_bytes
 from mindformers_ckpt.engine.descriptors import Descriptors, file_ranges
-from mindformers_ckpt.errors import TransferError
+from mindformers_ckpt.errors import TransferError, system_errors
 from mindformers_ckpt.formats import FileLayout, TensorSpec, layout_file
 from mindformers_ckpt.planning.model import TargetFile
 
@@ -113,13 +113,11 @@ class FileSink:
         Room for these is reserved on the disk where it can, unless the file is to be `sparse`.
         """
         path, layout = self.path(file), self.layout(file)
-        try:
+        with system_errors(TransferError, f"{path}: cannot be written"):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "wb") as stream:
                 (os.ftruncate if sparse else _reserve)(stream.fileno(), layout.size)
                 _write_frames(stream.fileno(), layout)
-        except OSError as error:
-            raise TransferError(f"{path}: cannot be written: {error.strerror}") from error
 
     def write(self, file: int, name: str, start: int, data: memoryview) -> None:
         path = self.path(file)
@@ -149,10 +147,8 @@ class FileSink:
 
     def end_task(self) -> None:
         for path in self._written:
-            try:
+            with system_errors(TransferError, f"{path}: writing failed"):
                 page_cache.write_back(self._descriptor(path))
-            except OSError as error:
-                raise TransferError(f"{path}: writing failed: {error.strerror}") from error
         self._written.clear()
 
     def close(self) -> None:

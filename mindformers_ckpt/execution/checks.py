@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mindformers_ckpt.disk.files import FileState
 from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES, PIECE_BYTES, TRANSPOSE_BYTES
-from mindformers_ckpt.errors import ConfigError, FormatError, PlanError
+from mindformers_ckpt.errors import CheckpointError, ConfigError, FormatError, PlanError, TransferError
 from mindformers_ckpt.execution.options import Options
 from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.planning.model import Plan
@@ -45,6 +45,17 @@ def is_checkpoint(path: Path) -> bool:
         return bool(read_header(path).tensors)
     except FormatError:
         return False
+
+
+def add_companions(companions: Callable[[Path], None], folder: Path) -> None:
+    """Put further files into the folder of a result. Raises TransferError when one cannot be written."""
+    try:
+        companions(folder)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        file = error.filename2 or error.filename or folder
+        raise TransferError(f"{file}: cannot be written: {error.strerror}") from error
 
 
 def check_sees_whole(plan: Plan, options: Options) -> None:

@@ -10,9 +10,10 @@ from mindformers_ckpt.engine.object_sink import Uploads
 from mindformers_ckpt.engine.pool import copy_tasks
 from mindformers_ckpt.engine.source_shares import Cuts
 from mindformers_ckpt.engine.tasks import Done, Task
-from mindformers_ckpt.execution.options import Options, Progress
+from mindformers_ckpt.execution.options import Options
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.planning.source_states import check_unchanged, states_of
+from mindformers_ckpt.progress import Progress
 
 _NO_CUTS: Cuts = {}
 

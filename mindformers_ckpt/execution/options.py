@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mindformers_ckpt.planning.model import Plan
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

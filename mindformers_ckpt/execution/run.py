@@ -19,8 +19,9 @@ from typing import Any
 from mindformers_ckpt.engine import page_cache
 from mindformers_ckpt.engine.sinks import FileSink
 from mindformers_ckpt.engine.tasks import Done, Task, cut_into_tasks
-from mindformers_ckpt.errors import CheckpointError, PublishError, TransferError
+from mindformers_ckpt.errors import PublishError, TransferError
 from mindformers_ckpt.execution.checks import (
+    add_companions,
     check_apart,
     check_sees_whole,
     check_signable,
@@ -28,20 +29,20 @@ from mindformers_ckpt.execution.checks import (
     is_checkpoint,
 )
 from mindformers_ckpt.execution.copying import copy_into
-from mindformers_ckpt.execution.options import Options, Progress, Report, report_of
+from mindformers_ckpt.execution.options import Options, Report, report_of
 from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.objects.path import absolute
 from mindformers_ckpt.planning.digest import digest_of
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.planning.source_states import changed_files, check_unchanged, states_of
-from mindformers_ckpt.publish import MANIFEST_FILE, Staging, check_free_space, read_manifests
+from mindformers_ckpt.progress import Progress
 from mindformers_ckpt.publish.counted import LEFT_ASIDE, Counted
 from mindformers_ckpt.publish.journal import Journal
-from mindformers_ckpt.publish.manifest import is_whole
+from mindformers_ckpt.publish.manifest import MANIFEST_FILE, is_whole, read_manifests
 from mindformers_ckpt.publish.results import check_addable, describe_result, partial_manifest_name
 from mindformers_ckpt.publish.signature import find_bundle, left_behind
 from mindformers_ckpt.publish.source_fingerprint import Origin, cuts_of
-from mindformers_ckpt.publish.staging import Kind, Replace
+from mindformers_ckpt.publish.staging import Kind, Replace, Staging, check_free_space
 from mindformers_ckpt.publish.texts import text_hashes
 
 _PLAIN = Options()
@@ -196,14 +197,14 @@ class Run:
                 _append_crcs(self.plan, self.folder)
                 if self.options.drop_cache:
                     _drop(self.folder / target.path for target in self.plan.targets)
-            self._add_companions(self._sign, self.folder)
-            self._add_companions(companions, self.folder)
+            add_companions(self._sign, self.folder)
+            add_companions(companions, self.folder)
             is_file = self._staging.kind is Kind.FILE
             content = None if is_file else manifest or self._describe()
             name = partial_manifest_name(self.plan) if self.options.partial else MANIFEST_FILE
             self._staging.publish(content, name=name, fsync=self.options.fsync)
         elif self.options.sign is not None:
-            self._add_companions(self._sign, self.destination)
+            add_companions(self._sign, self.destination)
         resumed = self.plan.bytes_written if self.already_made else self._resumed_bytes
         return report_of(
             self.plan,
@@ -214,15 +215,6 @@ class Run:
             source_fingerprint=self._counted.source_digest(),
             signature=self._signature,
         )
-
-    def _add_companions(self, companions: Callable[[Path], None], folder: Path) -> None:
-        try:
-            companions(folder)
-        except CheckpointError:
-            raise
-        except OSError as error:
-            file = error.filename2 or error.filename or folder
-            raise TransferError(f"{file}: cannot be written: {error.strerror}") from error
 
     def _sign(self, folder: Path) -> None:
         """Sign the fingerprints of the checkpoints in the result; without a key, keep the signature of the source."""
@@ -301,9 +293,9 @@ def _drop(files: Iterable[Path]) -> None:
 
 
 def _append_crcs(plan: Plan, folder: Path) -> None:
-    from mindformers_ckpt.formats import ckpt
+    from mindformers_ckpt.formats.ckpt_crc import append_crc
 
     for target in plan.targets:
         # A run that was interrupted here has appended some.
         if target.format == "ckpt" and read_header(folder / target.path).crc is None:
-            ckpt.append_crc(folder / target.path)
+            append_crc(folder / target.path)

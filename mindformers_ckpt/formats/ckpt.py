@@ -15,14 +15,13 @@ The records are parsed by hand because a protobuf library would copy the content
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from mindformers_ckpt.errors import FormatError, TransferError
+from mindformers_ckpt.errors import FormatError
 from mindformers_ckpt.formats.dtypes import DType, from_ckpt
 from mindformers_ckpt.formats.guesses import Pieces
 from mindformers_ckpt.formats.tensor_file import (
@@ -37,7 +36,6 @@ from mindformers_ckpt.formats.tensor_file import (
     describe_foreign_file,
     open_to_read,
 )
-from mindformers_ckpt.objects.reading import pread
 
 RECORD_LIMIT = 512 * 1024 * 1024
 
@@ -49,8 +47,8 @@ _DIMENSION = 0x08
 _TYPE = 0x12
 _CONTENT = 0x1A
 
-_TRAILER_MARK = b"crc_num"
-_TRAILER_SIZE = len(_TRAILER_MARK) + 10
+TRAILER_MARK = b"crc_num"
+TRAILER_SIZE = len(TRAILER_MARK) + 10
 _CIPHER_MARKS = (b"\xd8\x5e\x3a\x7f", b"\xd9\x5e\x3a\x7f", b"\xda\x5e\x3a\x7f")  # AES-GCM, AES-CBC, SM4-CBC
 
 _RESTORE = "the file is damaged or no MindSpore checkpoint, restore it from a good copy"
@@ -59,16 +57,15 @@ _RESTORE = "the file is damaged or no MindSpore checkpoint, restore it from a go
 _LIKELY = 8
 _WINDOW = 512
 _HEAD_LIMIT = 256 * 1024
-_CRC_BLOCK = 4 * 1024 * 1024
 # Heads with less between them are read with it: on a network disk a request costs more than these bytes.
 _GAP = 16 * 1024
 _SPAN_LIMIT = 1024 * 1024
 
 
-def scan(path: Path, like: Header | None = None) -> Header:
+def scan(path: Path, *like: Header) -> Header:
     """Read the heads of all records; contents are hopped over.
 
-    Where they are, byte for byte, those of the header `like`, its tensors are those of this file, too, and
+    Where they are, byte for byte, those of one of `like`, its tensors are those of this file, too, and
     nothing is parsed: the files of a stage differ in their contents only.
 
     `dims` of none or [0] are a scalar; [0] with an empty content is a tensor of shape (0,). The shape of a
@@ -77,8 +74,9 @@ def scan(path: Path, like: Header | None = None) -> Header:
     """
     with open_to_read(path, scattered=True) as (handle, size), closing(Pieces(handle)) as pieces:
         scanner = _Scanner(path, pieces, size)
-        if like is not None and scanner.has_heads_of(like):
-            return Header(path, "ckpt", size, like.tensors, {}, scanner.trailer(), like.frames)
+        for other in like:
+            if scanner.has_heads_of(other):
+                return Header(path, "ckpt", size, other.tensors, {}, scanner.trailer(), other.frames)
         scanner.check_start()
         tensors = scanner.tensors()
         crc = scanner.trailer()
@@ -110,38 +108,6 @@ def layout(specs: Sequence[TensorSpec]) -> FileLayout:
     if not tensors:
         raise FormatError("a .ckpt file needs at least one tensor with elements")
     return FileLayout(end, tuple(frames), tensors)
-
-
-def verify_crc(header: Header) -> None:
-    """Compare the CRC-32 stored in a `.ckpt` with its bytes, reading the whole file.
-
-    Raises FormatError on a mismatch, or when the file stores none.
-    """
-    if header.crc is None:
-        raise FormatError(f"{header.path}: has no CRC-32 trailer; it was saved without crc_check=True")
-    found = _crc32(header.path, header.size - _TRAILER_SIZE)
-    if found != header.crc:
-        raise FormatError(
-            f"{header.path}: damaged: the bytes have the CRC-32 {found:08x}, the file stores "
-            f"{header.crc:08x}; restore it from a good copy"
-        )
-
-
-def append_crc(path: Path) -> None:
-    """Append the CRC-32 trailer that `mindspore.save_checkpoint(..., crc_check=True)` writes.
-
-    Raises FormatError when the file is no `.ckpt` or has the trailer already, TransferError when it cannot
-    be written.
-    """
-    header = scan(path)
-    if header.crc is not None:
-        raise FormatError(f"{path}: has a CRC-32 trailer already")
-    crc = _crc32(path, header.size)
-    try:
-        with path.open("ab") as file:
-            file.write(_TRAILER_MARK + crc.to_bytes(10, "big"))
-    except OSError as error:
-        raise TransferError(f"{path}: cannot append the CRC-32: {error.strerror}") from error
 
 
 class _Form(NamedTuple):
@@ -186,7 +152,7 @@ class _Scanner:
         for (_, _, heads), data in zip(spans, contents):
             if any(data[at : at + len(head)] != head for at, head in heads):
                 return False
-        end = self._size - (0 if other.crc is None else _TRAILER_SIZE)
+        end = self._size - (0 if other.crc is None else TRAILER_SIZE)
         if other.crc is not None and not self._is_trailer(end):
             return False
         self._position, self._last_good = end, next(reversed(other.tensors), None)
@@ -242,7 +208,7 @@ class _Scanner:
         """The CRC-32 that stands after the records, None when the records fill the file."""
         if self._position == self._size:
             return None
-        stored = self._pieces.read(self._position, _TRAILER_SIZE)[len(_TRAILER_MARK) :]
+        stored = self._pieces.read(self._position, TRAILER_SIZE)[len(TRAILER_MARK) :]
         crc = int.from_bytes(stored, "big")
         if crc >> 32:
             raise self._error("the CRC-32 in the trailer is over 32 bits")
@@ -258,9 +224,9 @@ class _Scanner:
             self._pieces.met(head.name, start, head.content.offset, self._position)
 
     def _is_trailer(self, position: int) -> bool:
-        if self._size - position != _TRAILER_SIZE:
+        if self._size - position != TRAILER_SIZE:
             return False
-        return self._pieces.read(position, len(_TRAILER_MARK)) == _TRAILER_MARK
+        return self._pieces.read(position, len(TRAILER_MARK)) == TRAILER_MARK
 
     def _head(self) -> _Head:
         """Parse the head at the position, from the present window where it is in it whole."""
@@ -419,16 +385,12 @@ def _encode_tensor(dims: tuple[int, ...], type_name: str, length: int) -> bytes:
     tensor = b"".join(
         [
             *(bytes([_DIMENSION]) + _encode_varint(dimension) for dimension in dims),
-            _encode_field(_TYPE, type_name.encode()),
+            bytes([_TYPE]) + _encode_varint(len(type_name)) + type_name.encode(),
             bytes([_CONTENT]),
             _encode_varint(length),
         ]
     )
     return bytes([_TENSOR]) + _encode_varint(len(tensor) + length) + tensor
-
-
-def _encode_field(key: int, content: bytes) -> bytes:
-    return bytes([key]) + _encode_varint(len(content)) + content
 
 
 def _encode_varint(value: int) -> bytes:
@@ -442,12 +404,3 @@ def _encode_varint(value: int) -> bytes:
 
 def _describe(spec: TensorSpec) -> str:
     return f"tensor {spec.name!r} ({spec.dtype.ckpt}, shape {spec.shape}, {spec.nbytes} bytes)"
-
-
-def _crc32(path: Path, stop: int) -> int:
-    """The CRC-32 of the first `stop` bytes of a file."""
-    crc = 0
-    with open_to_read(path) as (handle, _):
-        for offset in range(0, stop, _CRC_BLOCK):
-            crc = zlib.crc32(pread(handle, min(_CRC_BLOCK, stop - offset), offset), crc)
-    return crc

@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mindformers_ckpt.errors import FormatError, describe_problems
+from mindformers_ckpt.errors import FormatError, raise_problems, system_errors
 from mindformers_ckpt.formats.dtypes import DType, by_name
 from mindformers_ckpt.formats.pickled import Builder, Foreign, Known, PickleReader, Record
 from mindformers_ckpt.formats.tensor_file import Malformed, check_shape, open_to_read
@@ -108,10 +108,8 @@ def metadata_files(folder: Path) -> list[Path]:
     """The `.metadata` of a folder, or those of its ranks where there is no other; none where it has none."""
     if (folder / METADATA_FILE).exists():
         return [folder / METADATA_FILE]
-    try:
+    with system_errors(FormatError, f"{folder}: cannot be read"):
         names = sorted(name for name in names_of(folder) if _OF_A_RANK.fullmatch(name))
-    except OSError as error:
-        raise FormatError(f"{folder}: cannot be read: {error.strerror}") from error
     return [folder / name for name in names]
 
 
@@ -131,11 +129,9 @@ def read_metadata(folder: Path) -> DcpMetadata:
             f"{folder} holds no {METADATA_FILE}, which is written last and says where its tensors are: was the save "
             "cut off, or were hidden files left out when it was copied?"
         )
-    try:
+    with system_errors(FormatError, f"{paths[0]}: cannot be read"):
         states = ((path, path.stat()) for path in paths)
         state = tuple((path, status.st_ino, status.st_size, status.st_mtime_ns) for path, status in states)
-    except OSError as error:
-        raise FormatError(f"{paths[0]}: cannot be read: {error.strerror}") from error
     found = _recent.get(state)
     if found is None:
         found = _joined([read_metadata_file(path) for path in paths])
@@ -173,8 +169,7 @@ def _joined(parts: Sequence[DcpMetadata]) -> DcpMetadata:
                 problems.append(f"{name}: {part.path.name} and {first.path.name} describe different tensors")
             chunks = {chunk.box: chunk for chunk in (*tensor.chunks, *own.chunks)}
             tensors[name] = own._replace(chunks=tuple(chunks.values()))
-    if problems:
-        raise FormatError(describe_problems(f"{first.path.parent}: the metadata of its ranks do not agree", problems))
+    raise_problems(FormatError, f"{first.path.parent}: the metadata of its ranks do not agree", problems)
     paths = {name: path for part in parts for name, path in part.paths.items()}
     others = dict.fromkeys(name for part in parts for name in part.others)
     return DcpMetadata(first.path, tensors, paths, tuple(others), first.is_torch)
@@ -251,8 +246,7 @@ def _content(path: Path, content: object, is_torch: bool) -> DcpMetadata:
             tensors[name] = _described(name, entry, places)
         except (Malformed, FormatError) as error:
             problems.append(f"{name}: {error}")
-    if problems:
-        raise FormatError(describe_problems(f"{path}: tensors that cannot be read", problems))
+    raise_problems(FormatError, f"{path}: tensors that cannot be read", problems)
     planned = fields.get("planner_data")
     paths = dict(_paths(planned)) if isinstance(planned, dict) else {}
     return DcpMetadata(path, tensors, paths, tuple(others), is_torch)

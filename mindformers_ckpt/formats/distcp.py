@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from mindformers_ckpt.errors import FormatError, describe_problems
+from mindformers_ckpt.errors import FormatError, raise_problems
 from mindformers_ckpt.formats.tensor_file import Header, Malformed, Segment, TensorRecord, open_to_read
 from mindformers_ckpt.objects.reading import Handle, pread
 
@@ -39,8 +39,7 @@ def scan(path: Path) -> Header:
                 tensors[name] = _record(name, handle, Segment(chunk.offset, chunk.length))
             except Malformed as error:
                 problems.append(f"{name}: {error}")
-    if problems:
-        raise FormatError(describe_problems(f"{path}: damaged, or not the file that {metadata.path} is of", problems))
+    raise_problems(FormatError, f"{path}: damaged, or not the file that {metadata.path} is of", problems)
     return Header(path, "distcp", size, tensors, {}, None)
 
 

@@ -1,17 +1,26 @@
-"""The headers of many files; several are read at once where the disk lets a reader wait, as one over a network does."""
+"""The headers of many files; several are read at once where the disk lets a reader wait, as one over a network does.
+
+The heads of a `.ckpt` file are as many small reads as it has tensors. Files of a stage have the same ones, and who only
+wants to know what is there compares most files with another one at samples (`look_quickly`). Such a header is likely,
+not certain: whoever reads the contents compares all heads (`wrong_headers`), or reads the header again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mindformers_ckpt.disk.waiting import each
-from mindformers_ckpt.errors import FormatError, describe_problems
-from mindformers_ckpt.formats.tensor_file import Header, read_header
+from mindformers_ckpt.errors import FormatError, raise_problems
+from mindformers_ckpt.formats.tensor_file import Header, read_header, scan
 
 _AT_ONCE = 8
 # Seconds that a file is waited for. Of a quick disk a file has many heads, each with a wait of its own.
 _WAIT = 0.05
+_WAIT_QUICK = 0.002  # of one that is looked at quickly
+# Heads at which a file is compared with one of its size that was read whole.
+_SAMPLES = 16
 
 
 def read_headers(paths: Sequence[Path]) -> Generator[tuple[Path, Header | FormatError], None, None]:
@@ -22,28 +31,89 @@ def read_headers(paths: Sequence[Path]) -> Generator[tuple[Path, Header | Format
     """
     last: Header | None = None
 
-    def read(path: Path) -> Header | FormatError:
+    def read(path: Path) -> Header:
         nonlocal last
-        try:
-            last = header = read_header(path, last)
-        except FormatError as error:
-            return error
+        last = header = read_header(path, last)
         return header
 
-    yield from zip(paths, each(read, paths, at_once=_AT_ONCE, patience=_WAIT))
+    yield from zip(paths, each(_or_error(read), paths, at_once=_AT_ONCE, patience=_WAIT))
 
 
-def sound_headers(paths: Sequence[Path]) -> dict[Path, Header]:
-    """The headers of files. Raises FormatError that tells of all damaged ones together."""
+def look_quickly(paths: Sequence[Path]) -> Generator[tuple[Path, Header | FormatError], None, None]:
+    """As `read_headers`, but files are compared at samples with others of their size, each of which was read whole.
+
+    Of a `.ckpt` file 16 heads are compared, and where they are equal the header that is taken over `is_likely`.
+    """
+    states = dict(zip(paths, each(_state_of, paths)))
+    whole: dict[tuple[str, int], list[tuple[Header, Header]]] = {}  # each with itself at samples
+
+    def look(path: Path) -> Header:
+        size, modified = states[path]
+        known = whole.get((path.suffix, size), [])
+        header = replace(scan(path, *(samples for _, samples in known)), modified=modified)
+        like, samples = next((pair for pair in known if pair[0].tensors is header.tensors), (header, _sampled(header)))
+        # The next file is mostly like this one. An entry that another thread makes now may be lost: it is read again.
+        whole[path.suffix, size] = [(like, samples), *(pair for pair in known if pair[0] is not like)]
+        is_likely = like is not header and samples is not like
+        return replace(header, frames=like.frames, is_likely=True) if is_likely else header
+
+    firsts = list({(path.suffix, states[path][0]): path for path in reversed(paths)}.values())
+    found = dict(zip(firsts, each(_or_error(look), firsts, at_once=_AT_ONCE, patience=_WAIT)))
+    others = [path for path in paths if path not in found]
+    found.update(zip(others, each(_or_error(look), others, patience=_WAIT_QUICK)))
+    yield from ((path, found[path]) for path in paths)
+
+
+def wrong_headers(headers: Mapping[int, Header]) -> dict[int, Header]:
+    """The true headers in the place of those that are likely and wrong: all heads are compared.
+
+    Raises FormatError where such a file cannot be read.
+    """
+    likely = [(number, header) for number, header in headers.items() if header.is_likely]
+    found = each(lambda item: scan(item[1].path, item[1]), likely)
+    return {number: true for (number, header), true in zip(likely, found) if true.tensors is not header.tensors}
+
+
+def sound_headers(paths: Sequence[Path], *, likely: bool = False) -> dict[Path, Header]:
+    """The headers of files; with `likely` by `look_quickly`. Raises FormatError that tells of all damaged ones."""
     found: dict[Path, Header] = {}
     problems = []
-    for path, header in read_headers(paths):
+    for path, header in look_quickly(paths) if likely else read_headers(paths):
         if isinstance(header, FormatError):
             problems.append(str(header))
         else:
             found[path] = header
     if len(problems) == 1:
         raise FormatError(problems[0])
-    if problems:
-        raise FormatError(describe_problems("checkpoint files cannot be read", problems))
+    raise_problems(FormatError, "checkpoint files cannot be read", problems)
     return found
+
+
+def _or_error(read: Callable[[Path], Header]) -> Callable[[Path], Header | FormatError]:
+    """`read`, which returns the error where a file cannot be read."""
+
+    def answer(path: Path) -> Header | FormatError:
+        try:
+            return read(path)
+        except FormatError as error:
+            return error
+
+    return answer
+
+
+def _state_of(path: Path) -> tuple[int, int]:
+    """The size of a file and the time of its last change; (-1, 0) of one that reading will say something about."""
+    try:
+        status = path.stat()
+    except OSError:
+        return -1, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def _sampled(header: Header) -> Header:
+    """A header with some of the frames alone, evenly spread; itself where it has no more."""
+    frames = header.frames
+    if len(frames) <= _SAMPLES:
+        return header
+    chosen = (number * (len(frames) - 1) // (_SAMPLES - 1) for number in range(_SAMPLES))
+    return replace(header, frames=tuple(frames[number] for number in chosen))

@@ -45,10 +45,10 @@ _ALIGNMENT = 8
 _LARGEST = (1 << 64) - 1
 
 
-def scan(path: Path, like: Header | None = None) -> Header:
+def scan(path: Path, *like: Header) -> Header:
     """Read the header of a file; the tensors come in the order of their bytes.
 
-    Where it is, byte for byte, the header of `like`, its tensors are those of this file, too, and nothing is parsed.
+    Where it is, byte for byte, one of `like`, its tensors are those of this file, too, and nothing is parsed.
     An I8 tensor that the metadata calls Int4 is a qint4x2, which is how MindSpore saves one. Raises
     FormatError when the file breaks any rule of the format.
     """
@@ -56,8 +56,9 @@ def scan(path: Path, like: Header | None = None) -> Header:
         try:
             text = _read_header_text(handle, size)
             frames = ((0, hashlib.blake2b(text).digest()),)
-            if like is not None and (like.format, like.size, like.frames) == ("safetensors", size, frames):
-                return Header(path, "safetensors", size, like.tensors, like.metadata, None, like.frames)
+            for other in like:
+                if (other.format, other.size, other.frames) == ("safetensors", size, frames):
+                    return Header(path, "safetensors", size, other.tensors, other.metadata, None, frames)
             fields = _parse_json(text)
             metadata = _check_metadata(fields.pop(_METADATA, None))
             tensors = _tensors(fields, metadata, _LENGTH_SIZE + len(text), size)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from mindformers_ckpt.errors import FormatError
+from mindformers_ckpt.errors import FormatError, system_errors
 from mindformers_ckpt.formats.dtypes import DType
 from mindformers_ckpt.objects.path import as_path
 from mindformers_ckpt.objects.reading import Handle, close_handle, open_handle
@@ -80,7 +80,8 @@ class Header:
     `size` is that of the file in bytes. `metadata` is empty for a `.ckpt`. `crc` is the CRC-32 that a `.ckpt`
     stores (not verified), else None. `frames` are the bytes (offset, bytes) of a `.ckpt`
     before each content, and of a `.safetensors` file a digest of its header: with equal ones the tensors are the same.
-    `modified` is the time at which the file had been written last (ns), 0 where nobody looked.
+    `modified` is the time at which the file had been written last (ns), 0 where nobody looked. `is_likely`: all but
+    `modified` is that of another file of the same size, with which this one was compared at some of the frames.
     """
 
     path: Path
@@ -91,6 +92,7 @@ class Header:
     crc: int | None
     frames: tuple[tuple[int, bytes], ...] = ()
     modified: int = field(default=0, compare=False)
+    is_likely: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -122,24 +124,24 @@ def read_header(path: str | Path, like: Header | None = None) -> Header:
     known = _recent.get(path)
     if known is not None and known[0] == state:
         return known[1]
-    header = replace(scan(path, like), modified=status.st_mtime_ns)
+    header = replace(scan(path, *([] if like is None else [like])), modified=status.st_mtime_ns)
     for oldest in list(_recent)[: max(0, len(_recent) + 1 - _KEPT)]:  # a list, for there may be other threads
         _recent.pop(oldest, None)
     _recent[path] = state, header
     return header
 
 
-def scan(path: Path, like: Header | None = None) -> Header:
+def scan(path: Path, *like: Header) -> Header:
     """`read_header`, of the file as it is now and keeping nothing.
 
-    With `like` only as much is compared as that has of `frames`: who leaves some out of a header looks at samples.
+    Each of `like` is compared as far as it has `frames`: whoever leaves some out of a header looks at samples.
     """
     from mindformers_ckpt.formats import ckpt, safetensors
 
     if path.suffix == ".ckpt":
-        return ckpt.scan(path, like)
+        return ckpt.scan(path, *like)
     if path.suffix == ".safetensors":
-        return safetensors.scan(path, like)
+        return safetensors.scan(path, *like)
     from mindformers_ckpt.formats import distcp, torch_bin
 
     if path.suffix in torch_bin.SUFFIXES:
@@ -171,7 +173,7 @@ def open_to_read(path: Path, scattered: bool = False) -> Iterator[tuple[Handle, 
     `scattered` keeps the system from reading ahead, which would fetch the contents between the headers.
     Raises FormatError when it is missing, no regular file, empty, or cannot be read.
     """
-    try:
+    with system_errors(FormatError, f"{path}: cannot be read"):
         # Without O_NONBLOCK the opening of a pipe waits for a writer, for ever.
         handle = open_handle(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
@@ -183,8 +185,6 @@ def open_to_read(path: Path, scattered: bool = False) -> Iterator[tuple[Handle, 
             yield handle, size
         finally:
             close_handle(handle)
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _size_of_regular(handle: Handle, path: Path) -> int:

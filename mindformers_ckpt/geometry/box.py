@@ -113,11 +113,6 @@ def run_length(shape: Sequence[int], outer_shape: Sequence[int]) -> int:
     return length
 
 
-def is_one_run(shape: Sequence[int], outer_shape: Sequence[int]) -> bool:
-    """Whether a box of `shape` is a single run of a row-major tensor of `outer_shape`."""
-    return run_length(shape, outer_shape) == math.prod(shape)
-
-
 def offset_in(box: Box, outer: Box) -> int:
     """Position of the first element of `box` in the row-major order of `outer`, in elements."""
     offset = 0

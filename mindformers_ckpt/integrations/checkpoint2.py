@@ -19,14 +19,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
+from mindformers_ckpt.errors import PlanError, StrategyError, raise_problems
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.integrations.replacing import parameters_of, replace_everywhere
 from mindformers_ckpt.log import log
 from mindformers_ckpt.lora_names import is_adapter_name
-from mindformers_ckpt.planning.missing import missing_names, shortened
+from mindformers_ckpt.planning.missing import missing_names
 from mindformers_ckpt.state_names import COUNTERS, find_states, state_of
 from mindformers_ckpt.strategy.metadata import Recorded, recorded_of
+from mindformers_ckpt.words import shortened
 
 CHECKPOINT2 = "mindformers.checkpoint.checkpoint"
 _LOAD, _LOADER = "load_checkpoint", "ReshardLoader"
@@ -244,8 +245,7 @@ class _Loader:
                 self._targets[name], self._boxes[name] = Recorded(shape, None, 0), Box.whole(shape)
             else:
                 lost.append(f"{name}{list(shape)}: of {list(self._sources[name].shape)} in the checkpoint")
-        if lost:
-            raise PlanError(describe_problems("the compiled network has no layouts of parameters to be loaded", lost))
+        raise_problems(PlanError, "the compiled network has no layouts of parameters to be loaded", lost)
 
     def _check(self) -> None:
         """Before anything is read: the shapes are those of the network, and all parameters are there."""

@@ -74,10 +74,7 @@ def _loading(theirs: Callable[..., Any], join: Callable[[], Cluster | None]) -> 
 def _transforms(config: Any) -> bool:
     """Whether loading by this configuration ends in `TransformCkpt`."""
     try:
-        return parse_bool(config.auto_trans_ckpt) and not config.only_save_strategy and _is_ckpt(config)
+        format = str(getattr(config, "load_ckpt_format", None) or "ckpt")
+        return parse_bool(config.auto_trans_ckpt) and not config.only_save_strategy and format == "ckpt"
     except (AttributeError, CheckpointError, ValueError):
         return False  # MindFormers says what is wrong with it
-
-
-def _is_ckpt(config: Any) -> bool:
-    return str(getattr(config, "load_ckpt_format", None) or "ckpt") == "ckpt"

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, Callable
 
 from mindformers_ckpt.convert.config import LAYOUT_SETTINGS
-from mindformers_ckpt.errors import ConfigError, describe_problems
+from mindformers_ckpt.errors import ConfigError, raise_problems
 from mindformers_ckpt.job.misspelt import misplaced, misspelt
-from mindformers_ckpt.job.object_store import check_url, is_url
+from mindformers_ckpt.job.object_store import check_url
+from mindformers_ckpt.objects.path import is_url
 from mindformers_ckpt.sources.source import MODES
 from mindformers_ckpt.text_files import read_yaml_mapping
 
@@ -102,8 +103,7 @@ class Config:
         problems += [*misspelt(values, KEYS), *misplaced(values, KEYS)]
         settings, wrong = _layout_settings(values)
         problems += wrong
-        if problems:
-            raise ConfigError(describe_problems("the checkpoint keys of the configuration are wrong", problems))
+        raise_problems(ConfigError, "the checkpoint keys of the configuration are wrong", problems)
         return cls(**chosen, layout_settings=settings)
 
     @classmethod
@@ -124,6 +124,11 @@ class Config:
     def transformed_dir(self) -> Path:
         """Where re-sliced checkpoints go (guide: output/transformed_checkpoint)."""
         return Path(self.output_dir) / "transformed_checkpoint"
+
+    @property
+    def for_training(self) -> bool:
+        """Whether states of an optimizer are wanted beside the weights."""
+        return self.run_mode in ("train", "finetune")
 
     @property
     def has_remote_source(self) -> bool:

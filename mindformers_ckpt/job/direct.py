@@ -28,6 +28,7 @@ from mindformers_ckpt.engine.tasks import cut_into_tasks
 from mindformers_ckpt.engine.views import in_bytes
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.formats import Header, TensorSpec
+from mindformers_ckpt.formats.headers import wrong_headers
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.planning.model import Plan, SourceFile, Transfer
@@ -83,15 +84,29 @@ def read_direct(
     (target,) = plan.targets
     states = _states(plan.sources)
     sink = ArraySink(target)
-    plain = [transfer for transfer in plan.transfers if _is_plain(transfer)]
-    others = replace(plan, transfers=tuple(transfer for transfer in plan.transfers if not _is_plain(transfer)))
     with closing(Fetcher(is_shared=is_shared)) as fetcher:
-        reader = ShardReader(plan.sources, fetcher, headers)
-        fill(fetcher, _pieces(plain, reader, sink), check)
-        _copy_others(others, sink, ShardReader(plan.sources, fetcher, headers), check)
+        _fill_sink(plan, sink, fetcher, headers, check, fill)
+        wrong = wrong_headers(headers or {})  # after the contents: heads are in the page cache then
+        if wrong:
+            _fill_sink(plan, sink, fetcher, {**(headers or {}), **wrong}, check, fill_arrays)
     check_unchanged(states)
     for spec in target.tensors:
         yield spec, sink.contents.pop(spec.name)
+
+
+def _fill_sink(
+    plan: Plan,
+    sink: ArraySink,
+    fetcher: Fetcher,
+    headers: Mapping[int, Header] | None,
+    check: Callable[[], None],
+    fill: Fill,
+) -> None:
+    """Fill the memory of a sink with what a plan takes."""
+    plain = [transfer for transfer in plan.transfers if _is_plain(transfer)]
+    others = replace(plan, transfers=tuple(transfer for transfer in plan.transfers if not _is_plain(transfer)))
+    fill(fetcher, _pieces(plain, ShardReader(plan.sources, fetcher, headers), sink), check)
+    _copy_others(others, sink, ShardReader(plan.sources, fetcher, headers), check)
 
 
 def _states(files: Iterable[SourceFile]) -> dict[Path, FileState]:

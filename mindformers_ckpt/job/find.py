@@ -14,7 +14,7 @@ def find_checkpoint(config: Config) -> Source:
         config.load_checkpoint,
         config.step_file,
         resume=config.resume_training is True,
-        weights_only=config.run_mode not in ("train", "finetune"),
+        weights_only=not config.for_training,
     )
     if found.tensors is not None:
         raise PlanError(

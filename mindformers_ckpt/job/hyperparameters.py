@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 
-from mindformers_ckpt.errors import ConfigError, describe_problems
+from mindformers_ckpt.errors import ConfigError, raise_problems
 from mindformers_ckpt.job.config import KEYS, Config
 from mindformers_ckpt.job.misspelt import misspelt
 
@@ -46,8 +46,7 @@ def from_command_line(argv: Sequence[str] | None = None) -> dict[str, str]:
         if not value.strip()
     ]
     problems += [f"--{line}" for line in misspelt(others, KEYS)]
-    if problems:
-        raise ConfigError(describe_problems("hyperparameters are wrong", problems))
+    raise_problems(ConfigError, "hyperparameters are wrong", problems)
     return found
 
 

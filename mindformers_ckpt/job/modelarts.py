@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,16 +22,18 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mindformers_ckpt.errors import ConfigError, PlanError, StrategyError, describe_problems
+from mindformers_ckpt.disk.files import remove
+from mindformers_ckpt.errors import ConfigError, PlanError, describe_problems
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.cluster.messages import name_ranks
 from mindformers_ckpt.job.config import Config
-from mindformers_ckpt.job.object_store import StoreError, is_url, open_store
+from mindformers_ckpt.job.object_store import StoreError, open_store
 from mindformers_ckpt.job.transfers import Entry, Transfers
 from mindformers_ckpt.log import log
-from mindformers_ckpt.publish import check_free_space
-from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies, rank_file_name, read_strategy
+from mindformers_ckpt.objects.path import is_url
+from mindformers_ckpt.publish.staging import check_free_space
+from mindformers_ckpt.strategy.files import MERGED_FILE, rank_file_name, read_strategy, strategy_of_job
 from mindformers_ckpt.strategy.model import Strategy
 
 _FOLDER = "auto_trans"
@@ -116,9 +117,10 @@ class Exchange:
         cluster.barrier("strategy files sent")
         if cluster.rank == MAIN_RANK:
             sent = [entry for entries in self.shares("strategy").values() for entry in entries]
-            others = [entry for entry in sent if not self._file_of(entry, folder).exists()]
-            self.transfers.fetch((entry, self._file_of(entry, folder)) for entry in others)
-            whole = self._merged(folder)
+            files = {folder / PurePosixPath(entry.key).name: entry for entry in sent}
+            self.transfers.fetch((entry, file) for file, entry in files.items() if not file.exists())
+            stages = len(strategy_of_job(folder, cluster.size).stages)
+            whole = folder / (MERGED_FILE if stages > 1 else rank_file_name(MAIN_RANK))
             (entry,) = self.transfers.send({self.key("strategy", "whole", whole.name): whole})
             self.transfers.send_manifest(self.key("strategy", "manifest.json"), {"files": [entry._asdict()]})
         name = cluster.gather("strategy merged", whole.name if cluster.rank == MAIN_RANK else None)[MAIN_RANK]
@@ -128,22 +130,6 @@ class Exchange:
             )
         cluster.barrier("strategy fetched")
         return read_strategy(folder / name)
-
-    def _file_of(self, entry: Entry, folder: Path) -> Path:
-        return folder / PurePosixPath(entry.key).name
-
-    def _merged(self, folder: Path) -> Path:
-        """The file that describes the whole job. Raises StrategyError if the folder's files do not."""
-        strategy = read_strategy(folder)
-        if strategy.rank_count != self.cluster.size:
-            raise StrategyError(
-                f"the strategy files of all nodes are for {strategy.rank_count} ranks, but this job has "
-                f"{self.cluster.size}"
-            )
-        if len(strategy.stages) == 1:
-            return folder / rank_file_name(MAIN_RANK)
-        merge_strategies(folder, folder / MERGED_FILE)
-        return folder / MERGED_FILE
 
     def send_share(self, kind: str, files: Mapping[str, Path]) -> None:
         """Send this node's files of a kind (name -> file), and what they are."""
@@ -210,16 +196,9 @@ def _fetch_tree(url: str, target: Path, config: Config, cluster: Cluster) -> Non
     log.info("fetching %s to %s: %d files, %.2f GB", url, target, len(objects), sum(objects.values()) / 1e9)
     check_free_space(target, sum(objects.values()))
     fresh = target.with_name(f".{target.name}.fetching")
-    _remove(fresh)
+    remove(fresh)
     # The sender left no manifest, so the sizes alone are known.
     files = [(Entry(key, size, ""), fresh / PurePosixPath(key).relative_to(name)) for key, size in objects.items()]
     transfers.fetch(files)
-    _remove(target)
+    remove(target)
     os.rename(fresh, target)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -60,11 +60,6 @@ class ObjectStore(Protocol):
         """Delete all objects below a prefix."""
 
 
-def is_url(text: str) -> bool:
-    """Whether a path is the URL of an object storage."""
-    return text.startswith(("obs://", "s3://"))
-
-
 def check_url(url: str) -> str:
     """The URL without a slash at its end. Raises ValueError unless it is obs://bucket/… or s3://bucket/…"""
     if not _URL.match(url):

@@ -17,10 +17,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from mindformers_ckpt.disk.files import remove
 from mindformers_ckpt.disk.locks import NO_LOCKS, Lock
-from mindformers_ckpt.errors import ConfigError, PublishError, describe_problems
+from mindformers_ckpt.errors import ConfigError, PublishError, raise_problems
 from mindformers_ckpt.log import log
-from mindformers_ckpt.publish import recover
+from mindformers_ckpt.publish.replace import recover
 
 _ATTEMPTS = 20
 
@@ -58,9 +59,8 @@ class OutputDir:
                 paths = {Path(value): Path(value).resolve()}
                 paths.update((file, real.path(file)) for file in (files if key == "load_checkpoint" else ()))
                 problems += [problem for folder in cleared for problem in self._overlap(key, value, paths, folder)]
-        if problems:
-            headline = "the source is in a folder that automatic conversion clears; nothing was touched"
-            raise ConfigError(describe_problems(headline, problems))
+        headline = "the source is in a folder that automatic conversion clears; nothing was touched"
+        raise_problems(ConfigError, headline, problems)
         if not strategy_only and (self.transformed.is_symlink() or os.path.ismount(self.transformed)):
             raise ConfigError(
                 f"{self.transformed} is a link or a mount point, which cannot be replaced as a whole; remove it, "
@@ -115,7 +115,7 @@ class OutputDir:
         recover(self.transformed)
         for pattern in (".removed-*", ".shared-disk-*"):  # of ranks that were killed
             for waste in self.root.glob(pattern):
-                _remove(waste)
+                remove(waste)
         if _is_there(self._previous):
             self._discard(self.strategy)  # of a run that died: what it replaced is still aside
         elif _is_there(self.strategy):
@@ -208,9 +208,9 @@ class OutputDir:
         """Remove a folder in one step, as others see it; a killed removal is finished by the next job."""
         if _is_there(path):
             waste = self.root / f".removed-{path.name.lstrip('.')}-{os.getpid()}"
-            _remove(waste)
+            remove(waste)
             os.rename(path, waste)
-            _remove(waste)
+            remove(waste)
 
 
 class _Resolved:
@@ -230,11 +230,3 @@ class _Resolved:
 
 def _is_there(path: Path) -> bool:
     return path.exists() or path.is_symlink()
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder with all it holds, or a link itself."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)

@@ -115,7 +115,7 @@ def _own_folder(root: Path, rank: int) -> tuple[Path | None, bool]:
     own = root / f"rank_{rank}"
     if own.is_dir():
         if rank == MAIN_RANK:
-            Listing(root).check_rank_folders()
+            _ = Listing(root).rank_folders  # which raises where two are of one rank
         return own, True
     folders = Listing(root).rank_folders if root.is_dir() else {}
     if set(folders) == {0}:

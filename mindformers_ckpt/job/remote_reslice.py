@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from mindformers_ckpt.engine.tasks import cut_into_tasks
 from mindformers_ckpt.errors import PlanError, TransferError
-from mindformers_ckpt.execution import Options, Run
+from mindformers_ckpt.execution.options import Options
+from mindformers_ckpt.execution.run import Run
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.modelarts import Exchange, entries_of
 from mindformers_ckpt.job.reslice import Reslicing, name_of
@@ -25,7 +26,8 @@ from mindformers_ckpt.job.work import affordable, log_progress, spread
 from mindformers_ckpt.log import log
 from mindformers_ckpt.planning.digest import digest_of
 from mindformers_ckpt.planning.model import Plan
-from mindformers_ckpt.publish import MANIFEST_FILE, check_free_space
+from mindformers_ckpt.publish.manifest import MANIFEST_FILE
+from mindformers_ckpt.publish.staging import check_free_space
 
 KIND = "transformed_checkpoint"
 
@@ -129,7 +131,7 @@ class RemoteReslicing:
         if cluster.rank == MAIN_RANK:
             exchange.transfers.send_manifest(exchange.key(MANIFEST_FILE), self._whole_manifest(run.plan))
         cluster.barrier("weights complete")
-        manifest = self._manifest()
+        manifest = exchange.transfers.fetch_manifest(exchange.key(MANIFEST_FILE))
         names = [file["path"] for file in manifest["files"]]
         own = {
             path: entry
@@ -166,9 +168,6 @@ class RemoteReslicing:
             log.info("%s fetches %d files, %.2f GB", self.cluster.node, len(files), size / 1e9)
             check_free_space(folder, size)
             self.exchange.transfers.fetch((entry, folder / path) for path, entry in files.items())
-
-    def _manifest(self) -> Mapping[str, Any]:
-        return self.exchange.transfers.fetch_manifest(self.exchange.key(MANIFEST_FILE))
 
     def _whole_manifest(self, plan: Plan) -> dict[str, Any]:
         """What the result consists of. Raises TransferError unless all files of the plan have been sent."""

@@ -10,14 +10,13 @@ from functools import cached_property
 from itertools import repeat
 from pathlib import Path
 
-from mindformers_ckpt.execution import Run
+from mindformers_ckpt.execution.run import Run
 from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.job.direct import hand_out_plans
 from mindformers_ckpt.job.find import find_checkpoint
-from mindformers_ckpt.job.looking import look_together
 from mindformers_ckpt.job.output_dir import OutputDir
 from mindformers_ckpt.job.work import Work
 from mindformers_ckpt.log import log
@@ -28,6 +27,8 @@ from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.source import Kind, Source
 from mindformers_ckpt.strategy.files import read_strategy
 from mindformers_ckpt.strategy.model import Strategy
+
+_MANY_FILES = 64  # whose heads, all of them, take longer than the rest of the planning
 
 
 @dataclass
@@ -100,7 +101,10 @@ class Reslicing:
 
     @cached_property
     def source(self) -> Checkpoint:
-        """The source and its strategy. Raises PlanError or StrategyError when they do not fit together."""
+        """The source and its strategy. Raises PlanError or StrategyError when they do not fit together.
+
+        Most of many files are looked at quickly: whoever copies or reads one of them looks at all heads.
+        """
         if self.found is not None:
             return self.found.only(self.names)
         config = self.config
@@ -115,7 +119,10 @@ class Reslicing:
                     "load_checkpoint is the folder that holds the rank_<n> folders",
                     files.root,
                 )
-        return Checkpoint(files, files.strategy(strategy), self.names)
+        source = Checkpoint(files, files.strategy(strategy), self.names)
+        if len(files.files) >= _MANY_FILES:
+            source.look_quickly()
+        return source
 
     def plan(self) -> Plan | None:
         """The plan of the whole job, None when every rank's slices are those of the source already."""
@@ -132,7 +139,6 @@ class Reslicing:
 
         All ranks call it: the main rank looks and plans for all, and tells each what is its own.
         """
-        self.look()
         plan = self._plan() if self.cluster.rank == MAIN_RANK else None
         text = hand_out_plans(self.cluster, None if plan is None else self._texts(plan))
         if text is None:
@@ -142,11 +148,6 @@ class Reslicing:
             own = own._replace(plan=replace(own.plan, warnings=plan.warnings))
         self.check(own.plan)
         return own
-
-    def look(self) -> None:
-        """Have all ranks read the headers of the source, for the main rank. All ranks call it."""
-        is_source = self.cluster.rank == MAIN_RANK and self.found_files.kind is not Kind.HUGGING_FACE
-        look_together(self.cluster, self.source if is_source else None, self._root)
 
     def _texts(self, plan: Plan) -> Iterator[str]:
         """What every rank is told of a plan; whole weights are alike on all ranks."""
@@ -175,7 +176,8 @@ class Reslicing:
 
     def _plan_conversion(self, format: str) -> Plan:
         """Convert and re-slice Hugging Face weights in one pass, to the names that the job's strategy has."""
-        from mindformers_ckpt.convert.run import Request, plan_ranks, with_settings
+        from mindformers_ckpt.convert.request import Request, with_settings
+        from mindformers_ckpt.convert.run import plan_ranks
 
         is_mcore = any(name.startswith(("decoder.", "embedding.")) for name in self.target.names())
         request = Request(None, Path(self.config.load_checkpoint), naming="mcore" if is_mcore else None)

@@ -30,8 +30,7 @@ def owners_of(folder: Path, cluster: Cluster) -> list[int]:
     """
     word = cluster.gather("probe", secrets.token_hex(8))[MAIN_RANK]
     token = hashlib.sha256(str(word).encode()).hexdigest()[:16]  # a rank without the secret might name another file
-    leaders = [cluster.nodes.index(node) for node in dict.fromkeys(cluster.nodes)]
-    probes = {leader: folder / f".shared-disk-{token}-{leader}" for leader in leaders}
+    probes = {leader: folder / f".shared-disk-{token}-{leader}" for leader in cluster.leaders}
     own = probes.get(cluster.rank)
     try:
         if own is not None:

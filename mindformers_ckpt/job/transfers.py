@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from mindformers_ckpt.errors import TransferError
+from mindformers_ckpt.errors import TransferError, system_errors
 from mindformers_ckpt.job.object_store import ObjectStore, StoreError
 from mindformers_ckpt.log import log
 from mindformers_ckpt.objects.attempts import Retries
@@ -181,10 +181,7 @@ def content_hash(file: Path) -> str:
     import xxhash
 
     digest = xxhash.xxh3_128()
-    try:
-        with open(file, "rb") as stream:
-            while block := stream.read(_HASH_BLOCK):
-                digest.update(block)
-    except OSError as error:
-        raise TransferError(f"{file}: cannot be read: {error.strerror}") from error
+    with system_errors(TransferError, f"{file}: cannot be read"), open(file, "rb") as stream:
+        while block := stream.read(_HASH_BLOCK):
+            digest.update(block)
     return digest.hexdigest()

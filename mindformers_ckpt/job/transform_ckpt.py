@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ckpt.errors import ConfigError, PlanError
-from mindformers_ckpt.execution import Options, Run
+from mindformers_ckpt.execution.options import Options
+from mindformers_ckpt.execution.run import Run
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.shared_disk import wait_for_files
@@ -23,9 +24,10 @@ from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_mindspore
 from mindformers_ckpt.sources.source import Source
-from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies, read_strategy
+from mindformers_ckpt.strategy.files import read_strategy, strategy_of_job
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import transform
+from mindformers_ckpt.words import shortened
 
 _FOLDER_MODE = 0o750  # MindFormers' mode of the folders that it makes for results
 _WHOLE_MODES = ("data_parallel", "stand_alone")
@@ -89,8 +91,9 @@ class Request:
         for warning in dict.fromkeys(warning for plan in plans.values() for warning in plan.warnings):
             log.warning("%s", warning)
         if lacking:
-            names = ", ".join(lacking[:8]) + (f" and {len(lacking) - 8} more" if len(lacking) > 8 else "")
-            log.warning("%s lacks %s: they keep the values that the network starts with", self.source, names)
+            log.warning(
+                "%s lacks %s: they keep the values that the network starts with", self.source, shortened(lacking, 8)
+            )
 
     def about(self, target: Strategy) -> dict[str, Any]:
         """What the manifest says of the run."""
@@ -205,15 +208,7 @@ def _target(request: Request, cluster: Cluster) -> Strategy:
                 "where strategy_ckpt_save_file points to"
             )
         return Strategy(({},), request.world_size, f"{request.parallel_mode}: whole weights on every rank")
-    strategy = read_strategy(folder)
-    if strategy.rank_count != request.world_size:
-        raise PlanError(
-            f"the strategy files in {folder} are for {strategy.rank_count} ranks, this job has {request.world_size}; "
-            "remove those of other runs"
-        )
-    if len(strategy.stages) > 1 and cluster.rank == MAIN_RANK:
-        merge_strategies(folder, folder / MERGED_FILE)
-    return strategy
+    return strategy_of_job(folder, request.world_size, merges=cluster.rank == MAIN_RANK)
 
 
 @dataclass
@@ -270,10 +265,6 @@ class _Job:
 
     def _follow(self) -> list[str]:
         names = []
-        while (made := self._work.follow(self.plans_by_name)) is not None:
+        while (made := self._work.follow(lambda name: self.plans.get(name))) is not None:
             names.append(made[1])
         return names
-
-    def plans_by_name(self, name: str) -> Plan | None:
-        """The plan of a checkpoint of the source."""
-        return self.plans.get(name)

@@ -10,7 +10,9 @@ from typing import Any
 from mindformers_ckpt.engine.machine import MEMORY_PER_PROCESS, free_memory, usable_cores
 from mindformers_ckpt.engine.tasks import Task, cut_into_tasks
 from mindformers_ckpt.errors import PlanError
-from mindformers_ckpt.execution import Options, Run, copy_unchanged
+from mindformers_ckpt.execution.copying import copy_unchanged
+from mindformers_ckpt.execution.options import Options
+from mindformers_ckpt.execution.run import Run
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.shared_disk import wait_for_files
@@ -69,8 +71,7 @@ class Work:
 
     def _shares(self) -> dict[int, int]:
         """The first rank of every node, in the order of the nodes' ranks -> how many of the processes it has."""
-        nodes = self.cluster.nodes
-        leaders = [nodes.index(node) for node in dict.fromkeys(nodes)]
+        leaders = self.cluster.leaders
         return dict(zip(leaders, spread(self.processes, len(leaders))))
 
     def _processes_here(self) -> int:

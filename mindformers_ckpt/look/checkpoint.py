@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.look.arrays import numpy_type, to_part
 from mindformers_ckpt.look.whole import checkpoint_at
+from mindformers_ckpt.objects.path import PathLike
 from mindformers_ckpt.planning.build import held_boxes
-from mindformers_ckpt.planning.model import Place, SourceFile
 from mindformers_ckpt.sources.checkpoint import Checkpoint as Files
-from mindformers_ckpt.sources.checkpoint import LogicalTensor
+from mindformers_ckpt.sources.shards import LogicalTensor
+from mindformers_ckpt.sources.shards import Shard as FileShard
+from mindformers_ckpt.strategy.given import StrategyLike
 from mindformers_ckpt.strategy.model import Strategy
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from mindformers_ckpt.engine.reader import ShardReader
+    from mindformers_ckpt.look.blocks import WholeReader
 
     Array = np.ndarray[Any, np.dtype[Any]]
-
-PathLike = Union[str, "os.PathLike[str]"]
 
 
 class Shard(NamedTuple):
@@ -140,8 +139,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def __init__(self, files: Files) -> None:
         self._source = files
         self._tensors = files.tensors()
-        self._reader: ShardReader | None = None
-        self._numbers: dict[Path, int] = {}
+        self._reader: WholeReader | None = None
 
     @property
     def path(self) -> Path:
@@ -195,8 +193,8 @@ class Checkpoint(Mapping[str, Tensor]):
             raise KeyError(f"{name} is not in the files of rank {rank}")
         path, record = self._source.records_of(rank)[name]
         carried = np.empty(record.spec.shape, record.spec.dtype.carrier)
-        place = Place(self._number(path), Box.whole(record.spec.shape))
-        self._open().read(place, name, record.spec.dtype, place.box, carried)
+        whole = Box.whole(record.spec.shape)
+        self._open().read_shard(FileShard(rank, path, whole), record.spec, whole, carried)
         return carried.view(numpy_type(record.spec.dtype))
 
     def close(self) -> None:
@@ -216,38 +214,21 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def _read(self, tensor: LogicalTensor, part: Box, out: Array) -> None:
         """Fill an array of carriers with a part of a tensor."""
-        lost = [(box, ranks) for box, ranks in tensor.missing if box.intersect(part) is not None]
+        lost = tensor.lost(part)
         if lost:
-            box, ranks = lost[0]
-            raise PlanError(
-                f"{tensor.spec.name}: the box {box} is held by ranks {list(ranks[:8])}, none of whose files is there"
-            )
-        reader = self._open()
-        for shard in tensor.shards:
-            common = shard.box.intersect(part)
-            if common is not None:
-                place = Place(self._number(shard.path), shard.box, shard.tensor)
-                target = out[common.relative_to(part).slices()]
-                reader.read(place, tensor.spec.name, tensor.spec.dtype, common, target)
+            raise PlanError(lost[0])
+        self._open().read_into(tensor, part, out)
 
-    def _open(self) -> ShardReader:
+    def _open(self) -> WholeReader:
         if self._reader is None:
-            from mindformers_ckpt.engine.reader import ShardReader
+            from mindformers_ckpt.look.blocks import WholeReader
 
-            paths: Sequence[Path] = self._source.files.files
-            self._numbers = {path: number for number, path in enumerate(dict.fromkeys(paths))}
-            self._reader = ShardReader([SourceFile(path, self._source.size_of(path)) for path in self._numbers])
+            self._reader = WholeReader(self._source)
             weakref.finalize(self, self._reader.close)  # for who does not close it
         return self._reader
 
-    def _number(self, path: Path) -> int:
-        self._open()
-        return self._numbers[path]
 
-
-def open_checkpoint(
-    path: PathLike, strategy: PathLike | Strategy | None = None, *, step: str | None = None
-) -> Checkpoint:
+def open_checkpoint(path: PathLike, strategy: StrategyLike = None, *, step: str | None = None) -> Checkpoint:
     """Open a checkpoint: rank folders, complete weights, a Hugging Face model, or a distributed one (2.0, DCP, …).
 
         with mc.open_checkpoint("checkpoint/llama", "checkpoint/llama/strategy") as checkpoint:

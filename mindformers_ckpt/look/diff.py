@@ -20,18 +20,20 @@ from mindformers_ckpt.look.blocks import WholeReader
 from mindformers_ckpt.look.comparing import Comparer
 from mindformers_ckpt.look.holders import first_difference
 from mindformers_ckpt.look.threads import in_threads
-from mindformers_ckpt.look.whole import PathLike, checkpoint_at
+from mindformers_ckpt.look.whole import checkpoint_at
+from mindformers_ckpt.objects.path import PathLike
 from mindformers_ckpt.planning.model import Place, SourceFile, Transfer, once
-from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor, Shard
+from mindformers_ckpt.progress import Progress
+from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.plausibility import check_contents
-from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.sources.shards import LogicalTensor, Shard
+from mindformers_ckpt.strategy.given import StrategyLike
 
 if TYPE_CHECKING:
     import numpy as np
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-Progress = Callable[[int, int], None]
 Side = tuple[Checkpoint, Mapping[str, LogicalTensor]]
 # Elements that are computed with at a time: as double precision they stay in the cache.
 _STRIP = 64 << 10
@@ -99,8 +101,8 @@ class Diff:
 def diff(
     left: PathLike,
     right: PathLike,
-    strategy: PathLike | Strategy | None = None,
-    right_strategy: PathLike | Strategy | None = None,
+    strategy: StrategyLike = None,
+    right_strategy: StrategyLike = None,
     *,
     step: str | None = None,
     right_step: str | None = None,

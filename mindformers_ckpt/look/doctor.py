@@ -21,8 +21,8 @@ from typing import NamedTuple
 from mindformers_ckpt.disk import files as disk
 from mindformers_ckpt.engine.machine import MEMORY_PER_PROCESS, free_memory, usable_cores
 from mindformers_ckpt.errors import ConfigError
-from mindformers_ckpt.look.words import counted, shortened
-from mindformers_ckpt.publish import find_strays
+from mindformers_ckpt.publish.strays import find_strays
+from mindformers_ckpt.words import counted, shortened
 
 _PACKAGES = (
     *("mindspore", "mindformers", "numpy", "safetensors", "ml_dtypes", "protobuf", "filelock", "psutil", "xxhash"),

@@ -9,12 +9,12 @@ from typing import Any
 
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.look.parameters import Parameter
-from mindformers_ckpt.look.words import counted, shortened
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.sources.steps import moments
 from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.words import counted, shortened
 
 _COUNTER_BYTES = 64
 _MOST_COUNTERS = 16

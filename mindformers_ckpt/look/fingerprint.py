@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 
 from mindformers_ckpt.checksums.crc64 import finished, raw
 from mindformers_ckpt.checksums.digest import TensorChecksum, digest_of
 from mindformers_ckpt.look.blocks import WholeReader
-from mindformers_ckpt.look.whole import PathLike, checkpoint_at
+from mindformers_ckpt.look.whole import checkpoint_at
+from mindformers_ckpt.objects.path import PathLike
+from mindformers_ckpt.progress import Progress
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.plausibility import check_contents
-from mindformers_ckpt.strategy.model import Strategy
-
-Progress = Callable[[int, int], None]
+from mindformers_ckpt.strategy.given import StrategyLike
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Fingerprint:
 
 def fingerprint(
     path: PathLike,
-    strategy: PathLike | Strategy | None = None,
+    strategy: StrategyLike = None,
     *,
     step: str | None = None,
     contents: str = "error",

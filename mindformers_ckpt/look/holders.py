@@ -14,7 +14,8 @@ from mindformers_ckpt.engine.descriptors import Descriptors, file_ranges, fill
 from mindformers_ckpt.formats import Segment
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.planning.build import held_boxes
-from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
+from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.sources.shards import LogicalTensor
 
 if TYPE_CHECKING:
     import numpy as np

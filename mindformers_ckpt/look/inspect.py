@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 from mindformers_ckpt.errors import CheckpointError, FormatError, PlanError, describe_problems
-from mindformers_ckpt.formats import DType
+from mindformers_ckpt.formats import DType, Header
+from mindformers_ckpt.formats.headers import look_quickly
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.look.facts import counter_facts, manifest_facts, model_facts, step_facts, strategy_facts
 from mindformers_ckpt.look.odd import odd_things
-from mindformers_ckpt.look.parameters import KINDS, Parameter, find_parameters, kinds_of, read_quickly
-from mindformers_ckpt.look.whole import as_strategy
-from mindformers_ckpt.look.words import counted, shortened, spans
-from mindformers_ckpt.objects.path import absolute
+from mindformers_ckpt.look.parameters import KINDS, Parameter, find_parameters, kinds_of
+from mindformers_ckpt.objects.path import PathLike, absolute
 from mindformers_ckpt.sources.checkpoint import Checkpoint
-from mindformers_ckpt.sources.find import find_source, separate_checkpoints
+from mindformers_ckpt.sources.complete import only_checkpoint
+from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.sources.listing import Listing, is_strategy_file
 from mindformers_ckpt.sources.source import Kind, Source
 from mindformers_ckpt.strategy.files import MERGED_FILE, is_strategy_folder, read_strategy
+from mindformers_ckpt.strategy.given import StrategyLike, strategy_or_none
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.text_files import MAX_OWN_BYTES, read_json
-
-PathLike = Union[str, "os.PathLike[str]"]
+from mindformers_ckpt.words import counted, shortened, spans
 
 
 class Total(NamedTuple):
@@ -148,7 +147,7 @@ class Inspection:
         }
 
 
-def inspect(path: PathLike, strategy: PathLike | Strategy | None = None, *, step: str | None = None) -> Inspection:
+def inspect(path: PathLike, strategy: StrategyLike = None, *, step: str | None = None) -> Inspection:
     """Look at a checkpoint, Hugging Face folder, adapter, strategy, plan or result; what is it, and what is in it?
 
     Of files the headers are read, and the values of a few counters ("global_step"). `strategy` is that of rank folders;
@@ -191,7 +190,7 @@ def _json_file(path: Path) -> Inspection | None:
     if "parallel_layout_item" in content:
         return _strategy(path)
     if "mindformers_ckpt" in content:
-        return _result(path, content)
+        return Inspection(path, "the manifest of a result", manifest_facts(content))
     if path.name.endswith(".index.json"):
         return None
     if "model_type" in content:
@@ -248,10 +247,6 @@ def _plan(path: Path) -> Inspection:
     return Inspection(path, "a plan", facts, None, parameters, plan.warnings)
 
 
-def _result(path: Path, manifest: Mapping[str, Any]) -> Inspection:
-    return Inspection(path, "the manifest of a result", manifest_facts(manifest))
-
-
 def _adapter(path: Path) -> Inspection:
     from mindformers_ckpt.lora_settings import read_settings
     from mindformers_ckpt.sources.adapter import find_adapter
@@ -274,22 +269,18 @@ def _adapter(path: Path) -> Inspection:
 # ------------------------------------------------------------------------------------------- weights
 
 
-def _checkpoint(path: Path, strategy: PathLike | Strategy | None, step: str | None) -> Inspection:
-    source = find_source(path, step)
-    found = separate_checkpoints(source)
-    if len(found) > 1:
-        names = shortened([part.root.name for part in found], 20)
-        raise PlanError(f"{path} holds {len(found)} checkpoints ({names}); give the file to look at")
-    given = None if strategy is None else as_strategy(strategy)
+def _checkpoint(path: Path, strategy: StrategyLike, step: str | None) -> Inspection:
+    found = only_checkpoint(find_source(path, step))
+    given = strategy_or_none(strategy)
     facts: dict[str, str] = {}
-    if found[0].own_strategy is not None:
-        given = found[0].strategy(given or Strategy.complete())
-    elif given is None and found[0].kind is Kind.RANK_FOLDERS:
-        near = _strategy_beside(found[0])
+    if found.own_strategy is not None:
+        given = found.strategy(given or Strategy.complete())
+    elif given is None and found.kind is Kind.RANK_FOLDERS:
+        near = _strategy_beside(found)
         if near is not None:
             facts["strategy"] = f"{near.origin} (found there; --strategy gives another)"
             given = near
-    return _source(found[0], given, facts)
+    return _source(found, given, facts)
 
 
 def _strategy_beside(source: Source) -> Strategy | None:
@@ -300,12 +291,14 @@ def _strategy_beside(source: Source) -> Strategy | None:
 
 
 def _source(source: Source, strategy: Strategy | None, facts: dict[str, str]) -> Inspection:
-    from mindformers_ckpt.publish import read_manifests
+    from mindformers_ckpt.publish.manifest import read_manifests
 
     ranks = max((*source.by_rank, *source.absent), default=0) + 1
     used = strategy or (Strategy(({},), ranks, "not known") if source.sharded else Strategy.complete())
     # A source that tells its own boxes has told all that is shown.
-    headers, damaged = read_quickly(source.files) if source.tensors is None else ({}, [])
+    found = dict(look_quickly(source.files) if source.tensors is None else ())
+    headers = {path: header for path, header in found.items() if isinstance(header, Header)}
+    damaged = [str(error) for error in found.values() if isinstance(error, FormatError)]
     if not headers and source.tensors is None:
         raise FormatError(damaged[0] if len(damaged) == 1 else describe_problems("no file can be read", damaged))
     files = Checkpoint(source, used, _headers=headers)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from mindformers_ckpt.look.parameters import Parameter
-from mindformers_ckpt.look.words import counted, shortened, spans
 from mindformers_ckpt.objects.path import names_of
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.source import Kind, Source
+from mindformers_ckpt.words import counted, shortened, spans
 
 
 def odd_things(source: Source, files: Checkpoint, parameters: Sequence[Parameter], is_known: bool) -> Iterator[str]:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from mindformers_ckpt.disk.files import replace_file
 from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.look.picture import rank_of_file, traffic
 from mindformers_ckpt.planning.file import Job
-from mindformers_ckpt.planning.model import Place
+from mindformers_ckpt.planning.model import Numbers, Place
 from mindformers_ckpt.printable import ascii_json
 
 _TEMPLATE = Path(__file__).with_name("page.html")
-
-Entry = TypeVar("Entry", bound=Hashable)
 
 
 def write_page(job: Job, path: Path, stage_sizes: tuple[int, int] | None = None) -> None:
@@ -44,16 +41,16 @@ def write_page(job: Job, path: Path, stage_sizes: tuple[int, int] | None = None)
 def page_data(job: Job, stage_sizes: tuple[int, int] | None = None) -> dict[str, Any]:
     """What the page shows. Boxes, and lists of places, are in tables of their own and are referred to by number."""
     plan = job.plan
-    boxes: dict[Box, int] = {}
-    places: dict[tuple[Place, ...], int] = {}
+    boxes: Numbers[Box] = Numbers()
+    places: Numbers[tuple[Place, ...]] = Numbers()
     tensors = [
         [
             transfer.name,
             transfer.dtype.name,
             transfer.dtype.itemsize,
             transfer.shape,
-            _number(places, transfer.sources),
-            _number(places, transfer.targets),
+            places[transfer.sources],
+            places[transfer.targets],
         ]
         for transfer in plan.transfers
     ]
@@ -69,11 +66,7 @@ def page_data(job: Job, stage_sizes: tuple[int, int] | None = None) -> dict[str,
         "sources": [[str(file.path), rank_of_file(file)] for file in plan.sources],
         "targets": [[file.path, file.rank] for file in plan.targets],
         "tensors": tensors,
-        "places": [[[place.file, _number(boxes, place.box)] for place in entry] for entry in places],
+        "places": [[[place.file, boxes[place.box]] for place in entry] for entry in places],
         "boxes": list(boxes),
         "traffic": [[source, target, size] for (source, target), size in sorted(traffic(plan).items())],
     }
-
-
-def _number(table: dict[Entry, int], entry: Entry) -> int:
-    return table.setdefault(entry, len(table))

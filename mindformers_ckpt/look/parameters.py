@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from mindformers_ckpt.errors import FormatError, PlanError, StrategyError
+from mindformers_ckpt.errors import PlanError, StrategyError
 from mindformers_ckpt.formats import DType, Header, TensorRecord, TensorSpec
-from mindformers_ckpt.formats.tensor_file import scan
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.lora_names import is_adapter_name
-from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
-from mindformers_ckpt.sources.shards import cuts
+from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.sources.shards import LogicalTensor, cuts
 from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.state_names import find_states
 
-# Records of a .ckpt at which a file is compared with one of its size that was read whole.
-_SAMPLES = 8
 KINDS = ("weights", "optimizer states", "adapter", "counters", "buffers")
 
 
@@ -104,38 +100,6 @@ def _in_words(pieces: tuple[int, ...], dimensions: int) -> str:
 
 def _axis(axis: int, dimensions: int) -> str:
     return {(0, 2): "rows", (1, 2): "columns", (0, 1): "length"}.get((axis, dimensions), f"axis {axis}")
-
-
-def read_quickly(files: Sequence[Path]) -> tuple[dict[Path, Header], list[str]]:
-    """The headers of files, and what is wrong with those that cannot be read.
-
-    A .ckpt that has the size of one that was read whole is compared with it at eight records instead of all: names,
-    shapes and types of ranks of a stage are the same. Who reads the contents looks at all of them.
-    """
-    headers: dict[Path, Header] = {}
-    problems = []
-    known: dict[tuple[str, int], Header] = {}
-    for path in files:
-        try:
-            key = path.suffix, path.stat().st_size
-            header = scan(path, known.get(key))
-        except FormatError as error:
-            problems.append(str(error))
-            continue
-        except OSError as error:
-            problems.append(f"{path}: cannot be read: {error.strerror}")
-            continue
-        headers[path] = header
-        if key not in known or header.frames is not known[key].frames:
-            known[key] = _sampled(header)
-    return headers, problems
-
-
-def _sampled(header: Header) -> Header:
-    frames = header.frames
-    if len(frames) > _SAMPLES:
-        frames = tuple(frames[number * (len(frames) - 1) // (_SAMPLES - 1)] for number in range(_SAMPLES))
-    return replace(header, frames=frames)
 
 
 def find_parameters(files: Checkpoint, headers: Mapping[Path, Header]) -> tuple[list[Parameter], list[str]]:

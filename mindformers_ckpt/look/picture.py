@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from mindformers_ckpt.errors import PlanError, did_you_mean
 from mindformers_ckpt.geometry.box import Box, BoxIndex
-from mindformers_ckpt.look.words import shortened
 from mindformers_ckpt.planning.model import Place, Plan, SourceFile, Transfer
 from mindformers_ckpt.sources.listing import rank_of
+from mindformers_ckpt.words import shortened
 
 
 class Drawn(NamedTuple):
@@ -166,8 +166,3 @@ def _intervals(boxes: Sequence[Box], axis: int | None) -> list[tuple[int, int]]:
 
 def _left(intervals: Sequence[object], limit: int, what: str) -> list[str]:
     return [f"{len(intervals) - limit} {what}"] if len(intervals) > limit else []
-
-
-def widest_first(flows: Sequence[Flow], limit: int) -> Iterator[Flow]:
-    """The flows with the most bytes."""
-    yield from sorted(flows, key=lambda flow: (-flow.nbytes, flow.source, flow.target))[:limit]

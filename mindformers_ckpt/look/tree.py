@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from mindformers_ckpt.look.parameters import KINDS, Parameter
-from mindformers_ckpt.look.words import short_spans
 from mindformers_ckpt.sources.steps import natural
+from mindformers_ckpt.words import short_spans
 
 _WIDEST_NAME = 60
 

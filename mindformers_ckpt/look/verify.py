@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from mindformers_ckpt.checksums.digest import digest_of
-from mindformers_ckpt.errors import CheckpointError, ConfigError, FormatError, PlanError, PublishError
+from mindformers_ckpt.errors import CheckpointError, ConfigError, FormatError, PlanError, PublishError, system_errors
 from mindformers_ckpt.look.verify_manifest import (
     Choose,
     Manifest,
@@ -21,8 +21,9 @@ from mindformers_ckpt.look.verify_manifest import (
 )
 from mindformers_ckpt.look.verify_model import Difference, Verification
 from mindformers_ckpt.look.verify_replicas import verify_checksums
-from mindformers_ckpt.look.whole import PathLike, as_strategy, checkpoint_at
-from mindformers_ckpt.objects.path import absolute, as_path
+from mindformers_ckpt.look.whole import checkpoint_at
+from mindformers_ckpt.objects.path import PathLike, absolute, as_path
+from mindformers_ckpt.progress import Progress
 from mindformers_ckpt.publish.fingerprints import folder_of, recorded_checksums
 from mindformers_ckpt.publish.signature import BUNDLE_FILE, check_signature
 from mindformers_ckpt.sources import checkpoint2
@@ -30,19 +31,18 @@ from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import instead
 from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.source import Kind, Source
+from mindformers_ckpt.strategy.given import StrategyLike, as_strategy, strategy_or_none
 from mindformers_ckpt.strategy.model import Strategy, origin_of
-
-Progress = Callable[[int, int], None]
 
 _FINGERPRINTS = "fingerprints: "  # of what is not checked
 
 
 def verify(
     path: PathLike,
-    strategy: PathLike | Strategy | None = None,
+    strategy: StrategyLike = None,
     *,
     against: PathLike | None = None,
-    src_strategy: PathLike | Strategy | None = None,
+    src_strategy: StrategyLike = None,
     step: str | None = None,
     sample: float = 1.0,
     contents: str = "error",
@@ -96,9 +96,9 @@ def _ranks_in(description: str) -> str:
 
 def _verify_against(
     path: PathLike,
-    strategy: PathLike | Strategy | None,
+    strategy: StrategyLike,
     against: PathLike,
-    src_strategy: PathLike | Strategy | None,
+    src_strategy: StrategyLike,
     step: str | None,
     chosen: Choose,
     contents: str,
@@ -133,7 +133,7 @@ def _verify_against(
 
 def _verify_manifest(
     folder: Path,
-    strategy: PathLike | Strategy | None,
+    strategy: StrategyLike,
     sample: float,
     chosen: Choose,
     progress: Progress | None,
@@ -143,10 +143,8 @@ def _verify_manifest(
         raise PlanError(f"there is no result at {folder}{instead(folder)}")
     if not folder.is_dir():
         raise PlanError(f"{folder} is not a folder; a file is compared with its source (--against SOURCE)")
-    try:
+    with system_errors(PlanError, f"{folder}: cannot be read"):
         next(iter(folder.iterdir()), None)
-    except OSError as error:
-        raise PlanError(f"{folder}: cannot be read: {error.strerror}") from error
     manifest = read_result(folder)
     check_texts(folder, manifest, found)
     known = _known_strategy(manifest, strategy, found)
@@ -188,10 +186,10 @@ def _verify_signatures(folder: Path, public_key: Path, found: Verification) -> N
             found.checked.append(f"signature: {folder / part / BUNDLE_FILE}, by the key of {public_key}")
 
 
-def _known_strategy(manifest: Manifest, strategy: PathLike | Strategy | None, found: Verification) -> Strategy | None:
+def _known_strategy(manifest: Manifest, strategy: StrategyLike, found: Verification) -> Strategy | None:
     """The strategy that is given, or that the manifest names; None where its file is gone."""
     if strategy is not None or manifest.target is None:
-        return None if strategy is None else as_strategy(strategy)
+        return strategy_or_none(strategy)
     if manifest.target == Strategy.complete().describe():
         return Strategy.complete()
     origin = origin_of(manifest.target)

@@ -16,12 +16,13 @@ from mindformers_ckpt.engine.tasks import Task, cut_into_tasks
 from mindformers_ckpt.formats import Header, Segment, TensorRecord
 from mindformers_ckpt.look.comparing import Comparer
 from mindformers_ckpt.look.threads import in_threads
-from mindformers_ckpt.look.verify_model import Difference, Verification, counted
+from mindformers_ckpt.look.verify_model import Difference, Verification
 from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.planning.model import Plan
+from mindformers_ckpt.progress import Progress
 from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.words import counted
 
-Progress = Callable[[int, int], None]
 Records = Mapping[str, "tuple[Path, TensorRecord]"]
 
 
@@ -44,8 +45,8 @@ def verify_against(
     taken = chosen(names)
     plan = _without(plan, taken, unfit)
     found.checked.append(
-        f"{counted(len(taken), 'tensor', len(names))} in the files of {counted(len(held), 'rank')}: read, and compared "
-        "with the source bit by bit"
+        f"{counted(len(taken), 'tensor', of=len(names))} in the files of {counted(len(held), 'rank')}: read, and "
+        "compared with the source bit by bit"
     )
     compared = _Comparison(plan, held)
     headers = {number: source.header(file.path) for number, file in enumerate(plan.sources)}

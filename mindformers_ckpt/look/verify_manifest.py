@@ -12,15 +12,16 @@ from typing import Any, NamedTuple
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES
 from mindformers_ckpt.errors import FormatError, PlanError, TransferError
 from mindformers_ckpt.formats import Header, TensorRecord
-from mindformers_ckpt.formats.ckpt import verify_crc
+from mindformers_ckpt.formats.ckpt_crc import verify_crc
 from mindformers_ckpt.formats.headers import read_headers
 from mindformers_ckpt.look.holders import ContentReader
-from mindformers_ckpt.look.verify_model import Difference, Verification, counted
+from mindformers_ckpt.look.verify_model import Difference, Verification
 from mindformers_ckpt.publish.fingerprints import folder_of
 from mindformers_ckpt.publish.manifest import read_manifests
 from mindformers_ckpt.publish.texts import HEADER, TEXTS, hash_of, header_hash, is_unchanged
 from mindformers_ckpt.sources.source import SUFFIXES
 from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.words import counted
 
 Choose = Callable[[Sequence[str]], set[str]]
 
@@ -196,7 +197,7 @@ def check_hashes(
             done += 0 if record is None else record.spec.nbytes
             if progress is not None:
                 progress(done, total)
-    found.checked.append(f"{counted(len(looked_at), 'tensor', len(known))} in files: xxh3-128 of their bytes")
+    found.checked.append(f"{counted(len(looked_at), 'tensor', of=len(known))} in files: xxh3-128 of their bytes")
 
 
 def _hash(reader: ContentReader, path: Path, record: TensorRecord) -> str:
@@ -221,7 +222,7 @@ def check_trailers(headers: Mapping[str, Header], share: float, chosen: Choose, 
         except (FormatError, TransferError) as error:
             found.differences.append(Difference(str(error)))
     if stored:
-        found.checked.append(f"{counted(len(taken), 'file', len(stored))}: the CRC-32 that they store")
+        found.checked.append(f"{counted(len(taken), 'file', of=len(stored))}: the CRC-32 that they store")
 
 
 def sampler(share: float, seed: int | None = None) -> Choose:

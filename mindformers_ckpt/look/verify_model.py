@@ -60,9 +60,3 @@ class Verification:
     def ok(self) -> bool:
         """Whether nothing differs."""
         return not self.differences
-
-
-def counted(count: int, word: str, total: int | None = None) -> str:
-    """A number of things: "1 file", "3 of 4 files"."""
-    of = "" if total is None else f" of {total}"
-    return f"{count}{of} {word}{'' if (count if total is None else total) == 1 else 's'}"

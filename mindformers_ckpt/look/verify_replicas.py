@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -11,10 +11,11 @@ from mindformers_ckpt.checksums.digest import TensorChecksum
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES, empty_bytes
 from mindformers_ckpt.geometry.box import Box, blocks, offset_in
 from mindformers_ckpt.look.holders import ContentReader, Holder, first_difference, holders_of
-from mindformers_ckpt.look.verify_model import Difference, Verification, counted
-from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
-
-Progress = Callable[[int, int], None]
+from mindformers_ckpt.look.verify_model import Difference, Verification
+from mindformers_ckpt.progress import Progress
+from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.sources.shards import LogicalTensor
+from mindformers_ckpt.words import counted
 
 
 def verify_checksums(
@@ -47,7 +48,7 @@ def verify_checksums(
             done += tensor.spec.nbytes
             if progress is not None:
                 progress(done, total)
-    found.checked.append(f"{counted(len(taken), 'tensor', len(recorded))}: fingerprint of the whole, and replicas")
+    found.checked.append(f"{counted(len(taken), 'tensor', of=len(recorded))}: fingerprint of the whole, and replicas")
 
 
 def _compare_names(

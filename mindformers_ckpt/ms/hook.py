@@ -29,14 +29,13 @@ from mindformers_ckpt.job.reslice import Reslicing
 from mindformers_ckpt.job.shared_disk import not_shared, owners_of, wait_for_files
 from mindformers_ckpt.log import log
 from mindformers_ckpt.sources.checkpoint import Checkpoint
-from mindformers_ckpt.strategy.files import MERGED_FILE, merge_strategies, rank_file_name, read_strategy
+from mindformers_ckpt.strategy.files import MERGED_FILE, rank_file_name, read_strategy, strategy_of_job
 from mindformers_ckpt.strategy.model import Strategy
 
 if TYPE_CHECKING:
     from mindspore.nn import Cell
 
     from mindformers_ckpt.ms.live import LiveFile
-    from mindformers_ckpt.ms.loading import Loading
 
 
 class CheckpointHook:
@@ -96,7 +95,8 @@ class CheckpointHook:
             log.info("this process is MindSpore's scheduler: the ranks load the weights")
             return
         self._dry_run = self.config.use_parallel and live.dry_run_rank() is not None
-        self._cluster = self._join()
+        env = os.environ if self.config.use_parallel else {}
+        self._cluster = Cluster.from_environment(self.config.transform_timeout, env, self._output.root)
         if self.cluster.rank == MAIN_RANK and (nothing := self.config.nothing_to_load):
             log.warning("%s", nothing)
         self._settled, self._source, self._own_files = True, None, None
@@ -135,6 +135,8 @@ class CheckpointHook:
         names it. Raises StrategySaved where `only_save_strategy` is set: the strategy is complete then, nothing is
         loaded, and the trainer is to stop; it never ends the process.
         """
+        from mindformers_ckpt.ms.loading import Loading
+
         if self._dry_run:
             return self._end_dry_run()
         with self._together("load"):
@@ -143,7 +145,17 @@ class CheckpointHook:
             loaded: dict[str, Any] = {}
             transformed = False
             if self.config.load_checkpoint and not self.config.only_save_strategy:
-                loading = self._loading(target, cells)
+                loading = Loading(
+                    self.config,
+                    self.cluster,
+                    self._output,
+                    self._exchange,
+                    target,
+                    self._whole_strategy,
+                    cells,
+                    self._source,
+                    self._own_files,
+                )
                 loaded = loading.load()
                 transformed = loading.transformed
             if self._clears and self.cluster.rank == self._owner:
@@ -154,21 +166,6 @@ class CheckpointHook:
         if self.config.only_save_strategy:
             raise StrategySaved(f"only_save_strategy: the strategy is in {self.strategy_dir}; the job stops here")
         return loaded
-
-    def _loading(self, target: Strategy, cells: Sequence[Cell]) -> Loading:
-        from mindformers_ckpt.ms.loading import Loading
-
-        return Loading(
-            self.config,
-            self.cluster,
-            self._output,
-            self._exchange,
-            target,
-            self._whole_strategy,
-            cells,
-            self._source,
-            self._own_files,
-        )
 
     def _end_dry_run(self) -> dict[str, Any]:
         """A dry run compiles for one rank, and has no weights. Raises StrategyError when it saved no strategy."""
@@ -195,10 +192,6 @@ class CheckpointHook:
     @property
     def _clears(self) -> bool:
         return self.config.only_save_strategy or self._reslices
-
-    def _join(self) -> Cluster:
-        env = os.environ if self.config.use_parallel else {}
-        return Cluster.from_environment(self.config.transform_timeout, env, self._output.root)
 
     @contextmanager
     def _together(self, step: str) -> Iterator[None]:
@@ -259,22 +252,14 @@ class CheckpointHook:
             reslicing = Reslicing(self.config, self.cluster, self._output, Strategy.complete())
             if self.cluster.rank == MAIN_RANK:
                 self._output.check_apart(config.load_checkpoint, config.src_strategy_path_or_dir)
-            reslicing.look()
-            if self.cluster.rank == MAIN_RANK:
-                source = self._look_at_source(reslicing)
+                source = self._source = reslicing.source
+                source.tensors()
                 files = [file for files in source.files.by_rank.values() for file in files]
                 self._output.check_apart(config.load_checkpoint, config.src_strategy_path_or_dir, files)
         elif config.only_save_strategy:
             self._output.check_apart(config.load_checkpoint, config.src_strategy_path_or_dir, strategy_only=True)
         elif config.load_checkpoint:
             self._own_files = find_own_files(config, self.cluster)
-
-    def _look_at_source(self, reslicing: Reslicing) -> Checkpoint:
-        """Read the headers of the source and its strategy, and keep them for `load`. Raises what `Checkpoint` does."""
-        source = reslicing.source
-        source.tensors()
-        self._source = source
-        return source
 
     def _skip_first_start(self) -> None:
         """Start from the network's values where there is nothing to resume from yet (MindFormers' recovery)."""
@@ -296,7 +281,7 @@ class CheckpointHook:
 
         if not self._is_parallel:
             return Strategy.complete()
-        trained = [*cells, optimizer] if self._for_training and optimizer is not None else cells
+        trained = [*cells, optimizer] if self.config.for_training and optimizer is not None else cells
         self._live.complete(trained, weights.own_shapes(trained))
         told = self.cluster.gather("strategy written", [self._live.is_written, weights.are_cut(cells)])
         self._settled = True
@@ -315,7 +300,7 @@ class CheckpointHook:
         if self.cluster.rank == MAIN_RANK:
             files = [self.strategy_dir / rank_file_name(rank) for rank in range(self.cluster.size)]
             wait_for_files(files, check=self.cluster.check)
-            strategy = self._merge()
+            strategy = strategy_of_job(self.strategy_dir, self.cluster.size)
         self.cluster.barrier("strategy merged")
         if strategy is not None:
             return strategy
@@ -330,35 +315,19 @@ class CheckpointHook:
             return Strategy(({},), self.cluster.size, "whole on every rank")
         return live.whole_strategy(self._live, self.cluster.size)
 
-    def _merge(self) -> Strategy:
-        """Read the files of all ranks and merge those of a pipeline. Raises StrategyError if they are not all."""
-        strategy = read_strategy(self.strategy_dir)
-        if strategy.rank_count != self.cluster.size:
-            raise StrategyError(
-                f"the strategy in {self.strategy_dir} is for {strategy.rank_count} ranks, but this job has "
-                f"{self.cluster.size}"
-            )
-        if len(strategy.stages) > 1:
-            merge_strategies(self.strategy_dir, self.strategy_dir / MERGED_FILE)
-        return strategy
-
     def _strategy_of_a_part(self) -> Strategy:
         """What can be done where the folder may hold the files of other jobs, or of one node only."""
         strategy = Strategy.complete()
         if self.cluster.rank == MAIN_RANK:
             try:
-                strategy = self._merge()
+                strategy = strategy_of_job(self.strategy_dir, self.cluster.size)
             except StrategyError as error:
                 log.info("the strategy files of this job are not merged: %s", error)
         return strategy
 
-    @property
-    def _for_training(self) -> bool:
-        return self.config.run_mode in ("train", "finetune")
-
     def _cells(self, network: Cell, optimizer: Cell | None) -> list[Cell]:
         """What is loaded into."""
-        if optimizer is None or not self._for_training:
+        if optimizer is None or not self.config.for_training:
             return [network]
         if self.config.resume_training is False:
             log.info("resume_training: False: the optimizer starts anew")

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 from mindformers_ckpt.errors import StrategyError
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.log import log
-from mindformers_ckpt.planning.missing import shortened
 from mindformers_ckpt.state_names import State, state_of
 from mindformers_ckpt.strategy.files import rank_file_name, read_rank_file, read_strategy, write_strategy
 from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.words import shortened
 
 if TYPE_CHECKING:
     from mindspore.nn import Cell

@@ -37,6 +37,7 @@ from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.files import read_strategy
 from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.words import shortened
 
 if TYPE_CHECKING:
     from mindspore.nn import Cell
@@ -80,10 +81,6 @@ class Loading:
         self.cluster.barrier("loaded")
         return loaded
 
-    @property
-    def for_training(self) -> bool:
-        return self.config.run_mode in ("train", "finetune")
-
     @cached_property
     def _own(self) -> dict[str, tuple[int, ...]]:
         """The shapes of this rank's parameters, by name."""
@@ -118,7 +115,7 @@ class Loading:
 
     def _names(self) -> frozenset[str] | None:
         """The parameters that any rank of the job wants, None for all that the source has. All ranks call it."""
-        if self.for_training:
+        if self.config.for_training:
             return None
         named = self.target.names()
         return named | names_of_all(self.cluster, weights.wanted_names(self.cells) - named)
@@ -175,7 +172,7 @@ class Loading:
         given = self.config.src_strategy_path_or_dir
         files = find_checkpoint(self.config)
         wanted = weights.wanted_names(self.cells) if names is None else names
-        looked_at = None if self.for_training else target.names() | wanted
+        looked_at = None if self.config.for_training else target.names() | wanted
         own = files.own_strategy
         return Checkpoint(files, own or (read_strategy(given) if given else target), looked_at), target
 
@@ -207,7 +204,7 @@ class Loading:
         else:
             found = find_source(folder).by_rank
             own = OwnFiles(found[0 if set(found) == {0} else self.cluster.rank])
-        wanted = None if self.for_training else weights.wanted_names(self.cells)
+        wanted = None if self.config.for_training else weights.wanted_names(self.cells)
         names: dict[Path, set[str]] = {}
         for file in own.files:
             held = {name for name in own.names_in(file) if wanted is None or name in wanted}
@@ -230,7 +227,7 @@ class Loading:
         return len(self.cluster.node_ranks) > 1
 
     def _read_direct(self, own: RankPlan) -> dict[str, Any]:
-        if not self.for_training:
+        if not self.config.for_training:
             own = own.only(weights.wanted_names(self.cells))  # what other stages want has no place here
         for warning in own.plan.warnings if self.cluster.rank == MAIN_RANK else ():
             log.warning("%s", warning)
@@ -265,14 +262,14 @@ class Loading:
             if note not in self._said:
                 log.warning("%s", note)
         if missing.allowed:
-            names = ", ".join(missing.allowed[:20])
+            names = shortened(missing.allowed, 20)
             log.warning("%d parameters keep their initial values (allow_missing): %s", len(missing.allowed), names)
-        if self.for_training and "scale_sense" in loaded and "scale_sense" not in self._own:
+        if self.config.for_training and "scale_sense" in loaded and "scale_sense" not in self._own:
             log.warning(
                 "scale_sense, the loss scale, is a parameter of the train cell, which is not what was given to load: "
                 "the loss scale starts anew"
             )
-        if not self.for_training and weights.shares_stages(self.cells):
+        if not self.config.for_training and weights.shares_stages(self.cells):
             log.warning(
                 "stages of the pipeline share parameters: call mindspore.parallel.sync_pipeline_shared_parameters("
                 "network) before the first prediction"

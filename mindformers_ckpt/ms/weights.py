@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mindformers_ckpt.errors import ConfigError, PlanError, describe_problems
+from mindformers_ckpt.errors import ConfigError, PlanError, describe_problems, raise_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.log import log
-from mindformers_ckpt.planning.missing import shortened
 from mindformers_ckpt.state_names import COUNTERS, is_never_saved
+from mindformers_ckpt.words import shortened
 
 if TYPE_CHECKING:
     import numpy as np
@@ -220,8 +220,7 @@ def check_loaded(cells: Sequence[Cell], loaded: Mapping[str, Any]) -> None:
     """
     shapes = {name: value.shape for name, value in loaded.items() if hasattr(value, "shape")}
     faults = shape_faults(shapes, own_shapes(cells))
-    if faults:
-        raise PlanError(describe_problems("the network does not hold what was loaded; do not train with it", faults))
+    raise_problems(PlanError, "the network does not hold what was loaded; do not train with it", faults)
 
 
 def _set(own: Parameter, found: Tensor) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.objects.attempts import persist, refusal
-from mindformers_ckpt.objects.errors import MissingObject, ObjectError
+from mindformers_ckpt.objects.errors import MissingObject
 
 CONNECTIONS = 32
 _READ_BYTES = 1 << 20
@@ -240,5 +240,3 @@ def forget_clients() -> None:
 
 
 os.register_at_fork(after_in_child=forget_clients)
-
-__all__ = ["CONNECTIONS", "Client", "Found", "MissingObject", "ObjectError", "Part", "client_of", "forget_clients"]

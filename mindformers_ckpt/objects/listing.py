@@ -131,13 +131,6 @@ def look_again() -> None:
             _trees[place] = None
 
 
-def forget_listings() -> None:
-    """Know nothing any more."""
-    with _lock:
-        _files.clear()
-        _trees.clear()
-
-
 def _tree_over(place: Place) -> _Tree | None:
     """What is known of a place by the listing of a folder that it is in."""
     key = place.key

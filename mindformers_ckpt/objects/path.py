@@ -116,6 +116,11 @@ def as_path(path: PathLike) -> Path:
     return ObjectPath(text) if text.partition("/")[0] in _SCHEMES and "/" in text else Path(text)
 
 
+def path_or_none(path: PathLike | None) -> Path | None:
+    """`as_path`, with None for what is not given."""
+    return None if path is None else as_path(path)
+
+
 def absolute(path: PathLike) -> Path:
     """The absolute path of what was given; a path in an object storage is one."""
     found = as_path(path)

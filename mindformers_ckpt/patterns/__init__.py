@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mindformers_ckpt.errors import ConfigError, describe_problems
+from mindformers_ckpt.errors import ConfigError, raise_problems
 
 SECONDS = 10.0
 _WORKER = Path(__file__).with_name("worker.py")
@@ -39,8 +39,7 @@ def match_patterns(
             found[pattern] = [names[number] for number in answer]
     if len(answers) < len(patterns):
         problems.append(f"{_short(patterns[len(answers)])} {end}; write it without nested repetitions")
-    if problems:
-        raise ConfigError(describe_problems(f"{origin}: patterns cannot be used", problems))
+    raise_problems(ConfigError, f"{origin}: patterns cannot be used", problems)
     return found
 
 

@@ -6,17 +6,19 @@ from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 
-from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
+from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems, raise_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.planning.computations import Constant
-from mindformers_ckpt.planning.missing import has_states, missing_names, patterns_of, shortened
+from mindformers_ckpt.planning.missing import has_states, missing_names, patterns_of
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, SourceFile, TargetFile, Transfer
 from mindformers_ckpt.planning.places import Places, Way, target_boxes
-from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
+from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.plausibility import check_contents, check_names
+from mindformers_ckpt.sources.shards import LogicalTensor
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.strategy.states import with_states
+from mindformers_ckpt.words import shortened
 
 
 def build_plan(
@@ -54,12 +56,11 @@ def build_plan(
     allowed = patterns_of(allow_missing)
     _check_lost(source, target, tensors, allowed)
     missing = missing_names(target.names(), tensors, allowed)
-    if missing.required:
-        headline = (
-            f"{source.files.root} lacks parameters that the target strategy ({target.origin}) has; "
-            "is it the checkpoint of this model?"
-        )
-        raise PlanError(describe_problems(headline, missing.required))
+    headline = (
+        f"{source.files.root} lacks parameters that the target strategy ({target.origin}) has; "
+        "is it the checkpoint of this model?"
+    )
+    raise_problems(PlanError, headline, missing.required)
     warnings += missing.notes
     plan = _with_counters(_assemble(source, target, tensors, chosen, prefix, format), source, tensors)
     plan = replace(plan, warnings=tuple(warnings))
@@ -128,8 +129,7 @@ def _assemble(
             spec = TensorSpec(name, dtype, shape)
             for file in holders:
                 held[file].append(spec)
-    if problems:
-        raise PlanError(describe_problems(f"{source.files.root} cannot be re-sliced for {target.describe()}", problems))
+    raise_problems(PlanError, f"{source.files.root} cannot be re-sliced for {target.describe()}", problems)
     files = tuple(SourceFile(path, source.size_of(path)) for path in paths)
     return Plan(files, rank_targets(ranks, held, prefix, format), tuple(transfers))
 

@@ -21,28 +21,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from mindformers_ckpt.disk.files import replace_file
 from mindformers_ckpt.disk.waiting import each
-from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.errors import PlanError, raise_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.objects.path import as_path
 from mindformers_ckpt.planning.checked import DecodeError
 from mindformers_ckpt.planning.decode import decode_plan
-from mindformers_ckpt.planning.model import Place, Plan, SourceFile
+from mindformers_ckpt.planning.model import Numbers, Place, Plan, SourceFile
 from mindformers_ckpt.text_files import MAX_OWN_BYTES, parse_json, read_regular, readable_json
 
 VERSION = 1
 _MARK = "mindformers_ckpt_plan"
 # A plan of 16,384 ranks for 8,192 takes some 10 million; boxes that are made for it take the square of their number.
 _MOST_COMPARISONS = 200_000_000
-
-Entry = TypeVar("Entry", bound=Hashable)
 
 
 def _no_companions(folder: Path) -> None:
@@ -131,19 +129,19 @@ def read_plan(path: Path) -> Job:
 
 def _to_json(job: Job) -> dict[str, Any]:
     plan = job.plan
-    boxes: dict[Box, int] = {}
-    places: dict[tuple[Place, ...], int] = {}
-    specs: dict[TensorSpec, int] = {}
-    lists: dict[tuple[TensorSpec, ...], int] = {}
-    targets = [[target.path, target.rank, target.format, _number(lists, target.tensors)] for target in plan.targets]
-    tensor_lists = [[_number(specs, spec) for spec in entry] for entry in lists]
+    boxes: Numbers[Box] = Numbers()
+    places: Numbers[tuple[Place, ...]] = Numbers()
+    specs: Numbers[TensorSpec] = Numbers()
+    lists: Numbers[tuple[TensorSpec, ...]] = Numbers()
+    targets = [[target.path, target.rank, target.format, lists[target.tensors]] for target in plan.targets]
+    tensor_lists = [[specs[spec] for spec in entry] for entry in lists]
     transfers = [
         [
             transfer.name,
             transfer.dtype.name,
             transfer.shape,
-            _number(places, transfer.sources),
-            _number(places, transfer.targets),
+            places[transfer.sources],
+            places[transfer.targets],
         ]
         for transfer in plan.transfers
     ]
@@ -166,15 +164,10 @@ def _to_json(job: Job) -> dict[str, Any]:
     }
 
 
-def _number(table: dict[Entry, int], entry: Entry) -> int:
-    """The position of an entry in a table, which gets it unless it has it."""
-    return table.setdefault(entry, len(table))
-
-
-def _place_to_json(place: Place, boxes: dict[Box, int]) -> list[Any]:
+def _place_to_json(place: Place, boxes: Numbers[Box]) -> list[Any]:
     if not place.is_plain:
         raise PlanError("a plan that rearranges or computes cannot be written to a file")
-    return [place.file, _number(boxes, place.box), *([place.tensor] if place.tensor else [])]
+    return [place.file, boxes[place.box], *([place.tensor] if place.tensor else [])]
 
 
 def _from_json(body: Any) -> Job:
@@ -208,8 +201,7 @@ def _check_sources(path: Path, sources: Sequence[SourceFile], times: Sequence[in
             problems.append(f"{file.path} has {status.st_size} bytes, {file.size} when the plan was made")
         elif status.st_mtime_ns != modified:
             problems.append(f"{file.path} was written again after the plan was made")
-    if problems:
-        raise PlanError(describe_problems(f"the sources of the plan {path} were changed; make it again", problems))
+    raise_problems(PlanError, f"the sources of the plan {path} were changed; make it again", problems)
 
 
 def _digest(body: Any) -> str:

@@ -11,12 +11,13 @@ initial values. These need not be in a checkpoint:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from mindformers_ckpt.lora_names import is_adapter_name
 from mindformers_ckpt.state_names import COUNTERS, is_never_saved, state_of
+from mindformers_ckpt.words import shortened
 
 
 class Missing(NamedTuple):
@@ -94,10 +95,3 @@ def patterns_of(allow_missing: bool | Sequence[str]) -> tuple[str, ...]:
     if isinstance(allow_missing, bool):
         return ("*",) if allow_missing else ()
     return tuple(allow_missing)
-
-
-def shortened(names: Iterable[str], limit: int = 5) -> str:
-    """Names in one line, the first of them and how many more."""
-    names = list(names)
-    listed = ", ".join(names[:limit])
-    return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"

@@ -7,13 +7,13 @@ the source files and where its boxes go in the target files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.errors import PlanError, raise_problems
 from mindformers_ckpt.formats import DType, TensorSpec
 from mindformers_ckpt.geometry.box import Box, BoxIndex, are_disjoint, covered_volume, hull, meets
 from mindformers_ckpt.planning.computations import Compute
@@ -21,6 +21,7 @@ from mindformers_ckpt.planning.computations import Compute
 DEFAULT_PREFIX = "checkpoint_"
 
 Shared = TypeVar("Shared")
+Numbered = TypeVar("Numbered", bound=Hashable)
 Found = TypeVar("Found")
 
 
@@ -80,6 +81,14 @@ class Place(NamedTuple):
     def is_plain(self) -> bool:
         """Whether the file's tensor is just the box, element for element."""
         return self.view is None and self.compute is None
+
+
+class Numbers(dict[Numbered, int]):
+    """Gives things numbers, from 0 on, in the order in which they are asked for first."""
+
+    def __missing__(self, item: Numbered) -> int:
+        number = self[item] = len(self)
+        return number
 
 
 def once(function: Callable[[Shared], Found]) -> Callable[[Shared], Found]:
@@ -196,8 +205,7 @@ class Plan:
                 known[key] = _cover_fault(transfer, effort.spend)
             if known[key] is not None:
                 problems.append(f"{transfer.name}: {known[key]}")
-        if problems:
-            raise PlanError(describe_problems("the plan does not make whole tensors", problems))
+        raise_problems(PlanError, "the plan does not make whole tensors", problems)
 
 
 class _Effort:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.errors import PlanError, raise_problems
 from mindformers_ckpt.formats import Header, TensorSpec
 from mindformers_ckpt.formats.headers import sound_headers
 from mindformers_ckpt.geometry.box import Box, meets
@@ -48,14 +48,12 @@ def plan_of_rank(rank: int, wanted: Mapping[str, Wanted], held: Mapping[str, Hel
     """
     problems: list[str] = []
     parts = {name: list(_parts(name, want, held[name], problems)) for name, want in wanted.items()}
-    if problems:
-        headline = f"{origin} cannot be loaded by rank {rank}; is it the checkpoint of this model, and is it complete?"
-        raise PlanError(describe_problems(headline, problems))
+    headline = f"{origin} cannot be loaded by rank {rank}; is it the checkpoint of this model, and is it complete?"
+    raise_problems(PlanError, headline, problems)
     headers = sound_headers(sorted({part.file for taken in parts.values() for part in taken}))
     problems = _contradictions(parts, headers)
-    if problems:
-        headline = f"{origin}: files and their metadata do not belong together; copy the checkpoint again"
-        raise PlanError(describe_problems(headline, problems))
+    headline = f"{origin}: files and their metadata do not belong together; copy the checkpoint again"
+    raise_problems(PlanError, headline, problems)
     specs = {
         name: TensorSpec(name, headers[taken[0].file].tensors[name].spec.dtype, wanted[name].box.shape)
         for name, taken in parts.items()

@@ -14,7 +14,7 @@ from pathlib import Path
 from mindformers_ckpt.geometry.box import Box, hull, meets
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.planning.model import Place, once
-from mindformers_ckpt.sources.checkpoint import LogicalTensor, Shard
+from mindformers_ckpt.sources.shards import LogicalTensor, Shard
 from mindformers_ckpt.strategy.model import Strategy
 
 

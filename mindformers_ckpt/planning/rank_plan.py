@@ -1,10 +1,11 @@
 """What one rank takes of a plan, as text: its tensors, and at which bytes of which files their parts are.
 
-One rank of a job looks at the source and tells every other one this. It then reads contents alone: no folder is listed
-and no header is read again.
+One rank of a job looks at the source and tells every other one this. It then reads contents alone: no folder is listed,
+and no header is read again. Where a header is only likely the heads of what is read are told, too, to be compared.
 
     {"target": [path, rank, format], "tensors": [[name, element type, [shape]], …],
-     "files": [[number, name from the root, bytes, [[tensor, element type, [shape], [offset, length, …]], …]], …],
+     "files": [[number, name from the root, bytes, [[tensor, element type, [shape], [offset, length, …]], …],
+                [[offset, head], …]], …],
      "transfers": [[name, element type, [shape], [place, …], [place, …]], …]}
 
     place:   [file, start, stop, name in the file, view, computation], from its end without what is not there
@@ -17,12 +18,13 @@ import base64
 import json
 import os
 import zlib
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mindformers_ckpt.errors import FormatError, PlanError, TransferError
+from mindformers_ckpt.errors import FormatError, PlanError, TransferError, system_errors
 from mindformers_ckpt.formats import Header, Segment, TensorRecord, TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.formats.tensor_file import Malformed
@@ -96,15 +98,15 @@ class _Encoder:
             file = self._plan.sources[number]
             self._headers[number] = self._current(file)
             self._names[number] = f"[{number},{_dump(name_from(self._root, file.path))},{file.size}"
-        held = self._headers[number].tensors
-        return f"{self._names[number]},[{','.join([self._record(held[tensor]) for tensor in tensors])}]]"
+        header = self._headers[number]
+        records = [header.tensors[tensor] for tensor in tensors]
+        heads = _dump(_heads_of(header, records)) if header.is_likely else "[]"
+        return f"{self._names[number]},[{','.join(map(self._record, records))}],{heads}]"
 
     def _current(self, file: SourceFile) -> Header:
         header = self._header_of(file.path)
-        try:
+        with system_errors(TransferError, f"{file.path}: cannot be read"):
             status = file.path.stat()
-        except OSError as error:
-            raise TransferError(f"{file.path}: cannot be read: {error.strerror}") from error
         if (status.st_size, status.st_mtime_ns) != (header.size, header.modified):
             raise TransferError(f"{file.path} was written after the job looked at it; start the job again")
         return header
@@ -113,6 +115,18 @@ class _Encoder:
 def _record_text(record: TensorRecord) -> str:
     segments = [value for segment in record.segments for value in segment]
     return _dump([*_spec_to_json(record.spec), segments])
+
+
+def _heads_of(header: Header, records: Iterable[TensorRecord]) -> list[tuple[int, str]]:
+    """The heads of records: offset, bytes as text."""
+    by_end = _frames_by_end(header.frames)
+    heads = (by_end[segment.offset] for record in records for segment in record.segments)
+    return [(offset, head.decode("latin-1")) for offset, head in heads]
+
+
+@lru_cache(maxsize=64)
+def _frames_by_end(frames: tuple[tuple[int, bytes], ...]) -> dict[int, tuple[int, bytes]]:
+    return {offset + len(head): (offset, head) for offset, head in frames}
 
 
 def _sources_text(places: Sequence[Place]) -> str:
@@ -137,7 +151,7 @@ def decode_rank(text: str, root: Path) -> RankPlan:
         headers: dict[int, Header] = {}
         numbers: dict[int, int] = {}
         for entry in list_of(body["files"]):
-            number, *rest = list_of(entry, 4)
+            number, *rest = list_of(entry, 5)
             position = numbers.setdefault(number_of(number), len(numbers))
             headers[position] = _header(rest, root)
         path, rank, format = list_of(body["target"], 3)
@@ -165,7 +179,7 @@ def _unpacked(text: str) -> bytes:
 
 
 def _header(entry: Sequence[Any], root: Path) -> Header:
-    name, size, records = entry
+    name, size, records, told = entry
     tensors = {}
     for record in list_of(records):
         tensor, dtype, shape, flat = list_of(record, 4)
@@ -175,7 +189,10 @@ def _header(entry: Sequence[Any], root: Path) -> Header:
         if len(numbers) % 2 or sum(segment.length for segment in segments) != spec.nbytes:
             raise DecodeError(f"{tensor!r} is not where it should be")
         tensors[spec.name] = TensorRecord(spec, segments)
-    return Header(path_in(root, text_of(name)), "", number_of(size), tensors, {}, None)
+    heads = tuple((number_of(offset), text_of(head).encode("latin-1")) for offset, head in map(list_of, list_of(told)))
+    # Heads are those of a .ckpt file: any other one is read whole.
+    path = path_in(root, text_of(name))
+    return Header(path, "ckpt", number_of(size), tensors, {}, None, heads, is_likely=bool(heads))
 
 
 def name_from(root: Path, path: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mindformers_ckpt.disk.files import FileState
 from mindformers_ckpt.disk.waiting import each
-from mindformers_ckpt.errors import TransferError, describe_problems
+from mindformers_ckpt.errors import TransferError, raise_problems, system_errors
 from mindformers_ckpt.objects.listing import look_again
 from mindformers_ckpt.planning.model import SourceFile
 
@@ -19,10 +19,8 @@ def states_of(files: Iterable[SourceFile]) -> dict[Path, FileState]:
 
 
 def _state_of(path: Path) -> FileState:
-    try:
+    with system_errors(TransferError, f"{path}: cannot be read"):
         return FileState.of(path)
-    except OSError as error:
-        raise TransferError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _state(path: Path) -> FileState | None:
@@ -36,9 +34,8 @@ def check_unchanged(states: Mapping[Path, FileState]) -> None:
     """Compare files with what they were. Raises TransferError that names those which were written meanwhile."""
     look_again()
     changed = changed_files(states)
-    if changed:
-        headline = "source files were written or replaced while they were read; run the command again"
-        raise TransferError(describe_problems(headline, changed))
+    headline = "source files were written or replaced while they were read; run the command again"
+    raise_problems(TransferError, headline, changed)
 
 
 def changed_files(states: Mapping[Path, FileState]) -> list[str]:

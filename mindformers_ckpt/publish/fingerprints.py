@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mindformers_ckpt.checksums.digest import TensorChecksum, digest_of
+from mindformers_ckpt.checksums.digest import TensorChecksum, described, digest_of, recorded
 from mindformers_ckpt.checksums.shares import checksum
 from mindformers_ckpt.engine.tasks import TensorShare
-from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.errors import PlanError, raise_problems
 from mindformers_ckpt.geometry.box import Box, covered_volume, hull
 from mindformers_ckpt.planning.computations import Constant
 from mindformers_ckpt.planning.model import Plan, Transfer
@@ -28,14 +28,11 @@ def check_countable(plan: Plan) -> None:
         or covered_volume(Box.whole(transfer.shape), [place.box for place in transfer.sources])
         != math.prod(transfer.shape)
     ]
-    if parts:
-        raise PlanError(
-            describe_problems(
-                "a fingerprint is that of whole tensors, but of these the target takes a part only; leave "
-                "--fingerprint out",
-                parts,
-            )
-        )
+    raise_problems(
+        PlanError,
+        "a fingerprint is that of whole tensors, but of these the target takes a part only; leave --fingerprint out",
+        parts,
+    )
 
 
 def describe_fingerprints(
@@ -82,10 +79,7 @@ def folder_of(path: str) -> str:
 
 def recorded_checksums(entry: Mapping[str, Any]) -> list[TensorChecksum]:
     """The checksums of a fingerprint in a manifest. Raises KeyError, TypeError and ValueError for what is none."""
-    return [
-        TensorChecksum(str(name), str(told["dtype"]), tuple(map(int, told["shape"])), int(told["crc64nvme"], 16))
-        for name, told in entry["tensors"].items()
-    ]
+    return recorded(entry["tensors"])
 
 
 def _shape(plan: Plan, transfer: Transfer) -> tuple[int, ...]:
@@ -102,8 +96,5 @@ def _as_json(tensors: list[TensorChecksum], in_source: list[TensorChecksum] | No
     return {
         "digest": digest_of(tensors),
         **({"source_digest": digest_of(in_source)} if in_source is not None else {}),
-        "tensors": {
-            tensor.name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "crc64nvme": tensor.hex}
-            for tensor in sorted(tensors)
-        },
+        "tensors": described(tensors),
     }

@@ -7,27 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ckpt.errors import PublishError
-from mindformers_ckpt.publish.texts import with_checksum
-from mindformers_ckpt.text_files import MAX_OWN_BYTES, read_json_object, write_json
+from mindformers_ckpt.text_files import MAX_OWN_BYTES, read_json_object
 
 MANIFEST_FILE = "manifest.json"
 _MARK = "mindformers_ckpt"  # the key of the version that made the result
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a published result, None when there is none: the result is not ours, or not whole."""
-    return _read(folder / MANIFEST_FILE)
 
 
 def read_manifests(folder: Path) -> dict[str, dict[str, Any]]:
     """All manifests in a folder by name: of a whole result, or of runs that made some ranks each."""
     found = {path.name: _read(path) for path in sorted(folder.glob("manifest*.json"))}
     return {name: content for name, content in found.items() if content is not None}
-
-
-def write_manifest(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a manifest, with a checksum of what it says."""
-    write_json(path, with_checksum(content))
 
 
 def is_result(folder: Path) -> bool:

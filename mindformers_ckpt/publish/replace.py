@@ -124,11 +124,8 @@ def recover_held(destination: Path) -> None:
 def waste_of(destination: Path) -> list[Path]:
     """What is of no use to anybody: results that were replaced, and journals of results that are in place."""
     found = sorted(destination.parent.glob(f"{escape(staging_prefix(destination))}*"))
-    return [path for path in found if _is_removed(path, destination) or _is_of_nothing(path)]
-
-
-def _is_removed(path: Path, destination: Path) -> bool:
-    return path.name.startswith(f"{staging_prefix(destination)}removed-")
+    removed = f"{staging_prefix(destination)}removed-"
+    return [path for path in found if path.name.startswith(removed) or _is_of_nothing(path)]
 
 
 def _is_of_nothing(path: Path) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mindformers_ckpt.checksums.digest import TensorChecksum, digest_of
+from mindformers_ckpt.checksums.digest import TensorChecksum, described, digest_of
 from mindformers_ckpt.checksums.shares import checksum
 from mindformers_ckpt.engine.source_shares import Cuts
 from mindformers_ckpt.engine.tasks import ALL, SourceShare
@@ -76,10 +76,7 @@ def describe_source(
             unknown.setdefault(str(reason), []).append(spec.name)
     return {
         "digest": None if unknown else digest_of(known),
-        "tensors": {
-            tensor.name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "crc64nvme": tensor.hex}
-            for tensor in sorted(known)
-        },
+        "tensors": described(known),
         "not_counted": {reason: sorted(names) for reason, names in unknown.items()},
     }
 

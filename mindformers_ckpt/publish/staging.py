@@ -21,15 +21,16 @@ from typing import Any
 
 from mindformers_ckpt.disk import files
 from mindformers_ckpt.disk.locks import Lock
-from mindformers_ckpt.errors import PublishError
+from mindformers_ckpt.errors import PublishError, system_errors
 from mindformers_ckpt.publish.manifest import (
     MANIFEST_FILE,
     is_result,
     read_manifests,
     without,
-    write_manifest,
 )
 from mindformers_ckpt.publish.replace import GATE_SECONDS, discard, gate_of, put, recover_held, staging_prefix, waste_of
+from mindformers_ckpt.publish.texts import with_checksum
+from mindformers_ckpt.text_files import write_json
 
 _JOURNAL = "journal"
 _LOCK = "lock"
@@ -124,11 +125,9 @@ class Staging:
     def record(self, lines: Iterable[str]) -> None:
         """Note finished work, so that the run can be resumed after it."""
         text = "".join(f"{line}\n" for line in lines)
-        try:
-            with open(self._journal, "a", encoding="utf-8") as stream:
-                stream.write(text)
-        except OSError as error:
-            raise PublishError(f"{self._journal}: cannot be written: {error.strerror}") from error
+        refused = system_errors(PublishError, f"{self._journal}: cannot be written")
+        with refused, open(self._journal, "a", encoding="utf-8") as stream:
+            stream.write(text)
         self.has_records = self.has_records or bool(text)
 
     def keep_only(self, paths: Collection[str]) -> None:
@@ -141,10 +140,8 @@ class Staging:
     def start_records(self, lines: Iterable[str]) -> None:
         """Begin the records anew, with those lines of an earlier run that proved true."""
         text = "".join(f"{line}\n" for line in lines)
-        try:
+        with system_errors(PublishError, f"{self._journal}: cannot be written"):
             files.replace_file(self._journal, text.encode())
-        except OSError as error:
-            raise PublishError(f"{self._journal}: cannot be written: {error.strerror}") from error
         self.has_records = bool(text)
 
     @property
@@ -165,7 +162,7 @@ class Staging:
             self._check_content(meanwhile=True)
             self.check()
             if manifest is not None:
-                write_manifest(self.folder / name, manifest)
+                write_json(self.folder / name, with_checksum(manifest))
             self._lock.release()
             if self.kind is not Kind.FILE and os.path.lexists(self._lock.path):
                 raise PublishError(f"{self._lock.path} cannot be removed, and would be in the result")
@@ -210,7 +207,7 @@ class Staging:
             for name, manifest in manifests.items():
                 kept = without(manifest, own)
                 if kept is not None:
-                    write_manifest(joined / name, kept)
+                    write_json(joined / name, with_checksum(kept))
             files.link_tree(self.folder, joined)
             shutil.copymode(self.folder, joined)
             if fsync:
@@ -250,11 +247,7 @@ class Staging:
             advice = f"choose another {other}, or allow it to be replaced (--overwrite)"
             raise PublishError(f"{destination} {state}; {advice}")
         if not (self.is_ours(destination) if is_file else is_result(destination)):
-            what = "is not a checkpoint file" if is_file else "is not an earlier result (it has no manifest.json)"
-            raise PublishError(
-                f"{destination} {what}, so that --overwrite does not replace it; choose another name, or allow "
-                "whatever is there to be removed (--overwrite-anything)"
-            )
+            raise not_ours(destination, is_file)
 
     @contextlib.contextmanager
     def _gate(self) -> Iterator[None]:
@@ -356,11 +349,20 @@ class Staging:
             raise PublishError(f"another process is writing {self.destination} at this moment ({holder}); wait for it")
 
 
+def not_ours(destination: Path, is_file: bool) -> PublishError:
+    """The refusal to replace what this library did not make."""
+    what = "is not a checkpoint file" if is_file else "is not an earlier result (it has no manifest.json)"
+    return PublishError(
+        f"{destination} {what}, so that --overwrite does not replace it; choose another name, or allow whatever is "
+        "there to be removed (--overwrite-anything)"
+    )
+
+
 def check_free_space(folder: Path, wanted: int) -> None:
     """Raise PublishError when the disk below `folder` has fewer than `wanted` bytes free."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    there = files.existing(folder)
+    free = shutil.disk_usage(there).free
     if free < wanted:
         raise PublishError(
-            f"the result needs {wanted / 1e9:.2f} GB, but the disk of {existing} has {free / 1e9:.2f} GB free"
+            f"the result needs {wanted / 1e9:.2f} GB, but the disk of {there} has {free / 1e9:.2f} GB free"
         )

@@ -6,7 +6,6 @@ The next run for the same destination clears it, or goes on with it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,31 +39,21 @@ class Stray(NamedTuple):
 
 def find_strays(folder: Path) -> list[Stray]:
     """What runs have in a folder beside results. Raises OSError when it cannot be listed."""
-    return [Stray(path, what, _holder(path)) for path, what in _named(folder)]
-
-
-def _named(folder: Path) -> Iterator[tuple[Path, str]]:
+    found = []
     for path in sorted(folder.iterdir()):
         what = next((what for pattern, what in _NAMES if pattern.fullmatch(path.name)), None)
         if what is None and _OLD.fullmatch(path.name) and is_result(path):
             what = "an old result that was being replaced"
-        if what is None and _LOCK.fullmatch(path.name) and Owner.parse(_text(path)) is not None:
+        if what is None and _LOCK.fullmatch(path.name) and Owner.of_file(path) is not None:
             what = "a lock"
         if what is not None:
-            yield path, what
+            found.append(Stray(path, what, _holder(path)))
+    return found
 
 
 def _holder(path: Path) -> str:
     places = (path / "lock", path, path.with_name(f"{path.name}.lock"))
-    for owner in (Owner.parse(_text(place)) for place in places):
+    for owner in map(Owner.of_file, places):
         if owner is not None:
             return "" if owner.is_dead() else owner.described
     return ""
-
-
-def _text(path: Path) -> str:
-    try:
-        with open(path, "rb") as stream:
-            return stream.read(4096).decode(errors="replace")
-    except OSError:
-        return ""

@@ -10,15 +10,16 @@ from typing import NamedTuple
 
 from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.objects.path import absolute
-from mindformers_ckpt.sources.find import find_source, separate_checkpoints
+from mindformers_ckpt.sources.complete import only_checkpoint
+from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.sources.source import SUFFIXES, Source
+from mindformers_ckpt.words import shortened
 
 SETTINGS_FILE = "adapter_config.json"
 # In PEFT's order (peft.utils.load_peft_weights): the first one that is there is read.
 _PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _PEFT_INDEXES = tuple(f"{name}.index.json" for name in _PEFT_FILES)
 _RANK_FOLDER = re.compile(r"rank_\d+")
-_LISTED = 20
 
 
 class AdapterSource(NamedTuple):
@@ -68,12 +69,12 @@ def _peft_adapter(folder: Path, held: Sequence[str], names: Sequence[str]) -> Ad
     others = [name for name in names if name.endswith(".ckpt") or _is_rank_folder(folder / name)]
     if others:
         raise PlanError(
-            f"{folder} holds an adapter of PEFT ({held[0]}) and a MindSpore checkpoint ({_some(others)}); give the "
-            "file or folder that is meant"
+            f"{folder} holds an adapter of PEFT ({held[0]}) and a MindSpore checkpoint ({shortened(others, 20)}); "
+            "give the file or folder that is meant"
         )
     chosen = folder / held[0]
     left = [*held[1:], *(name for name in names if Path(name).suffix in SUFFIXES and name not in held)]
-    notes = (f"{folder}: {held[0]} is read, as PEFT does it, and not {_some(left)}",) if left else ()
+    notes = (f"{folder}: {held[0]} is read, as PEFT does it, and not {shortened(left, 20)}",) if left else ()
     return AdapterSource(Source(chosen, {0: (chosen,)}), _settings(folder), notes)
 
 
@@ -82,20 +83,17 @@ def _mindspore_adapter(folder: Path, names: Sequence[str]) -> AdapterSource:
     files = [name for name in names if Path(name).suffix in SUFFIXES and (folder / name).is_file()]
     if ranks and files:
         raise PlanError(
-            f"{folder} holds rank folders ({_some(ranks)}) and checkpoint files ({_some(files)}); give the file or "
-            "folder that is meant"
+            f"{folder} holds rank folders ({shortened(ranks, 20)}) and checkpoint files ({shortened(files, 20)}); "
+            "give the file or folder that is meant"
         )
     if not ranks and not files:
         nested = [name for name in names if any((folder / name / file).is_file() for file in _PEFT_FILES)]
-        hint = f"; there are adapters in its folders {_some(nested)}: give one of them" if nested else ""
+        hint = f"; there are adapters in its folders {shortened(nested, 20)}: give one of them" if nested else ""
         raise PlanError(
             f"{folder} holds no adapter: neither {' nor '.join(_PEFT_FILES)}, nor rank_<n> folders, nor a .ckpt or "
             f".safetensors file{hint}"
         )
-    checkpoints = separate_checkpoints(find_source(folder))
-    if len(checkpoints) > 1:
-        raise PlanError(f"{folder} holds several checkpoints ({_some(files)}); give the file with the adapter")
-    return AdapterSource(checkpoints[0], _settings(folder))
+    return AdapterSource(only_checkpoint(find_source(folder)), _settings(folder))
 
 
 def _is_rank_folder(path: Path) -> bool:
@@ -105,8 +103,3 @@ def _is_rank_folder(path: Path) -> bool:
 def _settings(folder: Path) -> Path | None:
     path = folder / SETTINGS_FILE
     return path if path.is_file() else None
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

@@ -6,7 +6,7 @@ from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mindformers_ckpt.errors import PlanError, StrategyError, describe_problems
+from mindformers_ckpt.errors import PlanError, StrategyError, raise_problems
 from mindformers_ckpt.formats import Header, TensorRecord, TensorSpec, read_header
 from mindformers_ckpt.formats.headers import sound_headers
 from mindformers_ckpt.geometry.layout import Layout
@@ -16,8 +16,7 @@ from mindformers_ckpt.sources.source import Kind, Source
 from mindformers_ckpt.sources.stage_files import StageFiles
 from mindformers_ckpt.state_names import state_of
 from mindformers_ckpt.strategy.model import Strategy
-
-__all__ = ["Checkpoint", "LogicalTensor", "Shard"]
+from mindformers_ckpt.words import shortened
 
 
 @dataclass
@@ -75,12 +74,19 @@ class Checkpoint:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the user should know of the choice of files."""
-        if not self.files.absent:
-            return self.files.warnings
-        ranks = sorted(self.files.absent)
-        shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-        left = f"{self.files.root}: ranks {shown} are left aside, the others hold everything between them: "
-        return (*self.files.warnings, left + self.files.absent[ranks[0]])
+        absent, root = self.files.absent, self.files.root
+        found = list(self.files.warnings)
+        if absent:
+            ranks = sorted(absent)
+            left = f"{root}: ranks {shortened(ranks, 8)} are left aside, the others hold everything between them"
+            found.append(f"{left}: {absent[ranks[0]]}")
+        lost = [rank for rank in self.lost_ranks if rank not in absent]
+        if lost and self.files.kind is Kind.RANK_FOLDERS:
+            found.append(
+                f"{root}: ranks {shortened(lost, 8)} of the strategy have no folder; what is needed of theirs is taken "
+                "from the others"
+            )
+        return tuple(found)
 
     def only(self, names: Container[str] | None) -> Checkpoint:
         """The same files with all tensors but `names` left aside (None for all); headers that were read are shared."""
@@ -99,17 +105,12 @@ class Checkpoint:
     def whole_tensors(self) -> dict[str, LogicalTensor]:
         """All tensors, as `tensors`. Raises PlanError that lists what of them no file holds, too."""
         tensors = self.tensors()
-        lost = [
-            f"{name}: the box {box} is held by ranks {list(ranks[:8])}, none of whose files is there"
-            for name, tensor in tensors.items()
-            for box, ranks in tensor.missing
-        ]
-        if lost:
-            raise PlanError(describe_problems(f"{self.files.root}: of some tensors not all is there", lost))
+        lost = [line for tensor in tensors.values() for line in tensor.lost()]
+        raise_problems(PlanError, f"{self.files.root}: of some tensors not all is there", lost)
         return tensors
 
     def _find_tensors(self) -> dict[str, LogicalTensor]:
-        self._raise_damaged()
+        self._headers.update(sound_headers(self.unread()))
         self._raise_other_content()
         if self.files.tensors is not None:
             told = self.files.tensors.items()
@@ -124,9 +125,8 @@ class Checkpoint:
                     found[name] = _merged(found[name], tensor) if name in found else tensor
                 except (PlanError, StrategyError) as error:
                     problems.append(f"{name}: {error}")
-        if problems:
-            headline = f"{self.files.root} does not fit the strategy it is read with ({self.strategy.describe()})"
-            raise PlanError(describe_problems(headline, problems))
+        headline = f"{self.files.root} does not fit the strategy it is read with ({self.strategy.describe()})"
+        raise_problems(PlanError, headline, problems)
         if any(tensor.missing for tensor in found.values()):
             self.files.raise_absent()
         return found
@@ -198,13 +198,9 @@ class Checkpoint:
         """The files whose headers have not been read yet."""
         return [path for path in self.files.files if path not in self._headers]
 
-    def adopt(self, header: Header) -> None:
-        """Take what is known of a file for its header, which is then not read."""
-        self._headers[header.path] = header
-
-    def _raise_damaged(self) -> None:
-        """Read the headers of all files, and report all damaged ones together."""
-        self._headers.update(sound_headers(self.unread()))
+    def look_quickly(self) -> None:
+        """Read most headers at samples only; whoever reads contents has to check the headers that are likely."""
+        self._headers.update(sound_headers(self.unread(), likely=True))
 
     def _raise_other_content(self) -> None:
         """Compare the files with what the source itself records of them. Raises PlanError that lists what differs."""
@@ -215,9 +211,8 @@ class Checkpoint:
             for path in self.files.files:
                 held = {name: record.spec.shape for name, record in self.header(path).tensors.items()}
                 problems += checkpoint2.contradictions(self.files.metadata, path, held)
-        if problems:
-            headline = f"{self.files.root}: files and their metadata do not belong together; copy the checkpoint again"
-            raise PlanError(describe_problems(headline, problems))
+        headline = f"{self.files.root}: files and their metadata do not belong together; copy the checkpoint again"
+        raise_problems(PlanError, headline, problems)
 
     def _ranks(self, stage: int) -> list[int]:
         first = stage * self.strategy.stage_size
@@ -272,14 +267,11 @@ class Checkpoint:
         if state is None:
             return None
         if metadata is None:
-            spec = next((self.header_of(rank)[state.weight][1] for rank in self._holding(state.weight, stage)), None)
+            holding = (rank for rank in self._ranks(stage) if self.holds(rank, state.weight))
+            spec = next((self.header_of(rank)[state.weight][1] for rank in holding), None)
             return self._layout(state.weight, stage, spec) if spec is not None and spec.shape == shard.shape else None
         layout, recorded = self.strategy.stages[stage][state.weight], metadata.tensors.get(state.weight)
         return layout if recorded is not None and layout.box(recorded.shape, 0).shape == shard.shape else None
-
-    def _holding(self, name: str, stage: int) -> Iterator[int]:
-        """The ranks of a stage whose files hold a tensor."""
-        return (rank for rank in self._ranks(stage) if self.holds(rank, name))
 
     def _shared_layout(self, name: str, layout: Layout, shard: TensorSpec) -> Layout | None:
         """The layout of a parameter shared with another stage, whose layout alone is recorded.

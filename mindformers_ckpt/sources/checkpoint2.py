@@ -17,15 +17,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.errors import PlanError, raise_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
-from mindformers_ckpt.sources.index import listed
 from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.source import Kind, Source
 from mindformers_ckpt.strategy.iterations import chosen_iteration, is_save_path, iteration_of
 from mindformers_ckpt.strategy.metadata import METADATA_FILE, Metadata
 from mindformers_ckpt.text_files import read_json_object
+from mindformers_ckpt.words import shortened
 
 COMMON_FILE = "common.json"
 _FILE = re.compile(r"(?P<prefix>.+-)?(?P<side>model|opt)-(?P<number>\d{7,})-(?P<total>\d{7,})\.safetensors")
@@ -112,7 +112,7 @@ def _described(root: Path, listing: Listing, common: Mapping[str, Any], remarks:
     read = {path.name for paths in by_rank.values() for path in paths}
     surplus = [name for name in sorted(there) if name.endswith(".safetensors") and name not in read]
     if surplus and not bare and not absent:
-        remarks.append(f"{listing.folder}: left aside, since {METADATA_FILE} does not name them: {listed(surplus)}")
+        remarks.append(f"{listing.folder}: left aside, since {METADATA_FILE} does not name them: {shortened(surplus)}")
     source = Source(
         root,
         by_rank,
@@ -152,8 +152,7 @@ def _by_name(root: Path, listing: Listing, common: Mapping[str, Any], remarks: l
         problems.append(f"the files are of several checkpoints by their names: {', '.join(map(repr, prefixes[:20]))}")
     if len(totals) > 1:
         problems.append(f"the files are of jobs of different numbers of ranks: {', '.join(map(str, totals[:20]))}")
-    if problems:
-        raise PlanError(describe_problems(f"{listing.folder} has no {METADATA_FILE}, and", problems))
+    raise_problems(PlanError, f"{listing.folder} has no {METADATA_FILE}, and", problems)
     by_rank: dict[int, tuple[Path, ...]] = {}
     for name, found in sorted(parsed.items(), key=lambda item: (item[1].number, item[1].side)):
         if not (bare and found.side == "opt"):

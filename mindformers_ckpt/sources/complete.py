@@ -14,11 +14,12 @@ from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.sources import unified
 from mindformers_ckpt.sources.huggingface import other_weights
-from mindformers_ckpt.sources.index import NAME_MAP_FILE, check_index, listed, read_index
+from mindformers_ckpt.sources.index import NAME_MAP_FILE, check_index, read_index
 from mindformers_ckpt.sources.listing import Listing, is_strategy_file
 from mindformers_ckpt.sources.parts import is_part, sets_of, whole_set
 from mindformers_ckpt.sources.source import Kind, Source
 from mindformers_ckpt.sources.steps import matching
+from mindformers_ckpt.words import shortened
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -32,7 +33,7 @@ def read(listing: Listing) -> Source | None:
     root = listing.folder
     files = listing.weight_files()
     others = other_weights(listing)
-    remarks = (f"{root}: left aside: {listed(others)}",) if others else ()
+    remarks = (f"{root}: left aside: {shortened(others)}",) if others else ()
     if INDEX_FILE not in listing.file_names:
         mapped = unified.read(listing)
         if mapped is not None:
@@ -48,7 +49,7 @@ def read(listing: Listing) -> Source | None:
     chosen = tuple(sorted(set(owners.values())))
     surplus = [file.name for file in files if file not in chosen]
     if surplus:
-        warnings = (*warnings, f"left aside, since {INDEX_FILE} does not name them: {listed(surplus)}")
+        warnings = (*warnings, f"left aside, since {INDEX_FILE} does not name them: {shortened(surplus)}")
     return Source(root, {0: chosen}, owners=owners, warnings=(*warnings, *remarks))
 
 
@@ -89,7 +90,7 @@ def at_step(source: Source, wanted: str) -> Source:
         raise PlanError(f"{source.root} is one model, which has no steps or runs; leave {wanted!r} out")
     found = matching(source.files, wanted, 0)
     if len(found) != 1:
-        held = listed([file.name for file in found or source.files])
+        held = shortened([file.name for file in found or source.files])
         if len(source.files) == 1:
             raise PlanError(
                 f"{source.root}: {held} is the only file, and not of {wanted!r}; leave the step out to read it"
@@ -139,6 +140,6 @@ def only_checkpoint(source: Source) -> Source:
     """The checkpoint that a source holds. Raises PlanError where it holds several."""
     checkpoints = separate_checkpoints(source)
     if len(checkpoints) > 1:
-        names = ", ".join(files.root.name for files in checkpoints[:20])
+        names = shortened([files.root.name for files in checkpoints], 20)
         raise PlanError(f"{source.root} holds several checkpoints ({names}); give the file that is meant")
     return checkpoints[0]

@@ -18,14 +18,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.errors import PlanError, raise_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.distcp import SUFFIX
-from mindformers_ckpt.sources.index import listed
 from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.shards import LogicalTensor, Shard, from_boxes
 from mindformers_ckpt.sources.source import SUFFIXES, TORCH_SUFFIXES, Kind, Source
 from mindformers_ckpt.state_names import find_states
+from mindformers_ckpt.words import shortened
 
 if TYPE_CHECKING:
     from mindformers_ckpt.formats.dcp_metadata import DcpMetadata, Described
@@ -72,8 +72,7 @@ def read(listing: Listing, *, weights_only: bool = False) -> Source:
             tensors[names[told]] = _tensor(paths, names[told], told, described)
         except PlanError as error:
             problems.append(f"{told}: {error}")
-    if problems:
-        raise PlanError(describe_problems(f"{root}: tensors that are not whole; copy or save it again", problems))
+    raise_problems(PlanError, f"{root}: tensors that are not whole; copy or save it again", problems)
     if weights_only:
         tensors, left = _only(tensors, weights)
         remarks += left
@@ -81,9 +80,9 @@ def read(listing: Listing, *, weights_only: bool = False) -> Source:
         raise PlanError(f"{root} holds no tensors")
     surplus = [file.name for file in listing.weight_files(_WEIGHTS) if file.name not in paths]
     if surplus:
-        remarks.append(f"{root}: left aside, since {metadata.path.name} does not name them: {listed(surplus)}")
+        remarks.append(f"{root}: left aside, since {metadata.path.name} does not name them: {shortened(surplus)}")
     if metadata.others:
-        remarks.append(f"{root}: left aside, since they are not tensors: {listed(list(metadata.others))}")
+        remarks.append(f"{root}: left aside, since they are not tensors: {shortened(list(metadata.others))}")
     files = tuple(sorted({shard.path for tensor in tensors.values() for shard in tensor.shards}))
     kind = Kind.TORCH_DCP if metadata.is_torch else Kind.HYPER_PARALLEL
     return Source(root, {0: files}, kind, warnings=tuple(remarks), tensors=tensors, weights=weights)
@@ -106,7 +105,7 @@ def _only(
         return dict(tensors), []
     states = find_states(left, kept)
     others = [name for name in left if name not in states.names()]
-    told = [*([str(states)] if states else []), *([f"{len(others)} others ({listed(others)})"] if others else [])]
+    told = [*([str(states)] if states else []), *([f"{len(others)} others ({shortened(others)})"] if others else [])]
     return kept, [f"left aside, as they are not weights of the model: {', '.join(told)}"]
 
 
@@ -125,9 +124,8 @@ def _check_files(listing: Listing, metadata: DcpMetadata) -> None:
             continue
         if end > size:
             problems.append(f"{name} is truncated: it has {size} bytes of {end}")
-    if problems:
-        headline = f"{listing.folder} lacks files that {metadata.path.name} names; copy all files of the checkpoint"
-        raise PlanError(describe_problems(headline, problems))
+    headline = f"{listing.folder} lacks files that {metadata.path.name} names; copy all files of the checkpoint"
+    raise_problems(PlanError, headline, problems)
 
 
 def _tensor(paths: Mapping[str, Path], name: str, told: str, described: Described) -> LogicalTensor:

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.errors import PlanError, raise_problems
 from mindformers_ckpt.formats import Header, TensorSpec
 from mindformers_ckpt.formats.headers import sound_headers
 from mindformers_ckpt.geometry.box import Box, hull
@@ -59,8 +59,7 @@ def read(listing: Listing) -> Source:
             tensors[name] = _tensor(name, found)
         except PlanError as error:
             problems.append(f"{name}: {error}")
-    if problems:
-        raise PlanError(describe_problems(f"{root}: tensors that are not whole; copy or save it again", problems))
+    raise_problems(PlanError, f"{root}: tensors that are not whole; copy or save it again", problems)
     ranks = {file.name.split("-")[1] for file in files}
     remark = f"{root}: the shards of {len(ranks)} ranks are put together; no file says whether there were more"
     others = [name for name in listing.file_names if name.endswith(".safetensors") and not is_part(name)]
@@ -80,8 +79,7 @@ def _check_numbers(root: Path, files: list[Path]) -> None:
         raise PlanError(f"{root} holds files of several checkpoints by their names: of {told} files")
     ranks = {int(rank) for rank, _, _ in parsed}
     lacking = [f"shard-{rank:05d}-…" for rank in range(1, min(max(ranks), len(parsed) + 20)) if rank not in ranks]
-    if lacking:
-        raise PlanError(describe_problems(f"{root} lacks the files of some ranks; copy all of them", lacking))
+    raise_problems(PlanError, f"{root} lacks the files of some ranks; copy all of them", lacking)
 
 
 def _shards(path: Path, header: Header) -> list[tuple[TensorSpec, Shard]]:

@@ -10,25 +10,15 @@ import os
 from itertools import islice
 from pathlib import Path
 
-from mindformers_ckpt.disk.nearby import like_it
+from mindformers_ckpt.disk.files import like_it
 from mindformers_ckpt.errors import PlanError, describe_problems
 from mindformers_ckpt.objects.listing import look_again
 from mindformers_ckpt.objects.path import ObjectPath, as_path, may_be_mixture
 from mindformers_ckpt.sources import checkpoint2, complete, dcp, dcp_safetensors, foreign, huggingface, rank_folders
-from mindformers_ckpt.sources.complete import at_step, only_checkpoint, separate_checkpoints
+from mindformers_ckpt.sources.complete import at_step
 from mindformers_ckpt.sources.listing import Listing, rank_of
 from mindformers_ckpt.sources.source import SUFFIXES, TORCH_SUFFIXES, Kind, Source
 from mindformers_ckpt.strategy.metadata import METADATA_FILE
-
-__all__ = [
-    "SUFFIXES",
-    "check_outside",
-    "find_huggingface",
-    "find_mindspore",
-    "find_source",
-    "only_checkpoint",
-    "separate_checkpoints",
-]
 
 _LOOKED_INTO = 20  # folders of a folder, for advice
 _URL_SCHEMES = ("http://", "https://", "hf://")

@@ -9,10 +9,11 @@ from typing import Any
 from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
 from mindformers_ckpt.formats import read_header
-from mindformers_ckpt.sources.index import check_index, listed, read_index
+from mindformers_ckpt.sources.index import check_index, read_index
 from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.parts import is_part, part_of, sets_of, whole_set
 from mindformers_ckpt.sources.source import SUFFIXES, TORCH_SUFFIXES, Kind, Source
+from mindformers_ckpt.words import shortened
 
 CONFIG_FILE = "config.json"
 # In the order in which transformers looks (`_get_resolved_checkpoint_files`, 4.46 to 5): the first that is there.
@@ -114,7 +115,7 @@ def _left_aside(
     left = [*others, *rest, *listing.almost_weights]
     if not left:
         return ()
-    return (f"{listing.folder}: {reason}left aside: {listed(left)}",)
+    return (f"{listing.folder}: {reason}left aside: {shortened(left)}",)
 
 
 def other_weights(listing: Listing) -> list[str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from mindformers_ckpt.disk.waiting import each
-from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.errors import PlanError, raise_problems
 from mindformers_ckpt.formats.headers import sound_headers
 from mindformers_ckpt.text_files import read_json_object
+from mindformers_ckpt.words import shortened
 
 NAME_MAP_FILE = "param_name_map.json"
 # What a download that has not finished leaves in the place of a file.
@@ -28,8 +29,7 @@ def read_index(path: Path) -> dict[str, Path]:
         raise PlanError(f"{path} names files outside of its folder: {foreign[:5]}")
     are_there = each(lambda name: (path.parent / name).is_file(), names)
     missing = [f"{name}{_unfinished(path.parent, name)}" for name, there in zip(names, are_there) if not there]
-    if missing:
-        raise PlanError(describe_problems(f"{path} names files that are not there", missing))
+    raise_problems(PlanError, f"{path} names files that are not there", missing)
     return {tensor: path.parent / name for tensor, name in weight_map.items()}
 
 
@@ -48,15 +48,8 @@ def check_index(path: Path, owners: dict[str, Path]) -> tuple[str, ...]:
     headers = sound_headers(list(dict.fromkeys(owners.values())))
     held = {file: header.tensors for file, header in headers.items()}
     absent = [f"{tensor} in {file.name}" for tensor, file in owners.items() if tensor not in held[file]]
-    if absent:
-        raise PlanError(describe_problems(f"{path} names tensors that are not there; is it of these files?", absent))
+    raise_problems(PlanError, f"{path} names tensors that are not there; is it of these files?", absent)
     surplus = [f"{name} in {file.name}" for file, names in held.items() for name in names if owners.get(name) != file]
     if not surplus:
         return ()
-    some = ", ".join(surplus[:5]) + (f" and {len(surplus) - 5} more" if len(surplus) > 5 else "")
-    return (f"left aside, since {path.name} does not assign them there: {some}",)
-
-
-def listed(names: list[str]) -> str:
-    """File names for a message."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return (f"left aside, since {path.name} does not assign them there: {shortened(surplus)}",)

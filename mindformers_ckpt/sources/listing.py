@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ckpt.disk.waiting import each
-from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
+from mindformers_ckpt.errors import FormatError, PlanError, raise_problems, system_errors
 from mindformers_ckpt.objects.path import ObjectPath, is_folder_entry, names_of
 from mindformers_ckpt.sources.source import SUFFIXES
 from mindformers_ckpt.text_files import read_json
+from mindformers_ckpt.words import shortened
 
 _RANK_FOLDER = re.compile(r"rank_([0-9]+)")
 # Names that people give to the folder of a rank by mistake: "Rank_0", "rank_0 ", "rank0", digits of other scripts.
@@ -36,7 +37,8 @@ class Listing:
 
     @cached_property
     def _entries(self) -> dict[str, bool]:
-        return _entries_of(self.folder) if self._known is None else self._known
+        # Whether the disk lets a reader wait is known from the first folder on.
+        return next(each(_entries_of, [self.folder])) if self._known is None else self._known
 
     @property
     def names(self) -> list[str]:
@@ -91,11 +93,10 @@ class Listing:
             if rank in found:
                 problems.append(f"{found[rank].name} and {name} are both rank {rank}")
             found[rank] = self.folder / name
-        if problems:
-            headline = (
-                f"{self.folder} holds folders whose rank is not clear; rename them, or remove those that do not belong"
-            )
-            raise PlanError(describe_problems(headline, problems))
+        headline = (
+            f"{self.folder} holds folders whose rank is not clear; rename them, or remove those that do not belong"
+        )
+        raise_problems(PlanError, headline, problems)
         return dict(sorted(found.items()))
 
     @cached_property
@@ -104,10 +105,6 @@ class Listing:
         folders = self.rank_folders
         entries = each(_entries_of, list(folders.values()))
         return {rank: Listing(folder, known) for (rank, folder), known in zip(folders.items(), entries)}
-
-    def check_rank_folders(self) -> None:
-        """Raise what `rank_folders` raises."""
-        _ = self.rank_folders
 
     @cached_property
     def lost_ranks(self) -> dict[int, str]:
@@ -129,10 +126,7 @@ class Listing:
 
     def describe(self, limit: int = 8) -> str:
         """What is there, for messages."""
-        names = self.names
-        if not names:
-            return "nothing"
-        return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+        return shortened(self.names, limit) or "nothing"
 
 
 def is_strategy_file(name: str) -> bool:
@@ -142,10 +136,8 @@ def is_strategy_file(name: str) -> bool:
 
 def _entries_of(folder: Path) -> dict[str, bool]:
     """Name -> whether it is a folder, sorted by name; links count as what they lead to. Raises PlanError."""
-    try:
+    with system_errors(PlanError, f"{folder}: cannot be read"):
         names = names_of(folder) if isinstance(folder, ObjectPath) else _names_on_disk(folder)
-    except OSError as error:
-        raise PlanError(f"{folder}: cannot be read: {error.strerror}") from error
     return {name: is_folder for name, is_folder in sorted(names.items()) if not name.startswith(".")}
 
 

@@ -29,12 +29,13 @@ from itertools import groupby
 from typing import NamedTuple
 
 from mindformers_ckpt.errors import PlanError, describe_problems
-from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
+from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.numbers import Comparison, are_constant, compare
 from mindformers_ckpt.sources.sampling import SMALLEST, Chosen, Pair, Samples, choose, read_samples, repeats_itself
+from mindformers_ckpt.sources.shards import LogicalTensor
 from mindformers_ckpt.state_names import state_of
+from mindformers_ckpt.words import counted, shortened
 
-_LISTED = 20
 # Replicas are trained by the same operations, but not every reduction repeats bit for bit.
 _DRIFT = 0.02
 
@@ -104,8 +105,9 @@ def _describe_contradiction(
         for pair, found in doubtful
     ]
     problems += [
-        f"ranks {found.first} and {found.second} hold the same values of all {_counted(found.equal + found.copies)} "
-        f"looked at ({found.equal[0]}, …), but should hold different boxes: saved whole, or under another strategy"
+        f"ranks {found.first} and {found.second} hold the same values of all "
+        f"{counted(len(found.equal + found.copies), 'tensor')} looked at ({found.equal[0]}, …), but "
+        "should hold different boxes: saved whole, or under another strategy"
         for found in wrong
     ]
     return describe_problems(
@@ -113,12 +115,7 @@ def _describe_contradiction(
         "strategy of this run, and does it name all parameters (only_trainable_params: False)? If you know that it is "
         "right, go on with --contents warn (yaml: check_contents: warn)",
         problems,
-        limit=_LISTED,
     )
-
-
-def _counted(names: Sequence[str]) -> str:
-    return f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'}"
 
 
 # ------------------------------------------------------------------------------------------- replicas
@@ -182,11 +179,11 @@ def _replica_warnings(differences: Iterable[_Difference]) -> list[str]:
     far = [difference.describe() for difference in differences if difference.found.distance > _DRIFT]
     warnings = []
     if slight:
-        warnings.append(f"replicas differ slightly, those of the first rank are taken: {_listed(slight)}")
+        warnings.append(f"replicas differ slightly, those of the first rank are taken: {shortened(slight, 20)}")
     if far:
         warnings.append(
             "ranks that should hold the same values hold different ones, those of the first rank are taken for all: "
-            f"{_listed(far)}"
+            f"{shortened(far, 20)}"
         )
     return warnings
 
@@ -244,9 +241,4 @@ def _copy_warnings(equals: Sequence[_Equals]) -> list[str]:
         return []
     listed = [f"{name} (ranks {', '.join(map(str, held[:8]))})" for name, held in ranks.items()]
     what = "ranks hold the same values although the strategy says different boxes"
-    return [f"{what}; right for copies, such as experts that were made of one matrix: {_listed(listed)}"]
-
-
-def _listed(items: Sequence[str]) -> str:
-    more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
-    return ", ".join(items[:_LISTED]) + more
+    return [f"{what}; right for copies, such as experts that were made of one matrix: {shortened(listed, 20)}"]

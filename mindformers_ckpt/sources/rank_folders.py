@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
+from mindformers_ckpt.errors import FormatError, PlanError, raise_problems
 from mindformers_ckpt.formats.headers import read_headers
-from mindformers_ckpt.sources.index import listed
 from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.parts import is_part
 from mindformers_ckpt.sources.source import Kind, Source
 from mindformers_ckpt.sources.steps import Moment, SavedName, alike, matching, moments, natural, parse
+from mindformers_ckpt.words import shortened
 
 _LISTED = 8
 _ATTEMPTS = 10  # steps that are tried when the last ones are not whole
+
+Choice = tuple[dict[int, Path], list[str]]  # a file for every rank that has one, and warnings
 
 
 def read(listing: Listing, wanted: str | None = None) -> Source:
@@ -27,10 +29,12 @@ def read(listing: Listing, wanted: str | None = None) -> Source:
 
     Raises PlanError when no rank has a file, a folder holds several that could be meant, or files of several moments.
     """
-    held = files_by_rank(listing)
-    chosen = _chosen(listing.folder, held, wanted)
-    warnings = [] if wanted else [*_unnatural(held, chosen), *_several_models(held, chosen)]
-    return _source(listing, held, chosen, warnings, f"no file for {wanted!r}" if wanted else "no checkpoint file")
+    return _in_folders(listing, lambda held: _choice(listing.folder, held, wanted), wanted)
+
+
+def choose(root: Path, held: Mapping[int, Sequence[Path]], wanted: str | None) -> Source:
+    """The source that files of rank folders are, by their names alone; `read` for who has looked into all folders."""
+    return _source(root, held, *_choice(root, held, wanted), wanted)
 
 
 def read_to_resume(listing: Listing) -> Source:
@@ -39,10 +43,12 @@ def read_to_resume(listing: Listing) -> Source:
     Where MindFormers wrote a meta.json into the rank folders its `last_ckpt_file` is believed, else the last by name is
     taken; where such a file is cut off, or ranks are at different steps, an earlier step is, with a warning.
     """
-    held = files_by_rank(listing)
-    recorded = {rank: recorded_file(listing.rank_folders[rank], files) for rank, files in held.items()}
-    chosen, warnings = _resumed(listing.folder, held, recorded, _fault)
-    return _source(listing, held, chosen, warnings, "no checkpoint file")
+
+    def resumed(held: Mapping[int, Sequence[Path]]) -> Choice:
+        recorded = {rank: recorded_file(listing.rank_folders[rank], files) for rank, files in held.items()}
+        return _resumed(listing.folder, held, recorded, _unreadable)
+
+    return _in_folders(listing, resumed)
 
 
 def choose_to_resume(
@@ -55,17 +61,26 @@ def choose_to_resume(
 
     `recorded` are the files that meta.json names, `unreadable` says what keeps chosen files from being read.
     """
-    chosen, warnings = _resumed(root, held, recorded, lambda files: _different_steps(files) or unreadable(files))
-    return _by_names(root, held, chosen, warnings, "no checkpoint file")
+    return _source(root, held, *_resumed(root, held, recorded, unreadable))
+
+
+def _choice(root: Path, held: Mapping[int, Sequence[Path]], wanted: str | None) -> Choice:
+    chosen = _chosen(root, held, wanted)
+    return chosen, [] if wanted else [*_unnatural(held, chosen), *_several_models(held, chosen)]
 
 
 def _resumed(
     root: Path,
     held: Mapping[int, Sequence[Path]],
     recorded: Mapping[int, Path | None],
-    fault_of: Callable[[Mapping[int, Path]], str | None],
-) -> tuple[dict[int, Path], list[str]]:
-    """The files that a job resumes from, with warnings; `fault_of` says why it cannot be resumed from some."""
+    unreadable: Callable[[Mapping[int, Path]], str | None],
+) -> Choice:
+    """The files that a job resumes from, with warnings."""
+
+    def fault_of(files: Mapping[int, Path]) -> str | None:
+        several = len({_moment(name) for name in moments(files).values()}) > 1
+        return "the last files of the ranks are of different steps" if several else unreadable(files)
+
     last = _chosen(root, {rank: files for rank, files in held.items() if recorded[rank] is None}, None)
     named = {rank: file for rank, file in recorded.items() if file is not None}
     chosen = {**last, **named}
@@ -93,23 +108,35 @@ def _chosen(root: Path, held: Mapping[int, Sequence[Path]], wanted: str | None) 
             problems.append(f"rank_{rank}: {file.name} is one of several files of a model; one file a rank is read")
         elif file is not None:
             chosen[rank] = file
-    if problems:
-        raise PlanError(describe_problems(f"{root}: several files could be meant", problems))
+    raise_problems(PlanError, f"{root}: several files could be meant", problems)
     return chosen
 
 
-def choose(root: Path, held: Mapping[int, Sequence[Path]], wanted: str | None) -> Source:
-    """The source that files of rank folders are, by their names alone; `read` for who has looked into all folders."""
-    chosen = _chosen(root, held, wanted)
-    warnings = [] if wanted else [*_unnatural(held, chosen), *_several_models(held, chosen)]
-    return _by_names(root, held, chosen, warnings, f"no file for {wanted!r}" if wanted else "no checkpoint file")
-
-
-def _by_names(
-    root: Path, held: Mapping[int, Sequence[Path]], chosen: Mapping[int, Path], warnings: list[str], lacking: str
+def _in_folders(
+    listing: Listing, choice: Callable[[Mapping[int, Sequence[Path]]], Choice], wanted: str | None = None
 ) -> Source:
+    """The source of what is chosen of the files in all rank folders."""
+    held = {rank: own.weight_files() for rank, own in listing.of_ranks.items()}
+    chosen, warnings = choice(held)
+    warnings = [*_beside(listing, chosen), *_almost(listing), *warnings]
+    return _source(listing.folder, held, chosen, warnings, wanted, listing)
+
+
+def _source(
+    root: Path,
+    held: Mapping[int, Sequence[Path]],
+    chosen: Mapping[int, Path],
+    warnings: list[str],
+    wanted: str | None = None,
+    listing: Listing | None = None,
+) -> Source:
+    """The source of the chosen files, without those of an earlier moment."""
+    lacking = f"no file for {wanted!r}" if wanted else "no checkpoint file"
+    folders = {} if listing is None else listing.rank_folders
+    absent = {rank: f"{lacking} in {folders.get(rank, root / f'rank_{rank}')}" for rank in held if rank not in chosen}
+    if listing is not None:
+        absent.update((rank, what) for rank, what in listing.lost_ranks.items() if rank not in folders)
     older, advice = _older(root, held, chosen) if chosen else ({}, "")
-    absent = {rank: f"{lacking} in {root / f'rank_{rank}'}" for rank in held if rank not in chosen}
     taken = {rank: (file,) for rank, file in chosen.items() if rank not in older}
     source = Source(
         root,
@@ -118,28 +145,6 @@ def _by_names(
         absent={**absent, **older},
         advice=advice,
         warnings=(*_formats(taken), *_other_ranks(chosen), *warnings),
-    )
-    if not chosen:
-        source.raise_absent()
-    return source
-
-
-def _source(
-    listing: Listing, held: Mapping[int, Sequence[Path]], chosen: Mapping[int, Path], warnings: list[str], lacking: str
-) -> Source:
-    """The source of the chosen files, without those of an earlier moment."""
-    folders = listing.rank_folders
-    absent = {rank: f"{lacking} in {folders[rank]}" for rank in held if rank not in chosen}
-    absent.update((rank, what) for rank, what in listing.lost_ranks.items() if rank not in folders)
-    older, advice = _older(listing.folder, held, chosen) if chosen else ({}, "")
-    taken = {rank: (file,) for rank, file in chosen.items() if rank not in older}
-    source = Source(
-        listing.folder,
-        taken,
-        Kind.RANK_FOLDERS,
-        absent={**absent, **older},
-        advice=advice,
-        warnings=(*_beside(listing, chosen), *_almost(listing), *_formats(taken), *_other_ranks(chosen), *warnings),
     )
     if not chosen:
         source.raise_absent()
@@ -164,19 +169,10 @@ def recorded_file(folder: Path, files: Sequence[Path]) -> Path | None:
     return next((file for file in files if file.name == name), None)
 
 
-def _fault(chosen: Mapping[int, Path]) -> str | None:
-    """Why files cannot be resumed from: they are of different moments, or one cannot be read."""
-    different = _different_steps(chosen)
-    if different is not None:
-        return different
-    return next(
-        (str(found) for _, found in read_headers(list(chosen.values())) if isinstance(found, FormatError)), None
-    )
-
-
-def _different_steps(chosen: Mapping[int, Path]) -> str | None:
-    several = len({_moment(name) for name in moments(chosen).values()}) > 1
-    return "the last files of the ranks are of different steps" if several else None
+def _unreadable(chosen: Mapping[int, Path]) -> str | None:
+    """What keeps one of the files from being read."""
+    headers = read_headers(list(chosen.values()))
+    return next((str(found) for _, found in headers if isinstance(found, FormatError)), None)
 
 
 def _last_whole(
@@ -198,21 +194,16 @@ def _last_whole(
     return None
 
 
-def files_by_rank(listing: Listing) -> dict[int, list[Path]]:
-    """The checkpoint files of every rank folder, in the default sort of their names."""
-    return {rank: own.weight_files() for rank, own in listing.of_ranks.items()}
-
-
 def last_file(files: Sequence[Path]) -> Path | None:
     """The last by default sort of the names (guide), None when there is none.
 
     Raises PlanError where .ckpt and .safetensors files are there: neither has precedence (MindSpore refuses them, too).
     """
-    if len({file.suffix for file in files}) > 1:
-        last = [next(file.name for file in reversed(files) if file.suffix == suffix) for suffix in _suffixes(files)]
+    last = {file.suffix: file.name for file in files}
+    if len(last) > 1:
+        names = ", ".join(name for _, name in sorted(last.items()))
         raise PlanError(
-            f".ckpt and .safetensors files are there ({', '.join(last)}); name the file or its step, or keep those of "
-            "one format"
+            f".ckpt and .safetensors files are there ({names}); name the file or its step, or keep those of one format"
         )
     return files[-1] if files else None
 
@@ -224,10 +215,6 @@ def named_file(files: Sequence[Path], wanted: str, rank: int) -> Path | None:
         names = ", ".join(file.name for file in found[:_LISTED])
         raise PlanError(f"{wanted!r} could be {names}; give the name of one")
     return found[0] if found else None
-
-
-def _suffixes(files: Sequence[Path]) -> list[str]:
-    return sorted({file.suffix for file in files})
 
 
 def _older(root: Path, held: Mapping[int, Sequence[Path]], chosen: Mapping[int, Path]) -> tuple[dict[int, str], str]:
@@ -261,7 +248,7 @@ def _check_alike(root: Path, held: Mapping[int, Sequence[Path]], chosen: Mapping
     if not alike({rank: file.stem for rank, file in chosen.items()}, choice=choice):
         names = [f"rank_{rank}/{file.name}" for rank, file in chosen.items()]
         raise PlanError(
-            f"{root}: the last files of the ranks have different names ({listed(names)}); name the file to load, or "
+            f"{root}: the last files of the ranks have different names ({shortened(names)}); name the file to load, or "
             "remove the files that do not belong together"
         )
 
@@ -315,7 +302,7 @@ def _is_same(file: Path, other: Path) -> bool:
 def _almost(listing: Listing) -> list[str]:
     """Warn of what has almost the name of a weight file: it could be the last one."""
     found = [f"{own.folder.name}/{name}" for own in listing.of_ranks.values() for name in own.almost_weights]
-    return [f"left aside, since their names are not those of weight files: {listed(found)}"] if found else []
+    return [f"left aside, since their names are not those of weight files: {shortened(found)}"] if found else []
 
 
 def _other_ranks(chosen: Mapping[int, Path]) -> list[str]:
@@ -335,7 +322,7 @@ def _several_models(held: Mapping[int, Sequence[Path]], chosen: Mapping[int, Pat
     for rank, taken in chosen.items():
         others = [file for file in held[rank] if _prefix(parse(file.name)) != _prefix(parse(taken.name))]
         if others:
-            left = listed([file.name for file in others])
+            left = shortened([file.name for file in others])
             used = f"{taken.name} is used, the last by default sort of the names, and not {left}"
             return [f"rank_{rank} holds files of several names; {used}; name the file to take another"]
     return []

@@ -18,7 +18,8 @@ from mindformers_ckpt.formats import TensorRecord
 from mindformers_ckpt.formats.guesses import Pieces
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.objects.reading import opened
-from mindformers_ckpt.sources.checkpoint import Checkpoint, LogicalTensor
+from mindformers_ckpt.sources.checkpoint import Checkpoint
+from mindformers_ckpt.sources.shards import LogicalTensor
 
 _T = TypeVar("_T")
 SMALLEST = 16  # elements; smaller tensors are counters and factors, which prove nothing

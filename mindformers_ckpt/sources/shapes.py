@@ -6,18 +6,19 @@ another place tell.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.errors import PlanError, raise_problems
 from mindformers_ckpt.sources.checkpoint import Checkpoint
-from mindformers_ckpt.sources.find import find_mindspore, separate_checkpoints
+from mindformers_ckpt.sources.complete import only_checkpoint
+from mindformers_ckpt.sources.find import find_mindspore
 from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.words import shortened
 
 # States that have the shape of their weight.
 _STATES = ("adam_m", "adam_v", "moments", "moment1", "moment2", "accu_grads")
-_LISTED = 20
 
 # None: a dimension, or a whole shape, that a reference does not tell.
 Shape = tuple["int | None", ...]
@@ -49,10 +50,7 @@ def shapes_of_checkpoint(path: Path) -> Reference:
         strategy = files.own_strategy
     elif files.sharded and len(files.by_rank) > 1:
         strategy = _strategy_of(path, max(files.by_rank) + 1)
-    parts = separate_checkpoints(files)
-    if len(parts) > 1:
-        raise PlanError(f"{path} holds {len(parts)} checkpoints; name the file whose shapes are the reference")
-    tensors = Checkpoint(files, strategy).tensors()
+    tensors = Checkpoint(only_checkpoint(files), strategy).tensors()
     return Reference(path, {name: tensor.spec.shape for name, tensor in tensors.items()})
 
 
@@ -85,19 +83,20 @@ def check_shapes(source: Checkpoint, reference: Reference) -> list[str]:
         for name, shape in actual.items()
         if (other := wanted[name]) is not None and not agrees(shape, other)
     ]
-    if problems:
-        headline = (
-            f"{source.files.root}, put together by its strategy ({source.strategy.origin}), has other shapes than "
-            f"{reference.origin}; is it the strategy of this run?"
-        )
-        raise PlanError(describe_problems(headline, problems, limit=_LISTED))
+    headline = (
+        f"{source.files.root}, put together by its strategy ({source.strategy.origin}), has other shapes than "
+        f"{reference.origin}; is it the strategy of this run?"
+    )
+    raise_problems(PlanError, headline, problems)
     warnings = []
     unknown = [name for name, other in wanted.items() if other is None]
     if unknown:
-        warnings.append(f"{reference.origin} does not tell the shapes of {_listed(unknown)}; they are not compared")
+        warnings.append(
+            f"{reference.origin} does not tell the shapes of {shortened(unknown, 20)}; they are not compared"
+        )
     absent = [name for name in reference.shapes if name not in actual]
     if absent:
-        warnings.append(f"only {reference.origin} has {_listed(absent)}")
+        warnings.append(f"only {reference.origin} has {shortened(absent, 20)}")
     return warnings
 
 
@@ -116,8 +115,3 @@ def _described(shape: Shape) -> str:
 def _hint(here: tuple[int, ...], there: Shape) -> str:
     exchanged = (*there[:-2], *there[-2:][::-1])
     return " (rows and columns exchanged)" if len(here) > 1 and agrees(here, exchanged) else ""
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"{', '.join(names[:_LISTED])}{more}"

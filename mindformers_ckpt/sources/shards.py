@@ -42,6 +42,14 @@ class LogicalTensor(NamedTuple):
     layout: Layout | None
     stages: tuple[int, ...]
 
+    def lost(self, part: Box | None = None) -> list[str]:
+        """A line for each box that no file holds, or for those of a part of the tensor."""
+        return [
+            f"{self.spec.name}: the box {box} is held by ranks {list(ranks[:8])}, none of whose files is there"
+            for box, ranks in self.missing
+            if part is None or box.intersect(part) is not None
+        ]
+
 
 def from_boxes(spec: TensorSpec, shards: Iterable[Shard]) -> LogicalTensor:
     """A tensor whose boxes a source itself tells; they may be of any sizes. Boxes that are there twice count once.

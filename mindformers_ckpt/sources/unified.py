@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mindformers_ckpt.errors import PlanError, describe_problems
+from mindformers_ckpt.errors import PlanError, raise_problems
 from mindformers_ckpt.formats import read_header
-from mindformers_ckpt.sources.index import NAME_MAP_FILE, check_index, listed, read_index
+from mindformers_ckpt.sources.index import NAME_MAP_FILE, check_index, read_index
 from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.source import Source
 from mindformers_ckpt.state_names import is_never_saved
+from mindformers_ckpt.words import shortened
 
 HYPER_FILE = "hyper_param.safetensors"
 
@@ -38,7 +39,7 @@ def read(listing: Listing) -> Source | None:
     chosen = [*sorted(set(owners.values()))]
     surplus = [file.name for file in listing.weight_files() if file not in chosen and file.name != HYPER_FILE]
     if surplus:
-        warnings = (*warnings, f"left aside, since {NAME_MAP_FILE} does not name them: {listed(surplus)}")
+        warnings = (*warnings, f"left aside, since {NAME_MAP_FILE} does not name them: {shortened(surplus)}")
     source = Source(listing.folder, {0: tuple(chosen)}, owners=owners, warnings=warnings)
     return _with_counters(source) if HYPER_FILE in listing.file_names else source
 
@@ -49,14 +50,13 @@ def _with_counters(source: Source) -> Source:
     assert source.owners is not None
     found = read_header(path).tensors
     twice = [name for name in found if name in source.owners]
-    if twice:
-        raise PlanError(describe_problems(f"{path} repeats tensors that other files hold", twice))
+    raise_problems(PlanError, f"{path} repeats tensors that other files hold", twice)
     kept = {name: record for name, record in found.items() if not is_never_saved(name)}
     large = [f"{name}{list(record.spec.shape)}" for name, record in kept.items() if record.spec.size > 1]
     remarks = []
     if large:
         remarks.append(
-            f"{path} holds what rank 0 had of {listed(large)}; it is read as the whole tensor, which is wrong where "
+            f"{path} holds what rank 0 had of {shortened(large)}; it is read as the whole tensor, which is wrong where "
             "the strategy cut it"
         )
     owners = {**source.owners, **dict.fromkeys(kept, path)}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ckpt.disk.files import replace_file
-from mindformers_ckpt.errors import StrategyError, describe_problems
+from mindformers_ckpt.errors import StrategyError, raise_problems, system_errors
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.objects.path import as_path, names_of
 from mindformers_ckpt.strategy.iterations import chosen_iteration, is_save_path
@@ -121,6 +121,22 @@ def merge_strategies(
     return strategy
 
 
+def strategy_of_job(folder: Path, ranks: int, *, merges: bool = True) -> Strategy:
+    """What the ranks of a job have left in a folder; of a pipeline the merged file is written there, too.
+
+    Raises StrategyError when it is that of another number of ranks.
+    """
+    strategy = read_strategy(folder)
+    if strategy.rank_count != ranks:
+        raise StrategyError(
+            f"the strategy in {folder} is for {strategy.rank_count} ranks, but this job has {ranks}; remove the files "
+            "of other runs"
+        )
+    if merges and len(strategy.stages) > 1:
+        merge_strategies(folder, folder / MERGED_FILE)
+    return strategy
+
+
 def _check_replaceable(target: Path) -> None:
     """Refuse to replace what is not a strategy file. Raises StrategyError."""
     if not target.exists() or (target.is_file() and not target.stat().st_size):
@@ -157,10 +173,8 @@ def _rank_files(folder: Path) -> dict[int, Path]:
 
 def _names(folder: Path, *, folders: bool = False) -> list[str]:
     """The names in a folder, without those of folders in it unless they are asked for."""
-    try:
+    with system_errors(StrategyError, f"the strategy folder {folder} cannot be read"):
         return [name for name, is_folder in names_of(folder).items() if folders or not is_folder]
-    except OSError as error:
-        raise StrategyError(f"the strategy folder {folder} cannot be read: {error.strerror}") from error
 
 
 def _read_folder(folder: Path, use_merged: bool = True) -> Strategy:
@@ -189,9 +203,8 @@ def _read_folder(folder: Path, use_merged: bool = True) -> Strategy:
         first_digest, first_file = stages.setdefault(stage, (digest, file))
         if first_digest != digest:
             problems.append(f"{first_file.name} and {file.name} are both of stage {stage} but differ")
-    if problems:
-        headline = f"{folder}: files of different runs are mixed; keep those of one run only"
-        raise StrategyError(describe_problems(headline, problems))
+    headline = f"{folder}: files of different runs are mixed; keep those of one run only"
+    raise_problems(StrategyError, headline, problems)
     strategy = _joined({stage: contents[digest][1].stages[stage] for stage, (digest, _) in stages.items()}, str(folder))
     _check_ranks(folder, strategy, stage_of_rank)
     return strategy
@@ -208,9 +221,8 @@ def _check_ranks(folder: Path, strategy: Strategy, stage_of_rank: Mapping[int, i
         for rank, stage in stage_of_rank.items()
         if strategy.stage_of(rank) != stage
     ]
-    if misplaced:
-        headline = f"{folder}: the files do not belong to one run of {strategy.rank_count} ranks; remove stale ones"
-        raise StrategyError(describe_problems(headline, misplaced))
+    headline = f"{folder}: the files do not belong to one run of {strategy.rank_count} ranks; remove stale ones"
+    raise_problems(StrategyError, headline, misplaced)
 
 
 def _check_alone(path: Path, data: bytes, content: StageFile) -> None:

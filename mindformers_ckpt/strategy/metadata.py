@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mindformers_ckpt.errors import StrategyError, describe_problems
+from mindformers_ckpt.errors import StrategyError, describe_problems, raise_problems
 from mindformers_ckpt.geometry.layout import MOST_RANKS, Layout
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.text_files import parse_json
@@ -131,8 +131,7 @@ def parse_metadata(path: Path, data: bytes) -> Metadata:
             tensors[name] = recorded_of(entry)
         except (StrategyError, ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(f"{name}: {error if isinstance(error, StrategyError) else f'{error!r:.200}'}")
-    if problems:
-        raise StrategyError(describe_problems(f"{path}: tensors whose description cannot be used", problems))
+    raise_problems(StrategyError, f"{path}: tensors whose description cannot be used", problems)
     return _checked(Metadata(path, tensors, stored, *_sizes(path, tensors, stored)))
 
 
@@ -183,8 +182,7 @@ def _sizes(path: Path, tensors: Mapping[str, Recorded], stored: tuple[Stored, ..
     odd = [
         name for name, tensor in tensors.items() if tensor.layout is not None and size % tensor.layout.rank_count != 0
     ]
-    if odd:
-        raise StrategyError(describe_problems(f"{path}: layouts whose ranks are not part of a stage of {size}", odd))
+    raise_problems(StrategyError, f"{path}: layouts whose ranks are not part of a stage of {size}", odd)
     return -(-count // size) * size, size
 
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mindformers_ckpt.disk.nearby import like_it
-from mindformers_ckpt.errors import StrategyError, describe_problems
+from mindformers_ckpt.disk.files import like_it
+from mindformers_ckpt.errors import StrategyError, raise_problems
 from mindformers_ckpt.geometry.layout import Layout
-from mindformers_ckpt.strategy.schema import layouts_class, unread_map_class
+from mindformers_ckpt.strategy.schema import read_layouts, unread_map_class
 from mindformers_ckpt.text_files import parse_json, read_regular
 
 SINGLE_MARK, MERGED_MARK = 2, 1  # `current_stage`, which is not the stage: single files 2, merged files 1
@@ -63,8 +63,7 @@ def parse(path: Path, data: bytes) -> StageFile:
                 raise StrategyError("it stands twice in the file, with different layouts")
         except StrategyError as error:
             problems.append(f"{name}: {error}")
-    if problems:
-        raise StrategyError(describe_problems(f"{path}: layouts that cannot be used", problems))
+    raise_problems(StrategyError, f"{path}: layouts that cannot be used", problems)
     return _by_stage(path, rows, layouts)
 
 
@@ -134,15 +133,15 @@ def _message_rows(path: Path, data: bytes) -> _Rows:
     if data[:1] == b"\n":
         raise StrategyError(f"{path} is not a strategy file: it looks like a checkpoint; give the strategy instead")
     message = unread_map_class()()
-    rows: dict[bytes, _Row] = {}  # many parameters are cut alike
+    rows: dict[tuple[bytes, ...], _Row] = {}  # many parameters are cut alike
     try:
         message.ParseFromString(data)
         items = message.parallel_strategy_item
         layouts = []
         for item in message.parallel_layout_item:
-            name, fields = _name(item.param_name), item.parallel_layouts
+            name, fields = _name(item.param_name), tuple(item.parallel_layouts)
             if fields not in rows:
-                rows[fields] = _message_row(layouts_class().FromString(fields))
+                rows[fields] = _message_row(read_layouts(fields))
             layouts.append((name, rows[fields]))
         return _Rows(message.current_stage, items[0].parallel_strategys.stage if items else 0, layouts)
     # In protobuf's pure Python, damaged bytes end in errors of other kinds now and then.

@@ -8,6 +8,7 @@ protobuf is imported when the first strategy is read: MindSpore 2.7 needs to be 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -49,7 +50,7 @@ _MESSAGES: dict[str, list[tuple[str, int, str, bool]]] = {
 # MindSpore has protobuf run in pure Python, where to parse a layout takes long.
 _UNREAD_LAYOUTS = {
     **_MESSAGES,
-    "ParallelLayoutItem": [("param_name", 1, "STRING", False), ("parallel_layouts", 2, "BYTES", False)],
+    "ParallelLayoutItem": [("param_name", 1, "STRING", False), ("parallel_layouts", 2, "BYTES", True)],
 }
 
 
@@ -59,13 +60,23 @@ def strategy_map_class() -> Any:
 
 
 def unread_map_class() -> Any:
-    """The same class for reading: `parallel_layouts` are the bytes of a `layouts_class` message."""
+    """The same class for reading: `parallel_layouts` are the bytes of a `ParallelLayouts` message.
+
+    It may be there several times, as any field of a message may: the messages are then merged (`read_layouts`).
+    """
     return _classes(True)["ParallelStrategyMap"]
 
 
-def layouts_class() -> Any:
-    """The message class `ParallelLayouts`, the layout of one parameter."""
-    return _classes(True)["ParallelLayouts"]
+def read_layouts(parts: Sequence[bytes]) -> Any:
+    """The message `ParallelLayouts` that was left unread. Raises protobuf's DecodeError."""
+    from google.protobuf.message import DecodeError
+
+    message = _classes(True)["ParallelLayouts"]()
+    for part in parts:
+        message.MergeFromString(part)
+    if not parts or not message.IsInitialized():
+        raise DecodeError("a required field is missing in the layout of a parameter")
+    return message
 
 
 @cache

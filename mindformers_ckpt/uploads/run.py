@@ -23,17 +23,10 @@ from mindformers_ckpt.engine.object_sink import Upload, Uploads, bare_parts, par
 from mindformers_ckpt.engine.object_tasks import object_tasks
 from mindformers_ckpt.engine.sinks import Layouts
 from mindformers_ckpt.engine.tasks import Task
-from mindformers_ckpt.errors import CheckpointError, ConfigError, PublishError, TransferError, describe_problems
-from mindformers_ckpt.execution import (
-    Options,
-    Progress,
-    Report,
-    check_apart,
-    copy_into,
-    identity_of,
-    is_checkpoint,
-    report_of,
-)
+from mindformers_ckpt.errors import ConfigError, PublishError, TransferError, raise_problems
+from mindformers_ckpt.execution.checks import add_companions, check_apart, identity_of, is_checkpoint
+from mindformers_ckpt.execution.copying import copy_into
+from mindformers_ckpt.execution.options import Options, Report, report_of
 from mindformers_ckpt.objects.client import Part
 from mindformers_ckpt.objects.errors import MissingObject, ObjectError
 from mindformers_ckpt.objects.listing import files_below, look_again
@@ -41,10 +34,11 @@ from mindformers_ckpt.objects.path import ObjectPath, may_be_mixture
 from mindformers_ckpt.planning.digest import digest_of
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.planning.source_states import check_unchanged, states_of
-from mindformers_ckpt.publish import MANIFEST_FILE, read_manifests
-from mindformers_ckpt.publish.manifest import is_result, is_whole, without
+from mindformers_ckpt.progress import Progress
+from mindformers_ckpt.publish.manifest import MANIFEST_FILE, is_result, is_whole, read_manifests, without
 from mindformers_ckpt.publish.results import check_addable, describe_result, partial_manifest_name
 from mindformers_ckpt.publish.signature import find_bundle, left_behind
+from mindformers_ckpt.publish.staging import not_ours
 from mindformers_ckpt.publish.texts import hash_of, with_checksum
 from mindformers_ckpt.uploads.record import Record, at_once, delete, give_up, put, put_json
 
@@ -199,9 +193,8 @@ class ObjectRun:
             for file, is_made in enumerate(at_once(self._is_made_object, range(len(self._uploads))))
             if not is_made
         ]
-        if problems:
-            headline = f"another run is changing {self.destination}; let it end, then run this one again (--overwrite)"
-            raise PublishError(describe_problems(headline, problems))
+        headline = f"another run is changing {self.destination}; let it end, then run this one again (--overwrite)"
+        raise_problems(PublishError, headline, problems)
 
     def _upload(self, file: int, known: Mapping[str, str]) -> Upload:
         """The upload of a target file, an earlier run's or a new one; without a name for an object that is made."""
@@ -282,7 +275,7 @@ class ObjectRun:
             replace = options.overwrite or options.overwrite_anything or options.resume
             check_addable(self.plan, destination, self._about, replace, self._states)
             return
-        if options.overwrite_anything or (options.resume and self._is_begun()):
+        if options.overwrite_anything or (options.resume and self._record.marker.exists()):
             return
         is_mixture = may_be_mixture(destination)
         if is_mixture and not options.overwrite:
@@ -295,15 +288,7 @@ class ObjectRun:
             raise PublishError(f"{destination} {state}; choose another name, or allow it to be replaced (--overwrite)")
         is_ours = is_checkpoint(destination) if self._is_file else is_result(destination)
         if not (is_ours or is_mixture):
-            what = "is not a checkpoint file" if self._is_file else "is not an earlier result (it has no manifest.json)"
-            raise PublishError(
-                f"{destination} {what}, so that --overwrite does not replace it; choose another name, or allow "
-                "whatever is there to be removed (--overwrite-anything)"
-            )
-
-    def _is_begun(self) -> bool:
-        """Whether an earlier run of the same plan was killed while it put its objects in place."""
-        return self._record.marker.exists()
+            raise not_ours(destination, self._is_file)
 
 
 def below(folder: ObjectPath, key: str) -> ObjectPath:
@@ -336,10 +321,5 @@ def _texts(companions: Callable[[Path], None]) -> dict[str, bytes]:
 
     with tempfile.TemporaryDirectory(prefix="mindformers_ckpt-") as name:
         folder = Path(name)
-        try:
-            companions(folder)
-            return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-        except CheckpointError:
-            raise
-        except OSError as error:
-            raise TransferError(f"{error.filename or folder}: cannot be written: {error.strerror}") from error
+        add_companions(companions, folder)
+        return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}

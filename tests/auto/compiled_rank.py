@@ -1,6 +1,7 @@
 """One rank of a job whose network MindSpore compiles itself: CONFIG CASE RESULT. Writes RESULT/<rank>.json.
 
-Two ranks, model parallel 2: `w` is cut by columns, `b` by elements. CASE is what happens beside.
+Two ranks, model parallel 2: `w` is cut by columns, `b` by elements. CASE is what happens beside. "layers" is another
+network, of two layers with their matrices cut by columns, and "pipeline" the same with a stage of two ranks for each.
 """
 
 from __future__ import annotations
@@ -34,19 +35,45 @@ class Net(nn.Cell):  # type: ignore[misc]
         return self.mean(self.add(self.multiply(x, self.w), self.b))
 
 
-def set_context(rank: int, **more: Any) -> None:
-    about = {"device_num": 2, "global_rank": rank, "dataset_strategy": "full_batch"}
+class Layer(nn.Cell):  # type: ignore[misc]
+    def __init__(self, name: str) -> None:
+        super().__init__(auto_prefix=False)
+        self.w = ms.Parameter(ms.Tensor(np.full((8, 8), -1, np.float32)), name=name)
+        self.multiply = ops.MatMul().shard(((1, 1), (1, 2)))
+
+    def construct(self, x: Any) -> Any:
+        return self.multiply(x, self.w)
+
+
+class Layers(nn.Cell):  # type: ignore[misc]
+    @ms.lazy_inline  # type: ignore[untyped-decorator]
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.first, self.last = Layer("first.w"), Layer("last.w")
+        self.first.pipeline_stage, self.last.pipeline_stage = 0, 1
+        self.mean = ops.ReduceMean().shard(((1, 1),))
+
+    def construct(self, x: Any) -> Any:
+        return self.mean(self.last(self.first(x)))
+
+
+def set_context(rank: int, ranks: int = 2, **more: Any) -> None:
+    about = {"device_num": ranks, "global_rank": rank, "dataset_strategy": "full_batch"}
     ms.set_auto_parallel_context(parallel_mode="semi_auto_parallel", **about, **more)
 
 
 def run(hook: CheckpointHook, case: str, result: Path) -> dict[str, Any]:
     rank = int(os.environ.get("MS_NODE_ID") or os.environ["RANK_ID"])
-    set_context(rank)
-    network = Net()
+    if case == "pipeline":
+        set_context(rank, 4, pipeline_stages=2)
+    else:
+        set_context(rank)
+    network = Layers() if case in ("layers", "pipeline") else Net()
     optimizer = nn.Adam(network.trainable_params())
-    train = nn.TrainOneStepCell(network, optimizer).set_train()
+    forward = nn.PipelineCell(network, 2) if case == "pipeline" else network
+    train = nn.TrainOneStepCell(forward, optimizer).set_train()
     hook.prepare()
-    x = ms.Tensor(np.ones((4, 8), np.float32))
+    x = ms.Tensor(np.ones((16, 8), np.float32))
     if case == "set after prepare":
         set_context(rank, strategy_ckpt_config={"save_file": str(result / "another.ckpt")})
     elif case == "reset after prepare":

@@ -15,7 +15,6 @@ import psutil
 
 from mindformers_ckpt.execution import copying
 from mindformers_ckpt.formats import headers
-from mindformers_ckpt.job import looking, reslice
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.job.output_dir import OutputDir
@@ -23,7 +22,7 @@ from mindformers_ckpt.job.sharing.board import Board
 from mindformers_ckpt.ms import hook as hook_module
 from mindformers_ckpt.ms import weights
 from mindformers_ckpt.ms.hook import CheckpointHook
-from mindformers_ckpt.publish import Staging
+from mindformers_ckpt.publish.staging import Staging
 
 
 def kill(*arguments: Any, **options: Any) -> None:
@@ -69,16 +68,16 @@ def fill_the_disk(folder: Path) -> None:
 
 
 def amid_headers(action: Callable[[], object]) -> None:
-    """Have something happen when this rank has read ten headers of its share."""
-    read = headers.read_headers
+    """Have something happen when this rank has looked at ten files of the source."""
+    look = headers.look_quickly
 
     def read_some(paths: Sequence[Path]) -> Iterator[Any]:
-        for number, found in enumerate(read(paths)):
+        for number, found in enumerate(look(paths)):
             if number == 10:
                 action()
             yield found
 
-    looking.read_headers = read_some  # type: ignore[assignment,attr-defined]
+    headers.look_quickly = read_some  # type: ignore[assignment]
 
 
 def at_step(name: str, action: Callable[[], object]) -> Callable[..., None]:
@@ -98,8 +97,6 @@ def arm(fault: str, config: Config) -> None:
         before(CheckpointHook, "load", kill)
     elif fault == "merge":
         before(hook_module, "merge_strategies", kill)
-    elif fault == "look":
-        before(reslice, "look_together", kill)
     elif fault in ("looking", "hangs looking"):
         amid_headers(kill if fault == "looking" else lambda: time.sleep(120))
     elif fault == "transform":

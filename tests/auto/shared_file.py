@@ -11,7 +11,7 @@ import numpy as np
 
 from mindformers_ckpt.engine.ahead import Fetcher
 from mindformers_ckpt.engine.into_memory import Piece
-from mindformers_ckpt.job.cluster.cluster import Trust
+from mindformers_ckpt.job.cluster.secret import Trust
 
 MIB = 1 << 20
 SECRET = Trust("the secret of this job")

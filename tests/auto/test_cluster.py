@@ -23,15 +23,18 @@ from hypothesis import strategies as st
 
 from mindformers_ckpt.errors import ConfigError, TransferError
 from mindformers_ckpt.job.cluster import coordinator, proof, rendezvous
-from mindformers_ckpt.job.cluster.cluster import PORT_OFFSET, Address, Cluster, RankError, node_name
-from mindformers_ckpt.job.cluster.messages import Decoder, ProtocolError, encode, name_ranks
-from mindformers_ckpt.job.cluster.rendezvous import listen
+from mindformers_ckpt.job.cluster.cluster import Cluster
+from mindformers_ckpt.job.cluster.environment import PORT_OFFSET, node_name
+from mindformers_ckpt.job.cluster.messages import Address, Decoder, ProtocolError, encode, name_ranks
+from mindformers_ckpt.job.cluster.rendezvous import RankError, listen
 from mindformers_ckpt.job.cluster.secret import NO_SECRET, Job
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, sys, time
-from mindformers_ckpt.job.cluster.cluster import Address, Cluster, RankError
+from mindformers_ckpt.job.cluster.messages import Address
+from mindformers_ckpt.job.cluster.cluster import Cluster
+from mindformers_ckpt.job.cluster.rendezvous import RankError
 rank, size, port, timeout = *map(int, sys.argv[1:4]), float(sys.argv[4])
 def say(**facts): print(json.dumps(facts), flush=True)
 try:

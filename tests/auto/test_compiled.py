@@ -139,6 +139,51 @@ def test_redundancy_was_removed_when_it_was_saved(tmp_path: Path, auto: bool) ->
     assert [of_rank["held"]["global_step"] for of_rank in said] == [[7], [7]]
 
 
+LAYERS = {name: np.arange(64.0).reshape(8, 8) + start for name, start in (("first.w", 0), ("last.w", 500))}
+MOMENTS = {f"{kind}.{name}": value + 1000 for kind in ("moment1", "moment2") for name, value in LAYERS.items()}
+
+
+def of_stage(rank: int) -> dict[str, np.ndarray[Any, Any]]:
+    """What a rank of the pipeline holds: two stages of two ranks."""
+    return {name: value for name, value in {**LAYERS, **MOMENTS}.items() if ("first" in name) == (rank < 2)}
+
+
+def assert_is_pipeline(said: list[dict[str, Any]], codes: list[int], log: str) -> None:
+    assert codes == [0] * 4, said
+    for rank, of_rank in enumerate(said):
+        for name, value in {**LAYERS, **MOMENTS}.items():
+            if name in of_stage(rank):
+                own = np.split(value, 2, axis=-1)[rank % 2]
+            else:  # MindSpore keeps the parameters of other stages as they were made
+                own = np.full((8, 8), -1 if name in LAYERS else 0)
+            assert np.array_equal(of_rank["held"][name], own), (rank, name, log)
+    # Parameters of other stages are not missing.
+    assert not [line for line in log.splitlines() if "WARNING" in line and "mindformers_ckpt" in line and ".w" in line]
+
+
+@pytest.mark.slow
+def test_stages_of_a_pipeline(tmp_path: Path) -> None:
+    """From complete weights into two stages, from these into one, and back."""
+    for folder in ("pipeline", "one", "again"):
+        (tmp_path / folder).mkdir()
+    whole = write(tmp_path / "whole.ckpt", {**LAYERS, **MOMENTS})
+    codes, said, log = run(tmp_path / "pipeline", "pipeline", 4, load_checkpoint=whole, auto_trans_ckpt=True)
+    assert_is_pipeline(said, codes, log)
+    for rank in range(4):
+        write(tmp_path / "staged" / f"rank_{rank}" / "net.ckpt", part(of_stage(rank), rank % 2))
+    keys: dict[str, Any] = {"auto_trans_ckpt": True, "load_checkpoint": tmp_path / "staged"}
+    strategy = tmp_path / "pipeline" / "output" / "strategy"
+    codes, said, log = run(tmp_path / "one", "layers", **keys, src_strategy_path_or_dir=strategy)
+    assert codes == [0, 0], said
+    assert_holds(said, {**LAYERS, **MOMENTS}, log)
+    for rank in range(2):
+        write(tmp_path / "flat" / f"rank_{rank}" / "net.ckpt", part({**LAYERS, **MOMENTS}, rank))
+    keys["load_checkpoint"] = tmp_path / "flat"
+    strategy = tmp_path / "one" / "output" / "strategy"
+    codes, said, log = run(tmp_path / "again", "pipeline", 4, **keys, src_strategy_path_or_dir=strategy)
+    assert_is_pipeline(said, codes, log)
+
+
 def test_a_dry_run_gives_the_strategy_of_its_rank(tmp_path: Path) -> None:
     keys: dict[str, Any] = {"only_save_strategy": True, "load_checkpoint": "/nowhere"}
     codes, _, log = run(tmp_path, "dry run", **keys)

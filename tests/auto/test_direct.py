@@ -20,7 +20,8 @@ from mindformers_ckpt.formats import Header, read_header
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.job import direct, names
-from mindformers_ckpt.job.cluster.cluster import Address, RankError
+from mindformers_ckpt.job.cluster.messages import Address
+from mindformers_ckpt.job.cluster.rendezvous import RankError
 from mindformers_ckpt.job.direct import hand_out_plans, read_direct
 from mindformers_ckpt.job.names import names_of_all
 from mindformers_ckpt.planning.build import build_plan

@@ -23,7 +23,7 @@ from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.ms.hook import CheckpointHook as HookClass
-from mindformers_ckpt.publish import read_manifest
+from mindformers_ckpt.publish.manifest import read_manifests
 from mindformers_ckpt.strategy.files import write_strategy
 
 Tensors = dict[str, Tensor]
@@ -104,7 +104,7 @@ def test_sharded_weights_on_one_card(
     assert {key: value.bits.tobytes() for key, value in found.items()} == {
         key: value.bits.tobytes() for key, value in tensors.items()
     }
-    manifest = read_manifest(result)
+    manifest = read_manifests(result).get("manifest.json")
     assert manifest is not None
     assert manifest["source_checkpoint"] == str(folder)
 

@@ -22,7 +22,7 @@ from mindformers_ckpt.job.modelarts import check_nodes, nodes_by_number
 from mindformers_ckpt.job.object_store import FsspecStore
 from mindformers_ckpt.job.remote_reslice import makers_of
 from mindformers_ckpt.planning.build import build_plan
-from mindformers_ckpt.publish import read_manifest
+from mindformers_ckpt.publish.manifest import read_manifests
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.files import read_strategy
@@ -135,7 +135,7 @@ def test_two_nodes(
         output = folders[name] / "output"
         paths = [f"rank_{rank}/checkpoint_{rank}.ckpt" for rank in ranks]
         assert transformed(output) == {path: wanted[path] for path in paths}
-        manifest = read_manifest(output / "transformed_checkpoint")
+        manifest = read_manifests(output / "transformed_checkpoint").get("manifest.json")
         assert manifest is not None
         assert [file["path"] for file in manifest["files"]] == [f"llama/{path}" for path in paths]
         strategies = {path.name for path in (output / "strategy").iterdir()}

@@ -337,7 +337,7 @@ class FileOperations:
 
         return run
 
-    def rmtree(self, folder: Path) -> None:
+    def rmtree(self, folder: Path, onerror: object) -> None:
         if self.left == 0:
             next(path for path in folder.rglob("*") if path.is_file()).unlink()
             raise KilledError

@@ -24,8 +24,9 @@ from test_cluster import free_address
 from mindformers_ckpt.engine.into_memory import Piece, Request, fill_arrays, requests_of
 from mindformers_ckpt.engine.shares import digest_of
 from mindformers_ckpt.job.cluster import proof
-from mindformers_ckpt.job.cluster.cluster import Address, Cluster, Trust
-from mindformers_ckpt.job.cluster.messages import ProtocolError
+from mindformers_ckpt.job.cluster.cluster import Cluster
+from mindformers_ckpt.job.cluster.messages import Address, ProtocolError
+from mindformers_ckpt.job.cluster.secret import Trust
 from mindformers_ckpt.job.sharing import exchange, lines, reads
 from mindformers_ckpt.job.sharing.lines import Pass
 from mindformers_ckpt.job.sharing.reads import fill_together, filling
@@ -156,7 +157,8 @@ import json, os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, "tests/auto")
 from shared_file import SECRET, Counted, assert_read, pieces_of
-from mindformers_ckpt.job.cluster.cluster import Address, Cluster
+from mindformers_ckpt.job.cluster.messages import Address
+from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.sharing import exchange
 from mindformers_ckpt.job.sharing.reads import filling
 rank, port, path, what = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]

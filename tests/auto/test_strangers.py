@@ -23,8 +23,10 @@ from test_cluster import free_address, job, run_ranks, share_rank, start_ranks, 
 
 from mindformers_ckpt.errors import ConfigError, PlanError
 from mindformers_ckpt.job.cluster import coordinator, proof, secret
-from mindformers_ckpt.job.cluster.cluster import PORT_OFFSET, Address, Cluster, RankError
-from mindformers_ckpt.job.cluster.messages import Decoder, encode
+from mindformers_ckpt.job.cluster.cluster import Cluster
+from mindformers_ckpt.job.cluster.environment import PORT_OFFSET
+from mindformers_ckpt.job.cluster.messages import Address, Decoder, encode
+from mindformers_ckpt.job.cluster.rendezvous import RankError
 from mindformers_ckpt.job.cluster.secret import (
     NO_NUMBER,
     PREFIX,

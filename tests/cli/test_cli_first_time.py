@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from toy import command, invoke, write_toy
 
-from mindformers_ckpt.disk.nearby import like_it
+from mindformers_ckpt.disk.files import like_it
 
 READERS = ["inspect", "fingerprint", "diff full.ckpt", "verify sharded --against", "plan --src-checkpoint"]
 READERS += ["show layers.0.weight --src-checkpoint"]

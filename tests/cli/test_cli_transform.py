@@ -10,7 +10,7 @@ from recorded import assert_ranks, read_tensors, write_tensors
 from toy import MODEL, TOOLS, Result, command, listing, mp2pp2, shell
 
 from mindformers_ckpt.formats import read_header
-from mindformers_ckpt.formats.ckpt import verify_crc
+from mindformers_ckpt.formats.ckpt_crc import verify_crc
 
 SCRIPT = TOOLS / "transform_checkpoint.py"
 SHELL_SCRIPT = TOOLS / "transform_checkpoint.sh"

@@ -17,10 +17,10 @@ from toy import DP2MP2, MODEL, command, dp2mp2, mp2pp2, write_toy
 import mindformers_ckpt as mc
 from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.formats.dtypes import by_name
-from mindformers_ckpt.look.words import short_spans, spans
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.files import write_strategy
+from mindformers_ckpt.words import short_spans, spans
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ import huggingface as hf
 import numpy as np
 import pytest
 
-from mindformers_ckpt.convert.run import Request, convert
+from mindformers_ckpt.convert.request import Request
+from mindformers_ckpt.convert.run import convert
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import Config

@@ -10,9 +10,10 @@ import huggingface as hf
 import numpy as np
 import pytest
 
-from mindformers_ckpt.convert.run import Request, convert
+from mindformers_ckpt.convert.request import Request
+from mindformers_ckpt.convert.run import convert
 from mindformers_ckpt.errors import CheckpointError, ConfigError, FormatError, PlanError, PublishError
-from mindformers_ckpt.execution import Options
+from mindformers_ckpt.execution.options import Options
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.strategy.files import write_strategy
 from mindformers_ckpt.strategy.model import Strategy

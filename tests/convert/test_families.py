@@ -12,7 +12,8 @@ import pytest
 from test_round_trips import CASES
 
 from mindformers_ckpt.convert.model import models
-from mindformers_ckpt.convert.run import Request, convert
+from mindformers_ckpt.convert.request import Request
+from mindformers_ckpt.convert.run import convert
 from mindformers_ckpt.errors import CheckpointError, ConfigError
 
 INDEXER = "decoder.layers.1.self_attention.core_attention.indexer."

@@ -9,7 +9,8 @@ import huggingface as hf
 import numpy as np
 import pytest
 
-from mindformers_ckpt.convert.run import Request, convert, plan_ranks
+from mindformers_ckpt.convert.request import Request
+from mindformers_ckpt.convert.run import convert, plan_ranks
 from mindformers_ckpt.errors import CheckpointError, ConfigError
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.strategy.model import Strategy

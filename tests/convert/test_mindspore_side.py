@@ -11,7 +11,8 @@ import huggingface as hf
 import numpy as np
 import pytest
 
-from mindformers_ckpt.convert.run import Request, convert
+from mindformers_ckpt.convert.request import Request
+from mindformers_ckpt.convert.run import convert
 from mindformers_ckpt.errors import PlanError
 
 

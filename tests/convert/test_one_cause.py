@@ -9,7 +9,8 @@ import huggingface as hf
 import numpy as np
 import pytest
 
-from mindformers_ckpt.convert.run import Request, convert
+from mindformers_ckpt.convert.request import Request
+from mindformers_ckpt.convert.run import convert
 from mindformers_ckpt.errors import CheckpointError
 
 LLAMA = hf.random_tensors(hf.llama_shapes())

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from mindformers_ckpt.convert.model import models
-from mindformers_ckpt.convert.run import Request, convert
+from mindformers_ckpt.convert.request import Request
+from mindformers_ckpt.convert.run import convert
 from mindformers_ckpt.errors import PlanError
-from mindformers_ckpt.execution import Options
+from mindformers_ckpt.execution.options import Options
 from mindformers_ckpt.geometry.axes import runs
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.look.fingerprint import fingerprint

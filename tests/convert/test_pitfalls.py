@@ -13,7 +13,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mindformers_ckpt.convert.run import Request, convert
+from mindformers_ckpt.convert.request import Request
+from mindformers_ckpt.convert.run import convert
 from mindformers_ckpt.errors import CheckpointError, PlanError
 from mindformers_ckpt.formats import read_header
 

@@ -19,9 +19,10 @@ from mindformers_ckpt.convert.composing import compose
 from mindformers_ckpt.convert.config import LAYOUT_SETTINGS
 from mindformers_ckpt.convert.model import find_model
 from mindformers_ckpt.convert.planning import Converted, identity
-from mindformers_ckpt.convert.run import Request, convert, plan_conversion
+from mindformers_ckpt.convert.request import Request
+from mindformers_ckpt.convert.run import convert, plan_conversion
 from mindformers_ckpt.errors import CheckpointError, ConfigError, PlanError
-from mindformers_ckpt.execution import Options
+from mindformers_ckpt.execution.options import Options
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box

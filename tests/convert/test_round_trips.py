@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from mindformers_ckpt.convert.model import find_model, models
-from mindformers_ckpt.convert.run import Request, convert
+from mindformers_ckpt.convert.request import Request
+from mindformers_ckpt.convert.run import convert
 
 QWEN3_MOE = {
     **hf.llama_shapes(ffn=False),
@@ -178,7 +179,7 @@ def test_a_folder_of_files_of_bounded_size_is_read_back(tmp_path: Path) -> None:
 
 
 def test_several_processes_write_the_same(tmp_path: Path) -> None:
-    from mindformers_ckpt.execution import Options
+    from mindformers_ckpt.execution.options import Options
 
     shapes = {name: tuple(4 * extent for extent in shape) for name, shape in hf.llama_shapes().items()}
     config = hf.decoder_config(hidden_size=32, head_dim=16, intermediate_size=24, vocab_size=48)

@@ -10,7 +10,8 @@ import huggingface as hf
 import pytest
 from test_round_trips import CASES, runs
 
-from mindformers_ckpt.convert.run import Request, prepare
+from mindformers_ckpt.convert.prepare import prepare
+from mindformers_ckpt.convert.request import Request
 from mindformers_ckpt.convert.shapes import shapes_of_config
 from mindformers_ckpt.sources.shapes import agrees
 

@@ -15,8 +15,9 @@ from test_one_pass import random_strategy
 from test_renaming import FAMILIES, Family, cut, in_full
 
 from mindformers_ckpt.checksums.shares import share_of
-from mindformers_ckpt.convert.run import Request, convert
-from mindformers_ckpt.execution import Options
+from mindformers_ckpt.convert.request import Request
+from mindformers_ckpt.convert.run import convert
+from mindformers_ckpt.execution.options import Options
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.axes import runs

@@ -15,7 +15,8 @@ import pytest
 from huggingface import write_folder
 
 import mindformers_ckpt as mc
-from mindformers_ckpt.convert.run import Request, convert
+from mindformers_ckpt.convert.request import Request
+from mindformers_ckpt.convert.run import convert
 from mindformers_ckpt.formats.dcp_metadata import CLASSES, MODULES
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.sources.find import find_source

@@ -18,7 +18,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mindformers_ckpt.convert.run import Request, convert
+from mindformers_ckpt.convert.request import Request
+from mindformers_ckpt.convert.run import convert
 from mindformers_ckpt.errors import FormatError
 from mindformers_ckpt.formats import read_header
 

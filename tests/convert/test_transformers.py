@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from mindformers_ckpt.convert.model import find_model
-from mindformers_ckpt.convert.run import Request, convert
+from mindformers_ckpt.convert.request import Request
+from mindformers_ckpt.convert.run import convert
 from mindformers_ckpt.formats import read_header
 
 with warnings.catch_warnings():

@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mindformers_ckpt.convert.run import Request, convert
+from mindformers_ckpt.convert.request import Request
+from mindformers_ckpt.convert.run import convert
 from mindformers_ckpt.errors import CheckpointError, ConfigError, PlanError
 
 # model -> tensors, config.json, and by how much each of its keys may be wrong

@@ -15,7 +15,7 @@ from mindspore.train import serialization  # noqa: E402
 from mindspore.train.checkpoint_pb2 import Checkpoint  # noqa: E402
 
 from mindformers_ckpt.errors import FormatError  # noqa: E402
-from mindformers_ckpt.formats import TensorSpec, ckpt, layout_file, read_header  # noqa: E402
+from mindformers_ckpt.formats import TensorSpec, ckpt, ckpt_crc, layout_file, read_header  # noqa: E402
 from mindformers_ckpt.formats.dtypes import by_name  # noqa: E402
 
 INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
@@ -130,9 +130,9 @@ def test_tensors_without_elements(tmp_path: Path) -> None:
 
 def test_crc_trailer(tmp_path: Path, rewrite: Any) -> None:
     saved = save(tmp_path / "model.ckpt", {"w": tensor("float32")}, crc_check=True)
-    ckpt.verify_crc(read_header(saved))
+    ckpt_crc.verify_crc(read_header(saved))
     ours = rewrite(saved)
-    ckpt.append_crc(ours)
+    ckpt_crc.append_crc(ours)
     assert ours.read_bytes() == saved.read_bytes()
     assert ms.load_checkpoint(str(ours), crc_check=True)["w"].shape == (2, 3)
 

@@ -24,10 +24,11 @@ import toy  # noqa: E402
 
 from mindformers_ckpt.cli import convert, merge_lora, merge_strategy, plan, transform  # noqa: E402, F401
 from mindformers_ckpt.cli.main import main  # noqa: E402
-from mindformers_ckpt.execution import Options, Run  # noqa: E402
+from mindformers_ckpt.execution.options import Options  # noqa: E402
+from mindformers_ckpt.execution.run import Run  # noqa: E402
 from mindformers_ckpt.job.output_dir import OutputDir  # noqa: E402
 from mindformers_ckpt.planning.build import build_plan  # noqa: E402
-from mindformers_ckpt.publish import recover  # noqa: E402
+from mindformers_ckpt.publish.replace import recover  # noqa: E402
 from mindformers_ckpt.sources.checkpoint import Checkpoint  # noqa: E402
 from mindformers_ckpt.sources.find import find_source  # noqa: E402
 from mindformers_ckpt.strategy.files import read_strategy  # noqa: E402

@@ -16,7 +16,7 @@ from recorded import Tensor, random_bits, write_ranks, write_tensors
 import mindformers_ckpt as mc
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES
 from mindformers_ckpt.errors import ConfigError, PlanError
-from mindformers_ckpt.execution import Options, Report
+from mindformers_ckpt.execution.options import Options, Report
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.look.arrays import numpy_type

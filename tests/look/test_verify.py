@@ -17,7 +17,8 @@ from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.look.verify import verify
 from mindformers_ckpt.look.verify_model import Verification
-from mindformers_ckpt.publish.manifest import write_manifest
+from mindformers_ckpt.publish.texts import with_checksum
+from mindformers_ckpt.text_files import write_json
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_a_replica_that_differs_is_told_from_the_others(result: Path) -> None:
     manifest = json.loads((result / "manifest.json").read_bytes())
     for file in manifest["files"]:
         del file["xxh3_128"]
-    write_manifest(result / "manifest.json", manifest)
+    write_json(result / "manifest.json", with_checksum(manifest))
     file = result / "rank_2/checkpoint_2.ckpt"
     place = content_of(file, "matrix") + 5
     flip(file, place)
@@ -107,7 +108,7 @@ def _break_header(result: Path) -> None:
 def _forget_a_rank(result: Path) -> None:
     manifest = json.loads((result / "manifest.json").read_bytes())
     del manifest["files"][3]
-    write_manifest(result / "manifest.json", manifest)
+    write_json(result / "manifest.json", with_checksum(manifest))
 
 
 @pytest.mark.parametrize(

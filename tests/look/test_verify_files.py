@@ -11,7 +11,7 @@ from recorded import write_tensors
 
 from mindformers_ckpt.errors import FormatError
 from mindformers_ckpt.formats import read_header
-from mindformers_ckpt.formats.ckpt import append_crc
+from mindformers_ckpt.formats.ckpt_crc import append_crc
 from mindformers_ckpt.look.verify_files import verify_files
 
 

@@ -13,7 +13,8 @@ from lora_model import numbers
 from recorded import Tensor, random_bits, read_tensors, write_tensors
 
 from mindformers_ckpt.cli.main import cli
-from mindformers_ckpt.convert.run import Request, convert
+from mindformers_ckpt.convert.request import Request
+from mindformers_ckpt.convert.run import convert
 from mindformers_ckpt.formats.dtypes import by_name
 
 HIDDEN, FFN, HEADS, GROUPS, DIM, RANK = 32, 24, 4, 2, 8, 4

@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from peft_patterns import KEYS, MODULES
 
 from mindformers_ckpt.cli.main import cli
-from mindformers_ckpt.convert.run import Request, convert
+from mindformers_ckpt.convert.request import Request
+from mindformers_ckpt.convert.run import convert
 from mindformers_ckpt.lora_settings import read_settings
 
 with warnings.catch_warnings():

@@ -18,7 +18,8 @@ import pytest
 from built_networks import Case
 from network_cases import CASES, values_of
 
-from mindformers_ckpt.convert.run import Request, convert
+from mindformers_ckpt.convert.request import Request
+from mindformers_ckpt.convert.run import convert
 from mindformers_ckpt.integrations import mindformers as replacement
 from mindformers_ckpt.state_names import find_states
 

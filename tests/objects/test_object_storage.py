@@ -23,10 +23,9 @@ from mindformers_ckpt.formats import guesses
 from mindformers_ckpt.formats.ckpt import scan
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.formats.tensor_file import TensorSpec
-from mindformers_ckpt.objects import attempts
+from mindformers_ckpt.objects import attempts, listing
 from mindformers_ckpt.objects.attempts import Retries
 from mindformers_ckpt.objects.client import forget_clients
-from mindformers_ckpt.objects.listing import forget_listings
 from mindformers_ckpt.objects.path import as_path
 from mindformers_ckpt.strategy.files import write_strategy
 
@@ -52,7 +51,8 @@ def storage(proxies: FlakyProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fl
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(attempts, "RETRIES", Retries(attempts=4, first_pause=0.01))
     monkeypatch.setattr(object_sink, "_PART_BYTES", PART)
-    forget_listings()
+    listing._files.clear()
+    listing._trees.clear()
     yield proxies
 
 

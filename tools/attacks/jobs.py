@@ -28,7 +28,7 @@ import rank as program
 from recorded import recorded, slices_of, write_ranks
 from test_ranks import expected, free_port, model_of, old_results, results
 
-from mindformers_ckpt.job.cluster.cluster import PORT_OFFSET
+from mindformers_ckpt.job.cluster.environment import PORT_OFFSET
 
 RANKS = 4
 OPERATIONS = 80  # of a rank at most; one of them is that of the fault

@@ -47,8 +47,13 @@ class Resumes:
 
 
 def damage(work: Path, result: Path, chance: random.Random) -> str:
-    """Change one of the files that a killed run has left beside the result; says what was done."""
-    published = {path.stat().st_ino for path in result.rglob("*")}  # ranks have a second name in the result
+    """Change one of the files that a killed run has left beside the result; says what was done.
+
+    A result that was killed between its renames is complete, and counts as published.
+    """
+    complete = [result, *result.parent.glob(f".{result.name}.new-*")]
+    # Ranks have a second name in the result.
+    published = {path.stat().st_ino for folder in complete for path in (folder, *folder.rglob("*")) if path.exists()}
     files = [path for path in sorted(work.rglob("*")) if path.is_file() and path.stat().st_ino not in published]
     files = [path for path in files if "lock" not in path.name and path != result]  # what it says of others is believed
     if not files:

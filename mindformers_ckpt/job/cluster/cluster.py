@@ -16,21 +16,18 @@ spawned: a forked child keeps the connection of a killed rank open, so that only
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from mindformers_ckpt.errors import CheckpointError, ConfigError
+from mindformers_ckpt.job.cluster.environment import is_loopback, meeting_address, node_name, rank_and_size, secret_of
 from mindformers_ckpt.job.cluster.messages import (
-    ADVICE,
     GRACE,
     JOIN,
     MAX_VALUES,
@@ -44,13 +41,7 @@ from mindformers_ckpt.job.cluster.secret import NO_SECRET, Job, Trust
 from mindformers_ckpt.log import log
 from mindformers_ckpt.printable import printable
 
-__all__ = ["Address", "Cluster", "RankError", "Trust"]
-
-# Jobs on one host are given neighbouring scheduler ports (8118, 8119 ...) or round distances between them:
-# neither should lead to another job's port. With it, usual ports stay below the ephemeral ones (32768 up).
-PORT_OFFSET = 1013
 MAX_TEXT = 4000  # characters of a failure's text that are passed on
-MIN_SECRET = 16  # characters: who listens on the address in our place sees proofs, and could try all short secrets
 # What vanishes under a rank because another one failed and cleared up, it may see before it hears of the failure.
 MOMENT = 1.0  # seconds
 
@@ -91,6 +82,11 @@ class Cluster:
         return self.node_ranks.index(self.rank)
 
     @property
+    def leaders(self) -> list[int]:
+        """The lowest rank of every node, in the order of the ranks."""
+        return [self.nodes.index(node) for node in dict.fromkeys(self.nodes)]
+
+    @property
     def is_first_on_node(self) -> bool:
         """Whether this is the lowest rank of its node."""
         return self.local_rank == 0
@@ -111,14 +107,14 @@ class Cluster:
 
         Raises ConfigError when the environment is incomplete, RankError as `connect` does.
         """
-        rank, size = _rank_and_size(env)
+        rank, size = rank_and_size(env)
         node = node_name(env)
         if size == 1:
             return cls(rank, size, (node,), timeout, None)
         address = meeting_address(env)
         # A loopback address means one node; but containers, which have names of their own then, may share it.
-        strict = _is_loopback(address.host) and not env.get("MINDFORMERS_CKPT_NODE")
-        trust = Trust(_secret(env), folder, strict)
+        strict = is_loopback(address.host) and not env.get("MINDFORMERS_CKPT_NODE")
+        trust = Trust(secret_of(env), folder, strict)
         return cls.connect(rank, size, address, timeout, env.get("MINDFORMERS_CKPT_JOB_ID", ""), node, trust)
 
     @classmethod
@@ -331,87 +327,3 @@ class Cluster:
         text = f"rank {host_rank}, which coordinates, died or is cut off: {error}"
         self._error = RankError(text, host_rank, step)
         return self._error
-
-
-def node_name(env: Mapping[str, str]) -> str:
-    """A name that the ranks of one node share: host name and a hash of it with the kernel's boot id.
-
-    MINDFORMERS_CKPT_NODE takes the place of both.
-    """
-    name = env.get("MINDFORMERS_CKPT_NODE", "")
-    identity = name
-    if not name:
-        name = socket.gethostname()
-        identity = f"{name} {_boot_id()}"
-    return f"{name[:64]}:{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-
-
-@cache
-def _boot_id() -> str:
-    """What tells this start of this machine from others, "" where the system does not say.
-
-    It is read once, while files can be opened.
-    """
-    file = Path("/proc/sys/kernel/random/boot_id")
-    return file.read_text(encoding="ascii") if file.exists() else ""
-
-
-def _rank_and_size(env: Mapping[str, str]) -> tuple[int, int]:
-    """This process's rank and the number of ranks, (0, 1) outside of a job.
-
-    msrun sets MS_NODE_ID (the rank, in spite of its name) unless it runs on several nodes without
-    --node_rank; RANK_ID is then 0 for all workers of the first node, inherited from the scheduler. With a
-    rank table MindSpore renumbers RANK_ID in `init()`, so there it is the one that counts.
-    """
-    if env.get("MS_ROLE") == "MS_SCHED":
-        raise ConfigError(
-            "this process is MindSpore's scheduler (MS_ROLE=MS_SCHED), no rank: call "
-            "mindspore.communication.init() before the weights are loaded, it does not return there"
-        )
-    size = _integer(env, "MS_WORKER_NUM") or _integer(env, "RANK_SIZE") or 1
-    if size == 1 or env.get("MS_SIMULATION_LEVEL"):  # a dry run plays one rank of many, alone
-        return 0, 1
-    name = "MS_NODE_ID" if env.get("MS_ROLE") and not env.get("RANK_TABLE_FILE") else "RANK_ID"
-    rank = _integer(env, name)
-    if rank is None:
-        raise ConfigError(f"{name} is not set in a job of {size} ranks: give msrun --node_rank on each node")
-    if rank >= size:
-        raise ConfigError(f"{name}={rank} is not a rank of a job of {size} ranks (MS_WORKER_NUM or RANK_SIZE)")
-    return rank, size
-
-
-def _integer(env: Mapping[str, str], name: str) -> int | None:
-    text = env.get(name, "")
-    if text and not text.isdecimal():
-        raise ConfigError(f"{name}={text!r} is not a whole number")
-    return int(text) if text else None
-
-
-def _secret(env: Mapping[str, str]) -> str:
-    secret = env.get(SECRET, "")
-    if secret and len(secret) < MIN_SECRET:
-        raise ConfigError(
-            f"{SECRET} has {len(secret)} characters, at least {MIN_SECRET} were expected; `openssl rand -hex 32` "
-            "makes a good one"
-        )
-    return secret
-
-
-def _is_loopback(host: str) -> bool:
-    return host == "localhost" or host == "::1" or host.startswith("127.")
-
-
-def meeting_address(env: Mapping[str, str]) -> Address:
-    """Where the ranks meet: MINDFORMERS_CKPT_MASTER, or beside MindSpore's scheduler."""
-    master = env.get("MINDFORMERS_CKPT_MASTER", "")
-    if master:
-        source = f"MINDFORMERS_CKPT_MASTER={master}"
-        host, _, digits = master.rpartition(":")
-        host, port = host.strip("[]"), int(digits) if digits.isdecimal() else 0
-    else:
-        host, port = env.get("MS_SCHED_HOST", ""), _integer(env, "MS_SCHED_PORT") or 0
-        source = f"MS_SCHED_HOST={host} and MS_SCHED_PORT={port or ''}"
-        port = port and port + (PORT_OFFSET if port + PORT_OFFSET < 1 << 16 else -PORT_OFFSET)
-    if host in ("", "0.0.0.0", "::") or not 0 < port < 1 << 16:
-        raise ConfigError(f"{source}: no address where the ranks can meet; {ADVICE}")
-    return Address(host, port)

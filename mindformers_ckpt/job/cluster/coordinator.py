@@ -31,6 +31,7 @@ from mindformers_ckpt.job.cluster.messages import (
     Message,
     ProtocolError,
     encode,
+    hang_up,
     length_of,
     name_ranks,
     parse,
@@ -82,9 +83,7 @@ class _Peer:
                     await self.writer.drain()
 
     def hang_up(self) -> None:
-        """Close, also where a forked child (of a data loader, say) still holds a copy of the descriptor."""
-        with contextlib.suppress(OSError):  # the other side was first
-            self.writer.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+        hang_up(self.writer.get_extra_info("socket"))
         self.writer.transport.abort()
 
 

@@ -22,6 +22,8 @@ import struct
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
+from mindformers_ckpt.words import spans
+
 JOIN = "join"
 MAX_VALUES = 64 << 20  # bytes of all values of one step together
 MAX_MESSAGE = MAX_VALUES + (1 << 20)  # the rest: names, commas, an error's text
@@ -50,14 +52,7 @@ class Address(NamedTuple):
 
 def name_ranks(ranks: Collection[int]) -> str:
     """Write ranks for a reader: "rank 3", "ranks 3, 8-15"."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-    return f"rank{'s' if len(ranks) > 1 else ''} {text}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {spans(ranks).replace(',', ', ')}"
 
 
 def encode(message: Message) -> bytes:
@@ -119,7 +114,6 @@ def tune(sock: socket.socket, timeout: float) -> None:
 
 
 def hang_up(sock: socket.socket) -> None:
-    """Close, also where a forked child (of a data loader, say) still holds a copy of the descriptor."""
+    """End a connection for all that have it: other threads, forked children (of a data loader, say), the other side."""
     with contextlib.suppress(OSError):  # the other side was first
         sock.shutdown(socket.SHUT_RDWR)
-    sock.close()

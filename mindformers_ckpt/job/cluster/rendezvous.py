@@ -155,6 +155,7 @@ class Link:
 
     def close(self) -> None:
         hang_up(self._sock)
+        self._sock.close()
 
 
 class Meeting(NamedTuple):

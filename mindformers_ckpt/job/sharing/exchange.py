@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from mindformers_ckpt.engine.buffers import empty_bytes
-from mindformers_ckpt.job.cluster.messages import Address, ProtocolError
+from mindformers_ckpt.job.cluster.messages import Address, ProtocolError, hang_up
 from mindformers_ckpt.job.sharing.board import NO_MORE, Board
 from mindformers_ckpt.job.sharing.lines import PROOF_SECONDS, Pass, answer, call, new_socket, receive
 
@@ -73,7 +73,7 @@ class Exchange:
             self._is_closed = True
             sockets, threads = list(self._sockets), [*self._threads, *self._senders]
         for sock in sockets:
-            _end(sock)
+            hang_up(sock)
         for thread in threads:
             thread.join()
 
@@ -162,13 +162,13 @@ class Exchange:
                 self._sockets.add(sock)
                 is_late = self._is_closed
             if is_late:
-                _end(sock)
+                hang_up(sock)
             try:
                 yield sock
             finally:
                 with self._lock:
                     self._sockets.discard(sock)
-                _end(sock)  # also where a forked child has it open
+                hang_up(sock)  # also where a forked child has it open
 
     # What they say.
 
@@ -185,7 +185,7 @@ class Exchange:
             self._receive(rank, sock)
         except (OSError, ProtocolError) as error:
             self._lose(rank, str(error) or repr(error))
-            _end(sock)
+            hang_up(sock)
         if sender is not None:
             sender.join()  # the connection stays open for it
 
@@ -212,7 +212,7 @@ class Exchange:
                     position += 1
         except OSError as error:
             self._lose(rank, f"it takes nothing: {error}")
-            _end(sock)
+            hang_up(sock)
 
     def _receive(self, rank: int, sock: socket.socket) -> None:
         """Receive the requests of a rank. Raises OSError or ProtocolError when it ends before all have come."""
@@ -240,9 +240,3 @@ class Exchange:
         while memory:
             memory = memory[receive(sock, memory) :]
             self._heard[rank] = time.monotonic()
-
-
-def _end(sock: socket.socket) -> None:
-    """End a connection for all threads that wait for it. It is closed by the one that has made it."""
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 
-def counted(count: int, word: str, words: str | None = None) -> str:
-    """A number and its noun: "1 file", "1,024 files"."""
-    return f"{count:,} {word if count == 1 else words or word + 's'}"
+def counted(count: int, word: str, words: str | None = None, *, of: int | None = None) -> str:
+    """A number and its noun: "1 file", "1,024 files", "3 of 4 files"."""
+    total = count if of is None else of
+    share = "" if of is None else f" of {of:,}"
+    return f"{count:,}{share} {word if total == 1 else words or word + 's'}"
 
 
 def spans(numbers: Iterable[int]) -> str:
@@ -28,7 +30,8 @@ def short_spans(numbers: Iterable[int], limit: int = 4) -> str:
     return ",".join(parts) if len(parts) <= limit else f"{','.join(parts[:limit])},… ({len(numbers)})"
 
 
-def shortened(items: Sequence[str], limit: int) -> str:
+def shortened(items: Iterable[object], limit: int = 5) -> str:
     """A list with at most `limit` items, and how many more there are."""
+    items = list(items)
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more
+    return ", ".join(map(str, items[:limit])) + more
