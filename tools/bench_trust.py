@@ -2,17 +2,21 @@
 """Measure fingerprints, verify and diff against reading: python tools/bench_trust.py --gb 1
 
 Makes a Llama-like checkpoint and its re-slices, and prints how fast checksums are counted (the best of several runs,
-by CPU time), and the medians of ratios to reading the same files once, in turn, page cache warm. Absolute times of a
-shared machine mean little: read the ratios. Of a run with --fingerprint: `bench_transform.py --option=--fingerprint`.
+by CPU time), and the medians of ratios to reading the same files once, in turn, page cache warm, in two ways: by one
+thread in blocks of 8 MiB, as programs read files, and by as many threads as `verify --against` and `diff` have, in
+pieces of 512 KiB that stay in the cache of a core, as these do. Absolute times of a shared machine mean little: read
+the ratios. Of a run with --fingerprint: `bench_transform.py --option=--fingerprint`.
 """
 
 from __future__ import annotations
 
+import mmap
+import os
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,9 +30,11 @@ from bench_transform import machine, shapes, specs, write_complete, write_strate
 
 from mindformers_ckpt.checksums import crc64
 from mindformers_ckpt.checksums.shares import share_of
+from mindformers_ckpt.engine.buffers import BLOCK_BYTES, PIECE_BYTES
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.look.diff import diff
 from mindformers_ckpt.look.fingerprint import fingerprint
+from mindformers_ckpt.look.threads import THREADS, in_threads
 from mindformers_ckpt.look.verify import verify
 from mindformers_ckpt.look.whole import checkpoint_at
 from mindformers_ckpt.planning.build import build_plan
@@ -36,7 +42,7 @@ from mindformers_ckpt.strategy.files import read_strategy
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.transform import transform
 
-_BLOCK = 8 << 20
+_PART = 32 << 20  # of a file, that one thread reads
 
 
 def count_shares(repeats: int) -> None:
@@ -63,24 +69,37 @@ def seconds(work: Callable[[], object], clock: Callable[[], float] = time.proces
     return clock() - started
 
 
-def read_all(*folders: Path) -> None:
-    """Read every checkpoint file once, into one buffer."""
-    buffer = bytearray(_BLOCK)
-    for folder in folders:
-        for path in sorted(folder.rglob("*.ckpt")):
-            with path.open("rb", buffering=0) as file:
-                while file.readinto(buffer):
-                    pass
+def read_all(*folders: Path, threads: int) -> None:
+    """Read every checkpoint file once, by one thread in blocks, by several in pieces that stay in a core's cache."""
+    paths = [path for folder in folders for path in sorted(folder.rglob("*.ckpt"))]
+    parts = [(path, start) for path in paths for start in range(0, path.stat().st_size, _PART)]
+
+    def read(taken: Iterator[tuple[Path, int]], check: Callable[[], None]) -> None:
+        memory = memoryview(mmap.mmap(-1, BLOCK_BYTES if threads == 1 else PIECE_BYTES))
+        for path, start in taken:
+            descriptor = os.open(path, os.O_RDONLY)
+            stop = start + _PART
+            while start < stop and (count := os.preadv(descriptor, [memory], start)):
+                start += count
+            os.close(descriptor)
+
+    if threads == 1:
+        read(iter(parts), lambda: None)
+    else:
+        in_threads(parts, read)
 
 
-def compare(name: str, work: Callable[[], object], baseline: Callable[[], object], repeats: int) -> None:
-    """Print the median ratio of some work to its baseline, by wall time and by CPU time."""
-    ratios: dict[str, list[float]] = {"wall": [], "CPU": []}
+def compare(name: str, work: Callable[[], object], folders: Sequence[Path], repeats: int) -> None:
+    """Print the median ratios of some work to reading the folders once, in both ways."""
+    ratios: dict[str, list[float]] = {}
     for _ in range(repeats):
         for kind, clock in (("wall", time.perf_counter), ("CPU", time.process_time)):
-            base = seconds(baseline, clock)
-            ratios[kind].append(seconds(work, clock) / base)
-    click.echo(f"  {name:44} " + "  ".join(f"{kind} {statistics.median(found):5.2f}" for kind, found in ratios.items()))
+            needed = seconds(work, clock)
+            for threads in (1, THREADS):
+                base = seconds(partial(read_all, *folders, threads=threads), clock)
+                ratios.setdefault(f"{kind}, {threads}", []).append(needed / base)
+    told = "  ".join(f"{kind}: {statistics.median(found):5.2f}" for kind, found in ratios.items())
+    click.echo(f"  {name:36} {told}")
 
 
 @click.command()
@@ -102,30 +121,25 @@ def main(gb: float, repeats: int, folder: Path) -> None:
         transform(build_plan(checkpoint_at(complete), strategy, contents="off"), target)
     click.echo(machine())
     count_shares(repeats)
-    click.echo("times of reading once what is read:")
+    click.echo(f"times of reading once what is read, by the clock and by the processor, by 1 thread and by {THREADS}:")
     for kind, path, known in (("complete", complete, Strategy.complete()), ("mp8", rows, strategies[rows])):
-        compare(
-            f"fingerprint of {kind}",
-            partial(fingerprint, path, known, contents="off"),
-            partial(read_all, path),
-            repeats,
-        )
+        compare(f"fingerprint of {kind}", partial(fingerprint, path, known, contents="off"), [path], repeats)
     compare(
         "verify mp8 --against complete",
         lambda: verify(rows, strategies[rows], against=complete, contents="off"),
-        lambda: read_all(rows, complete),
+        [rows, complete],
         repeats,
     )
     compare(
         "verify mp8 --against mp4",
         lambda: verify(rows, strategies[rows], against=columns, src_strategy=strategies[columns], contents="off"),
-        lambda: read_all(rows, columns),
+        [rows, columns],
         repeats,
     )
     compare(
         "diff complete mp8, which are equal",
         lambda: diff(complete, rows, None, strategies[rows], contents="off"),
-        lambda: read_all(complete, rows),
+        [complete, rows],
         repeats,
     )
     shutil.rmtree(folder)

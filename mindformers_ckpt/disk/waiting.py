@@ -26,6 +26,14 @@ def waits() -> int:
     return time.monotonic_ns()
 
 
+def _waits_and_work() -> tuple[int, float]:
+    """How often this thread has waited so far, and the seconds that it has worked."""
+    if not hasattr(resource, "RUSAGE_THREAD"):
+        return waits(), time.thread_time()
+    used = resource.getrusage(resource.RUSAGE_THREAD)  # one call of the system for both
+    return used.ru_nvcsw, used.ru_utime + used.ru_stime
+
+
 def each(
     work: Callable[[A], B], items: Sequence[A], *, at_once: int = _AT_ONCE, patience: float = _PATIENCE
 ) -> Generator[B, None, None]:
@@ -38,9 +46,12 @@ def each(
 
     def timed(item: A) -> B:
         global _waited
-        started, before = time.perf_counter() - time.thread_time(), waits()
+        started, before, worked = time.perf_counter(), *_waits_and_work()
         made = work(item)
-        _waited = time.perf_counter() - time.thread_time() - started if waits() > before else 0.0
+        seconds, _waited = time.perf_counter() - started, 0.0
+        if seconds >= min(patience, _PATIENCE):
+            after, still = _waits_and_work()
+            _waited = seconds - (still - worked) if after > before else 0.0
         return made
 
     left = list(reversed(items))

@@ -44,6 +44,7 @@ from mindformers_ckpt.publish.results import check_addable, describe_result, par
 from mindformers_ckpt.publish.signature import find_bundle, left_behind
 from mindformers_ckpt.publish.source_fingerprint import Origin, cuts_of
 from mindformers_ckpt.publish.staging import Kind, Replace, Staging, check_free_space
+from mindformers_ckpt.publish.texts import text_hashes
 
 _PLAIN = Options()
 
@@ -275,7 +276,15 @@ class Run:
         about = {"plan": self.fingerprint, **self._about}
         if self.options.fingerprints:
             about.update(self._counted.as_manifest())
-        return describe_result(self.plan, self.folder, self._done.values(), about, self._states)
+        return describe_result(
+            self.plan,
+            self.folder,
+            self._done.values(),
+            about,
+            self._states,
+            texts=text_hashes(self.folder, self._staging.own_files),
+            headers=self.options.hashes or self.options.fingerprints,
+        )
 
 
 def _drop(files: Iterable[Path]) -> None:

@@ -178,6 +178,7 @@ class Pieces:
             self._waits = _WAITS - 1 if self._device in _slow_devices else 0
         else:
             self._early, self._device, self._waits = _FromStorage(handle), _NO_DEVICE, _WAITS
+        self._switches = waits()
         self._met: list[tuple[str, int, int, int]] = []  # what no guess was made of so far
         self._kinds: dict[str, _Kind] = {}
         self._last: tuple[str, ...] = ()
@@ -188,8 +189,9 @@ class Pieces:
         """Bytes of the file, fewer at its end."""
         if self.is_slow:
             return pread(self._handle, length, start)
-        data, has_waited = _timed(self._handle, start, length)
-        if has_waited:
+        started = time.perf_counter()
+        data = pread(self._handle, length, start)
+        if time.perf_counter() - started > _QUICK_SECONDS and self._has_waited():
             self._waits += 1
             if self.is_slow:
                 _slow_devices.add(self._device)
@@ -202,6 +204,11 @@ class Pieces:
                 yield from self._early.read_all(ranges[number:])
                 return
             yield self.read(*piece)
+
+    def _has_waited(self) -> bool:
+        """Whether this thread has waited since this was asked last: only for reads that took long, as it costs more."""
+        before, self._switches = self._switches, waits()
+        return self._switches > before
 
     @property
     def is_slow(self) -> bool:

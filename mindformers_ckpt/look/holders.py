@@ -72,7 +72,7 @@ def first_difference(left: Bytes, right: Bytes) -> int | None:
     """The first place at which two contiguous runs of bytes of one length differ, None when they are equal."""
     import numpy as np
 
-    if len(left) == len(right) and _memcmp()(_address(left), _address(right), len(left)) == 0:
+    if not len(left) or _memcmp()(_address(left), _address(right), len(left)) == 0:
         return None
     return int(np.argmax(left != right))
 
@@ -86,4 +86,6 @@ def _memcmp() -> Callable[[int, int, int], int]:
 
 
 def _address(data: Bytes) -> int:
-    return int(data.__array_interface__["data"][0])
+    if not data.flags.writeable:
+        return int(data.__array_interface__["data"][0])
+    return ctypes.addressof(ctypes.c_char.from_buffer(data.data))  # in a fraction of the time

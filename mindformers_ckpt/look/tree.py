@@ -48,7 +48,7 @@ def _rows(node: _Node, depth: int) -> Iterator[tuple[str, list[Parameter]]]:
 
 
 def _joined(node: _Node, forms: dict[object, int]) -> _Node:
-    """The same tree with neighbouring numbers as one branch where what is below them is alike.
+    """The tree, with neighbouring numbers made one branch where what is below them is alike.
 
     `forms` numbers what must be equal in such nodes, so that no tree is compared with another.
     """
@@ -63,8 +63,9 @@ def _joined(node: _Node, forms: dict[object, int]) -> _Node:
     if group:
         children.update([_as_one(group)])
     own = [(one.dtype.name, one.shape, one.cut, one.kind) for one in node.own[:1]]
-    form = tuple(own), tuple((name, child.form) for name, child in children.items())
-    return _Node(children, node.own, forms.setdefault(form, len(forms)))
+    form = tuple(own), tuple([(name, child.form) for name, child in children.items()])
+    node.children, node.form = children, forms.setdefault(form, len(forms))
+    return node
 
 
 def _goes_on(group: Sequence[tuple[str, _Node]], name: str, child: _Node) -> bool:
@@ -73,8 +74,9 @@ def _goes_on(group: Sequence[tuple[str, _Node]], name: str, child: _Node) -> boo
 
 
 def _as_one(group: Sequence[tuple[str, _Node]]) -> tuple[str, _Node]:
-    name = group[0][0] if len(group) == 1 else f"{group[0][0]}-{group[-1][0]}"
-    return name, _overlaid([node for _, node in group])
+    if len(group) == 1:
+        return group[0]
+    return f"{group[0][0]}-{group[-1][0]}", _overlaid([node for _, node in group])
 
 
 def _overlaid(nodes: Sequence[_Node]) -> _Node:

@@ -13,6 +13,7 @@ from mindformers_ckpt.look.verify_manifest import (
     check_files,
     check_hashes,
     check_ranks,
+    check_texts,
     check_trailers,
     has_manifest,
     read_result,
@@ -50,10 +51,11 @@ def verify(
 ) -> Verification:
     """Check a result, by its manifest or against a source.
 
-    By the manifest: files and their sizes, ranks, and all that was recorded of the contents: hashes (`--hash`), CRC-32
-    trailers (`--crc-check`), fingerprints (`--fingerprint`); replicas are compared. `strategy` is that of the result,
-    by default the one that its manifest names. With `against`, a checkpoint under `src_strategy` (`step` chooses among
-    several files): every rank of the result is compared with what the source gives it, bit by bit.
+    By the manifest: itself, files and their sizes, texts beside them, ranks, and all that was recorded of the contents:
+    hashes (`--hash`), CRC-32 trailers (`--crc-check`), fingerprints (`--fingerprint`); replicas are compared.
+    `strategy` is that of the result, by default the one that its manifest names. With `against`, a checkpoint under
+    `src_strategy` (`step` chooses among several files): every rank of the result is compared with what the source gives
+    it, bit by bit.
 
     `sample` is the share of tensors whose contents are read. `contents` says what samples of the source that contradict
     its strategy are: "error", "warn" or "off". With `public_key`, a PEM file, the fingerprint must be signed with the
@@ -144,6 +146,7 @@ def _verify_manifest(
     with system_errors(PlanError, f"{folder}: cannot be read"):
         next(iter(folder.iterdir()), None)
     manifest = read_result(folder)
+    check_texts(folder, manifest, found)
     known = _known_strategy(manifest, strategy, found)
     headers = check_files(folder, manifest, found)
     check_ranks(manifest, known, found)

@@ -18,6 +18,7 @@ from mindformers_ckpt.look.holders import ContentReader
 from mindformers_ckpt.look.verify_model import Difference, Verification
 from mindformers_ckpt.publish.fingerprints import folder_of
 from mindformers_ckpt.publish.manifest import read_manifests
+from mindformers_ckpt.publish.texts import HEADER, TEXTS, hash_of, header_hash, is_unchanged
 from mindformers_ckpt.sources.source import SUFFIXES
 from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.words import counted
@@ -26,22 +27,30 @@ Choose = Callable[[Sequence[str]], set[str]]
 
 
 class Entry(NamedTuple):
-    """A file that a manifest names, and the hashes that are recorded of its tensors."""
+    """A file that a manifest names, and the hashes that are recorded of its tensors and of its head ("" for none)."""
 
     path: str
     rank: int
     size: int
     tensors: int | None
     hashes: Mapping[str, str]
+    header: str = ""
 
 
 class Manifest(NamedTuple):
-    """What the manifests of a result say together."""
+    """What the manifests of a result say together.
+
+    Attributes:
+        texts: hashes of files that hold no weights.
+        changed: the manifests that are not what was written.
+    """
 
     entries: tuple[Entry, ...]
     target: str | None
     fingerprints: Mapping[str, Any]
     parts: int
+    texts: Mapping[str, str] = {}
+    changed: tuple[Path, ...] = ()
 
 
 def has_manifest(folder: Path) -> bool:
@@ -58,23 +67,45 @@ def read_result(folder: Path) -> Manifest:
             "or not a whole one; compare it with what it was made of (--against SOURCE)"
         )
     entries: list[Entry] = []
+    texts: dict[str, str] = {}
     for name, manifest in manifests.items():
         try:
             entries += [_entry(file) for file in manifest["files"]]
-        except (KeyError, TypeError, ValueError) as error:
+            texts.update((_inner(path), str(told)) for path, told in manifest.get(TEXTS, {}).items())
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f"{folder / name}: it does not say which files the result has ({error!r})") from None
     told = [manifest.get("target") for manifest in manifests.values()]
     kept = [manifest.get("fingerprints") for manifest in manifests.values()]
     fingerprints = kept[0] if len(kept) == 1 and isinstance(kept[0], dict) else {}
-    return Manifest(tuple(entries), told[0] if isinstance(told[0], str) else None, fingerprints, len(manifests))
+    target = told[0] if isinstance(told[0], str) else None
+    changed = tuple(folder / name for name, manifest in manifests.items() if not is_unchanged(manifest))
+    return Manifest(tuple(entries), target, fingerprints, len(manifests), texts, changed)
 
 
 def _entry(file: Mapping[str, Any]) -> Entry:
-    path = file["path"]
+    path, hashes, header = _inner(file["path"]), file.get("xxh3_128", {}), str(file.get(HEADER, ""))
+    return Entry(path, int(file["rank"]), int(file["bytes"]), file.get("tensors"), dict(hashes), header)
+
+
+def _inner(path: object) -> str:
+    """A path in the folder of the result. Raises ValueError."""
     if not isinstance(path, str) or os.path.isabs(path) or ".." in path.split("/"):
         raise ValueError(f"path {path!r}")
-    hashes = file.get("xxh3_128", {})
-    return Entry(path, int(file["rank"]), int(file["bytes"]), file.get("tensors"), dict(hashes))
+    return path
+
+
+def check_texts(folder: Path, manifest: Manifest, found: Verification) -> None:
+    """Check that the manifest, and the files beside the weights that it names, are what was written."""
+    for path in manifest.changed:
+        found.differences.append(Difference("it is not what was written: its checksum differs", path))
+    for name, recorded in manifest.texts.items():
+        try:
+            if hash_of((folder / name).read_bytes()) != recorded:
+                found.differences.append(Difference("it is not what was written (xxh3-128 differs)", folder / name))
+        except OSError as error:
+            found.differences.append(Difference(f"it cannot be read: {error.strerror}", folder / name))
+    if manifest.texts:
+        found.checked.append(f"{counted(len(manifest.texts), 'file')} beside the weights: xxh3-128 of their bytes")
 
 
 def check_files(folder: Path, manifest: Manifest, found: Verification) -> dict[str, Header]:
@@ -99,6 +130,9 @@ def check_files(folder: Path, manifest: Manifest, found: Verification) -> dict[s
         # A .ckpt file leaves tensors without elements out.
         elif entry.tensors not in (None, len(header.tensors)) and header.format != "ckpt":
             what = f"it holds {len(header.tensors)} tensors, the manifest says {entry.tensors}"
+            found.differences.append(Difference(what, path, rank=entry.rank))
+        elif entry.header and header_hash(path) != entry.header:
+            what = "its head is not what was written (xxh3-128 differs)"
             found.differences.append(Difference(what, path, rank=entry.rank))
         else:
             headers[entry.path] = header

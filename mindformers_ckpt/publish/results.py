@@ -13,6 +13,7 @@ from mindformers_ckpt.engine.tasks import Done
 from mindformers_ckpt.errors import PublishError
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.publish.manifest import read_manifests, without
+from mindformers_ckpt.publish.texts import HEADER, TEXTS, header_hash
 
 
 def ranks_of(plan: Plan) -> list[int]:
@@ -58,8 +59,14 @@ def describe_result(
     done: Collection[Done],
     about: Mapping[str, Any],
     states: Mapping[Path, FileState],
+    *,
+    texts: Mapping[str, str] | None = None,
+    headers: bool = False,
 ) -> dict[str, Any]:
-    """The manifest of a result: what was made of what, and the files with their sizes and hashes."""
+    """The manifest of a result: what was made of what, and the files with their sizes and hashes.
+
+    `texts` are the hashes of files beside the weights; with `headers` those of the files' heads are taken.
+    """
     from mindformers_ckpt import __version__
 
     hashes: dict[int, dict[str, str]] = {}
@@ -72,6 +79,8 @@ def describe_result(
         entry = {"path": target.path, "rank": target.rank, "bytes": size, "tensors": len(target.tensors)}
         if number in hashes:
             entry["xxh3_128"] = hashes[number]
+        if headers and target.format == "safetensors":  # every byte of a .ckpt file's heads says something of a tensor
+            entry[HEADER] = header_hash(folder / target.path)
         files.append(entry)
     return {
         "mindformers_ckpt": __version__,
@@ -79,6 +88,7 @@ def describe_result(
         **about,
         "sources": _describe_sources(plan, states),
         "files": files,
+        **({TEXTS: dict(texts)} if texts else {}),
     }
 
 

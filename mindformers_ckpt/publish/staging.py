@@ -29,6 +29,7 @@ from mindformers_ckpt.publish.manifest import (
     without,
 )
 from mindformers_ckpt.publish.replace import GATE_SECONDS, discard, gate_of, put, recover_held, staging_prefix, waste_of
+from mindformers_ckpt.publish.texts import with_checksum
 from mindformers_ckpt.text_files import write_json
 
 _JOURNAL = "journal"
@@ -131,7 +132,7 @@ class Staging:
 
     def keep_only(self, paths: Collection[str]) -> None:
         """Remove what a run that died left beside the target files: companions, a manifest, temporary files."""
-        kept = {*(self.folder / path for path in paths), self._journal, self._lock.path}
+        kept = {*(self.folder / path for path in paths), *self.own_files}
         for path in self.folder.rglob("*"):
             if path not in kept and not files.is_real_folder(path):
                 path.unlink()
@@ -142,6 +143,11 @@ class Staging:
         with system_errors(PublishError, f"{self._journal}: cannot be written"):
             files.replace_file(self._journal, text.encode())
         self.has_records = bool(text)
+
+    @property
+    def own_files(self) -> set[Path]:
+        """What is in the folder for the time of the run only."""
+        return {self._journal, self._lock.path}
 
     def publish(
         self,
@@ -156,7 +162,7 @@ class Staging:
             self._check_content(meanwhile=True)
             self.check()
             if manifest is not None:
-                write_json(self.folder / name, manifest)
+                write_json(self.folder / name, with_checksum(manifest))
             self._lock.release()
             if self.kind is not Kind.FILE and os.path.lexists(self._lock.path):
                 raise PublishError(f"{self._lock.path} cannot be removed, and would be in the result")
@@ -201,7 +207,7 @@ class Staging:
             for name, manifest in manifests.items():
                 kept = without(manifest, own)
                 if kept is not None:
-                    write_json(joined / name, kept)
+                    write_json(joined / name, with_checksum(kept))
             files.link_tree(self.folder, joined)
             shutil.copymode(self.folder, joined)
             if fsync:

@@ -39,6 +39,7 @@ from mindformers_ckpt.publish.manifest import MANIFEST_FILE, is_result, is_whole
 from mindformers_ckpt.publish.results import check_addable, describe_result, partial_manifest_name
 from mindformers_ckpt.publish.signature import find_bundle, left_behind
 from mindformers_ckpt.publish.staging import not_ours
+from mindformers_ckpt.publish.texts import hash_of, with_checksum
 from mindformers_ckpt.uploads.record import Record, at_once, delete, give_up, put, put_json
 
 _PLAN = "mindformers-ckpt-plan"  # what an object notes of the run that made it
@@ -155,8 +156,9 @@ class ObjectRun:
         self._check_made()
         look_again()
         about = {"plan": self.fingerprint, **self._about}
-        manifest = describe_result(self.plan, self.destination, (), about, self._states)
-        put_json(self.destination / self._manifest_name, manifest)
+        hashes = {path: hash_of(content) for path, content in texts.items()}
+        manifest = describe_result(self.plan, self.destination, (), about, self._states, texts=hashes)
+        put_json(self.destination / self._manifest_name, with_checksum(manifest))
         self._record.clear_markers()
 
     @property
@@ -171,7 +173,7 @@ class ObjectRun:
             if kept is None:
                 delete([self.destination / name])
             else:
-                put_json(self.destination / name, kept)
+                put_json(self.destination / name, with_checksum(kept))
 
     def _complete(self, file: int, parts: Sequence[Part]) -> None:
         """Put one object in place, unless an earlier attempt did."""

@@ -8,14 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from damage_results import LAYOUTS, MODEL, RECORDED, damage, flip, make, strategy_of
+from damage_results import KINDS, LAYOUTS, MODEL, damage, flip, make, strategy_of
 from recorded import write_tensors
 
+from mindformers_ckpt import transform
 from mindformers_ckpt.errors import ConfigError, PlanError
 from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.look.verify import verify
 from mindformers_ckpt.look.verify_model import Verification
+from mindformers_ckpt.publish.texts import with_checksum
+from mindformers_ckpt.text_files import write_json
 
 
 @pytest.fixture
@@ -65,7 +68,7 @@ def test_a_replica_that_differs_is_told_from_the_others(result: Path) -> None:
     manifest = json.loads((result / "manifest.json").read_bytes())
     for file in manifest["files"]:
         del file["xxh3_128"]
-    (result / "manifest.json").write_text(json.dumps(manifest))
+    write_json(result / "manifest.json", with_checksum(manifest))
     file = result / "rank_2/checkpoint_2.ckpt"
     place = content_of(file, "matrix") + 5
     flip(file, place)
@@ -105,7 +108,7 @@ def _break_header(result: Path) -> None:
 def _forget_a_rank(result: Path) -> None:
     manifest = json.loads((result / "manifest.json").read_bytes())
     del manifest["files"][3]
-    (result / "manifest.json").write_text(json.dumps(manifest))
+    write_json(result / "manifest.json", with_checksum(manifest))
 
 
 @pytest.mark.parametrize(
@@ -150,8 +153,34 @@ def test_a_fingerprint_that_was_changed_in_the_manifest(result: Path) -> None:
     digest = json.loads(text)["fingerprints"]["."]["digest"]
     (result / "manifest.json").write_text(text.replace(digest, "0" * 64))
     assert [found.what for found in verify(result).differences] == [
-        "the fingerprint in the manifest is not that of its tensors"
+        "it is not what was written: its checksum differs",
+        "the fingerprint in the manifest is not that of its tensors",
     ]
+
+
+def test_texts_beside_the_weights_are_those_that_were_written(tmp_path: Path) -> None:
+    """Counters, layouts; what somebody puts there later is no difference, and neither is a manifest without them."""
+    source = write_tensors(tmp_path / "source.ckpt", MODEL)
+    strategy = strategy_of(tmp_path)
+    result = transform(source, tmp_path / "result", dst_strategy=strategy, format="checkpoint2").destination
+    (result / "notes.txt").write_text("of somebody")
+    found = verify(result)
+    assert found.ok
+    assert "2 files beside the weights: xxh3-128 of their bytes" in found.checked
+    latest, (metadata,) = result / "latest_checkpointed_iteration.txt", result.rglob("metadata.json")
+    metadata.write_text(metadata.read_text().replace("{", "{ ", 1))
+    latest.unlink()
+    told = {difference.file: difference.what for difference in verify(result).differences}
+    assert told[metadata] == "it is not what was written (xxh3-128 differs)"
+    assert told[latest] == "it cannot be read: No such file or directory"
+
+
+def test_a_manifest_of_an_earlier_version_has_no_checksum(result: Path) -> None:
+    manifest = json.loads((result / "manifest.json").read_bytes())
+    assert not {"checksum", "files"} - manifest.keys()
+    del manifest["checksum"]
+    (result / "manifest.json").write_text(json.dumps(manifest))
+    assert verify(result).ok
 
 
 def test_a_sample_reads_a_share(result: Path) -> None:
@@ -179,9 +208,18 @@ def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
         verify(tmp_path / "folder")
 
 
-@pytest.mark.parametrize("recorded", RECORDED)
+@pytest.mark.parametrize("recorded", ["hashes", "both", "nothing"])
 def test_every_damage_is_found(recorded: str, tmp_path: Path) -> None:
     """`python tools/damage_results.py --times 100000` does it longer."""
     outcome = damage(tmp_path, 60, recorded)
     assert outcome.missed == []
-    assert outcome.tried == {"flip_a_bit": 30, "exchange_shards": 10, "exchange_files": 10, "cut_off": 10}
+    assert {"flip_a_bit", "exchange_shards", "exchange_files", "of_another_step", "cut_off"} <= set(outcome.tried)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_damage_of_a_kind_is_found(kind: str, tmp_path: Path) -> None:
+    outcome = damage(tmp_path, 72, "fingerprints", kind=kind)
+    assert outcome.missed == []
+    assert {"flip_in_a_header", "flip_in_the_fingerprints", "exchange_tensors", "of_another_step"} <= set(outcome.tried)
+    assert ("flip_in_a_text" in outcome.tried) == (kind in ("checkpoint2", "converted"))
+    assert ("exchange_files" in outcome.tried) == (kind != "converted")
