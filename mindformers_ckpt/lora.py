@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -162,11 +163,14 @@ def plan_merge(
     locator: Callable[[Mapping[str, LogicalTensor]], Locate] = lambda weights: own_weight,
     prefix: str = DEFAULT_PREFIX,
     format: str = "ckpt",
+    allow_missing: bool | Sequence[str] = False,
+    contents: str = "error",
 ) -> MergePlan:
     """Plan the merged weights of `source` for the ranks of `target`.
 
     The branches are those of the source, or of a checkpoint of their own (`adapter`) over it; `locator` makes of the
-    weights, by the names of the original model, what finds those of the branches.
+    weights, by the names of the original model, what finds those of the branches. The other arguments are those of
+    `build_plan`.
 
     Raises PlanError that lists all branches without a weight or a scaling, or whose shapes do not fit, and whatever
     `find_adapters`, `build_plan` and `Scaling.for_modules` raise.
@@ -180,14 +184,15 @@ def plan_merge(
         found = find_adapters(factors, origin)
         _check_alone(own, source, origin)
         others = {name: tensor for name, tensor in factors.items() if name not in found.names}
-        warnings += _leftovers(others, weights.tensors, origin)
+        warnings += _leftovers(others, weights.tensors, origin) if found.branches else ()
     elif own.branches and not weights.tensors:
         raise PlanError(f"{origin} holds LoRA parameters alone; give it as --adapter, and the weights they belong to")
     if not found.branches:
         raise PlanError(f"{origin} holds no LoRA parameters; are its weights merged already?")
     scaling, notes = _resolved(scaling, found.branches, origin)
     folds = _fit(found.branches, weights.tensors, factors, scaling, locator(weights.tensors), origin)
-    plan = _base_plan(source, weights, target, prefix, format)
+    base = partial(build_plan, prefix=prefix, format=format, allow_missing=allow_missing, contents=contents)
+    plan = _base_plan(source, weights, target, base)
     plan = replace(plan, warnings=(*plan.warnings, *warnings, *notes))
     branches = sorted(branch for fold in folds.values() for branch in fold.branches)
     return MergePlan(_with_branches(plan, folds), tuple(branches))
@@ -212,11 +217,13 @@ def _resolved(scaling: Scaling, branches: Sequence[Branch], origin: Path) -> tup
     return scaling.for_modules(branch.module for branch in branches)
 
 
-def _base_plan(source: Checkpoint, weights: Weights, target: Strategy, prefix: str, format: str) -> Plan:
+def _base_plan(
+    source: Checkpoint, weights: Weights, target: Strategy, build: Callable[[Checkpoint, Strategy], Plan]
+) -> Plan:
     """The plan of the weights without their branches, by the names of the original model."""
     in_file = {plain: tensor.spec.name for plain, tensor in weights.tensors.items()}
     base = Checkpoint(source.files, source.strategy, names=frozenset(in_file.values()))
-    plan = build_plan(base, _without_adapters(target, in_file), prefix=prefix, format=format)
+    plan = build(base, _without_adapters(target, in_file))
     plain = {name: original for original, name in in_file.items() if original != name}
     if not plain:
         return plan

@@ -1,4 +1,4 @@
-"""Numbers and lists in words."""
+"""Numbers, lists and errors in words."""
 
 from __future__ import annotations
 
@@ -35,3 +35,8 @@ def shortened(items: Iterable[object], limit: int = 5) -> str:
     items = list(items)
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(map(str, items[:limit])) + more
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error with its class; several libraries raise ones without a text."""
+    return " ".join(f"{type(error).__name__}: {error}".rstrip(": ").split())

@@ -137,6 +137,15 @@ def random_model(names: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[st
     }
 
 
+def touch(root: Path, *names: str) -> Path:
+    """Files whose contents nobody looks at."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    return root
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Path:
     """Write a checkpoint file; the suffix tells the format."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -90,7 +90,7 @@ MESSAGES = {
     "strategy/long_number.json": "is not a strategy file (JSON: ValueError('a number",
     "strategy/dimensions.json": "w: a device matrix of 1 axes and a tensor map of 65 dimensions",
     "strategy/shape_of_another_map.json": "w: the tensor map [-1] is not that of the recorded shape [2, 2]",
-    "plan/nested.json": "is damaged, or not a plan file (it is nested",
+    "plan/nested.json": "is not a plan file, or damaged (it is nested",
     "plan/no_object.json": "its content does not go with its digest; make it again",
     "plan/outside.json": "the target file 'rank_0/../../x0.ckpt' leads out of the target folder",
     "plan/absolute.json": "the target file '/rank_0/x0.ckpt' leads out of the target folder",

@@ -4,19 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from recorded import random_model, write_tensors
+from recorded import random_model, touch, write_tensors
 
 from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.sources.find import find_source
-
-
-def touch(root: Path, *names: str) -> Path:
-    """Files whose contents nobody looks at."""
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"x")
-    return root
 
 
 def chosen(root: Path, file_name: str | None = None) -> dict[int, list[str]]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from recorded import Tensor, random_model, write_tensors
+from recorded import Tensor, random_model, touch, write_tensors
 
 from mindformers_ckpt.errors import FormatError, PlanError
 from mindformers_ckpt.sources.find import find_huggingface, find_mindspore, find_source, is_huggingface_folder
@@ -18,15 +18,6 @@ from mindformers_ckpt.sources.source import Kind, Source
 from mindformers_ckpt.sources.steps import Moment, SavedName, matching, parse
 
 CONFIG = json.dumps({"model_type": "llama"})
-
-
-def touch(root: Path, *names: str) -> Path:
-    """Files whose contents nobody looks at."""
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"x")
-    return root
 
 
 def names(source: Source) -> dict[int, list[str]]:
@@ -200,7 +191,7 @@ def test_files_beside_rank_folders_are_said(tmp_path: Path) -> None:
 
 def test_strategy_files_are_no_weights(tmp_path: Path) -> None:
     touch(tmp_path, "ckpt_strategy_rank_0.ckpt", "ckpt_strategy_rank_1.ckpt")
-    with pytest.raises(PlanError, match="strategy files, which --src-strategy takes"):
+    with pytest.raises(PlanError, match="strategy files, which hold no weights"):
         find_source(tmp_path)
 
 

@@ -614,7 +614,7 @@ CASES = [
     refused_by_all(
         "a strategy file, or a folder of them",
         lambda root: Given(write_two_ranks_strategy(root / "strategy")),
-        "strategy files, which --src-strategy takes",
+        "strategy files, which hold no weights",
     ),
     refused_by_all(
         "a strategy file, or a folder of them",

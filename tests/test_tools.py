@@ -94,6 +94,17 @@ def test_help_of_a_shell_script_is_all_it_does(script: Path, tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["coverage.sh", "site.sh", "test_versions.sh"])
+def test_a_script_without_arguments_refuses_them(name: str, tmp_path: Path) -> None:
+    environment = {"PATH": "/usr/bin:/bin", "VENV": str(tmp_path / "venv"), "PYTHON": "/nowhere/python"}
+    done = subprocess.run(
+        ["bash", str(TOOLS / name), "--hlep"], env=environment, capture_output=True, text=True, timeout=20, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {name} takes no arguments, not --hlep; see --help\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_quickstart_takes_no_arguments(tmp_path: Path) -> None:
     environment = {"PATH": "/usr/bin:/bin", "VENV": str(tmp_path / "venv"), "PYTHON": "/nowhere/python"}
     done = subprocess.run(

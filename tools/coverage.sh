@@ -4,6 +4,7 @@
 # Processes that tests start are counted. The floor is `fail_under` in pyproject.toml.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
+take_no_arguments "$@"
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 rm -f .coverage .coverage.*

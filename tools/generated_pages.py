@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import checkout  # noqa: F401 - finds the package of this checkout
-import yaml
+
+from mindformers_ckpt.errors import ConfigError
+from mindformers_ckpt.text_files import read_yaml_mapping
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -17,9 +19,8 @@ FOLDERS = {"en": DOCS, "zh": DOCS / "zh"}
 
 
 def texts_of(page: str) -> dict[str, Any]:
-    """The texts of a page, as tools/page_texts.yaml has them."""
-    texts = yaml.safe_load((ROOT / "tools" / "page_texts.yaml").read_text(encoding="utf-8"))
-    found: dict[str, Any] = texts[page]
+    """The texts of a page, as tools/page_texts.yaml has them. Raises ConfigError where it has a name twice."""
+    found: dict[str, Any] = read_yaml_mapping(ROOT / "tools" / "page_texts.yaml", ConfigError)[page]
     return found
 
 

@@ -5,3 +5,10 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$script"
     exit 0
 fi
+
+# Of scripts that take no arguments: a misspelt --help starts nothing.
+take_no_arguments() {
+    (($#)) || return 0
+    echo "error: ${0##*/} takes no arguments, not $*; see --help" >&2
+    exit 2
+}

@@ -46,7 +46,7 @@ def _options(language: str) -> str:
         # The first line of the help; what follows is layout for a terminal.
         about = (command.help or "").partition("\n")[0]
         records = [parameter.get_help_record(context) for parameter in command.get_params(context)]
-        rows = [f"| `{_cell(option)}` | {_prose(meaning)} |" for option, meaning in filter(None, records)]
+        rows = [f"| `{_cell(option)}` | {_prose(meaning)} |" for option, meaning in filter(None, records) if meaning]
         head = f"## `{name}`\n\n{about}\n\n```text\n{usage}\n```\n\n{table_head(texts['columns'][language])}\n"
         parts.append(head + "\n".join(rows) + "\n")
     return "\n".join(parts)

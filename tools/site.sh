@@ -8,6 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=${VENV:-.venv-site}
 source tools/environment.sh
+take_no_arguments "$@"
 make_environment
 # The reason for these, and for their bounds, is in CONTRIBUTING.md.
 pip 'mkdocs-material>=9.7,<10' 'mkdocs>=1.6,<2' 'jieba>=0.42,<0.43' 'websocket-client>=1.6'

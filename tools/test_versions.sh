@@ -7,6 +7,7 @@
 # oldest Python (3 GB). Several versions run side by side, one a core.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
+take_no_arguments "$@"
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ROOT=$PWD

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from mindformers_ckpt.api.checked import check_arguments, options_of
+from mindformers_ckpt.api.transform import verify_crcs
 from mindformers_ckpt.convert.request import Request
 from mindformers_ckpt.convert.run import ConversionReport
 from mindformers_ckpt.convert.run import convert as run
 from mindformers_ckpt.errors import did_you_mean
 from mindformers_ckpt.objects.path import PathLike, as_path, path_or_none
+from mindformers_ckpt.planning.model import DEFAULT_PREFIX
 from mindformers_ckpt.progress import Progress
 from mindformers_ckpt.strategy.given import StrategyLike, strategy_or_none
 
@@ -32,16 +34,22 @@ def convert(
     from_naming: str | None = None,
     src_strategy: StrategyLike = None,
     dst_strategy: StrategyLike = None,
+    prefix: str = DEFAULT_PREFIX,
+    allow_missing: bool | Sequence[str] = False,
     weights_only: bool = False,
+    contents: str = "error",
     step: str | None = None,
     strip_prefix: str | None = None,
     write_tied: bool = False,
     processes: int = 1,
-    fingerprints: bool = False,
-    sign: PathLike | None = None,
     overwrite: bool = False,
     overwrite_anything: bool = False,
     resume: bool = False,
+    hashes: bool = False,
+    fingerprints: bool = False,
+    sign: PathLike | None = None,
+    fsync: bool = False,
+    crc: bool = False,
     progress: Progress | None = None,
     **model_options: int | str | bool | None,
 ) -> ConversionReport:
@@ -60,22 +68,22 @@ def convert(
             settings of the network, like "mcore+mla_qkv_concat".
         from_naming: the names of the source; None where they tell themselves.
         src_strategy: with `to_naming`, the strategy of the source; None for complete weights.
-        dst_strategy: cut for this strategy in the same pass.
+        dst_strategy: cut for this strategy in the same pass. `prefix` and `allow_missing` are of its rank files.
         weights_only: with `to_naming`, leave optimizer states and counters aside.
+        contents: with `to_naming`, what is done when samples of the source contradict its strategy.
         step: with `reverse` or `to_naming`, the file of a rank folder to read.
         strip_prefix: text in front of the source's names that the model's do not have.
         write_tied: write a tied output layer as a tensor of its own.
         model_options: what only some models have, under the names of the command line: n_head, hidden_size, layers,
             use_gmm, mlp_concat, ….
 
-    `processes`, `fingerprints`, `sign`, `overwrite`, `overwrite_anything`, `resume` and `progress` are those of
-    `transform`.
-    Raises CheckpointError; then `dst` is as it was.
+    The other arguments are those of `transform`. Raises CheckpointError; then `dst` is as it was.
     """
     _check_options(model_options)
     layers = {name: model_options.get(name) for name in ("num_layers", "num_nextn_predict_layers")}
     paths = {"src": src, "dst": dst, "hf_config": hf_config, "sign": sign}
-    check_arguments(**paths, **layers, format=format, dtype=dtype, step=step, processes=processes)
+    check_arguments(**paths, **layers, format=format, dtype=dtype, step=step, processes=processes, prefix=prefix)
+    check_arguments(contents=contents)
     request = Request(
         model,
         as_path(src),
@@ -91,6 +99,7 @@ def convert(
         from_naming=from_naming,
         src_strategy=strategy_or_none(src_strategy),
         weights_only=weights_only,
+        contents=contents,
         **model_options,  # type: ignore[arg-type]  # the request tells which ones there are
     )
     return run(
@@ -98,14 +107,20 @@ def convert(
         as_path(dst),
         format=format,
         target=strategy_or_none(dst_strategy),
+        prefix=prefix,
+        allow_missing=allow_missing,
         options=options_of(
             processes,
             sign,
-            fingerprints=fingerprints,
             overwrite=overwrite,
             overwrite_anything=overwrite_anything,
             resume=resume,
+            hashes=hashes,
+            fingerprints=fingerprints,
+            fsync=fsync,
+            crc=crc,
         ),
+        check_source=verify_crcs if crc else lambda plan: (),
         progress=progress,
     )
 

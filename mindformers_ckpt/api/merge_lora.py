@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +12,12 @@ from typing import Any
 from mindformers_ckpt.api.checked import check_arguments, options_of
 from mindformers_ckpt.api.request import (
     CHECKPOINT2,
-    checkpoint2_prefix,
     default_format,
 )
+from mindformers_ckpt.api.transform import verify_crcs
 from mindformers_ckpt.convert.adapters import locator
 from mindformers_ckpt.disk.files import existing
-from mindformers_ckpt.errors import ConfigError, PublishError, StrategyError
+from mindformers_ckpt.errors import ConfigError, StrategyError
 from mindformers_ckpt.execution.options import Options, Report
 from mindformers_ckpt.lora import MergedBranch, plan_merge
 from mindformers_ckpt.lora_scaling import Scaling
@@ -26,7 +25,6 @@ from mindformers_ckpt.lora_settings import read_settings
 from mindformers_ckpt.objects.path import PathLike, as_path, path_or_none
 from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
 from mindformers_ckpt.progress import Progress
-from mindformers_ckpt.publish.replace import clear_waste
 from mindformers_ckpt.publish.source_fingerprint import Origin
 from mindformers_ckpt.sources.adapter import AdapterSource, find_adapter
 from mindformers_ckpt.sources.checkpoint import Checkpoint
@@ -58,11 +56,11 @@ class MergeRequest:
     prefix: str = DEFAULT_PREFIX
     format: str | None = None
     step: str | None = None
+    allow_missing: bool | Sequence[str] = False
+    contents: str = "error"
 
-    def prepare(self, *, resume: bool = False, dry: bool = False) -> Merge:
+    def prepare(self, *, dry: bool = False) -> Merge:
         """Plan the merge. Nothing is written but the merged strategy of a folder, and that not if it is `dry`."""
-        if not resume:
-            _check_empty(self.destination)
         found = None if self.adapter is None else find_adapter(self.adapter)
         scaling, notes = _completed(self.scaling, found)
         files = only_checkpoint(find_source(self.source, self.step))
@@ -80,6 +78,8 @@ class MergeRequest:
             locator=lambda weights: locator(weights, self.model, self.hf_config),
             prefix=self.prefix,
             format="safetensors" if self.format == CHECKPOINT2 else self.format or default_format(files),
+            allow_missing=self.allow_missing,
+            contents=self.contents,
         )
         about = {
             "lora": _record(branches, scaling, found),
@@ -90,7 +90,7 @@ class MergeRequest:
         plan = replace(plan, warnings=(*plan.warnings, *notes))
         companions: Callable[[Path], None] = partial(_add_familiar_name, plan=plan, target=target)
         if self.format == CHECKPOINT2:
-            plan, companions = as_checkpoint2(plan, target, checkpoint2_prefix(self.prefix))
+            plan, companions = as_checkpoint2(plan, target, self.prefix)
         origins = [Origin.of(tensor.spec, tensor.spec.name, tensor.shards) for tensor in base.tensors().values()]
         return Merge(plan, about, self.destination, companions, origins)
 
@@ -135,17 +135,24 @@ def merge_lora(
     prefix: str = DEFAULT_PREFIX,
     format: str | None = None,
     step: str | None = None,
+    allow_missing: bool | Sequence[str] = False,
+    contents: str = "error",
     processes: int = 1,
+    overwrite: bool = False,
+    overwrite_anything: bool = False,
+    resume: bool = False,
+    hashes: bool = False,
     fingerprints: bool = False,
     sign: PathLike | None = None,
-    resume: bool = False,
+    fsync: bool = False,
+    crc: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Fold LoRA branches into the weights: W + scaling · B · A, without LoRA parameters.
 
     Args:
         src: file of complete weights, or the folder of `rank_<n>` folders.
-        dst: new or empty folder for the result.
+        dst: folder for the result.
         src_strategy: strategy of the source. That of a folder is merged into merged_ckpt_strategy.ckpt there first.
         dst_strategy: cut the merged weights for this strategy, in the same pass; None for complete weights.
         adapter: checkpoint or PEFT folder with the LoRA parameters, if they are not in the source.
@@ -156,7 +163,7 @@ def merge_lora(
     The other arguments are those of `transform`. Raises CheckpointError; then `dst` is as it was.
     """
     paths = {"src": src, "dst": dst, "adapter": adapter, "hf_config": hf_config, "sign": sign}
-    check_arguments(**paths, prefix=prefix, format=format, step=step, processes=processes)
+    check_arguments(**paths, prefix=prefix, format=format, step=step, contents=contents, processes=processes)
     if scaling is not None and (alpha is not None or rank is not None or use_rslora):
         raise ConfigError("scaling is the whole factor; leave out alpha, rank and use_rslora")
     request = MergeRequest(
@@ -171,9 +178,24 @@ def merge_lora(
         prefix=prefix,
         format=format,
         step=step,
+        allow_missing=allow_missing,
+        contents=contents,
     )
-    options = options_of(processes, sign, fingerprints=fingerprints, resume=resume)
-    return request.prepare(resume=resume).run(options, progress)
+    options = options_of(
+        processes,
+        sign,
+        overwrite=overwrite,
+        overwrite_anything=overwrite_anything,
+        resume=resume,
+        hashes=hashes,
+        fingerprints=fingerprints,
+        fsync=fsync,
+        crc=crc,
+    )
+    merge = request.prepare()
+    notes = verify_crcs(merge.plan) if crc else []
+    report = merge.run(options, progress)
+    return replace(report, warnings=(*notes, *report.warnings))
 
 
 def _completed(given: Scaling, adapter: AdapterSource | None) -> tuple[Scaling, tuple[str, ...]]:
@@ -203,13 +225,6 @@ def _record(branches: tuple[MergedBranch, ...], scaling: Scaling, adapter: Adapt
             for branch in branches
         },
     }
-
-
-def _check_empty(destination: Path) -> None:
-    if destination.is_dir() and any(destination.iterdir()):
-        with contextlib.suppress(OSError):  # a folder that cannot be written
-            clear_waste(destination)
-        raise PublishError(f"{destination} is not empty; give a new or an empty folder for the merged weights")
 
 
 def _source_strategy(given: StrategyLike, merged: Path | None) -> Strategy:

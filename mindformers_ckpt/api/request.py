@@ -111,7 +111,7 @@ class Request:
                 "make a checkpoint 2.0 of"
             )
         (plan,) = plans.values()
-        return as_checkpoint2(plan, target, checkpoint2_prefix(self.prefix))
+        return as_checkpoint2(plan, target, self.prefix)
 
     def _ranks(self, target: Strategy) -> Sequence[int] | None:
         """The target ranks to make, None for all."""
@@ -164,11 +164,6 @@ def _check_names(files: Source, target: Strategy) -> None:
             "…); a model with Hugging Face's names is converted: mindformers-ckpt convert --input-path … "
             "--output-path … --dst-strategy …"
         )
-
-
-def checkpoint2_prefix(prefix: str) -> str:
-    """The prefix of the files of a checkpoint 2.0: what was given in place of the one that rank files have."""
-    return "CKP" if prefix == DEFAULT_PREFIX else prefix.rstrip("-_")
 
 
 def default_format(files: Source) -> str:

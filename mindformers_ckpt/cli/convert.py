@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from mindformers_ckpt.cli.dry import say_plan
 from mindformers_ckpt.cli.making import How, making_options, next_with_checkpoint2
 from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, say_json, warn
 from mindformers_ckpt.cli.options import (
+    ALLOW_MISSING,
     BOOL,
+    CONTENTS,
+    PREFIX,
     PROCESSES,
     STEP,
     AnyPath,
@@ -21,7 +25,6 @@ from mindformers_ckpt.cli.options import (
     OneOf,
     StrategyPath,
     Whole,
-    replace_options,
     resumable,
 )
 from mindformers_ckpt.cli.progress import show_progress
@@ -33,6 +36,10 @@ from mindformers_ckpt.strategy.given import strategy_or_none
 from mindformers_ckpt.words import counted
 
 _PATH = AnyPath()
+_NOT_OF_PLUGINS = (
+    *("format", "dst_strategy", "prefix", "allow_missing", "contents", "processes"),
+    *(name for name in How._fields if name not in ("as_json", "quiet")),
+)
 
 
 def _models(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
@@ -76,14 +83,14 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
 @click.option("--n-head", type=int, help="Attention heads, where config.json lacks them (BLOOM).")
 @click.option("--hidden-size", type=int, help="Hidden size, where config.json lacks it (BLOOM).")
 @click.option("--layers", type=int, help="Layers, where config.json lacks them (GPT2, WizardCoder).")
-@click.option("--num-layers", type=Whole(1), help="Convert the first layers only: so many.")
-@click.option("--num-nextn-predict-layers", type=Whole(0), help="Prediction (MTP) layers to convert.")
+@click.option("--num-layers", type=Whole(1), help="Convert only this many layers, the first ones.")
+@click.option("--num-nextn-predict-layers", type=Whole(0), help="Convert only this many prediction (MTP) layers.")
 @click.option("--is-pretrain", type=BOOL, help="Swin: weights of pre-training.")
 @click.option("--telechat-type", help="TeleChat: telechat_7b or telechat_12b.")
-@click.option("--mlp-concat", type=BOOL, help="GLM4: gate and up in one tensor; left out: they are.")
+@click.option("--mlp-concat", type=BOOL, help="GLM4: gate and up in one tensor; left out: True.")
 @click.option("--use-rearrange-rope", type=BOOL, help="GLM4: even rows of a head before odd ones, in query and key.")
 @click.option("--use-gmm", type=BOOL, help="Mixtral: experts turned, for grouped multiplication in inference.")
-@click.option("--use-gmm-training", type=BOOL, help="Mixtral: as a training network with use_gmm has them.")
+@click.option("--use-gmm-training", type=BOOL, help="Mixtral: experts as in a network that trains with use_gmm.")
 @click.option(
     "--use-contiguous-weight-layout-attention",
     type=BOOL,
@@ -101,7 +108,7 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
     "--save-format",
     "format",
     type=OneOf(["ckpt", "safetensors", CHECKPOINT2]),
-    help="Of the MindSpore files.",
+    help="Format of the MindSpore files.  [default: safetensors with mcore names, else ckpt]",
 )
 @click.option("--naming", type=OneOf(["legacy", "mcore"]), help="MindSpore names; left out: the model's usual.")
 @click.option(
@@ -119,6 +126,8 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
     type=StrategyPath(),
     help="Cut for this strategy in the same pass.",
 )
+@PREFIX
+@ALLOW_MISSING
 @click.option(
     "--to",
     "--to-naming",
@@ -132,7 +141,7 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
     "--from-naming",
     "from_naming",
     metavar="NAMING",
-    help="With --to: the names of the source; left out, they tell themselves.",
+    help="With --to: the names of the source; left out: what the names themselves show.",
 )
 @click.option(
     "--src-strategy",
@@ -147,7 +156,7 @@ def _models(context: click.Context, parameter: click.Parameter, incomplete: str)
 @PROCESSES
 @click.option("--plugin", type=LocalPath(), help="Folder with convert_weight.py and convert_reversed.py of your own.")
 @STEP
-@replace_options
+@CONTENTS
 @making_options
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED)
 def command(
@@ -157,9 +166,12 @@ def command(
     output_path: Path,
     src_strategy: Path | None,
     dst_strategy: Path | None,
+    prefix: str,
+    allow_missing: bool,
     format: str | None,
     processes: int,
     plugin: Path | None,
+    contents: str,
     how: How,
     extra: tuple[str, ...],
     **choices: Any,
@@ -170,12 +182,7 @@ def command(
     """
     converter = find_plugin(model or "", reverse, plugin)
     if converter is not None:
-        if how.dry_run:
-            raise click.UsageError("--dry-run is for our own models; what a plugin would do it alone knows.")
-        if how.fingerprints or how.sign is not None:
-            raise click.UsageError(
-                "a plugin writes its result itself; take its fingerprint afterwards: fingerprint PATH."
-            )
+        _check_options_of_plugin()
         dtype = choices.pop("dtype")
         flags = {"write_tied", "weights_only"}  # false is what they are when they are not given
         choices |= {"src_strategy": src_strategy}
@@ -186,14 +193,19 @@ def command(
         return
     if extra:
         raise click.UsageError(f"No such option or argument: {' '.join(extra)}.{_suggestion(extra)}")
-    request = Request(model, input_path, reverse, src_strategy=strategy_or_none(src_strategy), **choices)
-    target = strategy_or_none(dst_strategy)
+    request = Request(
+        model, input_path, reverse, src_strategy=strategy_or_none(src_strategy), contents=contents, **choices
+    )
+    files: dict[str, Any] = {"format": format, "target": strategy_or_none(dst_strategy), "prefix": prefix}
+    files["allow_missing"] = allow_missing
     if how.dry_run:
-        say_plan(plan_conversion(request, output_path, format=format, target=target), output_path, how.as_json)
+        say_plan(plan_conversion(request, output_path, **files), output_path, how)
         return
     options = how.options(processes)
-    with resumable(output_path), show_progress("convert", quiet=how.quiet or how.as_json) as progress:
-        result = convert(request, output_path, format=format, target=target, options=options, progress=progress)
+    with resumable(output_path), show_progress("convert", quiet=how.quiet) as progress:
+        result = convert(
+            request, output_path, **files, options=options, progress=progress, check_source=how.check_source
+        )
     warn(result.warnings)
     if how.as_json:
         say_json(asdict(result))
@@ -204,6 +216,18 @@ def command(
         )
         say_fingerprints(result.fingerprints, result.source_fingerprint, result.signature)
         say(_next_step(result.destination, reverse, dst_strategy, format))
+
+
+def _check_options_of_plugin() -> None:
+    """Refuse what a plugin would not be told: it writes its result itself. Raises UsageError."""
+    context = click.get_current_context()
+    given = [name for name in _NOT_OF_PLUGINS if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        names = {param.name: param.opts[0] for param in context.command.params}
+        raise click.UsageError(
+            f"{', '.join(names[name] for name in given)}: a plugin writes its result itself, and is not told of this; "
+            "leave it out"
+        )
 
 
 def _suggestion(extra: Sequence[str]) -> str:

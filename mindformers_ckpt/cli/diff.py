@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mindformers_ckpt.cli.notices import say, say_json, warn
+from mindformers_ckpt.cli.notices import say, say_json, say_some, warn
 from mindformers_ckpt.cli.options import CONTENTS, AnyPath, Number, StrategyPath, json_option
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.look.diff import Diff, TensorDiff, diff
 
-_SHOWN = 20
-
 
 @click.command("diff")
 @click.argument("a", type=AnyPath())
 @click.argument("b", type=AnyPath())
-@click.option("--strategy-a", type=StrategyPath(), help="Strategy of the rank folders of A.")
-@click.option("--strategy-b", type=StrategyPath(), help="Strategy of the rank folders of B.")
-@click.option("--step-a", help="Of several files of A: the epoch and step to read, like 3_150, or a file's name.")
-@click.option("--step-b", help="The same of B.")
+@click.option("--strategy-a", "strategy", type=StrategyPath(), help="Strategy of the rank folders of A.")
+@click.option("--strategy-b", "right_strategy", type=StrategyPath(), help="Strategy of the rank folders of B.")
+@click.option(
+    "--step-a", "step", help="Of several files of A: the epoch and step to read, like 3_150, or a file's name."
+)
+@click.option("--step-b", "right_step", help="The same of B.")
 @click.option(
     "--tolerance",
     type=Number(min=0),
@@ -34,35 +33,14 @@ _SHOWN = 20
 )
 @CONTENTS
 @json_option
-@click.option("--quiet", is_flag=True, help="Print nothing but errors; the exit code tells.")
-def command(
-    a: Path,
-    b: Path,
-    strategy_a: Path | None,
-    strategy_b: Path | None,
-    step_a: str | None,
-    step_b: str | None,
-    tolerance: float,
-    contents: str,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+@click.option("--quiet", is_flag=True, help="Print nothing but errors; the exit code is 1 where they differ.")
+def command(a: Path, b: Path, as_json: bool, quiet: bool, **asked: Any) -> None:
     """Compare the checkpoints A and B as whole tensors, under any strategies, in any formats.
 
     Exits with 1 when they differ by more than the tolerance.
     """
     with show_progress("diff", quiet=quiet or as_json) as progress:
-        found = diff(
-            a,
-            b,
-            strategy_a,
-            strategy_b,
-            step=step_a,
-            right_step=step_b,
-            tolerance=tolerance,
-            contents=contents,
-            progress=progress,
-        )
+        found = diff(a, b, progress=progress, **asked)
     warn(found.warnings)
     if as_json:
         say_json(_as_json(found))
@@ -74,21 +52,14 @@ def command(
 
 def _report(found: Diff) -> None:
     for side, names in (("A", found.only_left), ("B", found.only_right)):
-        _say_some([f"only in {side}: {name}" for name in names])
-    _say_some([_describe(tensor) for tensor in found.tensors])
+        say_some([f"only in {side}: {name}" for name in names])
+    say_some([_describe(tensor) for tensor in found.tensors])
     within = len(found.tensors) - len(found.beyond)
     allowed = f", {within} within {found.tolerance:g}" if found.tolerance else ""
     say(
         f"{found.equal} tensors are equal bit for bit{allowed}, {len(found.beyond)} differ; "
         f"{len(found.only_left)} only in A, {len(found.only_right)} only in B"
     )
-
-
-def _say_some(lines: Sequence[str]) -> None:
-    for line in lines[:_SHOWN]:
-        say(line)
-    if len(lines) > _SHOWN:
-        say(f"… and {len(lines) - _SHOWN} more (--json lists all)")
 
 
 def _describe(tensor: TensorDiff) -> str:

@@ -1,4 +1,4 @@
-"""What `--dry-run` says: what a plan would read and write, and whether its place is free."""
+"""What `--dry-run` says: what a plan would read and write, and whether the run would begin."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import click
+
+from mindformers_ckpt.cli.making import How
 from mindformers_ckpt.cli.notices import amount, say, say_json, warn
 from mindformers_ckpt.disk.files import existing
+from mindformers_ckpt.execution.checks import is_checkpoint
 from mindformers_ckpt.formats import TensorSpec, layout_file
 from mindformers_ckpt.objects.path import ObjectPath
 from mindformers_ckpt.planning.model import Plan
@@ -15,11 +19,11 @@ from mindformers_ckpt.publish.manifest import is_result
 from mindformers_ckpt.words import counted
 
 
-def say_plan(plan: Plan, destination: Path, as_json: bool) -> None:
-    """Print what a run of a plan would do."""
+def say_plan(plan: Plan, destination: Path, how: How, *, adds_ranks: bool = False) -> None:
+    """Print what a run of a plan would do. Ends with exit code 1 where it would be refused."""
     needed, free = file_bytes(plan), free_bytes(destination)
-    problems = refusals(destination, needed)
-    if as_json:
+    problems = refusals(destination, needed, how, adds_ranks=adds_ranks)
+    if how.as_json:
         values: dict[str, Any] = {
             "destination": str(destination),
             "files": [target.path for target in plan.targets],
@@ -32,10 +36,16 @@ def say_plan(plan: Plan, destination: Path, as_json: bool) -> None:
             "warnings": list(plan.warnings),
         }
         say_json(values)
-        return
+    else:
+        _say(plan, destination, needed, free, problems)
+    if problems:
+        raise click.exceptions.Exit(1)
+
+
+def _say(plan: Plan, destination: Path, needed: int, free: int | None, problems: list[str]) -> None:
     warn(plan.warnings)
     tensors = counted(len(plan.transfers), "tensor")
-    say(f"would read {amount(plan.bytes_read)} of {tensors} in {counted(len(plan.sources), 'file')}")
+    say(f"would read {amount(plan.bytes_read)} of {tensors} in {counted(len(plan.files_read), 'file')}")
     room = "" if free is None else f"; {amount(free)} are free"
     say(f"would write {counted(len(plan.targets), 'file')}, {amount(needed)}, to {destination}{room}")
     for problem in problems:
@@ -61,15 +71,27 @@ def free_bytes(destination: Path) -> int | None:
     return shutil.disk_usage(existing(destination)).free
 
 
-def refusals(destination: Path, needed: int, *, adds_ranks: bool = False) -> list[str]:
-    """Why a run without further options would not begin, as far as the destination and the disk tell."""
+def refusals(destination: Path, needed: int, how: How | None = None, *, adds_ranks: bool = False) -> list[str]:
+    """Why a run would not begin, as far as the destination and the disk show; without `how`, one without options."""
     found = []
-    if destination.is_dir() and any(destination.iterdir()) and not adds_ranks:
-        way = "--overwrite replaces it" if is_result(destination) else "--overwrite-anything replaces it"
-        found.append(f"{destination} is not empty; choose another folder, or {way}")
-    elif destination.is_file():
-        found.append(f"{destination} is there; choose another name, or --overwrite-anything replaces it")
+    fault = "" if adds_ranks else _taken(destination, how)
+    if fault:
+        found.append(f"{destination} {fault}")
     free = free_bytes(destination)
     if free is not None and needed > free:
         found.append(f"the disk has {amount(free)} free, {amount(needed)} are needed")
     return found
+
+
+def _taken(destination: Path, how: How | None) -> str:
+    """What is at the destination and would not be replaced, and the option that replaces it; "" for nothing."""
+    if destination.is_file():
+        is_ours, state, other = is_checkpoint(destination), "is there", "name"
+    elif destination.is_dir() and any(destination.iterdir()):
+        is_ours, state, other = is_result(destination), "is not empty", "folder"
+    else:
+        return ""
+    if how is not None and (how.overwrite_anything or (is_ours and (how.overwrite or how.resume))):
+        return ""
+    option = "--overwrite" if is_ours else "--overwrite-anything"
+    return f"{state}; choose another {other}, or {option} replaces it"

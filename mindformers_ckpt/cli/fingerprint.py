@@ -14,7 +14,11 @@ from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.look.fingerprint import Fingerprint, fingerprint
 
 STRATEGY = click.option(
-    "--strategy", type=StrategyPath(), help="Strategy of the rank folders; left out for complete weights."
+    "--strategy",
+    "--src-strategy",
+    "strategy",
+    type=StrategyPath(),
+    help="Strategy of the rank folders; left out for complete weights.",
 )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mindformers_ckpt.cli.notices import amount, say, say_json
+from mindformers_ckpt.cli.notices import amount, say, say_json, warn
 from mindformers_ckpt.cli.options import STEP, AnyPath, StrategyPath, Whole, json_option
 from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.look.inspect import Inspection, inspect
@@ -99,6 +99,8 @@ def _say_rank(found: Inspection, rank: int) -> None:
     held = found.held_by(rank)
     if not held:
         raise PlanError(f"the files of rank {rank} hold none of these parameters")
+    if found.strategy is None and "ranks" in found.facts:
+        warn(["the strategy of the ranks is not known, so that boxes are those within the shards; give --strategy"])
     for path in dict.fromkeys(one.path for one in held):
         say(f"{path}:")
         for one in held:

@@ -9,19 +9,42 @@ from typing import Any, NamedTuple
 
 import click
 
+from mindformers_ckpt.api.transform import verify_crcs
 from mindformers_ckpt.cli.notices import amount, say, say_fingerprints, warn
-from mindformers_ckpt.cli.options import CACHE, DRY_RUN, FINGERPRINT, RESUME, SIGN, json_option
+from mindformers_ckpt.cli.options import (
+    CACHE,
+    CRC_CHECK,
+    DRY_RUN,
+    FINGERPRINT,
+    FSYNC,
+    HASH,
+    OVERWRITE,
+    OVERWRITE_ANYTHING,
+    RESUME,
+    SIGN,
+    json_option,
+)
+from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.execution.options import Options, Report, affordable_processes
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.strategy.iterations import is_save_path
 from mindformers_ckpt.words import counted
 
 _QUIET = click.option("--quiet", is_flag=True, help="Print errors only.")
+_OPTIONS = (
+    *(OVERWRITE, OVERWRITE_ANYTHING, HASH, FSYNC, CRC_CHECK, FINGERPRINT, SIGN),
+    *(RESUME, CACHE, DRY_RUN, json_option, _QUIET),
+)
 
 
 class How(NamedTuple):
-    """How a result is to be made, by the options of `making_options` and `replace_options`."""
+    """How a result is to be made, by the options of `making_options`."""
 
+    overwrite: bool
+    overwrite_anything: bool
+    hashes: bool
+    fsync: bool
+    crc_check: bool
     fingerprints: bool
     sign: Path | None
     resume: bool
@@ -29,8 +52,6 @@ class How(NamedTuple):
     dry_run: bool
     as_json: bool
     quiet: bool
-    overwrite: bool = False
-    overwrite_anything: bool = False
 
     def options(self, processes: int, **more: Any) -> Options:
         """The same for a run, with as many of the wanted processes as there is memory for."""
@@ -39,6 +60,9 @@ class How(NamedTuple):
             warn([f"the free memory is enough for {affordable} of {processes} processes; the run uses {affordable}"])
         return Options(
             processes=affordable,
+            hashes=self.hashes,
+            fsync=self.fsync,
+            crc=self.crc_check,
             fingerprints=self.fingerprints,
             sign=self.sign,
             overwrite=self.overwrite,
@@ -49,17 +73,24 @@ class How(NamedTuple):
             **more,
         )
 
+    def check_source(self, plan: Plan) -> list[str]:
+        """Verify the CRC-32 of the source files of a plan, if that is asked for; returns what the user should know."""
+        if not self.crc_check:
+            return []
+        with show_progress("verify CRC", quiet=self.quiet) as progress:
+            return verify_crcs(plan, progress)
+
 
 def making_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options of every command that makes a result; the command gets them as `how`."""
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        how = How(**{name: given.pop(name) for name in How._fields if name in given})
+        how = How(**{name: given.pop(name) for name in How._fields})
         command(how=how, **given)
 
     made: Callable[..., None] = run
-    for option in reversed((FINGERPRINT, SIGN, RESUME, CACHE, DRY_RUN, json_option, _QUIET)):
+    for option in reversed(_OPTIONS):
         made = option(made)
     return made
 

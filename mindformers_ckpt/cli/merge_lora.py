@@ -14,18 +14,20 @@ from mindformers_ckpt.cli.dry import say_plan
 from mindformers_ckpt.cli.making import How, is_checkpoint2, making_options, next_with_checkpoint2, say_made
 from mindformers_ckpt.cli.notices import say, say_json, warn
 from mindformers_ckpt.cli.options import (
+    ALLOW_MISSING,
+    CONTENTS,
+    PREFIX,
     PROCESSES,
     STEP,
     LocalPath,
     OneOf,
     StrategyPath,
     Whole,
-    check_prefix,
     resumable,
 )
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.lora_scaling import Scaling, number_fault
-from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
+from mindformers_ckpt.planning.model import Plan
 
 _PATH = LocalPath()
 
@@ -81,7 +83,7 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
     "--src-strategy",
     "src_strategy",
     type=_GivenStrategy(),
-    help="Strategy of the source; see above.",
+    help="Strategy of the source: file, merged file or folder. None, or left out, for complete weights.",
 )
 @click.option(
     "--src-ckpt-path-or-dir",
@@ -98,15 +100,9 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
     "destination",
     type=_PATH,
     required=True,
-    help="Empty or new folder for the result.",
+    help="Folder for the result.",
 )
-@click.option(
-    "--prefix",
-    default=DEFAULT_PREFIX,
-    show_default=True,
-    callback=check_prefix,
-    help="Target files are rank_<n>/<prefix><n>.ckpt.",
-)
+@PREFIX
 @click.option("--lora-scaling", type=_Ratio(), help="lora_alpha / lora_rank of the training, like 2 or 16/8.")
 @click.option("--alpha", "--lora-alpha", "alpha", type=_Number(), help="lora_alpha; the rank is that of the factors.")
 @click.option("--rank", "--lora-rank", "rank", type=Whole(min=1), help="lora_rank, to check the factors.")
@@ -125,29 +121,25 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
 @click.option(
     "--save-format",
     "--format",
-    "save_format",
+    "format",
     type=OneOf(["ckpt", "safetensors", CHECKPOINT2]),
     help="Format of the result; checkpoint2 is MindFormers' own.  "
     "[default: safetensors if all source files are, else ckpt]",
 )
 @STEP
+@ALLOW_MISSING
+@CONTENTS
 @PROCESSES
 @making_options
 def command(
-    src_strategy: Path | None,
-    source: Path,
     destination: Path,
-    prefix: str,
-    adapter: Path | None,
-    model: str | None,
-    hf_config: Path | None,
-    dst_strategy: Path | None,
-    merged_strategy: Path | None,
-    save_format: str | None,
-    step: str | None,
+    lora_scaling: float | None,
+    alpha: float | None,
+    rank: int | None,
+    use_rslora: bool,
     processes: int,
     how: How,
-    **scaling: Any,
+    **asked: Any,
 ) -> None:
     """Fold LoRA branches into the weights: W + scaling · B · A, without LoRA parameters.
 
@@ -155,27 +147,19 @@ def command(
     merged into merged_ckpt_strategy.ckpt there, or that file. Without a pipeline any rank's file will do, and for
     complete weights it is left out.
     """
-    if merged_strategy is not None and (src_strategy is None or not src_strategy.is_dir()):
+    folder = asked["src_strategy"]
+    if asked["merged_strategy"] is not None and (folder is None or not folder.is_dir()):
         raise click.UsageError("--merged-strategy is for a folder as --src-ckpt-strategy; leave it out.")
-    request = MergeRequest(
-        source,
-        destination,
-        src_strategy,
-        dst_strategy,
-        adapter,
-        _scaling(**scaling),
-        model,
-        hf_config,
-        merged_strategy,
-        prefix,
-        save_format,
-        step,
-    )
-    merge = request.prepare(resume=how.resume, dry=how.dry_run)
+    if lora_scaling is not None and (alpha is not None or rank is not None or use_rslora):
+        raise click.UsageError("--lora-scaling is the whole factor; leave out --alpha, --rank and --use-rslora.")
+    scaling = Scaling(lora_scaling, alpha, rank, use_rslora)
+    request = MergeRequest(destination=destination, scaling=scaling, **asked)
+    merge = request.prepare(dry=how.dry_run)
     if how.dry_run:
-        say_plan(merge.plan, destination, how.as_json)
+        say_plan(merge.plan, destination, how)
         return
     warn(merge.plan.warnings)
+    warn(how.check_source(merge.plan))
     with resumable(destination), show_progress("merge", quiet=how.quiet) as progress:
         report = merge.run(how.options(processes), progress)
     if how.as_json:
@@ -186,12 +170,6 @@ def command(
             say(next_with_checkpoint2(report.destination))
         else:
             say(f"next, in the yaml: load_checkpoint: {_loaded(report.destination, merge.plan)}, use_lora: False")
-
-
-def _scaling(lora_scaling: float | None, alpha: float | None, rank: int | None, use_rslora: bool) -> Scaling:
-    if lora_scaling is not None and (alpha is not None or rank is not None or use_rslora):
-        raise click.UsageError("--lora-scaling is the whole factor; leave out --alpha, --rank and --use-rslora.")
-    return Scaling(lora_scaling, alpha, rank, use_rslora)
 
 
 def _loaded(destination: Path, plan: Plan) -> Path:

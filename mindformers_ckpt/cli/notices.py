@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import click
@@ -30,6 +30,14 @@ class OutputError(CheckpointError, OSError):
 def say(text: str) -> None:
     """Print a line of a result. Raises OutputError."""
     _to_stdout(folded(printable(text), width_of(sys.stdout)))
+
+
+def say_some(lines: Sequence[object], tell: Callable[[str], None] = say) -> None:
+    """Print the first 20 lines of a list, and how many there are more."""
+    for line in lines[:20]:
+        tell(str(line))
+    if len(lines) > 20:
+        tell(f"… and {len(lines) - 20} more (--json lists all)")
 
 
 class Piece(NamedTuple):

@@ -136,7 +136,7 @@ class Ranks(click.ParamType):  # type: ignore[type-arg]
         return tuple(sorted(ranks))
 
 
-def check_prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
+def _check_prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if "/" in value or "\0" in value:
         raise click.BadParameter("a prefix of file names cannot hold a /")
     return value
@@ -148,6 +148,18 @@ CONTENTS = click.option(
     default="error",
     show_default=True,
     help="When samples of the source contradict its strategy: refuse, warn and go on, or do not look.",
+)
+ALLOW_MISSING = click.option(
+    "--allow-missing",
+    is_flag=True,
+    help="Leave out parameters of the target strategy that are not in the source, instead of refusing.",
+)
+PREFIX = click.option(
+    "--prefix",
+    default=DEFAULT_PREFIX,
+    show_default=True,
+    callback=_check_prefix,
+    help="Target files are rank_<n>/<prefix><n>.ckpt.",
 )
 _REQUEST_OPTIONS = (
     click.option(
@@ -171,13 +183,7 @@ _REQUEST_OPTIONS = (
         type=StrategyPath(),
         help="Strategy of the target. None, or left out, for complete weights.",
     ),
-    click.option(
-        "--prefix",
-        default=DEFAULT_PREFIX,
-        show_default=True,
-        callback=check_prefix,
-        help="Target files are rank_<n>/<prefix><n>.ckpt.",
-    ),
+    PREFIX,
     click.option(
         "--format",
         "--save-format",
@@ -191,14 +197,10 @@ _REQUEST_OPTIONS = (
     click.option(
         "--rank-id",
         type=Whole(min=0),
-        help="This process is one of --transform-process-num that were started by hand, with the first rank of "
-        "its share: for 8 ranks and 2 processes 0 or 4. It makes ranks 0-3 or 4-7 only.",
+        help="For --transform-process-num processes that are started by hand: the first rank of this one's share. Of 8 "
+        "ranks and 2 processes, 0 makes ranks 0-3 and 4 makes ranks 4-7.",
     ),
-    click.option(
-        "--allow-missing",
-        is_flag=True,
-        help="Leave out parameters of the target strategy that are not in the source, instead of refusing.",
-    ),
+    ALLOW_MISSING,
     click.option(
         "--weights-only",
         is_flag=True,
@@ -278,13 +280,18 @@ FINGERPRINT = click.option(
     "--fingerprint",
     "fingerprints",
     is_flag=True,
-    help="Count the fingerprints of result and source while the result is made.",
+    help="Record the fingerprints of result and source, which are counted while the result is made.",
 )
 SIGN = click.option(
     "--sign",
     type=LocalPath(),
     metavar="KEY",
     help="Sign the fingerprint of the result with a private key (PEM); see docs/trust.md.",
+)
+HASH = click.option("--hash", "hashes", is_flag=True, help="Record xxh3-128 of every written tensor in the manifest.")
+FSYNC = click.option("--fsync", is_flag=True, help="Force the result to the disk before it gets its name.")
+CRC_CHECK = click.option(
+    "--crc-check", is_flag=True, help="Verify the CRC-32 that source .ckpt files store, and append one to target files."
 )
 RESUME = click.option(
     "--resume", is_flag=True, help="Go on after what an interrupted run of the same command has done."
@@ -308,12 +315,7 @@ CACHE = click.option(
 )
 
 
-def replace_options(command: Command) -> Command:
-    """Add the two words that allow to replace what is at the destination."""
-    command = OVERWRITE_ANYTHING(command)
-    return click.option("--overwrite", is_flag=True, help="Replace an earlier result of this program.")(command)
-
-
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an earlier result of this program.")
 OVERWRITE_ANYTHING = click.option(
     "--overwrite-anything", is_flag=True, help="Replace whatever is there, also what this program did not make."
 )

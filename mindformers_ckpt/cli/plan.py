@@ -14,10 +14,12 @@ from mindformers_ckpt.cli.notices import amount, say, say_json, warn
 from mindformers_ckpt.cli.options import OVERWRITE_ANYTHING, LocalPath, json_option, request_of, request_options
 from mindformers_ckpt.execution.checks import check_apart
 from mindformers_ckpt.geometry.box import Box, hull
-from mindformers_ckpt.planning.file import write_plan
+from mindformers_ckpt.planning.file import Job, write_plan
 from mindformers_ckpt.planning.model import Place, Plan, Transfer, once
 from mindformers_ckpt.publish.results import ranks_of
 from mindformers_ckpt.words import counted, shortened
+
+_MOST_FILES = 20  # that are named
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Summary:
         source, target: the two sides in words.
         destination: folder for the result, when it is given.
         files_read, files_written: number of files.
+        files: the files that are read, relative to the source.
         ranks: target ranks.
         bytes_read: bytes of tensors that are read, each once.
         bytes_needed: bytes of tensors that the targets are made of, replicas counted once.
@@ -50,6 +53,7 @@ class Summary:
     destination: str | None
     files_read: int
     files_written: int
+    files: list[str]
     ranks: list[int]
     bytes_read: int
     bytes_needed: int
@@ -92,16 +96,11 @@ def command(out: Path | None, overwrite_anything: bool, as_json: bool, **asked: 
     if as_json:
         say_json(asdict(summary))
         return
-    say_summary(summary)
+    warn(summary.warnings)
+    for name, text in _lines(summary, with_files=job.partial):
+        say(f"{name + ':':<12} {text}")
     if out is not None:
         say(f"Written to {out}; run it with: mindformers-ckpt transform --plan {out}")
-
-
-def say_summary(summary: Summary) -> None:
-    """Print a summary for people."""
-    warn(summary.warnings)
-    for name, text in _lines(summary):
-        say(f"{name + ':':<12} {text}")
 
 
 def summarize(prepared: Prepared, processes: int) -> Summary:
@@ -118,8 +117,9 @@ def summarize(prepared: Prepared, processes: int) -> Summary:
         source=job.about["source"],
         target=job.about["target"],
         destination=None if job.destination is None else str(job.destination),
-        files_read=len(plan.sources),
+        files_read=len(plan.files_read),
         files_written=len(plan.targets),
+        files=_files(job),
         ranks=ranks_of(plan),
         bytes_read=plan.bytes_read,
         bytes_needed=needed,
@@ -136,6 +136,13 @@ def summarize(prepared: Prepared, processes: int) -> Summary:
         warnings=list(plan.warnings),
         refusals=problems,
     )
+
+
+def _files(job: Job) -> list[str]:
+    """The files that are read, relative to the source."""
+    root = str(job.about.get("source_path", ""))
+    paths = [str(job.plan.sources[number].path) for number in job.plan.files_read]
+    return [path[len(root) + 1 :] if path.startswith(f"{root}/") else path for path in paths]
 
 
 def _volume(targets: tuple[Place, ...]) -> int:
@@ -169,7 +176,7 @@ def _one_sided(prepared: Prepared) -> list[str]:
     return [transfer.name for transfer in prepared.job.plan.transfers if transfer.name in in_one]
 
 
-def _lines(summary: Summary) -> list[tuple[str, str]]:
+def _lines(summary: Summary, *, with_files: bool) -> list[tuple[str, str]]:
     """The summary for people: a name and a text a line."""
     details = [
         f"{len(names)} {what} ({shortened(names, 3)})"
@@ -185,6 +192,7 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
     return [
         ("source", f"{summary.source}; {counted(summary.files_read, 'file')} to read"),
         ("target", f"{summary.target}; {counted(summary.files_written, 'file')} to write"),
+        *([("files", shortened(summary.files, _MOST_FILES))] if with_files else []),
         ("read", f"{amount(summary.bytes_read)} of tensors, {summary.over_read:.2f} x what is needed"),
         ("write", f"{amount(summary.bytes_written)} of tensors, replicas included"),
         ("parameters", "; ".join([str(summary.parameters), *details])),

@@ -9,20 +9,12 @@ from typing import Any
 
 import click
 
-from mindformers_ckpt.api.transform import run_job, verify_crcs
+from mindformers_ckpt.api.transform import run_job
 from mindformers_ckpt.cli.dry import say_plan
 from mindformers_ckpt.cli.help import missing
 from mindformers_ckpt.cli.making import How, is_checkpoint2, making_options, next_with_checkpoint2, say_made
 from mindformers_ckpt.cli.notices import say, say_json, warn
-from mindformers_ckpt.cli.options import (
-    BOOL,
-    LocalPath,
-    planned,
-    replace_options,
-    request_of,
-    request_options,
-    resumable,
-)
+from mindformers_ckpt.cli.options import BOOL, LocalPath, planned, request_of, request_options, resumable
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.execution.options import Report
 from mindformers_ckpt.planning.file import Job
@@ -44,19 +36,10 @@ from mindformers_ckpt.publish.results import ranks_of
     type=LocalPath(),
     help="Run a plan that `mindformers-ckpt plan --out` wrote; it decides source, target and file names.",
 )
-@replace_options
-@click.option("--hash", "hashes", is_flag=True, help="Take xxh3-128 of every written tensor into the manifest.")
-@click.option("--fsync", is_flag=True, help="Force the result to the disk before it gets its name.")
-@click.option(
-    "--crc-check", is_flag=True, help="Verify the CRC-32 that source .ckpt files store, and append one to target files."
-)
 @making_options
 def command(
     transform_by_rank: bool,
     plan_file: Path | None,
-    hashes: bool,
-    fsync: bool,
-    crc_check: bool,
     how: How,
     **asked: Any,
 ) -> None:
@@ -71,16 +54,13 @@ def command(
     if destination is None:
         raise click.UsageError("Missing option '--dst-checkpoint-dir'.")
     if how.dry_run:
-        say_plan(job.plan, destination, how.as_json)
+        say_plan(job.plan, destination, how, adds_ranks=job.partial)
         return
     warn(job.plan.warnings)
-    if crc_check:
-        with show_progress("verify CRC", quiet=how.quiet) as progress:
-            notes = verify_crcs(job.plan, progress)
-        warn(notes)
+    warn(how.check_source(job.plan))
     # Processes that are started by hand copy alone, each its share.
     processes = 1 if asked["rank_id"] is not None else asked["processes"]
-    options = how.options(processes, by_rank=transform_by_rank, hashes=hashes, fsync=fsync, crc=crc_check)
+    options = how.options(processes, by_rank=transform_by_rank)
     with resumable(destination), show_progress("transform", quiet=how.quiet) as progress:
         report = run_job(job, destination, options, progress)
     if how.as_json:

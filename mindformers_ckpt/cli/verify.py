@@ -7,14 +7,12 @@ from typing import Any
 
 import click
 
-from mindformers_ckpt.cli.notices import complain, say, say_json, warn
+from mindformers_ckpt.cli.notices import complain, say, say_json, say_some, warn
 from mindformers_ckpt.cli.options import CONTENTS, STEP, AnyPath, LocalPath, StrategyPath, json_option
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.look.verify import verify
 from mindformers_ckpt.look.verify_model import Difference, Verification
 from mindformers_ckpt.words import counted
-
-_SHOWN = 20
 
 
 class Share(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
@@ -46,39 +44,18 @@ class Share(click.ParamType):  # type: ignore[type-arg]  # generic in newer vers
 )
 @json_option
 @click.option("--quiet", is_flag=True, help="Print differences and errors only.")
-def command(
-    result: Path,
-    strategy: Path | None,
-    against: Path | None,
-    src_strategy: Path | None,
-    step: str | None,
-    contents: str,
-    sample: float,
-    public_key: Path | None,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def command(result: Path, as_json: bool, quiet: bool, **asked: Any) -> None:
     """Check a RESULT of this program: files, sizes, ranks, hashes, CRC trailers, fingerprints, replicas.
 
     With --against, compare every rank's file bit by bit with what the source gives under the result's --strategy.
     Exits with 1 when something differs.
     """
-    if against is None and (src_strategy is not None or step is not None):
+    if asked["against"] is None and (asked["src_strategy"] is not None or asked["step"] is not None):
         raise click.UsageError("--src-strategy and --step are of the source; give it with --against.")
-    if against is not None and public_key is not None:
+    if asked["against"] is not None and asked["public_key"] is not None:
         raise click.UsageError("--public-key checks the result by its manifest; leave --against out.")
     with show_progress("verify", quiet=quiet or as_json) as progress:
-        found = verify(
-            result,
-            strategy,
-            against=against,
-            src_strategy=src_strategy,
-            step=step,
-            sample=sample,
-            public_key=public_key,
-            contents=contents,
-            progress=progress,
-        )
+        found = verify(result, progress=progress, **asked)
     warn(found.warnings)
     if as_json:
         say_json(_as_json(result, found))
@@ -94,10 +71,7 @@ def _report(result: Path, found: Verification, quiet: bool) -> None:
             say(f"checked: {line}")
         for line in found.unchecked:
             say(f"not checked: {line}")
-    for difference in found.differences[:_SHOWN]:
-        complain(str(difference))
-    if len(found.differences) > _SHOWN:
-        complain(f"… and {len(found.differences) - _SHOWN} more (--json lists all)")
+    say_some(found.differences, complain)
     if found.ok and not quiet:
         say(f"{result}: nothing differs")
     elif not found.ok:

@@ -80,15 +80,22 @@ def explain(misfit: Misfit, attempt: Attempt) -> CheckpointError:
         told = cause(misfit, attempt)
         if told is not None:
             return PlanError(told)
-    kind = attempt.config.text("model_type")
-    if kind and kind not in attempt.model.model_types:
-        ours = " or ".join(attempt.model.model_types)
-        hint = f"config.json says model_type {kind!r}, --model {attempt.model.name} is for {ours}"
-        return PlanError(misfit.listed(f"{hint}: leave --model out, or choose another"))
+    other = other_type(attempt.model, attempt.config)
+    if other:
+        return PlanError(misfit.listed(other))
     if misfit.shapes and not (misfit.missing or misfit.unknown):
         path = attempt.config.path or "config.json"
         return PlanError(misfit.listed(f"the shapes do not go with {path}: is it that of a model of another size?"))
     return misfit
+
+
+def other_type(model: Model, config: ModelConfig) -> str:
+    """What to do where config.json is that of another model; "" where it is not."""
+    kind = config.text("model_type")
+    if not kind or kind in model.model_types:
+        return ""
+    told = f"config.json says model_type {kind!r}, --model {model.name} is for {' or '.join(model.model_types)}"
+    return f"{told}: leave --model out, or choose another"
 
 
 def describe(spec: TensorSpec, *, named: bool = True) -> str:

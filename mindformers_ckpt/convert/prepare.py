@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from mindformers_ckpt.convert import depth
 from mindformers_ckpt.convert.config import ModelConfig, read_config
 from mindformers_ckpt.convert.copies import check_copies
-from mindformers_ckpt.convert.misfit import Attempt, Misfit, explain, other_naming, without_prefix
+from mindformers_ckpt.convert.misfit import Attempt, Misfit, explain, other_naming, other_type, without_prefix
 from mindformers_ckpt.convert.model import Model
 from mindformers_ckpt.convert.paths import check_path
 from mindformers_ckpt.convert.planning import Conversion, plan_tensors
@@ -141,6 +141,9 @@ def prepare_opened(request: Request, opened: Opened, wanted: Collection[str] = (
             request = replace(request, naming=other.partition("+")[0], qkv_concat="+qkv_concat" in other)
             return prepare_opened(request, opened, wanted)
         raise explain(misfit, attempt) from None
+    except ConfigError as error:  # config.json lacks what this model needs
+        other = other_type(model, config)
+        raise ConfigError(f"{other} ({error})" if other else str(error)) from None
     unfit = None if request.reverse else model.unfit(naming, facts)
     if unfit is not None:
         raise ConfigError(unfit)

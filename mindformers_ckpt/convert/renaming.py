@@ -48,7 +48,7 @@ def prepare_renaming(request: Request, destination: Path, wanted: Collection[str
     checkpoint = _opened(request)
     check_outside(checkpoint.files, destination)
     tensors = checkpoint.tensors()
-    warnings = [*checkpoint.warnings, *_checked(checkpoint, tensors)]
+    warnings = [*checkpoint.warnings, *_checked(checkpoint, tensors, request.contents)]
     old = _prepare_old(request, checkpoint, tensors)
     middle = {item.spec.name: item for item in old.conversion.tensors}
     new = _prepare_new(request, old, middle, checkpoint.files, wanted)
@@ -79,7 +79,11 @@ def _origins(tensors: Mapping[str, LogicalTensor], conversion: Conversion) -> tu
 def check_options(request: Request) -> None:
     """Refuse options that do not go together. Raises ConfigError that names them."""
     if request.to_naming is None:
-        _refuse(request, ("from_naming", "src_strategy", "weights_only"), "without --to, which gives other names")
+        _refuse(
+            request,
+            ("from_naming", "src_strategy", "weights_only", "contents"),
+            "without --to, which gives other names",
+        )
         return
     if request.reverse:
         raise ConfigError("--reversed goes to Hugging Face, --to to other names of MindSpore; give one of them")
@@ -101,10 +105,10 @@ def _opened(request: Request) -> Checkpoint:
     return Checkpoint(files, files.strategy(request.src_strategy or Strategy.complete()))
 
 
-def _checked(checkpoint: Checkpoint, tensors: Mapping[str, LogicalTensor]) -> list[str]:
+def _checked(checkpoint: Checkpoint, tensors: Mapping[str, LogicalTensor], contents: str) -> list[str]:
     """Check that files and strategy go together, and that all is there; returns warnings. Raises PlanError."""
     check_names(checkpoint, tensors)
-    warnings = [*check_contents(checkpoint, tensors), *source_states(checkpoint, tensors)]
+    warnings = [*check_contents(checkpoint, tensors, contents), *source_states(checkpoint, tensors)]
     checkpoint.whole_tensors()
     return warnings
 

@@ -50,6 +50,8 @@ class Request:
             are those of the source, None where they tell themselves. Both as files record them: "legacy+use_gmm".
         src_strategy: with `to_naming`, the strategy of the source; None for complete weights.
         weights_only: with `to_naming`, leave optimizer states and counters aside.
+        contents: with `to_naming`, what is done when samples of the source contradict its strategy: "error", "warn"
+            or "off".
     """
 
     model: str | None
@@ -81,6 +83,7 @@ class Request:
     from_naming: str | None = None
     src_strategy: Strategy | None = None
     weights_only: bool = False
+    contents: str = "error"
 
 
 def with_settings(request: Request, settings: Mapping[str, bool]) -> Request:

@@ -262,7 +262,7 @@ def fill(rule: Rule, captures: Mapping[str, int], sizes: Mapping[str, int | None
     for axis in inner:
         size = sizes.get(axis)
         if size is None:
-            raise ConfigError(f"{rule.whole.name}: config.json does not tell the number of {axis}s; give --hf_config")
+            raise ConfigError(f"{rule.whole.name}: config.json does not say the number of {axis}s; give --hf_config")
         counts.append(range(size))
     parts = []
     for numbers in product(*counts):

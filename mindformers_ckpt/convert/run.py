@@ -17,7 +17,7 @@ from mindformers_ckpt.convert.targets import rank_files, whole_files
 from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.execution.options import Options
 from mindformers_ckpt.objects.path import absolute
-from mindformers_ckpt.planning.model import Plan
+from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Plan
 from mindformers_ckpt.progress import Progress
 from mindformers_ckpt.sources.source import SUFFIXES, TORCH_SUFFIXES
 from mindformers_ckpt.strategy.model import Strategy
@@ -63,19 +63,25 @@ def convert(
     *,
     format: str | None = None,
     target: Strategy | None = None,
+    prefix: str = DEFAULT_PREFIX,
+    allow_missing: bool | Sequence[str] = False,
     options: Options = _PLAIN,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
     check: Callable[[], None] = lambda: None,
+    check_source: Callable[[Plan], Sequence[str]] = lambda plan: (),
 ) -> ConversionReport:
     """Convert weights and publish them at `output`.
 
     To MindSpore: one file, when `output` ends in .ckpt or .safetensors; a folder of files of at most
     `shard_bytes` otherwise; the rank folders of a strategy when `target` is one. To Hugging Face: always a
     folder, which `from_pretrained` loads. What was at `output` before stays as it is until the end.
+    `check_source` is called with the plan before anything is written, and returns further warnings.
     """
     started = time.monotonic()
-    prepared, plan, companions, is_file = _planned(request, output, format, target, shard_bytes)
+    files = _Files(format, target, prefix, allow_missing, shard_bytes)
+    prepared, plan, companions, is_file = _planned(request, output, files)
+    notes = check_source(plan)
     about = {"model": prepared.model.name, "naming": prepared.naming, "direction": prepared.direction}
     report = transform(
         plan,
@@ -97,7 +103,7 @@ def convert(
         len(prepared.conversion.tensors),
         report.bytes_written,
         time.monotonic() - started,
-        plan.warnings,
+        (*plan.warnings, *notes),
         report.fingerprints,
         report.source_fingerprint,
         report.signature,
@@ -105,10 +111,36 @@ def convert(
 
 
 def plan_conversion(
-    request: Request, output: Path, *, format: str | None = None, target: Strategy | None = None
+    request: Request,
+    output: Path,
+    *,
+    format: str | None = None,
+    target: Strategy | None = None,
+    prefix: str = DEFAULT_PREFIX,
+    allow_missing: bool | Sequence[str] = False,
 ) -> Plan:
     """What `convert` would do, with the same arguments. Nothing is written."""
-    return _planned(request, output, format, target, SHARD_BYTES).plan
+    return _planned(request, output, _Files(format, target, prefix, allow_missing, SHARD_BYTES)).plan
+
+
+class _Files(NamedTuple):
+    """What the files of a result are to be; names are those of `convert`."""
+
+    format: str | None
+    target: Strategy | None
+    prefix: str
+    allow_missing: bool | Sequence[str]
+    shard_bytes: int
+
+    def of_ranks(self, prepared: Prepared, target: Strategy, format: str) -> Plan:
+        return rank_files(
+            prepared.conversion,
+            target,
+            prefix=self.prefix,
+            format=format,
+            origin=str(prepared.request.input_path),
+            allow_missing=self.allow_missing,
+        )
 
 
 class _Planned(NamedTuple):
@@ -120,8 +152,13 @@ class _Planned(NamedTuple):
     is_file: bool
 
 
-def _planned(request: Request, output: Path, format: str | None, target: Strategy | None, shard_bytes: int) -> _Planned:
+def _planned(request: Request, output: Path, files: _Files) -> _Planned:
+    format, target = files.format, files.target
     check_options(request)
+    given = {"--prefix": files.prefix != DEFAULT_PREFIX, "--allow-missing": bool(files.allow_missing)}
+    if target is None and format != CHECKPOINT2 and any(given.values()):
+        names = " and ".join(name for name, is_given in given.items() if is_given)
+        raise ConfigError(f"{names}: for the files of ranks, which --dst-strategy asks for; give it, or leave them out")
     if request.reverse and (target is not None or format not in (None, "safetensors")):
         raise ConfigError("a strategy and that format are of the MindSpore side; leave them out with --reversed")
     wanted = target.names() if target is not None else ()
@@ -134,9 +171,9 @@ def _planned(request: Request, output: Path, format: str | None, target: Strateg
         raise ConfigError(f"{output} has the name of a file, but the result is a folder; give the name of a folder")
     companions: Callable[[Path], None] = lambda folder: None  # noqa: E731
     if format == CHECKPOINT2:
-        plan, companions = _checkpoint2(prepared, target or Strategy.complete())
+        plan, companions = _checkpoint2(prepared, files)
     else:
-        plan = _targets(prepared, output, format, target, shard_bytes)
+        plan = _targets(prepared, output, files)
         if not is_file:
             companions = partial(_add_companions, prepared=prepared, plan=plan)
     plan.check()
@@ -161,21 +198,21 @@ def plan_ranks(
     return plan
 
 
-def _targets(prepared: Prepared, output: Path, format: str | None, target: Strategy | None, shard_bytes: int) -> Plan:
-    request, conversion = prepared.request, prepared.conversion
+def _targets(prepared: Prepared, output: Path, files: _Files) -> Plan:
+    request, conversion, format = prepared.request, prepared.conversion, files.format
     # Jobs of networks with mcore names load nothing else.
     usual = "safetensors" if prepared.naming.startswith("mcore") else "ckpt"
-    if target is not None:
-        return rank_files(conversion, target, format=format or usual, origin=str(request.input_path))
+    if files.target is not None:
+        return files.of_ranks(prepared, files.target, format or usual)
     if request.reverse:
         pytorch = (("format", "pt"),)
-        return whole_files(conversion, "model", "safetensors", limit=shard_bytes, metadata=pytorch)
+        return whole_files(conversion, "model", "safetensors", limit=files.shard_bytes, metadata=pytorch)
     suffix = output.suffix.lstrip(".") if output.suffix in SUFFIXES else ""
     if suffix and format and suffix != format:
         raise ConfigError(f"--format {format} contradicts the name {output.name}")
     if suffix:
         return whole_files(conversion, output.name, suffix, metadata=prepared.record)
-    return whole_files(conversion, "ms-model", format or usual, limit=shard_bytes, metadata=prepared.record)
+    return whole_files(conversion, "ms-model", format or usual, limit=files.shard_bytes, metadata=prepared.record)
 
 
 def _add_companions(folder: Path, prepared: Prepared, plan: Plan) -> None:
@@ -187,7 +224,8 @@ def _add_companions(folder: Path, prepared: Prepared, plan: Plan) -> None:
         write_name_map(plan, folder)
 
 
-def _checkpoint2(prepared: Prepared, target: Strategy) -> Made:
+def _checkpoint2(prepared: Prepared, files: _Files) -> Made:
     """The plan of a checkpoint 2.0, and what puts its texts into the folder."""
-    plan = rank_files(prepared.conversion, target, format="safetensors", origin=str(prepared.request.input_path))
-    return as_checkpoint2(plan, target, metadata=prepared.record)
+    target = files.target or Strategy.complete()
+    plan = files.of_ranks(prepared, target, "safetensors")
+    return as_checkpoint2(plan, target, files.prefix, prepared.record)

@@ -54,6 +54,7 @@ def rank_files(
     conversion: Conversion,
     target: Strategy,
     *,
+    prefix: str = DEFAULT_PREFIX,
     format: str,
     origin: str,
     allow_missing: bool | Sequence[str] = False,
@@ -92,7 +93,7 @@ def rank_files(
         for rank, box in boxes:
             held[rank].append(TensorSpec(spec.name, spec.dtype, box.shape))
     raise_problems(PlanError, f"the weights cannot be cut for {target.describe()}", problems)
-    files = rank_targets(chosen, held, DEFAULT_PREFIX, format)
+    files = rank_targets(chosen, held, prefix, format)
     return Plan(conversion.files, files, tuple(transfers), (*conversion.warnings, *notes))
 
 

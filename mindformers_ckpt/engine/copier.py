@@ -37,7 +37,7 @@ class _Piece:
         # A tensor in several places of a file is not written in its order, so it has no digest.
         self.digests: dict[tuple[Box, View | None], Any] = {}
         if hashes:
-            self.digests = {taker: _new_hash() for taker in way.takers if taker[1] is None}
+            self.digests = {taker: new_hash() for taker in way.takers if taker[1] is None}
         self.share = 0  # of what was copied in the checksum of the whole tensor, where fingerprints are taken
         self.is_rearranged = not all(place.is_plain for place in piece.transfer.sources)
 
@@ -217,7 +217,7 @@ class Copier:
         return gathered
 
 
-def _new_hash() -> Any:
+def new_hash() -> Any:
     import xxhash
 
     return xxhash.xxh3_128()

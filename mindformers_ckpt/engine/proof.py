@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindformers_ckpt.engine.buffers import PIECE_BYTES, empty_bytes
-from mindformers_ckpt.engine.copier import Copier
+from mindformers_ckpt.engine.copier import Copier, new_hash
 from mindformers_ckpt.engine.descriptors import Descriptors, file_ranges, fill
 from mindformers_ckpt.engine.reader import S, cuts
 from mindformers_ckpt.engine.sinks import FileSink
@@ -33,7 +33,7 @@ class ProvingSink(FileSink):
 
     def __init__(self, folder: Path, files: Sequence[TargetFile], *, drops: bool = False) -> None:
         super().__init__(folder, files, drops=drops)
-        self._digest = _new_digest()
+        self._digest = new_hash()
         self._last: tuple[memoryview, int] | None = None
 
     def write(self, file: int, name: str, start: int, data: memoryview) -> None:
@@ -42,7 +42,7 @@ class ProvingSink(FileSink):
 
     def proof(self) -> str:
         """The digest of all that was written since it was asked for last."""
-        digest, self._digest, self._last = self._digest.hexdigest(), _new_digest(), None
+        digest, self._digest, self._last = self._digest.hexdigest(), new_hash(), None
         return str(digest)
 
     def _note(self, file: int, start: int, data: memoryview) -> None:
@@ -108,9 +108,3 @@ def is_proved(
                 found.append(False)
                 copier.forget()
     return found
-
-
-def _new_digest() -> Any:
-    import xxhash
-
-    return xxhash.xxh3_128()

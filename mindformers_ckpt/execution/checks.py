@@ -66,6 +66,12 @@ def check_sees_whole(plan: Plan, options: Options) -> None:
     check_countable(plan)
 
 
+def check_recordable(options: Options, is_file: bool) -> None:
+    """Refuse hashes of a result that has no manifest to hold them. Raises ConfigError."""
+    if options.hashes and is_file:
+        raise ConfigError("hashes are kept in a manifest, which a single file has not; name a folder for the result")
+
+
 def check_signable(key: Path, is_file: bool) -> None:
     """Refuse to sign a result that has no manifest, or with what is not a key. Raises ConfigError."""
     if is_file:

@@ -23,6 +23,7 @@ from mindformers_ckpt.errors import PublishError, TransferError
 from mindformers_ckpt.execution.checks import (
     add_companions,
     check_apart,
+    check_recordable,
     check_sees_whole,
     check_signable,
     identity_of,
@@ -79,6 +80,7 @@ class Run:
         self._shapes = dict(shapes or {})
         self._origins = None if origins is None else tuple(origins)
         check_apart(plan, self.destination)
+        check_recordable(options, file)
         if options.fingerprints:
             check_sees_whole(plan, options)
         if options.sign is not None:

@@ -35,7 +35,8 @@ class Config:
     """What the hook does, in the guide's words.
 
     Attributes:
-        load_checkpoint: file of complete weights, or folder of `rank_x` folders; "" loads nothing.
+        load_checkpoint: file of complete weights, folder of `rank_x` folders, checkpoint 2.0 or Hugging Face folder;
+            "" loads nothing.
         src_strategy_path_or_dir: strategy that the checkpoint was saved under; "" for complete weights.
         auto_trans_ckpt: re-slice the checkpoint when its strategy is not the job's.
         auto_trans_save: save the re-sliced checkpoint under `output_dir` and load that (guide); False: every
@@ -51,16 +52,16 @@ class Config:
             "head.*" (our key). Others that a checkpoint of the model should have are an error.
         only_save_strategy: write the strategy and stop.
         load_ckpt_format: format of the transformed checkpoint, "ckpt" or "safetensors".
-        check_contents: what contents that contradict the source strategy are, "error" or "warn"; "off" does not look
-            (our key).
+        check_contents: what to do about contents that contradict the source strategy: "error", "warn", or "off", which
+            does not look (our key).
         verify_checkpoint: compare files with the CRC-32 or hashes that are recorded of them, before they are loaded
             (our key).
         share_reads: "auto": ranks on several nodes that need the same bytes read them from the storage once between
-            them, where the job has a secret (MINDFORMERS_CKPT_SECRET, or a shared output_dir) and nothing is
-            re-sliced to files; "off": each reads for itself (our key).
+            them, where nothing is re-sliced to files and the job has a secret (MINDFORMERS_CKPT_SECRET, or a shared
+            output_dir); "off": each reads for itself (our key).
         transform_timeout: seconds that ranks wait for each other at a step (our key).
-        remote_save_url: obs:// or s3:// folder through which nodes without a shared disk exchange strategies
-            and weights; "" for none.
+        remote_save_url: folder in an object storage (obs:// or s3://) through which nodes without a shared disk
+            exchange strategies and weights; "" for none.
         npu_num_per_node: ranks of such a node.
         layout_settings: what the yaml says of its network under `model.model_config` or `moe_config`: qkv_concat,
             mlp_concat, use_rearrange_rope, use_gmm, use_contiguous_weight_layout_attention and

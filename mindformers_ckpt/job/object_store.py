@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mindformers_ckpt.errors import ConfigError, TransferError
+from mindformers_ckpt.words import in_one_line
 
 Check = Callable[[], None]
 
@@ -166,7 +167,7 @@ class FsspecStore:
             final = isinstance(error, self._final) or getattr(error, "errno", None) in _FINAL_CODES
             # s3fs makes errors without a number of a 403 and a 404.
             final = final or isinstance(error, (PermissionError, FileNotFoundError))
-            raise StoreError(f"{what}: {_text(error)}", final=final) from error
+            raise StoreError(f"{what}: {in_one_line(error)}", final=final) from error
 
 
 class MoxingStore:
@@ -221,12 +222,7 @@ class MoxingStore:
             yield
         except Exception as error:  # moxing documents no types of errors
             final = getattr(error, "errno", None) in _FINAL_CODES
-            raise StoreError(f"{what}: {_text(error)}", final=final) from error
-
-
-def _text(error: BaseException) -> str:
-    """An error in one line: several libraries raise ones without a text."""
-    return " ".join(f"{type(error).__name__}: {error}".rstrip(": ").split())
+            raise StoreError(f"{what}: {in_one_line(error)}", final=final) from error
 
 
 def _checking(check: Check) -> Any:

@@ -226,7 +226,7 @@ def _plan(path: Path) -> Inspection:
     facts = {
         **{label: str(text) for label, text in job.about.items()},
         "destination": str(job.destination or "not given"),
-        "files": f"{len(plan.sources)} to read, {len(plan.targets)} to write",
+        "files": f"{len(plan.files_read)} to read, {len(plan.targets)} to write",
         "read": f"{plan.bytes_read:,} bytes of tensors",
         "write": f"{plan.bytes_written:,} bytes of tensors",
     }
@@ -319,4 +319,5 @@ def _source(source: Source, strategy: Strategy | None, facts: dict[str, str]) ->
     facts["files"] = f"{counted(len(source.files), 'file')}, {size:,} bytes"
     is_known = strategy is not None or ranks == 1
     notes = (*source.warnings, *damaged, *problems, *odd_things(source, files, parameters, is_known))
-    return Inspection(source.root, source.kind.value, facts, used, tuple(parameters), notes, files)
+    known = used if is_known else None
+    return Inspection(source.root, source.kind.value, facts, known, tuple(parameters), notes, files)

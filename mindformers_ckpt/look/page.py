@@ -58,7 +58,7 @@ def page_data(job: Job, stage_sizes: tuple[int, int] | None = None) -> dict[str,
         "about": {
             "source": f"{job.about.get('source', '')} {job.about.get('source_path', '')}",
             "target": job.about.get("target", ""),
-            "files": f"{len(plan.sources)} to read, {len(plan.targets)} to write",
+            "files": f"{len(plan.files_read)} to read, {len(plan.targets)} to write",
             "tensors": f"{len(plan.transfers)}",
             "warnings": f"{len(plan.warnings)}" if plan.warnings else "none",
         },

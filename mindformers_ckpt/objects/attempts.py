@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.log import log
 from mindformers_ckpt.objects.errors import MissingObject, ObjectError
+from mindformers_ckpt.words import in_one_line
 
 T = TypeVar("T")
 
@@ -74,15 +75,15 @@ def _as_object_error(error: Exception, place: str) -> ObjectError | None:
         status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return _refusal(int(status), str(answer.get("Error", {}).get("Code", "")), place)
     if isinstance(error, (known.NoCredentialsError, known.PartialCredentialsError, known.CredentialRetrievalError)):
-        return ObjectError(errno.EACCES, f"{_line(error)}; {_CREDENTIALS}", place, is_final=True)
+        return ObjectError(errno.EACCES, f"{in_one_line(error)}; {_CREDENTIALS}", place, is_final=True)
     if isinstance(error, (known.ConnectionError, known.HTTPClientError, urllib3.exceptions.HTTPError)):
-        return ObjectError(errno.EIO, _line(error), place, is_final=False)
+        return ObjectError(errno.EIO, in_one_line(error), place, is_final=False)
     if isinstance(error, (known.IncompleteReadError, known.ReadTimeoutError, known.ResponseStreamingError)):
-        return ObjectError(errno.EIO, _line(error), place, is_final=False)
+        return ObjectError(errno.EIO, in_one_line(error), place, is_final=False)
     if isinstance(error, known.BotoCoreError):
-        return ObjectError(errno.EINVAL, _line(error), place, is_final=True)
+        return ObjectError(errno.EINVAL, in_one_line(error), place, is_final=True)
     if isinstance(error, OSError) and not isinstance(error, ConfigError):
-        return ObjectError(errno.EIO, _line(error), place, is_final=False)
+        return ObjectError(errno.EIO, in_one_line(error), place, is_final=False)
     return None
 
 
@@ -107,8 +108,3 @@ def _refusal(status: int, code: str, place: str) -> ObjectError:
         return ObjectError(errno.EACCES, f"the storage refuses ({text}); {_CREDENTIALS}", place, is_final=True)
     is_busy = status >= 500 or status in _BUSY or code in _BUSY_CODES
     return ObjectError(errno.EIO, f"the storage answers {text}", place, is_final=not is_busy)
-
-
-def _line(error: Exception) -> str:
-    """An error in one line; several of the libraries' have no text."""
-    return " ".join(f"{type(error).__name__}: {error}".rstrip(": ").split())

@@ -87,3 +87,12 @@ class Constant(NamedTuple):
 
 
 Compute = Union[Cast, Dequantise, Merge, Constant]
+
+
+def files_of(compute: Compute | None) -> set[int]:
+    """The files (indices) that a computation reads beside that of its place."""
+    if isinstance(compute, Dequantise):
+        return {compute.scale_file}
+    if isinstance(compute, Merge):
+        return {piece.file for factor in (compute.up, compute.down) for piece in factor.pieces}
+    return set()

@@ -107,7 +107,10 @@ def read_plan(path: Path) -> Job:
     except OSError as error:
         raise PlanError(f"cannot read the plan file {path}: {error.strerror}; plan --out FILE makes one") from error
     except ValueError as error:
-        raise PlanError(f"{path} is damaged, or not a plan file ({error}); make it again") from None
+        raise PlanError(
+            f"{path} is not a plan file, or damaged ({str(error).partition(';')[0]}); `mindformers-ckpt plan --out` "
+            "makes one"
+        ) from None
     if not isinstance(content, dict) or _MARK not in content:
         raise PlanError(f"{path} is not a plan file; `mindformers-ckpt plan --out` makes one")
     if content[_MARK] != VERSION:

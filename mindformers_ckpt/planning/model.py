@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 from mindformers_ckpt.errors import PlanError, raise_problems
 from mindformers_ckpt.formats import DType, TensorSpec
 from mindformers_ckpt.geometry.box import Box, BoxIndex, are_disjoint, covered_volume, hull, meets
-from mindformers_ckpt.planning.computations import Compute
+from mindformers_ckpt.planning.computations import Compute, files_of
 
 DEFAULT_PREFIX = "checkpoint_"
 
@@ -163,6 +163,13 @@ class Plan:
                 known[key] = transfer.bytes_read
             total += known[key]
         return total
+
+    @cached_property
+    def files_read(self) -> tuple[int, ...]:
+        """The source files (indices) of which something is read: of a plan for some ranks not all."""
+        ways = {id(transfer.sources): transfer.sources for transfer in self.transfers}  # many tensors share theirs
+        places = [place for sources in ways.values() for place in sources]
+        return tuple(sorted({place.file for place in places}.union(*(files_of(place.compute) for place in places))))
 
     def for_targets(self, files: Collection[int]) -> Plan:
         """The part of the plan that writes these target files (indices stay those of the whole plan)."""

@@ -133,23 +133,6 @@ def _is_of_nothing(path: Path) -> bool:
     return bool(is_journal) and not path.with_name(folder).exists()
 
 
-def clear_waste(destination: Path) -> None:
-    """Remove what runs left that died around the moment at which their result took its name; `recover` where needed.
-
-    For who refuses a destination and begins no run, which would do so. Does nothing while another process publishes.
-    """
-    gate = gate_of(destination)
-    if not (os.path.lexists(gate.path) or waste_of(destination) or _is_interrupted(destination)):
-        return
-    if gate.acquire():
-        try:
-            recover_held(destination)
-            for path in waste_of(destination):
-                discard(path, destination)
-        finally:
-            gate.release()
-
-
 def _is_interrupted(destination: Path) -> bool:
     return any(path.exists() for path in (*_news(destination), _old_name(destination)))
 

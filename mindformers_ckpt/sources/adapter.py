@@ -11,7 +11,7 @@ from typing import NamedTuple
 from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.objects.path import absolute
 from mindformers_ckpt.sources.complete import only_checkpoint
-from mindformers_ckpt.sources.find import find_source
+from mindformers_ckpt.sources.find import find_source, instead
 from mindformers_ckpt.sources.source import SUFFIXES, Source
 from mindformers_ckpt.words import shortened
 
@@ -51,7 +51,7 @@ def find_adapter(path: str | os.PathLike[str]) -> AdapterSource:
     if path.is_file():
         return AdapterSource(find_source(path), _settings(path.parent))
     if not path.is_dir():
-        raise PlanError(f"there is no adapter at {path}")
+        raise PlanError(f"there is no adapter at {path}{instead(path)}")
     names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
     held = [name for name in _PEFT_FILES if (path / name).is_file()]
     if held:

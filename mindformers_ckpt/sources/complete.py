@@ -14,7 +14,7 @@ from mindformers_ckpt.errors import PlanError
 from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.sources import unified
 from mindformers_ckpt.sources.huggingface import other_weights
-from mindformers_ckpt.sources.index import NAME_MAP_FILE, check_index, read_index
+from mindformers_ckpt.sources.index import NAME_MAP_FILE, check_index, is_index_of, read_index
 from mindformers_ckpt.sources.listing import Listing, is_strategy_file
 from mindformers_ckpt.sources.parts import is_part, sets_of, whole_set
 from mindformers_ckpt.sources.source import Kind, Source
@@ -41,7 +41,7 @@ def read(listing: Listing) -> Source | None:
         sets_of(files)
         return Source(root, {0: tuple(files)}, warnings=remarks) if files else None
     single = root / SINGLE_FILE
-    if single in files and not _is_all(single, root / INDEX_FILE):
+    if single in files and not is_index_of(root / INDEX_FILE, [single]):
         left = f"{SINGLE_FILE} and {INDEX_FILE} are both in {root}; {SINGLE_FILE} is read, as transformers does"
         return Source(root, {0: (single,)}, warnings=(left, *remarks))
     owners = read_index(root / INDEX_FILE)
@@ -98,14 +98,6 @@ def at_step(source: Source, wanted: str) -> Source:
         fault = "could be" if found else "is none of"
         raise PlanError(f"{source.root}: {wanted!r} {fault} {held}; give the name of the file to read")
     return Source(found[0], {0: (found[0],)}, warnings=source.warnings)
-
-
-def _is_all(single: Path, index: Path) -> bool:
-    """Whether the index names that file and no other one."""
-    try:
-        return set(read_index(index).values()) == {single}
-    except PlanError:
-        return False
 
 
 def separate_checkpoints(source: Source) -> list[Source]:

@@ -113,7 +113,7 @@ def _huggingface(path: str | os.PathLike[str], step: str | None) -> Source:
     checked = _checked(path)
     if not checked.is_dir():
         if not checked.is_file():
-            raise PlanError(f"there is nothing at {checked}")
+            raise PlanError(f"there is nothing at {checked}{instead(checked)}")
         _refuse_shard(checked, checked.parent)
         _refuse_part(checked)
         return huggingface.read_file(checked)
@@ -252,7 +252,7 @@ def instead(path: Path) -> str:
 
 
 def _nothing(listing: Listing) -> str:
-    strategies = "strategy files, which --src-strategy takes; " if listing.strategy_files else ""
+    strategies = "strategy files, which hold no weights; " if listing.strategy_files else ""
     return (
         f"{listing.folder} holds neither rank_<n> folders nor a .ckpt or .safetensors file, but {strategies}"
         f"{listing.describe()}; give {_inside(listing) or 'the folder that holds the rank folders, or a file'}"

@@ -9,7 +9,7 @@ from typing import Any
 from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.errors import FormatError, PlanError, describe_problems
 from mindformers_ckpt.formats import read_header
-from mindformers_ckpt.sources.index import check_index, read_index
+from mindformers_ckpt.sources.index import check_index, is_index_of, read_index
 from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.parts import is_part, part_of, sets_of, whole_set
 from mindformers_ckpt.sources.source import SUFFIXES, TORCH_SUFFIXES, Kind, Source
@@ -101,7 +101,7 @@ def _standard(listing: Listing, there: Sequence[str]) -> Source:
     else:
         files = (root / name,)
     # A model.safetensors.index.json that goes with the one file is no other set.
-    other_sets = [other for other in there[1:] if not _is_index_of(root / other, files)]
+    other_sets = [other for other in there[1:] if not is_index_of(root / other, files)]
     warnings = (*warnings, *_left_aside(listing, files, other_sets, f"{name} is read, as transformers does; "))
     return Source(root, {0: files}, Kind.HUGGING_FACE, owners, warnings=warnings)
 
@@ -122,13 +122,6 @@ def other_weights(listing: Listing) -> list[str]:
     """The weight files of PyTorch in a folder that is read as MindSpore's, and what only looks like weights."""
     files = (file.name for file in listing.weight_files(TORCH_SUFFIXES) if not file.name.startswith(_OTHERS))
     return [*files, *listing.almost_weights]
-
-
-def _is_index_of(path: Path, files: Sequence[Path]) -> bool:
-    try:
-        return path.suffix == ".json" and set(read_index(path).values()) == set(files)
-    except PlanError:
-        return False
 
 
 def _check_numbers(folder: Path, files: Sequence[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mindformers_ckpt.disk.waiting import each
@@ -37,6 +38,14 @@ def _unfinished(folder: Path, name: str) -> str:
     """What an unfinished download of a file is called, for the message."""
     found = next((f"{name}{end}" for end in _UNFINISHED if (folder / f"{name}{end}").exists()), None)
     return "" if found is None else f" ({found} is: an unfinished download)"
+
+
+def is_index_of(path: Path, files: Sequence[Path]) -> bool:
+    """Whether a file is an index that names exactly these files."""
+    try:
+        return path.suffix == ".json" and set(read_index(path).values()) == set(files)
+    except PlanError:
+        return False
 
 
 def check_index(path: Path, owners: dict[str, Path]) -> tuple[str, ...]:

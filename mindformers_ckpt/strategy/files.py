@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mindformers_ckpt.disk.files import replace_file
+from mindformers_ckpt.disk.files import like_it, replace_file
 from mindformers_ckpt.errors import StrategyError, raise_problems, system_errors
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.objects.path import as_path, names_of
@@ -111,6 +111,9 @@ def merge_strategies(
     folder, target = Path(folder), Path(target)
     if not anything:
         _check_replaceable(target)
+    if not folder.is_dir():
+        what, like = ("is a file", "") if folder.exists() else ("is not there", like_it(folder))
+        raise StrategyError(f"{folder} {what}; give the folder with the strategy files of all ranks.{like}".rstrip("."))
     files = _rank_files(folder)
     strategy = _read_folder(folder, use_merged=False)
     by_stage: dict[int, bytes] = {}

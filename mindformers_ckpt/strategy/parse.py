@@ -130,7 +130,7 @@ def _refuse_manual_split(row: _Row, dimensions: int) -> None:
 def _message_rows(path: Path, data: bytes) -> _Rows:
     from google.protobuf.message import DecodeError, EncodeError
 
-    if data[:1] == b"\n":
+    if data[:1] == b"\n" or path.suffix == ".safetensors":
         raise StrategyError(f"{path} is not a strategy file: it looks like a checkpoint; give the strategy instead")
     message = unread_map_class()()
     rows: dict[tuple[bytes, ...], _Row] = {}  # many parameters are cut alike

@@ -19,7 +19,7 @@ from mindformers_ckpt.formats import DType, TensorSpec
 from mindformers_ckpt.geometry.layout import Layout, without_optimizer_shards
 from mindformers_ckpt.planning.computations import Constant
 from mindformers_ckpt.planning.missing import weight_names
-from mindformers_ckpt.planning.model import Place, Plan, TargetFile, Transfer
+from mindformers_ckpt.planning.model import DEFAULT_PREFIX, Place, Plan, TargetFile, Transfer
 from mindformers_ckpt.sources.checkpoint2 import COMMON_FILE, COMMON_NAMES, file_name
 from mindformers_ckpt.state_names import COUNTERS
 from mindformers_ckpt.strategy.iterations import TRACKER_FILE, folder_name
@@ -28,7 +28,7 @@ from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.strategy.states import with_states
 from mindformers_ckpt.text_files import write_json, write_text
 
-DEFAULT_PREFIX = "CKP"  # what MindFormers itself writes in graph mode
+_USUAL_PREFIX = "CKP"  # what MindFormers itself writes in graph mode
 _KEPT = "global_step"  # a counter that is a parameter of the optimizer, and in common.json
 _SIDES = ("model", "opt")
 
@@ -45,6 +45,7 @@ def as_checkpoint2(
 ) -> Made:
     """The plan that makes a checkpoint 2.0 of what a plan makes for all ranks of a strategy, one file a rank.
 
+    `prefix` is that of rank files; where it was not chosen, files are called as MindFormers calls them.
     `metadata` goes into the headers of the files. Counters go into common.json, and the values of them are read here.
     Raises PlanError for layouts that the format cannot say, TransferError for a source that cannot be read.
     """
@@ -55,7 +56,8 @@ def as_checkpoint2(
             f"the source's {_KEPT} or step_num is {step}, and a checkpoint 2.0 is named after it; is it damaged?"
         )
     folder = folder_name(step)
-    split = _split(plan, folder, prefix, target.rank_count)
+    own_prefix = _USUAL_PREFIX if prefix == DEFAULT_PREFIX else prefix.rstrip("-_")
+    split = _split(plan, folder, own_prefix, target.rank_count)
     split = replace(split, targets=tuple(file._replace(metadata=metadata) for file in split.targets))
     completed = with_states(target, {transfer.name: transfer.shape for transfer in plan.transfers})
     described = None if target.is_complete else _metadata(split, completed)

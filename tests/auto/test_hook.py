@@ -15,7 +15,8 @@ pytest.importorskip("mindspore")
 import mindspore
 import numpy as np
 from networks import Net, assert_holds, content_of, network_for
-from recorded import Recorded, Tensor, random_model, read_tensors, recorded, slices_of, write_ranks, write_tensors
+from rank_jobs import model_of
+from recorded import Tensor, random_model, read_tensors, recorded, slices_of, write_ranks, write_tensors
 
 from mindformers_ckpt import CheckpointHook, Layout, StrategySaved, load_checkpoint
 from mindformers_ckpt.errors import CheckpointError, ConfigError, PlanError, StrategyError
@@ -28,12 +29,6 @@ from mindformers_ckpt.strategy.files import write_strategy
 
 Tensors = dict[str, Tensor]
 LAYERS = ("model.layers.0.attention.wq.weight", "model.norm_out.weight", "lm_head.weight")
-
-
-def model_of(config: Recorded, seed: int = 0) -> Tensors:
-    """Whole tensors of a configuration, but for the gradients that no checkpoint holds; and a counter."""
-    shapes = {name: item.full_shape for name, item in config.parameters.items() if not name.startswith("accu_grads")}
-    return random_model({**shapes, "global_step": (1,)}, seed)
 
 
 def sharded(root: Path, name: str, format: str = "ckpt") -> tuple[Path, Path, Tensors]:

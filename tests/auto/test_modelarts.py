@@ -1,6 +1,6 @@
 """Jobs on nodes with separate disks, whose strategies and weights go through an S3 server over HTTP."""
 
-# ruff: noqa: F811 (fixtures of test_ranks)
+# ruff: noqa: F811 (fixtures of rank_jobs)
 from __future__ import annotations
 
 import json
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_ranks
+import rank_jobs
+from rank_jobs import Source, assert_loaded, expected, old_results, results, run, source  # noqa: F401
 from recorded import read_ranks, recorded, slices_of, write_ranks, write_tensors
 from s3_server import BUCKET, Fault, FlakyProxy, environment, s3_server
-from test_ranks import Source, assert_loaded, expected, old_results, results, run, source  # noqa: F401
 
 from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.job.hyperparameters import from_command_line
@@ -29,7 +29,7 @@ from mindformers_ckpt.strategy.files import read_strategy
 from mindformers_ckpt.transform import transform
 
 TWO_NODES = ("alpha", "alpha", "beta", "beta")
-TARGET = test_ranks.TARGET
+TARGET = rank_jobs.TARGET
 RUN = re.compile(r"auto_trans/(\d{8}-\d{6}-[0-9a-f]{8})/")
 
 
@@ -59,7 +59,7 @@ def proxy(proxies: FlakyProxy, monkeypatch: pytest.MonkeyPatch) -> FlakyProxy:
 @pytest.fixture
 def url(request: pytest.FixtureRequest, proxy: FlakyProxy, monkeypatch: pytest.MonkeyPatch) -> str:
     """The remote_save_url of one test."""
-    monkeypatch.setattr(test_ranks, "PROGRAM", Path(__file__).with_name("remote_rank.py"))
+    monkeypatch.setattr(rank_jobs, "PROGRAM", Path(__file__).with_name("remote_rank.py"))
     return f"s3://{BUCKET}/{re.sub('[^a-z_0-9]', '-', request.node.name)}"
 
 
@@ -100,7 +100,7 @@ def transformed(output: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.ckpt")}
 
 
-def assert_failed(outcomes: Sequence[test_ranks.Outcome], pattern: str, but: Sequence[int] = ()) -> None:
+def assert_failed(outcomes: Sequence[rank_jobs.Outcome], pattern: str, but: Sequence[int] = ()) -> None:
     for rank, outcome in enumerate(outcomes):
         if rank not in but:
             assert outcome.code == 1, outcome.log
@@ -162,7 +162,7 @@ def test_no_pipeline_and_complete_weights(
     folders: dict[str, Path],
 ) -> None:
     config = recorded("mp4_infer")
-    tensors = test_ranks.model_of(config)
+    tensors = rank_jobs.model_of(config)
     for disk in folders.values():
         write_tensors(disk / "whole.safetensors", tensors)
     wanted = {"load_checkpoint": "whole.safetensors", "src_strategy_path_or_dir": "", "run_mode": "predict"}
@@ -179,7 +179,7 @@ def test_equal_strategies_leave_nothing_in_the_storage(
     folders: dict[str, Path],
 ) -> None:
     config = recorded(TARGET)
-    tensors = test_ranks.model_of(config)
+    tensors = rank_jobs.model_of(config)
     parts = slices_of(config, tensors, replicated=("global_step",))
     for disk in folders.values():
         write_ranks(disk / "same", parts)
@@ -283,7 +283,7 @@ def test_node_that_never_sends(run: Any, source: Source, url: str, folders: dict
 
 
 def test_other_source_on_a_node(run: Any, source: Source, url: str, folders: dict[str, Path]) -> None:
-    other = test_ranks.model_of(recorded("dp2mp2pp2"))
+    other = rank_jobs.model_of(recorded("dp2mp2pp2"))
     del other["global_step"]
     shutil.rmtree(folders["beta"] / "llama")
     write_ranks(folders["beta"] / "llama", slices_of(recorded("dp2mp2pp2"), other))

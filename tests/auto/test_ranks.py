@@ -1,191 +1,34 @@
-"""Several ranks, each a process with the environment that msrun sets: the whole hook, and what goes wrong."""
+"""Several ranks, each a process with the environment that msrun sets: the whole hook, and what it refuses."""
+# ruff: noqa: F811 (fixtures of rank_jobs)
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import re
-import shlex
 import shutil
-import signal
-import subprocess
-import sys
-import time
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import psutil
 import pytest
 from checkpoint2_files import COMMON, write_checkpoint2
-from recorded import STRATEGIES, Recorded, Tensor, random_model, recorded, slices_of, write_ranks, write_tensors
+from rank_jobs import (  # noqa: F401
+    TARGET,
+    Source,
+    Tensors,
+    assert_loaded,
+    digests,
+    expected,
+    many_ranks,
+    model_of,
+    old_results,
+    results,
+    run,
+    source,
+)
+from recorded import STRATEGIES, Tensor, random_model, recorded, slices_of, write_ranks, write_tensors
 
 from mindformers_ckpt.formats.ckpt_crc import append_crc
-from mindformers_ckpt.geometry.layout import Layout
-from mindformers_ckpt.job.cluster.environment import PORT_OFFSET
 from mindformers_ckpt.publish.manifest import read_manifests
-from mindformers_ckpt.strategy.files import read_strategy, write_strategy
-
-ROOT = Path(__file__).parents[2]
-PROGRAM = Path(__file__).with_name("rank.py")
-TIMEOUT = 60.0  # transform_timeout of the jobs
-TARGET = "pp4"  # 4 stages of one rank: the strategies are merged
-
-Tensors = Mapping[str, Tensor]
-
-
-class Outcome(NamedTuple):
-    """How a rank ended: exit code, the digests of what it loaded, its error, and what it logged."""
-
-    code: int
-    loaded: dict[str, str] | None
-    error: str
-    log: str
-    requests: dict[str, int] | None = None
-
-
-class Job:
-    """Ranks of one job, started as processes."""
-
-    def __init__(self, config: Mapping[str, Any], ranks: int = 4, live: str | None = TARGET, **about: Any) -> None:
-        faults: Mapping[int, str] = about.pop("faults", {})
-        nodes: Sequence[str] = about.pop("nodes", ("node",) * ranks)
-        folders: Mapping[str, Path] = about.pop("folders", {})
-        self.mark = uuid.uuid4().hex
-        port = about.pop("port", free_port())
-        self.processes = []
-        for rank in range(ranks):
-            job = {"config": {"transform_timeout": TIMEOUT, **config}, "live": live, "fault": faults.get(rank), **about}
-            environment = {
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "MS_ROLE": "MS_WORKER",
-                "MS_WORKER_NUM": str(ranks),
-                "MS_NODE_ID": str(rank),
-                "MS_SCHED_HOST": "127.0.0.1",
-                "MS_SCHED_PORT": str(port - PORT_OFFSET),
-                "MINDFORMERS_CKPT_NODE": nodes[rank],
-                "JOB_MARK": self.mark,
-            }
-            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            command = [sys.executable, str(PROGRAM), json.dumps(job, default=str)]
-            folder = folders.get(nodes[rank], ROOT)
-            self.processes.append(subprocess.Popen(command, env=environment, cwd=folder, text=True, **pipes))
-
-    def outcomes(self, within: float = 120.0) -> list[Outcome]:
-        """Wait for all ranks, and see that they left no process behind."""
-        until = time.monotonic() + within
-        found = []
-        for process in self.processes:
-            output, log = process.communicate(timeout=max(until - time.monotonic(), 0.1))
-            lines = [line for line in output.splitlines() if line.startswith("{")]
-            said = json.loads(lines[-1]) if lines else {}
-            found.append(
-                Outcome(process.returncode, said.get("loaded"), said.get("error", ""), log, said.get("requests"))
-            )
-        left = self.left()
-        until = time.monotonic() + 5
-        while left and time.monotonic() < until:
-            time.sleep(0.05)
-            left = self.left()
-        assert left == []
-        return found
-
-    def left(self) -> list[int]:
-        """Processes that carry the job's mark."""
-        marked = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("JOB_MARK") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    marked.append(process.pid)
-            except (psutil.Error, OSError):
-                continue
-        return marked
-
-    def kill(self) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-            process.communicate()
-
-
-@pytest.fixture
-def run() -> Iterator[Any]:
-    jobs: list[Job] = []
-
-    def start(*arguments: Any, **options: Any) -> Job:
-        jobs.append(Job(*arguments, **options))
-        return jobs[-1]
-
-    yield start
-    for job in jobs:
-        job.kill()
-
-
-def free_port() -> int:
-    from test_cluster import free_address
-
-    return free_address().port
-
-
-def digests(tensors: Tensors) -> dict[str, str]:
-    return {name: hashlib.blake2b(tensor.bits.tobytes(), digest_size=8).hexdigest() for name, tensor in tensors.items()}
-
-
-def model_of(config: Recorded, seed: int = 0) -> dict[str, Tensor]:
-    shapes = {name: item.full_shape for name, item in config.parameters.items() if not name.startswith("accu_grads")}
-    return random_model({**shapes, "global_step": (1,)}, seed)
-
-
-def expected(target: str, tensors: Tensors, ranks: int = 4) -> list[dict[str, str]]:
-    """What the ranks of a recorded configuration should hold."""
-    parts = slices_of(recorded(target), tensors, replicated=("global_step",))
-    return [digests(parts[rank]) for rank in range(ranks)]
-
-
-class Source(NamedTuple):
-    folder: Path
-    strategy: Path
-    tensors: dict[str, Tensor]
-
-    @property
-    def keys(self) -> dict[str, Any]:
-        return {"load_checkpoint": self.folder, "src_strategy_path_or_dir": self.strategy, "auto_trans_ckpt": True}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """The checkpoint of 8 ranks, dp2 mp2 pp2, with optimizer state."""
-    config = recorded("dp2mp2pp2")
-    tensors = model_of(config)
-    parts = slices_of(config, tensors, replicated=("global_step",))
-    return Source(write_ranks(tmp_path_factory.mktemp("source") / "llama", parts), config.folder, tensors)
-
-
-def results(output: Path) -> dict[str, bytes]:
-    """The contents of the strategy folder and of the transformed checkpoint."""
-    folders = [output / "strategy", output / "transformed_checkpoint"]
-    files = (path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(output)): path.read_bytes() for path in files}
-
-
-def old_results(output: Path) -> dict[str, bytes]:
-    """Make results of an earlier job."""
-    for name in ("strategy/ckpt_strategy_rank_0.ckpt", "transformed_checkpoint/llama/rank_0/checkpoint_0.ckpt"):
-        (output / name).parent.mkdir(parents=True)
-        (output / name).write_text(f"old {name}")
-    return results(output)
-
-
-def assert_loaded(outcomes: Sequence[Outcome], wanted: Sequence[Mapping[str, str]]) -> None:
-    for outcome, tensors in zip(outcomes, wanted):
-        assert outcome.code == 0, outcome.error or outcome.log
-        assert outcome.loaded == tensors
-
-
-# ----------------------------------------------------------------------------------------- the main job
+from mindformers_ckpt.strategy.files import read_strategy
 
 
 @pytest.mark.parametrize(("processes", "by_rank"), [(1, False), (3, True)])
@@ -218,31 +61,6 @@ def test_without_the_detour_nothing_is_written(run: Any, source: Source, tmp_pat
     assert_loaded(outcomes, expected(TARGET, source.tensors))
     assert not (output / "transformed_checkpoint").exists()
     assert read_strategy(output / "strategy" / "merged_ckpt_strategy.ckpt").rank_count == 4
-
-
-def many_ranks(folder: Path, ranks: int) -> Source:
-    """A checkpoint of so many ranks, mp4, the files of which are four with many names."""
-    recorded_shapes = recorded(TARGET)
-    tensors = model_of(recorded_shapes)
-    layouts = {
-        name: Layout.on({"dp": ranks // 4, "mp": 4}, "mp", *[None] * (tensor.bits.ndim - 1))
-        for name, tensor in tensors.items()
-        if tensor.bits.shape[0] % 4 == 0
-    }
-    parts = {
-        rank: {
-            name: tensor.part(layouts[name].box(tensor.bits.shape, rank)) if name in layouts else tensor
-            for name, tensor in tensors.items()
-        }
-        for rank in range(4)
-    }
-    source = write_ranks(folder / "llama", parts)
-    for rank in range(4, ranks):
-        (file,) = (source / f"rank_{rank % 4}").iterdir()
-        (source / f"rank_{rank}").mkdir()
-        os.link(file, source / f"rank_{rank}" / file.name.replace(f"{rank % 4}", f"{rank}"))
-    write_strategy(layouts, folder / "strategy.ckpt", 0)
-    return Source(source, folder / "strategy.ckpt", tensors)
 
 
 def test_requests_of_a_rank_do_not_grow_with_the_source(run: Any, tmp_path: Path) -> None:
@@ -449,9 +267,6 @@ def test_without_the_switch_another_strategy_is_told(run: Any, tmp_path: Path) -
     assert all("set auto_trans_ckpt: True" in error for error in errors)
 
 
-# ------------------------------------------------------------------------------------- what is refused
-
-
 def test_a_strategy_of_other_size_than_the_job(run: Any, source: Source, tmp_path: Path) -> None:
     outcomes = run({**source.keys, "output_dir": tmp_path / "output"}, ranks=2, live="mp8").outcomes()
     assert all("is for 8 ranks, but this job has 2" in outcome.error for outcome in outcomes)
@@ -476,207 +291,6 @@ def test_two_jobs_on_one_output_dir(run: Any, source: Source, tmp_path: Path) ->
     first.processes[0].stdin.write("\n")
     first.processes[0].stdin.flush()
     assert_loaded(first.outcomes(), [digests(source.tensors)])
-
-
-# ---------------------------------------------------------------------------------------- what goes wrong
-
-
-KILLED = r"rank {}\b.* died"  # "rank 3 on node:1f.. died", "rank 3, which coordinates, died"
-
-
-@pytest.mark.parametrize(
-    ("fault", "rank", "text"),
-    [
-        ("clear", 0, KILLED),
-        pytest.param("compile", 2, KILLED, marks=pytest.mark.slow),
-        pytest.param("merge", 0, KILLED, marks=pytest.mark.slow),
-        ("transform", 0, KILLED),
-        pytest.param("wait", 3, KILLED, marks=pytest.mark.slow),
-        ("load", 1, KILLED),
-        pytest.param("load", 0, KILLED, marks=pytest.mark.slow),
-        pytest.param("publish", 0, KILLED, marks=pytest.mark.slow),
-        ("worker", 0, "a worker process died"),
-        ("source vanishes", 0, "rank_5/checkpoint_5.ckpt"),
-        ("raise", 1, KILLED),
-    ],
-)
-def test_a_failure_reaches_all_ranks_and_leaves_the_old_results(
-    run: Any, source: Source, tmp_path: Path, fault: str, rank: int, text: str
-) -> None:
-    """Kill -9 at every stage of the main job; the same job runs then without a file removed by hand."""
-    folder = tmp_path / "llama"
-    shutil.copytree(source.folder, folder)
-    output = tmp_path / "output"
-    before = old_results(output)
-    keys = {**source.keys, "load_checkpoint": folder, "output_dir": output}
-    keys |= {"transform_process_num": 2, "transform_by_rank": True}
-    began = time.monotonic()
-    outcomes = run(keys, faults={rank: fault}).outcomes()
-    assert time.monotonic() - began < TIMEOUT
-    survivors = [outcome for outcome in outcomes if outcome.error]
-    assert len(survivors) == (4 if fault in ("worker", "source vanishes") else 3)
-    for outcome in survivors:
-        assert re.search(text.format(rank), outcome.error.splitlines()[0]), outcome.error
-        assert outcome.code == 1
-    assert results(output) == before
-
-    if fault == "source vanishes":
-        (folder / "gone").rename(folder / "rank_5")
-    assert_loaded(run(keys).outcomes(), expected(TARGET, source.tensors))
-    left = {path.name for path in output.iterdir()} - {".checkpoint_hook.lock"}
-    assert left == {"strategy", "transformed_checkpoint"}
-
-
-def test_killed_after_the_result_is_in_place(run: Any, source: Source, tmp_path: Path) -> None:
-    output = tmp_path / "output"
-    old_results(output)
-    keys = {**source.keys, "output_dir": output}
-    outcomes = run(keys, faults={0: "keep"}).outcomes()
-    assert [outcome.code for outcome in outcomes[1:]] == [1, 1, 1]
-    assert read_manifests(output / "transformed_checkpoint").get("manifest.json") is not None
-    assert_loaded(run(keys).outcomes(), expected(TARGET, source.tensors))
-
-
-def test_a_rank_that_hangs_is_named(run: Any, source: Source, tmp_path: Path) -> None:
-    output = tmp_path / "output"
-    before = old_results(output)
-    job = run({**source.keys, "output_dir": output, "transform_timeout": 8}, faults={2: "hang"})
-    waiting = [process for rank, process in enumerate(job.processes) if rank != 2]
-    said = [json.loads(process.communicate(timeout=30)[0]) for process in waiting]
-    for text in said:
-        assert text["error"].startswith("step 'transformed': rank 2 has not arrived within 8 s")
-    job.processes[2].kill()
-    assert results(output) == before
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
-def test_a_disk_that_fills(run: Any, source: Source, tmp_path: Path) -> None:
-    output = tmp_path / "output"
-    output.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(output)], check=False)
-    if mounted.returncode != 0:
-        pytest.skip("no file system can be mounted here")
-    try:
-        before = old_results(output)
-        keys = {**source.keys, "output_dir": output, "transform_process_num": 2}
-        outcomes = run(keys, faults={0: "disk fills"}).outcomes()
-        assert all("No space left on device" in outcome.error for outcome in outcomes)
-        assert results(output) == before
-        (output / "filler").unlink()
-        assert_loaded(run(keys).outcomes(), expected(TARGET, source.tensors))
-        # A disk that is too small from the start is found out before the first byte is written.
-        (output / "filler").write_bytes(bytes(20 << 20))
-        outcomes = run(keys).outcomes()
-        assert all("the result needs" in outcome.error and "GB free" in outcome.error for outcome in outcomes)
-    finally:
-        subprocess.run(["umount", str(output)], check=True)
-
-
-# ------------------------------------------------------------------------------------------ several nodes
-
-TWO_NODES = ("alpha", "alpha", "beta", "beta")
-
-
-@pytest.mark.parametrize("processes", [1, 3])
-def test_two_nodes_with_a_shared_disk(run: Any, source: Source, tmp_path: Path, processes: int) -> None:
-    keys = {**source.keys, "output_dir": tmp_path / "output", "transform_process_num": processes}
-    outcomes = run({**keys, "transform_by_rank": True}, nodes=TWO_NODES).outcomes()
-    assert_loaded(outcomes, expected(TARGET, source.tensors))
-    copying = [rank for rank, outcome in enumerate(outcomes) if "GB/s" in outcome.log]
-    assert copying == ([0] if processes == 1 else [0, 2])
-    assert not list((tmp_path / "output").glob(".shared-disk-*"))
-
-
-def test_two_nodes_that_see_different_sources(run: Any, source: Source, tmp_path: Path) -> None:
-    folders = {"alpha": tmp_path / "a", "beta": tmp_path / "b"}
-    for folder in folders.values():
-        shutil.copytree(source.folder, folder / "llama")
-    file = folders["beta"] / "llama" / "rank_3" / "checkpoint_3.ckpt"
-    write_tensors(file, {"lm_head.weight": source.tensors["lm_head.weight"]})
-    keys = {**source.keys, "load_checkpoint": "llama", "output_dir": tmp_path / "output", "transform_process_num": 2}
-    outcomes = run(keys, nodes=TWO_NODES, folders=folders).outcomes()
-    assert all(outcome.code == 1 for outcome in outcomes)
-    assert all("rank 2 failed" in outcome.error or outcome is outcomes[2] for outcome in outcomes)
-
-
-def test_two_nodes_without_a_shared_disk(run: Any, source: Source, tmp_path: Path) -> None:
-    """Refused before anything is cleared; then the guide's way, with the commands that the error names."""
-    folders = {"alpha": tmp_path / "a", "beta": tmp_path / "b"}
-    before = {}
-    for name, folder in folders.items():
-        before[name] = old_results(folder / "output")
-    job = run({**source.keys, "output_dir": "output"}, nodes=TWO_NODES, folders=folders)
-    outcomes = job.outcomes()
-    for outcome in outcomes:
-        assert "is not shared by all nodes:\n  ranks 2-3 do not see what rank 0 writes" in outcome.error
-        assert "Nothing was cleared" in outcome.error
-    for name, folder in folders.items():
-        assert results(folder / "output") == before[name]
-        assert {path.name for path in (folder / "output").iterdir()} == {"strategy", "transformed_checkpoint"}
-
-    strategies = run({"only_save_strategy": True, "output_dir": "output"}, nodes=TWO_NODES, folders=folders)
-    assert [outcome.code for outcome in strategies.outcomes()] == [0] * 4
-    for name, ranks in (("alpha", (0, 1)), ("beta", (2, 3))):
-        found = {path.name for path in (folders[name] / "output" / "strategy").iterdir()}
-        assert found == {f"ckpt_strategy_rank_{rank}.ckpt" for rank in ranks}
-
-    output = folders["alpha"] / "output"
-    scp, command, share = (line.strip() for line in outcomes[0].error.splitlines() if line.startswith("     "))
-    assert scp == f"scp beta:{output}/strategy/ckpt_strategy_rank_* {output}/strategy/"
-    shutil.copytree(folders["beta"] / "output" / "strategy", output / "strategy", dirs_exist_ok=True)
-    words = shlex.split(command)
-    assert words[0] == "mindformers-ckpt"
-    subprocess.run([sys.executable, "-m", "mindformers_ckpt", *words[1:]], cwd=ROOT, check=True, capture_output=True)
-    result = output / "offline_checkpoint"
-    assert share == (f"ssh beta mkdir -p {result} && scp -r {result}/rank_2 {result}/rank_3 beta:{result}/")
-    (folders["beta"] / "output" / "offline_checkpoint").mkdir()
-    for rank in (2, 3):
-        shutil.move(result / f"rank_{rank}", folders["beta"] / "output" / "offline_checkpoint")
-
-    keys = {"load_checkpoint": "output/offline_checkpoint", "output_dir": "output"}
-    loading = run(keys, nodes=TWO_NODES, folders=folders)
-    assert_loaded(loading.outcomes(), expected(TARGET, source.tensors))
-
-
-def test_a_node_that_dies(run: Any, source: Source, tmp_path: Path) -> None:
-    output = tmp_path / "output"
-    before = old_results(output)
-    keys = {**source.keys, "output_dir": output, "transform_process_num": 2, "transform_by_rank": True}
-    outcomes = run(keys, nodes=TWO_NODES, faults={2: "transform", 3: "wait"}).outcomes()
-    for outcome in outcomes[:2]:
-        assert re.search(r"rank [23]\b.* died", outcome.error)
-    assert results(output) == before
-    assert_loaded(run(keys, nodes=TWO_NODES).outcomes(), expected(TARGET, source.tensors))
-
-
-@pytest.mark.parametrize("saved", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_killed_while_it_looks_at_the_source(run: Any, tmp_path: Path, saved: bool) -> None:
-    source, output = many_ranks(tmp_path, 128), tmp_path / "output"
-    before = old_results(output)
-    keys = {**source.keys, "output_dir": output, "auto_trans_save": saved}
-    began = time.monotonic()
-    outcomes = run(keys, nodes=TWO_NODES, faults={0: "looking"}).outcomes()
-    assert time.monotonic() - began < TIMEOUT
-    assert outcomes[0].code == -signal.SIGKILL
-    for outcome in outcomes[1:]:
-        assert outcome.code == 1
-        (line,) = outcome.error.splitlines()
-        assert re.search(KILLED.format(0), line), line
-    assert results(output) == before
-    assert_loaded(run(keys, nodes=TWO_NODES).outcomes(), expected(TARGET, source.tensors))
-    left = {path.name for path in output.iterdir()} - {".checkpoint_hook.lock"}
-    assert left <= {"strategy", "transformed_checkpoint"}
-
-
-@pytest.mark.slow
-def test_a_rank_that_hangs_while_it_looks_is_named(run: Any, tmp_path: Path) -> None:
-    source = many_ranks(tmp_path, 128)
-    keys = {**source.keys, "output_dir": tmp_path / "output", "transform_timeout": 8}
-    job = run(keys, nodes=TWO_NODES, faults={0: "hangs looking"})
-    for process in job.processes[1:]:
-        said = json.loads(process.communicate(timeout=30)[0])
-        assert "rank 0 has not arrived within 8 s" in said["error"], said
-    job.processes[0].kill()
 
 
 @pytest.mark.parametrize("saved", [True, False])

@@ -1,5 +1,5 @@
 """Jobs of two nodes that see one disk through mounts of their own: names and attributes that are seconds old."""
-# ruff: noqa: F811 (fixtures of test_ranks)
+# ruff: noqa: F811 (fixtures of rank_jobs)
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rank_jobs import TARGET, TWO_NODES, Source, assert_loaded, expected, old_results, results, run, source  # noqa: F401
 from slow_mount import mounted, why_not
-from test_ranks import TARGET, Source, assert_loaded, expected, old_results, results, run, source  # noqa: F401
-
-TWO_NODES = ("alpha", "alpha", "beta", "beta")
 
 
 @pytest.fixture(params=[True, False], ids=["locks", "no locks"])

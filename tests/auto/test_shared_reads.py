@@ -1,5 +1,5 @@
 """Jobs of four nodes, each with a mount of its own: what they read of one checkpoint with `auto_trans_save: False`."""
-# ruff: noqa: F811 (fixtures of test_ranks)
+# ruff: noqa: F811 (fixtures of rank_jobs)
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rank_jobs import Tensors, digests, run  # noqa: F401
 from recorded import random_model, write_ranks, write_tensors
 from slow_mount import Mount, mounted, why_not
-from test_ranks import Tensors, digests, run  # noqa: F401
 
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.strategy.files import write_strategy

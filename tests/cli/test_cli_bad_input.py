@@ -328,3 +328,30 @@ def _assert_one_error(result: Result, messages: list[str]) -> None:
     assert "Traceback" not in result.err, result
     for message in messages:
         assert message in result.err, result
+
+
+def test_what_is_not_a_folder_of_strategies_is_not_merged(toy: Path) -> None:
+    misspelt = command(["merge-strategy", "dp2mp", "merged.ckpt"], toy)
+    assert (misspelt.code, misspelt.out) == (1, "")
+    assert "dp2mp is not there; give the folder with the strategy files of all ranks. Did you mean 'dp2mp2'" in (
+        misspelt.err
+    )
+    file = command(["merge-strategy", "dp2mp2/ckpt_strategy_rank_0.ckpt", "merged.ckpt"], toy)
+    assert file.code == 1
+    assert "ckpt_strategy_rank_0.ckpt is a file; give the folder with the strategy files" in file.err
+
+
+def test_a_safetensors_file_is_not_taken_for_a_damaged_strategy(toy: Path) -> None:
+    asked = ["--src-checkpoint", "full.ckpt", "--dst-checkpoint-dir", "out", "--dst-strategy", "full.safetensors"]
+    refused = command(["transform", *asked], toy)
+    assert refused.code == 1
+    assert "full.safetensors is not a strategy file: it looks like a checkpoint" in refused.err
+
+
+def test_boxes_of_a_rank_under_no_strategy_are_said_to_be_those_of_the_shard(toy: Path) -> None:
+    (toy / "dp2mp2").rename(toy / "elsewhere")
+    (toy / "mp2pp2").rename(toy / "elsewhere2")
+    done = command(["inspect", "sharded", "--rank", "1"], toy)
+    assert done.code == 0
+    assert "boxes are those within the shards; give --strategy" in done.err
+    assert "give --strategy" not in command(["inspect", "sharded", "--rank", "1", "--strategy", "elsewhere"], toy).err

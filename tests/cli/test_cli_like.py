@@ -87,7 +87,7 @@ def test_states_have_the_shapes_of_their_weights(toy: Path) -> None:
     [
         ("nowhere", "there is no checkpoint at"),
         ("sharded", "neither it nor the folder around it has a folder `strategy` for that many"),
-        ("two", "holds 2 checkpoints; name the file"),
+        ("two", "holds several checkpoints (0.ckpt, 1.ckpt); give the file that is meant"),
         ("alien.ckpt", "have no tensor in common: the one holds embedding.weight, …, the other x, …"),
         ("alien.json", "holds no config.json"),
         ("unknown/config.json", "model_type 'unheard_of'; known are"),

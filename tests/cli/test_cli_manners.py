@@ -275,12 +275,19 @@ def test_a_dry_run_writes_nothing_and_tells_what_a_run_would_refuse(toy: Path) -
     content = json.loads(command([*arguments, "--dry-run", "--json"], toy).out)
     assert content["refusals"] == ["out is not empty; choose another folder, or --overwrite replaces it"]
     assert content["disk_needed"] == sum(path.stat().st_size for path in (toy / "out").rglob("*.ckpt"))
+    assert command([*arguments, "--dry-run"], toy).code == 1
     assert command(arguments, toy).code == 1
+    again = command([*arguments, "--overwrite", "--dry-run"], toy)
+    assert (again.code, "refused" in again.out) == (0, False)
+    added = command([*arguments, "--ranks", "0", "--overwrite", "--dry-run"], toy)
+    assert (added.code, "refused" in added.out) == (0, False)
     plan = command(["plan", *arguments[1:]], toy)
     assert "refused:" in plan.out
     (toy / "other").mkdir()
     (toy / "other/file").touch()
-    assert "--overwrite-anything replaces it" in command([*arguments[:4], "other", "--dry-run"], toy).out
+    for more, code in ((["--overwrite"], 1), (["--overwrite-anything"], 0)):
+        done = command([*arguments[:4], "other", "--dry-run", *more], toy)
+        assert ("--overwrite-anything replaces it" in done.out, done.code) == (bool(code), code)
 
 
 def test_dry_runs_of_conversion_and_merge(toy: Path) -> None:

@@ -55,6 +55,10 @@ def test_a_plan_of_some_ranks_reads_what_they_need(toy: Path) -> None:
     """Ranks 0 and 1 are the first stage, which holds neither the second layer nor the norm."""
     said = json.loads(_plan(toy, "--ranks", "0-1", "--json").out)
     assert said["ranks"] == [0, 1]
+    read = [path for rank in (0, 1) for path in (toy / f"sharded/rank_{rank}").iterdir()]
+    assert said["files"] == [str(path.relative_to(toy / "sharded")) for path in read]
+    assert said["files_read"] == 2
+    assert f"files:       {said['files'][0]}, {said['files'][1]}\n" in _plan(toy, "--ranks", "0-1").out
     needed = ("embedding.weight", "layers.0.weight", "global_step")
     assert said["bytes_read"] == sum(len(MODEL[name].bits.tobytes()) for name in needed)
     # Rank 0 takes the first three columns of the embedding, and of the layer the first four rows.
@@ -130,8 +134,8 @@ def _change(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda path: os.truncate(path, 300), "is damaged, or not a plan file"),
-        (lambda path: path.write_bytes(b"\x80pickle"), "is damaged, or not a plan file"),
+        (lambda path: os.truncate(path, 300), "is not a plan file, or damaged"),
+        (lambda path: path.write_bytes(b"\x80pickle"), "is not a plan file, or damaged"),
         (lambda path: path.write_text("[1]"), "is not a plan file"),
         (lambda path: path.unlink(), "cannot read the plan file"),
         (_change(lambda content: content.update(mindformers_ckpt_plan=7)), "of version 7, this program reads"),

@@ -137,6 +137,14 @@ def test_replicas_that_were_left_out(toy: Path, format: str) -> None:
     assert_ranks(toy / "out", mp2pp2())
 
 
+def test_ranks_whose_folders_are_not_there_are_named(toy: Path) -> None:
+    write_ranks(toy / "source", {rank: tensors for rank, tensors in dp2mp2().items() if rank != 3})
+    result = _transform(toy, "source", "--src-strategy", "dp2mp2", "--dst-strategy", "mp2pp2")
+    assert result.code == 0, result
+    assert "ranks 3 of the strategy have no folder; what is needed of theirs is taken from the others" in result.err
+    assert_ranks(toy / "out", mp2pp2())
+
+
 def test_the_last_file_by_name_of_several(toy: Path) -> None:
     """By the guide the last in default sort of the names, although that is an older step here."""
     for rank, tensors in dp2mp2().items():

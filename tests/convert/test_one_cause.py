@@ -165,3 +165,17 @@ def test_an_output_layer_of_its_own(model: str, tmp_path: Path) -> None:
     assert len(result.warnings) == (0 if model == "wizardcoder" else 1)
     convert(Request(model, tmp_path / "weights.safetensors", True, hf_config=source), tmp_path / "back")
     hf.assert_equal(hf.read_folder(tmp_path / "back"), tensors)
+
+
+@pytest.mark.parametrize("model", ["mixtral", "qwen2_moe"])
+def test_a_model_with_experts_that_config_does_not_count(model: str, tmp_path: Path) -> None:
+    source = hf.write_folder(tmp_path / "source", LLAMA, CONFIG)
+    message = refusal(Request(model, source), tmp_path)
+    assert message.startswith(f"config.json says model_type 'llama', --model {model} is for ")
+    assert "leave --model out, or choose another" in message
+
+
+def test_a_misspelt_folder_gets_a_suggestion(tmp_path: Path) -> None:
+    hf.write_folder(tmp_path / "Llama-3.1-8B", LLAMA, CONFIG)
+    message = refusal(Request("llama", tmp_path / "Llama-3.1-8b"), tmp_path)
+    assert message.endswith("Did you mean 'Llama-3.1-8B'?")

@@ -167,6 +167,12 @@ def test_weights_without_lora(tmp_path: Path) -> None:
     assert "holds no LoRA parameters" in refused_model(tmp_path, base_model())
 
 
+def test_an_adapter_without_lora(tmp_path: Path) -> None:
+    adapter = write_complete(tmp_path / "adapter.ckpt", base_model())
+    output = refused_model(tmp_path, base_model(), "--alpha", "16", "--adapter", adapter)
+    assert "adapter.ckpt holds no LoRA parameters" in output
+
+
 def test_an_adapter_over_weights_that_have_their_own(tmp_path: Path) -> None:
     adapter = write_complete(tmp_path / "adapter.ckpt", adapters())
     output = refused_model(tmp_path, lora_model(), "--alpha", "16", "--adapter", adapter)

@@ -25,8 +25,8 @@ from attacks.kinds import Round
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tests" / "auto"))
 
 import rank as program
+from rank_jobs import expected, free_port, model_of, old_results, results
 from recorded import recorded, slices_of, write_ranks
-from test_ranks import expected, free_port, model_of, old_results, results
 
 from mindformers_ckpt.job.cluster.environment import PORT_OFFSET
 
