@@ -210,7 +210,7 @@ _ALLOWED = ("strategy", ".checkpoint_hook.lock")  # of jobs
 
 
 def tree(path: Path) -> Tree | None:
-    """What a result is, but for the time that its manifest names. None for nothing at all, or an empty folder."""
+    """What a result is, but for the time and the checksum in its manifest. None for nothing, or an empty folder."""
     if path.is_file():
         return {"": _digest(path)}
     files = {str(file.relative_to(path)): _digest(file) for file in path.rglob("*") if file.is_file()}
@@ -221,6 +221,7 @@ def _digest(file: Path) -> str:
     data = file.read_bytes()
     with contextlib.suppress(ValueError, UnicodeDecodeError):
         content = json.loads(data)
-        content.pop("created", None)
+        for key in ("created", "checksum"):
+            content.pop(key, None)
         data = json.dumps(content, sort_keys=True).encode()
     return hashlib.blake2b(data, digest_size=8).hexdigest()
