@@ -275,9 +275,9 @@ def test_killed_node(run: Any, source: Source, url: str, folders: dict[str, Path
 
 
 def test_node_that_never_sends(run: Any, source: Source, url: str, folders: dict[str, Path]) -> None:
-    wanted = keys(source, url, transform_timeout=6)
+    wanted = keys(source, url, transform_timeout=12)
     outcomes = run(wanted, nodes=TWO_NODES, folders=folders, faults={2: "sends no strategy"}).outcomes()
-    pattern = r"step 'strategy files sent': rank 2 has not arrived within 6 s \(on beta"
+    pattern = r"step 'strategy files sent': rank 2 has not arrived within 12 s \(on beta"
     assert_failed(outcomes, pattern)
     assert_untouched(folders)
 
