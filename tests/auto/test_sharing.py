@@ -354,9 +354,9 @@ def test_a_rank_whose_storage_is_slow_says_that_it_is_there(file: Path, monkeypa
 
 def test_a_much_slower_rank_is_helped_from_the_end(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It gives what it has; what it has not come to the other one reads itself."""
-    monkeypatch.setattr(exchange, "_LEAST_SECONDS", 1)
+    monkeypatch.setattr(exchange, "_LEAST_SECONDS", 1.8)
     requests, arrays, fetcher, shared = pair(file)
-    theirs, their_arrays, their_fetcher, _ = pair(file, slow=0.4)
+    theirs, their_arrays, their_fetcher, _ = pair(file, slow=1.2)
     with lines.listen("127.0.0.1") as listener, lines.listen("127.0.0.1") as second, ThreadPoolExecutor(1) as pool:
         members = {0: Address(*listener.getsockname()), 1: Address(*second.getsockname())}
         slow = pool.submit(fill_together, their_fetcher, theirs, Pass(KEY, shared, 1), members, second, lambda: None)
