@@ -21,7 +21,7 @@ from mindformers_ckpt.job.transfers import Transfers
 def arm(fault: str, config: Config) -> None:
     """Prepare what is to go wrong on this rank."""
     if fault == "sends no strategy":
-        before(Exchange, "share_strategies", lambda *arguments: time.sleep(8))
+        before(Exchange, "share_strategies", lambda *arguments: time.sleep(16))
     elif fault == "killed while fetching":
         before(Cluster, "barrier", at_step("weights complete", lambda: before(Transfers, "fetch", kill)))
     else:
