@@ -91,7 +91,7 @@ def _meanings_in_english() -> dict[str, str]:
 
 def _meanings_in_chinese() -> dict[str, str]:
     """What the first table of the Chinese page on jobs says of each key."""
-    page = (FOLDERS["zh"] / "automatic.md").read_text(encoding="utf-8")
+    page = (FOLDERS["zh"] / "automatic.md").read_text(encoding="utf-8").replace("](#", "](automatic.md#")
     return dict(re.findall(r"^\| `(\w+)` \| [^|]* \| (.*) \|$", page, re.MULTILINE))
 
 
