@@ -19,10 +19,10 @@ from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.job.output_dir import OutputDir
 from mindformers_ckpt.job.sharing.board import Board
-from mindformers_ckpt.ms import hook as hook_module
 from mindformers_ckpt.ms import weights
 from mindformers_ckpt.ms.hook import CheckpointHook
 from mindformers_ckpt.publish.staging import Staging
+from mindformers_ckpt.strategy import files as strategy_files
 
 
 def kill(*arguments: Any, **options: Any) -> None:
@@ -96,7 +96,7 @@ def arm(fault: str, config: Config) -> None:
     elif fault == "compile":
         before(CheckpointHook, "load", kill)
     elif fault == "merge":
-        before(hook_module, "merge_strategies", kill)
+        before(strategy_files, "merge_strategies", kill)
     elif fault in ("looking", "hangs looking"):
         amid_headers(kill if fault == "looking" else lambda: time.sleep(120))
     elif fault == "transform":
