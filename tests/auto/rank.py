@@ -89,7 +89,9 @@ def main(job: dict[str, Any]) -> int:
             folder = STRATEGIES / job["live"]
             name = rank_file_name(hook.cluster.rank)
             recorded = folder / name if (folder / name).exists() else next(folder.glob("ckpt_strategy_rank_*"))
-            shutil.copy(recorded, hook.strategy_dir / name)
+            # Written aside: a mount may still take the name for the file that it was seconds ago, and is gone.
+            shutil.copy(recorded, hook.strategy_dir / f".{name}")
+            os.replace(hook.strategy_dir / f".{name}", hook.strategy_dir / name)
         if job.get("pause"):
             print("prepared", flush=True)
             sys.stdin.readline()
