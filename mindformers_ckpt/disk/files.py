@@ -32,6 +32,14 @@ class FileState(NamedTuple):
         status = path.stat()
         return cls(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
+    @classmethod
+    def seen(cls, path: Path) -> FileState | None:
+        """`of`, with None where the system does not say."""
+        try:
+            return cls.of(path)
+        except OSError:
+            return None
+
 
 def replace_file(path: Path, data: bytes, *, tidy: bool = False) -> None:
     """Put a complete file in place of an old one, or leave the old one untouched. Raises OSError.

@@ -277,8 +277,7 @@ class _Scanner:
         return FormatError(f"{self._path}: {what} (at byte {self._position} of {self._size}, {after}); {advice}")
 
 
-@lru_cache(maxsize=64)
-@lru_cache(maxsize=4)  # the files of a stage are compared with the same heads
+@lru_cache(maxsize=64)  # the files of a stage are compared with the same heads
 def _spans(frames: tuple[tuple[int, bytes], ...]) -> list[tuple[int, int, list[tuple[int, bytes]]]]:
     """What to read of a file to compare its heads: (offset, length, heads), and the heads by their place in it."""
     spans: list[tuple[int, int, list[tuple[int, bytes]]]] = []

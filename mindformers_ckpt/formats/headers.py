@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from mindformers_ckpt.disk.files import FileState
 from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.errors import FormatError, raise_problems
 from mindformers_ckpt.formats.tensor_file import Header, read_header, scan
@@ -44,20 +45,23 @@ def look_quickly(paths: Sequence[Path]) -> Generator[tuple[Path, Header | Format
 
     Of a `.ckpt` file 16 heads are compared, and where they are equal the header that is taken over `is_likely`.
     """
-    states = dict(zip(paths, each(_state_of, paths)))
+    states = dict(zip(paths, each(FileState.seen, paths)))
     whole: dict[tuple[str, int], list[tuple[Header, Header]]] = {}  # each with itself at samples
 
     def look(path: Path) -> Header:
-        size, modified = states[path]
-        known = whole.get((path.suffix, size), [])
-        header = replace(scan(path, *(samples for _, samples in known)), modified=modified)
+        state = states[path]
+        if state is None:
+            return read_header(path)  # which says what is wrong
+        known = whole.get((path.suffix, state.size), [])
+        header = replace(scan(path, *(samples for _, samples in known)), modified=state.modified)
         like, samples = next((pair for pair in known if pair[0].tensors is header.tensors), (header, _sampled(header)))
         # The next file is mostly like this one. An entry that another thread makes now may be lost: it is read again.
-        whole[path.suffix, size] = [(like, samples), *(pair for pair in known if pair[0] is not like)]
+        whole[path.suffix, state.size] = [(like, samples), *(pair for pair in known if pair[0] is not like)]
         is_likely = like is not header and samples is not like
         return replace(header, frames=like.frames, is_likely=True) if is_likely else header
 
-    firsts = list({(path.suffix, states[path][0]): path for path in reversed(paths)}.values())
+    sizes = {path: (path.suffix, state.size) for path, state in states.items() if state is not None}
+    firsts = list({sizes.get(path, path): path for path in reversed(paths)}.values())
     found = dict(zip(firsts, each(_or_error(look), firsts, at_once=_AT_ONCE, patience=_WAIT)))
     others = [path for path in paths if path not in found]
     found.update(zip(others, each(_or_error(look), others, patience=_WAIT_QUICK)))
@@ -99,15 +103,6 @@ def _or_error(read: Callable[[Path], Header]) -> Callable[[Path], Header | Forma
             return error
 
     return answer
-
-
-def _state_of(path: Path) -> tuple[int, int]:
-    """The size of a file and the time of its last change; (-1, 0) of one that reading will say something about."""
-    try:
-        status = path.stat()
-    except OSError:
-        return -1, 0
-    return status.st_size, status.st_mtime_ns
 
 
 def _sampled(header: Header) -> Header:

@@ -23,13 +23,6 @@ def _state_of(path: Path) -> FileState:
         return FileState.of(path)
 
 
-def _state(path: Path) -> FileState | None:
-    try:
-        return FileState.of(path)
-    except OSError:
-        return None
-
-
 def check_unchanged(states: Mapping[Path, FileState]) -> None:
     """Compare files with what they were. Raises TransferError that names those which were written meanwhile."""
     look_again()
@@ -40,4 +33,4 @@ def check_unchanged(states: Mapping[Path, FileState]) -> None:
 
 def changed_files(states: Mapping[Path, FileState]) -> list[str]:
     """The files that are not what they were."""
-    return [str(path) for path, now in zip(states, each(_state, list(states))) if now != states[path]]
+    return [str(path) for path, now in zip(states, each(FileState.seen, list(states))) if now != states[path]]

@@ -16,7 +16,7 @@ import click
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from toy import Result, command, environment, listing, write_toy
+from toy import Result, command, environment, listing, write_llama, write_toy
 
 from mindformers_ckpt.cli.main import _COMMANDS, cli
 
@@ -291,22 +291,7 @@ def test_a_dry_run_writes_nothing_and_tells_what_a_run_would_refuse(toy: Path) -
 
 
 def test_dry_runs_of_conversion_and_merge(toy: Path) -> None:
-    model = toy / "model"
-    model.mkdir()
-    shapes = {"model.embed_tokens.weight": (16, 8), "model.norm.weight": (8,), "lm_head.weight": (16, 8)}
-    layer = {
-        **{f"self_attn.{name}_proj.weight": (8, 8) for name in "qkvo"},
-        "mlp.gate_proj.weight": (12, 8),
-        "mlp.up_proj.weight": (12, 8),
-        "mlp.down_proj.weight": (8, 12),
-        "input_layernorm.weight": (8,),
-        "post_attention_layernorm.weight": (8,),
-    }
-    shapes.update({f"model.layers.0.{name}": shape for name, shape in layer.items()})
-    save_file({name: np.zeros(shape, np.float16) for name, shape in shapes.items()}, model / "model.safetensors")
-    config = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
-    config.update({"intermediate_size": 12, "vocab_size": 16})
-    (model / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    write_llama(toy / "model")
     before = listing(toy)
     asked = ["convert", "--input-path", "model", "--output-path", "out.ckpt"]
     done = command([*asked, "--dry-run"], toy)

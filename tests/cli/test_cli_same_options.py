@@ -10,8 +10,7 @@ import messages
 import numpy as np
 import pytest
 from recorded import Tensor, random_bits, read_ranks, write_ranks, write_tensors
-from safetensors.numpy import save_file
-from toy import ROOT, Result, invoke, listing
+from toy import ROOT, Result, invoke, listing, write_llama
 
 from mindformers_ckpt.cli.main import cli
 from mindformers_ckpt.formats import read_header
@@ -167,22 +166,7 @@ def test_merge_lora_leaves_out_what_may_be_missing(merged: Path) -> None:
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A Llama of one layer, and a strategy of two ranks that has one parameter more."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    shapes = {"model.embed_tokens.weight": (16, 8), "model.norm.weight": (8,), "lm_head.weight": (16, 8)}
-    layer = {
-        **{f"self_attn.{name}_proj.weight": (8, 8) for name in "qkvo"},
-        "mlp.gate_proj.weight": (12, 8),
-        "mlp.up_proj.weight": (12, 8),
-        "mlp.down_proj.weight": (8, 12),
-        "input_layernorm.weight": (8,),
-        "post_attention_layernorm.weight": (8,),
-    }
-    shapes.update({f"model.layers.0.{name}": shape for name, shape in layer.items()})
-    save_file({name: np.zeros(shape, np.float16) for name, shape in shapes.items()}, folder / "model.safetensors")
-    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
-    config = {"model_type": "llama", **sizes, "intermediate_size": 12, "vocab_size": 16}
-    (folder / "config.json").write_text(json.dumps(config))
+    write_llama(tmp_path / "model")
     rows = Layout.on({"mp": 2}, "mp", None)
     names = ("model.tok_embeddings.embedding_weight", "model.layers.0.attention.wq.weight", "model.head.weight")
     write_strategy(dict.fromkeys(names, rows), tmp_path / "mp2.ckpt")

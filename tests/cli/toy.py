@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from recorded import Tensor, random_bits, write_ranks, write_tensors
+from safetensors.numpy import save_file
 
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.layout import Layout
@@ -145,3 +147,22 @@ def invoke(arguments: Iterable[str | Path], folder: Path) -> Result:
 def listing(folder: Path) -> list[str]:
     """Every path below a folder, hidden ones included."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def write_llama(folder: Path) -> None:
+    """Write a Hugging Face Llama of one layer, all zeros."""
+    folder.mkdir()
+    shapes = {"model.embed_tokens.weight": (16, 8), "model.norm.weight": (8,), "lm_head.weight": (16, 8)}
+    layer = {
+        **{f"self_attn.{name}_proj.weight": (8, 8) for name in "qkvo"},
+        "mlp.gate_proj.weight": (12, 8),
+        "mlp.up_proj.weight": (12, 8),
+        "mlp.down_proj.weight": (8, 12),
+        "input_layernorm.weight": (8,),
+        "post_attention_layernorm.weight": (8,),
+    }
+    shapes.update({f"model.layers.0.{name}": shape for name, shape in layer.items()})
+    save_file({name: np.zeros(shape, np.float16) for name, shape in shapes.items()}, folder / "model.safetensors")
+    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = {"model_type": "llama", **sizes, "intermediate_size": 12, "vocab_size": 16}
+    (folder / "config.json").write_text(json.dumps(config))
