@@ -53,7 +53,8 @@ class Fork:
 
     def _hear(self) -> int:
         said = self._keeper.recv(20)
-        assert said, f"{self.words[0]} was not started, or its template has ended"
+        if not said:
+            raise EOFError("the template has ended")
         return int(said)
 
     def poll(self) -> int | None:
@@ -109,9 +110,11 @@ class Template:
             )
 
     def start(self, words: Sequence[str], environment: Mapping[str, str], folder: Path) -> Fork:
-        if self._process.poll() is not None:
-            raise RuntimeError(f"the template of {words[0]} has ended:\n{self._process.communicate()[1].decode()}")
-        return Fork(self._requests, words, environment, folder)
+        try:
+            return Fork(self._requests, words, environment, folder)
+        except (OSError, EOFError) as error:
+            _, said = self._process.communicate(timeout=10)
+            raise RuntimeError(f"the template of {words[0]} has ended:\n{said.decode()}") from error
 
     def close(self) -> None:
         self._requests.close()
