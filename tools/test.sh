@@ -26,7 +26,7 @@ fi
 # last is what remains, take about the same time.
 GROUPS_BESIDE=(
     "tests/auto tests/convert"
-    "tests/cli tests/jobs"
+    "tests/cli tests/docs tests/jobs"
 )
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
