@@ -25,8 +25,8 @@ fi
 # Three processes side by side, for two cores: jobs of several ranks, and commands, wait a lot. The groups, of which the
 # last is what remains, take about the same time.
 GROUPS_BESIDE=(
-    "tests/auto tests/convert"
-    "tests/cli tests/docs tests/jobs"
+    "tests/auto tests/look tests/objects"
+    "tests/cli tests/convert tests/docs tests/jobs"
 )
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
