@@ -28,7 +28,7 @@ from mindformers_ckpt.engine.ahead import Ahead, Extent, Fetcher, merged
 from mindformers_ckpt.engine.sinks import FileSink
 from mindformers_ckpt.errors import FormatError, TransferError
 from mindformers_ckpt.execution.options import Options
-from mindformers_ckpt.formats import ckpt, guesses, layout_file
+from mindformers_ckpt.formats import ckpt_layout, guesses, layout_file
 from mindformers_ckpt.formats.ckpt import scan
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.formats.tensor_file import TensorSpec
@@ -259,7 +259,7 @@ def test_small_tensors_are_loaded_a_megabyte_at_a_time(
 @pytest.mark.parametrize("cut", [1 << 10, 5_001, 70_003])
 def test_tensors_of_several_records_are_loaded(cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A record may end within a row, and within an element."""
-    monkeypatch.setattr(ckpt, "RECORD_LIMIT", cut)
+    monkeypatch.setattr(ckpt_layout, "RECORD_LIMIT", cut)
     model = random_model(dict.fromkeys(NAMES, (60, 96)))
     plan = plan_from(write_ranks(tmp_path / "source", parts(MP4_OF_MANY, model)), MP4_OF_MANY, Strategy.complete())
     assert loaded(plan) == {name: tensor.bits.tobytes() for name, tensor in model.items()}
