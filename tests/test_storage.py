@@ -23,8 +23,9 @@ from recorded import assert_ranks, random_model, write_ranks
 from slow_mount import mounted, why_not
 from test_execute import MP2, MP4, parts, plan_from
 
-from mindformers_ckpt.engine import ahead, descriptors, into_memory, sinks, tasks
-from mindformers_ckpt.engine.ahead import Ahead, Extent, Fetcher, merged
+from mindformers_ckpt.engine import descriptors, fetcher, into_memory, sinks, tasks
+from mindformers_ckpt.engine.ahead import Ahead, merged
+from mindformers_ckpt.engine.fetcher import Extent, Fetcher
 from mindformers_ckpt.engine.sinks import FileSink
 from mindformers_ckpt.errors import FormatError, TransferError
 from mindformers_ckpt.execution.options import Options
@@ -79,9 +80,9 @@ class Reads:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = self.bytes = self.most_held = 0
-        self._real = ahead._filled
+        self._real = fetcher._filled
         self._lock = threading.Lock()
-        monkeypatch.setattr(ahead, "_filled", self.filled)
+        monkeypatch.setattr(fetcher, "_filled", self.filled)
         self._held: Counter[int] = Counter()
         self._start = Ahead._start
         monkeypatch.setattr(Ahead, "_start", lambda *arguments: self.start(*arguments))
@@ -135,7 +136,7 @@ def test_a_request_a_megabyte_and_few_opens(
     size = sum(file.size for file in plan.sources)
     assert size <= slow.bytes <= size * 1.1
     assert slow.count <= 2 * size / MB
-    assert slow.most_held <= ahead.AHEAD_BYTES + 2 * 9 * MB
+    assert slow.most_held <= fetcher.AHEAD_BYTES + 2 * 9 * MB
     names = {file.path.parent.name for file in plan.sources}
     assert {name for name in opened if name in names} == names
     assert max(opened[name] for name in names) == 1
@@ -154,7 +155,7 @@ def test_short_runs_that_follow_each_other_are_read_at_once(
         real(descriptor, path, start, memory)
 
     monkeypatch.setattr(Fetcher, "has_to_wait", lambda *_: False)
-    monkeypatch.setattr(ahead, "fill", fill)
+    monkeypatch.setattr(fetcher, "fill", fill)
     source, target = (Strategy.of_stages(({"w": Layout((count,), ((0,), ()))},), str(count)) for count in (2, 4))
     model = random_model({"w": (rows, 64)})
     transform(plan_from(write_ranks(tmp_path / "source", parts(source, model)), source, target), tmp_path / "result")

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mindformers_ckpt.disk.waiting import waits
-from mindformers_ckpt.engine.ahead import AHEAD_BYTES, PAGE, Fetcher, is_near, request_bytes
+from mindformers_ckpt.engine.ahead import is_near
+from mindformers_ckpt.engine.fetcher import AHEAD_BYTES, PAGE, Fetcher, request_bytes
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mindformers_ckpt.engine.ahead import Fetcher
+from mindformers_ckpt.engine.fetcher import Fetcher
 from mindformers_ckpt.engine.into_memory import Piece
 from mindformers_ckpt.job.cluster.secret import Trust
 
