@@ -209,6 +209,12 @@ MP4_OF_MANY = Strategy.of_stages(
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every request has to wait, as far as the reader knows."""
+    busy(monkeypatch)
+    monkeypatch.setattr(Fetcher, "scatter_warm", lambda *_: False)
+
+
+def busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every request takes long, and waits for whatever it may be."""
     monkeypatch.setattr(into_memory, "waits", itertools.count().__next__)
     monkeypatch.setattr(into_memory, "_QUICK_SECONDS", 0.0)
 
@@ -254,6 +260,30 @@ def test_small_tensors_are_loaded_a_megabyte_at_a_time(
     assert len(asked) <= 1.4 * size / MB + len(plan.sources)
     assert size - 4096 * len(plan.sources) <= sum(asked) <= size + 4096 * (len(asked) + len(plan.sources))
     assert max(opened.values()) == (0 if is_shared else 1)
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_what_is_in_the_page_cache_is_read_by_one_thread(
+    is_shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the machine is so busy that it takes long, and past the page cache where ranks do not share files."""
+    model = random_model(dict.fromkeys(NAMES, (300, 1024)))
+    plan = plan_from(write_ranks(tmp_path / "source", parts(MP4_OF_MANY, model)), MP4_OF_MANY, Strategy.complete())
+    if not in_page_cache(plan.sources[0].path):
+        pytest.skip("this file system does not say what is in the page cache")
+    busy(monkeypatch)
+    started: list[str] = []
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: started.append(thread.name))
+    assert loaded(plan, is_shared=is_shared) == {name: tensor.bits.tobytes() for name, tensor in model.items()}
+    assert started == []
+
+
+def in_page_cache(path: Path) -> bool:
+    with open(path, "rb") as stream:
+        try:
+            return os.preadv(stream.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT) == 1
+        except OSError:
+            return False
 
 
 @pytest.mark.usefixtures("waits")

@@ -75,13 +75,20 @@ class Fetcher:
 
         False where that is not how files are read, or not all has come.
         """
-        if self._direct is not None or isinstance(path, ObjectPath) or not 0 < len(parts) <= _MOST_PARTS:
+        return self._direct is None and self._scattered(path, start, parts, 0)
+
+    def scatter_warm(self, path: Path, start: int, parts: Sequence[memoryview]) -> bool:
+        """`scatter`, if all the bytes are in the page cache: nobody waits for a disk. False where they are not."""
+        return hasattr(os, "RWF_NOWAIT") and self._scattered(path, start, parts, os.RWF_NOWAIT)
+
+    def _scattered(self, path: Path, start: int, parts: Sequence[memoryview], flags: int) -> bool:
+        if isinstance(path, ObjectPath) or not 0 < len(parts) <= _MOST_PARTS:
             return False
         try:
             with self._plain.borrowed(path) as descriptor:
                 assert isinstance(descriptor, int)
                 _no_read_ahead(descriptor)
-                return os.preadv(descriptor, parts, start) == sum(map(len, parts))
+                return os.preadv(descriptor, parts, start, flags) == sum(map(len, parts))
         except (OSError, TransferError):  # whoever reads it in the ordinary way has a message
             return False
 
