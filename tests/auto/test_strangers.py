@@ -431,10 +431,11 @@ def test_two_thousand_ranks_at_once(address: Address, tmp_path: Path) -> None:
                 answer = proof.new_answer(key.content, challenge)
                 writer.write(answer + encode({"kind": "hello", "rank": rank, "node": f"n{rank // 8}"}))
                 assert await reader.readexactly(proof.DIGEST) == proof.confirmation(key.content, challenge, answer)
-                return reader, writer
             except asyncio.IncompleteReadError:  # too late on a busy machine: as a rank does, it tries again
                 writer.close()
                 await asyncio.sleep(0.1)
+            else:
+                return reader, writer
 
     async def be_a_rank(rank: int) -> tuple[int, int]:
         reader, writer = await introduce(rank)
