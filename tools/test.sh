@@ -22,10 +22,11 @@ if (($#)); then
     run_pytest "$@"
     exit
 fi
-# Three processes side by side, for two cores: jobs of several ranks, and commands, wait a lot.
+# Three processes side by side, for two cores: jobs of several ranks, and commands, wait a lot. The groups, of which the
+# last is what remains, take about the same time.
 GROUPS_BESIDE=(
-    "tests/auto"
-    "tests/convert tests/docs tests/formats tests/jobs tests/lora tests/look tests/mindformers tests/objects"
+    "tests/auto tests/convert"
+    "tests/cli tests/docs tests/jobs"
 )
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT

@@ -14,7 +14,7 @@ ROOT=$PWD
 VERSIONS=(3.9 3.10 3.11 3.12 3.13)
 CORE=(tests/test_box.py tests/test_layout.py tests/test_plan.py tests/test_execute.py tests/test_checkpoint.py
     tests/test_strategy_files.py tests/formats tests/convert/test_round_trips.py tests/lora/test_merge_lora.py
-    tests/cli/test_cli_transform.py)
+    tests/cli/test_cli_transform.py tests/auto/test_cluster.py)
 WITH_MINDSPORE=(tests/test_transform_oracle.py tests/test_strategy_files.py tests/formats tests/lora/test_lora_oracle.py
     tests/auto/test_weights.py tests/auto/test_hook.py)
 export PYTHONDONTWRITEBYTECODE=1

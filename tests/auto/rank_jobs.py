@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import psutil
 import pytest
+from forks import template
 from recorded import Recorded, Tensor, random_model, recorded, slices_of, write_ranks
 
 from mindformers_ckpt.geometry.layout import Layout
@@ -23,10 +24,24 @@ from mindformers_ckpt.strategy.files import write_strategy
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("rank.py")
+# What a rank imports while it runs, and what beside it where there is an object storage.
+IMPORTS = (
+    "numpy.random",
+    "xxhash",
+    "google.protobuf.descriptor_pb2",
+    "google.protobuf.message_factory",
+    "mindformers_ckpt.formats.safetensors",
+    "mindformers_ckpt.job.remote_reslice",
+    "mindformers_ckpt.job.sharing.reads",
+    "mindformers_ckpt.look.verify_model",
+)
+STORAGE = ("s3fs", "botocore.session", "aiobotocore.session")
 TIMEOUT = 60.0  # transform_timeout of the jobs
 TARGET = "pp4"  # 4 stages of one rank: the strategies are merged
 TWO_NODES = ("alpha", "alpha", "beta", "beta")
 KILLED = r"rank {}\b.* died"  # "rank 3 on node:1f.. died", "rank 3, which coordinates, died"
+
+PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 
 Tensors = Mapping[str, Tensor]
 
@@ -42,7 +57,7 @@ class Outcome(NamedTuple):
 
 
 class Job:
-    """Ranks of one job, started as processes."""
+    """Ranks of one job, started as processes: as forks of one that has imported everything, or `fresh`."""
 
     def __init__(self, config: Mapping[str, Any], ranks: int = 4, live: str | None = TARGET, **about: Any) -> None:
         faults: Mapping[int, str] = about.pop("faults", {})
@@ -50,7 +65,9 @@ class Job:
         folders: Mapping[str, Path] = about.pop("folders", {})
         self.mark = uuid.uuid4().hex
         port = about.pop("port", free_port())
-        self.processes = []
+        is_fresh = about.pop("fresh", False)
+        imports = (*IMPORTS, *STORAGE) if "remote_save_url" in config else IMPORTS
+        self.processes: list[Any] = []
         for rank in range(ranks):
             job = {"config": {"transform_timeout": TIMEOUT, **config}, "live": live, "fault": faults.get(rank), **about}
             environment = {
@@ -64,10 +81,14 @@ class Job:
                 "MINDFORMERS_CKPT_NODE": nodes[rank],
                 "JOB_MARK": self.mark,
             }
-            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            command = [sys.executable, str(PROGRAM), json.dumps(job, default=str)]
+            words = [str(PROGRAM), json.dumps(job, default=str)]
             folder = folders.get(nodes[rank], ROOT)
-            self.processes.append(subprocess.Popen(command, env=environment, cwd=folder, text=True, **pipes))
+            started: Any
+            if is_fresh:
+                started = subprocess.Popen([sys.executable, *words], env=environment, cwd=folder, text=True, **PIPES)
+            else:
+                started = template(PROGRAM.stem, *imports, folder=PROGRAM.parent).start(words, environment, folder)
+            self.processes.append(started)
 
     def outcomes(self, within: float = 120.0) -> list[Outcome]:
         """Wait for all ranks, and see that they left no process behind."""
@@ -89,11 +110,13 @@ class Job:
         return found
 
     def left(self) -> list[int]:
-        """Processes that carry the job's mark."""
+        """Processes that carry the job's mark, or are in the session of one of its ranks."""
+        own = {process.pid for process in self.processes}
         marked = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get("JOB_MARK") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                is_marked = os.getsid(process.pid) in own or process.environ().get("JOB_MARK") == self.mark
+                if is_marked and process.status() != psutil.STATUS_ZOMBIE:
                     marked.append(process.pid)
             except (psutil.Error, OSError):
                 continue

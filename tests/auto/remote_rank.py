@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 import time
@@ -28,8 +27,12 @@ def arm(fault: str, config: Config) -> None:
         arm_others(fault, config)
 
 
-if __name__ == "__main__":
+def main() -> int:
     random.uniform = lambda a, b: 0.02  # a fiftieth of the pauses between attempts
     shared_disk._PROBE_PATIENCE = 0.2  # these nodes' disks have no cache that shows a file late
     rank.arm = arm  # type: ignore[attr-defined]
-    sys.exit(rank.main(json.loads(sys.argv[1])))
+    return rank.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 pytest.importorskip("mindspore")
 
+from forks import Fork, template
 from frontend import is_possible
 from recorded import Tensor, write_tensors
 
@@ -42,7 +44,17 @@ def part(values: dict[str, np.ndarray[Any, Any]], rank: int) -> dict[str, np.nda
     return {name: np.ascontiguousarray(np.split(value, 2, axis=-1)[rank]) for name, value in values.items()}
 
 
-def run(folder: Path, case: str, ranks: int = 2, **keys: Any) -> tuple[list[int], list[dict[str, Any]], str]:
+def start_fork(words: list[str], environment: Mapping[str, str], folder: Path) -> Fork:
+    return template(PROGRAM.stem, folder=PROGRAM.parent).start(words, environment, folder)
+
+
+def start_python(words: list[str], environment: Mapping[str, str], folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, *words], cwd=folder, env=environment, text=True, stderr=subprocess.PIPE)
+
+
+def run(
+    folder: Path, case: str, ranks: int = 2, start: Callable[..., Any] = start_fork, **keys: Any
+) -> tuple[list[int], list[dict[str, Any]], str]:
     """Exit codes, what the ranks say, and the log."""
     from test_cluster import free_address
 
@@ -55,11 +67,8 @@ def run(folder: Path, case: str, ranks: int = 2, **keys: Any) -> tuple[list[int]
     roles = [{"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": str(ranks), "MS_NODE_ID": str(rank)} for rank in range(ranks)]
     if case == "dry run":
         roles = [{"MS_SIMULATION_LEVEL": "0", "RANK_SIZE": "2", "RANK_ID": str(ranks - 1)}]
-    command = [sys.executable, str(PROGRAM), config, case, str(folder)]
-    processes = [
-        subprocess.Popen(command, cwd=folder, env={**environment, **role}, text=True, stderr=subprocess.PIPE)
-        for role in roles
-    ]
+    words = [str(PROGRAM), config, case, str(folder)]
+    processes = [start(words, {**environment, **role}, folder) for role in roles]
     log = "".join(process.communicate(timeout=250)[1] for process in processes)
     files = sorted(folder.glob("[0-9]*.json"))
     return [process.returncode for process in processes], [json.loads(file.read_text()) for file in files], log
@@ -76,7 +85,8 @@ def assert_holds(said: list[dict[str, Any]], values: dict[str, np.ndarray[Any, A
 def test_slices_are_those_that_mindspore_cuts(tmp_path: Path, case: str) -> None:
     """Also where MindSpore writes no strategy, or writes over it: it keeps the layouts of what it has compiled."""
     whole = write(tmp_path / "whole.ckpt", {**WEIGHTS, **STATES})
-    codes, said, log = run(tmp_path, case, load_checkpoint=whole, auto_trans_ckpt=True)
+    start = start_python if case == "plain" else start_fork
+    codes, said, log = run(tmp_path, case, start=start, load_checkpoint=whole, auto_trans_ckpt=True)
     assert_holds(said, {**WEIGHTS, **STATES}, log)
     assert codes == [0, 0]
     strategy = read_strategy(tmp_path / "output" / "strategy")
@@ -119,8 +129,17 @@ def test_a_parallel_network_without_strategy_is_not_taken_for_data_parallel(tmp_
         assert "set the auto-parallel context first, then call hook.prepare()" in of_rank["error"]
 
 
+@pytest.fixture(scope="module")
+def strategy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The strategy of the network, as a job has left it; it is only read."""
+    folder = tmp_path_factory.mktemp("job")
+    codes, _, log = run(folder, "plain", load_checkpoint=write(folder / "w.ckpt", WEIGHTS), auto_trans_ckpt=True)
+    assert codes == [0, 0], log
+    return folder / "output" / "strategy"
+
+
 @pytest.mark.parametrize("auto", [True, False])
-def test_redundancy_was_removed_when_it_was_saved(tmp_path: Path, auto: bool) -> None:
+def test_redundancy_was_removed_when_it_was_saved(tmp_path: Path, strategy: Path, auto: bool) -> None:
     """What is alike on all ranks, here a counter, is in one rank's file alone."""
     kind = by_name("int32")
     for rank in range(2):
@@ -129,10 +148,7 @@ def test_redundancy_was_removed_when_it_was_saved(tmp_path: Path, auto: bool) ->
         if rank == 1:
             tensors["global_step"] = Tensor(kind, np.array([7], "u4"))
         write_tensors(tmp_path / "ck" / f"rank_{rank}" / "net.ckpt", tensors)
-    first = run(tmp_path, "plain", load_checkpoint=write(tmp_path / "w.ckpt", WEIGHTS), auto_trans_ckpt=True)
-    assert first[0] == [0, 0]
-    (tmp_path / "output" / "strategy").rename(tmp_path / "strategy")
-    keys: dict[str, Any] = {"load_checkpoint": tmp_path / "ck", "src_strategy_path_or_dir": tmp_path / "strategy"}
+    keys: dict[str, Any] = {"load_checkpoint": tmp_path / "ck", "src_strategy_path_or_dir": strategy}
     codes, said, log = run(tmp_path, "plain", auto_trans_ckpt=auto, **keys)
     assert codes == [0, 0], said
     assert_holds(said, {**WEIGHTS, **STATES}, log)

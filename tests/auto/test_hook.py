@@ -84,13 +84,22 @@ def test_complete_weights_on_one_card(tmp_path: Path, config: Callable[..., Conf
 
 @pytest.mark.parametrize("format", ["ckpt", "safetensors"])
 @pytest.mark.parametrize("by_rank", [True, False])
-@pytest.mark.parametrize("name", ["dp4mp2_opt_size2", "dp2mp2pp2", "dp2mp4_json"])
+@pytest.mark.parametrize(
+    ("name", "processes"),
+    [
+        ("dp4mp2_opt_size2", 2),
+        ("dp2mp2pp2", 1),
+        ("dp2mp4_json", 1),
+        pytest.param("dp2mp2pp2", 2, marks=pytest.mark.slow),
+        pytest.param("dp2mp4_json", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_sharded_weights_on_one_card(
-    tmp_path: Path, config: Callable[..., Config], name: str, by_rank: bool, format: str
+    tmp_path: Path, config: Callable[..., Config], name: str, processes: int, by_rank: bool, format: str
 ) -> None:
     folder, strategy, tensors = sharded(tmp_path, name, format)
     network = network_for(tensors)
-    keys = {"transform_by_rank": by_rank, "load_ckpt_format": format, "transform_process_num": 2}
+    keys = {"transform_by_rank": by_rank, "load_ckpt_format": format, "transform_process_num": processes}
     loaded = load(config(load_checkpoint=folder, src_strategy_path_or_dir=strategy, **keys), network)
     assert_holds(network, tensors)
     assert loaded.keys() == tensors.keys()

@@ -6,6 +6,8 @@ python terminal_runs.py WIDTH FOLDER < commands.json
 from __future__ import annotations
 
 import fcntl
+import functools
+import gc
 import json
 import os
 import pty
@@ -15,6 +17,7 @@ import sys
 import termios
 
 import click
+import forks
 import numpy as np  # noqa: F401 - what is imported here is there in all forks
 import rich.progress  # noqa: F401
 
@@ -30,8 +33,7 @@ def run(arguments: list[str], width: int) -> tuple[int, str]:
     process, terminal = pty.fork()
     if not process:
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
-        main(arguments)
-        os._exit(99)  # it has ended by then
+        forks.run(functools.partial(main, arguments))
     data = b""
     while True:
         try:
@@ -55,4 +57,5 @@ if __name__ == "__main__":
     strategy_map_class()
     for name in _COMMANDS:
         cli.get_command(click.Context(cli), name)
+    gc.freeze()
     print(json.dumps([run(arguments, int(sys.argv[1])) for arguments in json.load(sys.stdin)]))

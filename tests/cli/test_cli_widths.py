@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from damage_results import flip
-from toy import command, environment, invoke, write_toy
+from toy import ROOT, command, environment, invoke, write_toy
 
 from mindformers_ckpt.cli.folding import columns_of, folded, folded_command
 from mindformers_ckpt.cli.main import _COMMANDS
@@ -67,7 +68,8 @@ def shown(request: pytest.FixtureRequest, folder: Path) -> tuple[int, Shown]:
     """A width, and what every command shows on a terminal that is so wide."""
     program = [sys.executable, str(Path(__file__).with_name("terminal_runs.py")), str(request.param), str(folder)]
     asked = json.dumps([each.split() for each in ALL])
-    done = subprocess.run(program, input=asked, env=environment(), capture_output=True, text=True, timeout=120)
+    path = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    done = subprocess.run(program, input=asked, env=environment(path), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return request.param, dict(zip(ALL, map(tuple, json.loads(done.stdout))))
 

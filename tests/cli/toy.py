@@ -12,15 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from forks import template
 from recorded import Tensor, random_bits, write_ranks, write_tensors
 from safetensors.numpy import save_file
 
+from mindformers_ckpt.cli.main import _COMMANDS
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.strategy.files import write_strategy
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOOLS = ROOT / "tools"
+
+# What commands import while they run.
+IMPORTS = (
+    "numpy.random",
+    "xxhash",
+    "ml_dtypes",
+    "psutil",
+    "google.protobuf.descriptor_pb2",
+    "google.protobuf.message_factory",
+    *(f"mindformers_ckpt.cli.{module}" for module, _ in _COMMANDS.values()),
+)
 
 _random = np.random.default_rng(7)
 MODEL: dict[str, Tensor] = {
@@ -116,16 +129,14 @@ def shell(command: str, folder: Path, **extra: str) -> Result:
 
 
 def command(arguments: Iterable[str | Path], folder: Path) -> Result:
-    """Run `mindformers-ckpt` with arguments in a folder."""
-    done = subprocess.run(
-        [sys.executable, "-m", "mindformers_ckpt", *map(str, arguments)],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    return Result(done.returncode, done.stdout, done.stderr)
+    """Run `mindformers-ckpt` with arguments in a folder: a process, whose imports are done."""
+    words = [str(ROOT / "mindformers_ckpt" / "__main__.py"), *map(str, arguments)]
+    process = template("mindformers_ckpt.cli.main", *IMPORTS, warnings="error").start(words, environment(), folder)
+    try:
+        out, err = process.communicate(timeout=120)
+        return Result(process.wait(), out, err)
+    finally:
+        process.kill()
 
 
 def invoke(arguments: Iterable[str | Path], folder: Path) -> Result:

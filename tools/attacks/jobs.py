@@ -96,7 +96,7 @@ class Jobs:
         def run() -> int:
             os.environ.update(environment)
             try:
-                return program.main({"config": self._keys, "live": "pp4"})
+                return program.take_part({"config": self._keys, "live": "pp4"})
             except OSError as error:  # shown by the training script
                 sys.exit(f"error: {error}")
 

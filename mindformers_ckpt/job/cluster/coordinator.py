@@ -199,14 +199,14 @@ class Coordinator(threading.Thread):
     async def _listen(self, peer: _Peer, rank: int) -> None:
         """Take what a rank says until it leaves or is lost."""
         try:
-            while self._handle(rank, peer, await peer.receive(MAX_MESSAGE)):
+            while self._take(rank, peer, await peer.receive(MAX_MESSAGE)):
                 pass
         except EOFError:
             self._lose(rank, peer, "its connection closed before it left")
         except Exception as error:
             self._lose(rank, peer, str(error) or repr(error))
 
-    def _handle(self, rank: int, peer: _Peer, message: Message) -> bool:
+    def _take(self, rank: int, peer: _Peer, message: Message) -> bool:
         """Whether the rank will say more. Raises ProtocolError for what it cannot say now."""
         kind, step = message.get("kind"), message.get("step")
         if not self._have_joined and not peer.is_trusted:
