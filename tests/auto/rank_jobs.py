@@ -35,7 +35,7 @@ IMPORTS = (
     "mindformers_ckpt.job.sharing.reads",
     "mindformers_ckpt.look.verify_model",
 )
-STORAGE = ("s3fs", "botocore.session", "aiobotocore.session")
+STORAGE = ("botocore.session", "botocore.awsrequest", "botocore.httpsession")
 TIMEOUT = 60.0  # transform_timeout of the jobs
 TARGET = "pp4"  # 4 stages of one rank: the strategies are merged
 TWO_NODES = ("alpha", "alpha", "beta", "beta")
