@@ -48,11 +48,13 @@ class Job:
         faults: Mapping[int, str] = about.pop("faults", {})
         nodes: Sequence[str] = about.pop("nodes", ("node",) * ranks)
         folders: Mapping[str, Path] = about.pop("folders", {})
+        own_keys: Mapping[int, Mapping[str, Any]] = about.pop("own_keys", {})
         self.mark = uuid.uuid4().hex
         port = about.pop("port", free_port())
         self.processes = []
         for rank in range(ranks):
-            job = {"config": {"transform_timeout": TIMEOUT, **config}, "live": live, "fault": faults.get(rank), **about}
+            keys = {"transform_timeout": TIMEOUT, **config, **own_keys.get(rank, {})}
+            job = {"config": keys, "live": live, "fault": faults.get(rank), **about}
             environment = {
                 **os.environ,
                 "PYTHONPATH": str(ROOT),
