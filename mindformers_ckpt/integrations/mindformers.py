@@ -36,7 +36,7 @@ from mindformers_ckpt.integrations.joining import LOADING, join_before_compiling
 from mindformers_ckpt.integrations.replacing import parameters_of
 from mindformers_ckpt.integrations.settings import settings
 from mindformers_ckpt.job.cluster.cluster import Cluster
-from mindformers_ckpt.job.config import parse_bool
+from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.log import log
 
 __all__ = ["MODULE", "install", "installed", "uninstall"]
@@ -254,20 +254,20 @@ def _initialise(
             self, auto_trans_ckpt, rank_id, world_size, transform_process_num, transform_by_rank, npu_num_per_node
         )
         return
-    try:
-        self.auto_trans_ckpt = parse_bool(auto_trans_ckpt)
-        self.transform_by_rank = parse_bool(transform_by_rank)
-        processes = int(transform_process_num)
-    except ValueError as error:
-        raise ConfigError(f"auto_trans_ckpt, transform_by_rank or transform_process_num is wrong: {error}") from None
-    if processes < 1:
-        raise ConfigError(f"transform_process_num: at least 1 process was expected, not {processes}")
+    given = Config.from_mapping(
+        {
+            "auto_trans_ckpt": auto_trans_ckpt,
+            "transform_by_rank": transform_by_rank,
+            "transform_process_num": transform_process_num,
+        }
+    )
+    self.auto_trans_ckpt, self.transform_by_rank = given.auto_trans_ckpt, given.transform_by_rank
     self.world_size = world_size or module.get_real_group_size()
     self.rank_id = module.get_real_rank() if rank_id is None else rank_id
     self.is_main_rank = module.is_main_rank()
     self.npu_num_per_node = npu_num_per_node or module.get_device_num_per_node()
     self.node_num = self.world_size // self.npu_num_per_node
-    self.transform_process_num = min(processes, self.world_size)
+    self.transform_process_num = min(given.transform_process_num, self.world_size)
     share = self.world_size // self.transform_process_num
     self.transform_rank_id_list = [number * share for number in range(self.transform_process_num)]
     if self.auto_trans_ckpt:

@@ -353,9 +353,12 @@ def test_the_old_result_stays_when_a_transformation_fails(ours: type[Any], tmp_p
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"transform_process_num": 0}, ConfigError, "at least 1 process was expected, not 0"),
-        ({"transform_process_num": "two"}, ConfigError, "transform_process_num is wrong.*'two'"),
-        ({"transform_by_rank": "maybe"}, ConfigError, "True or False was expected, not 'maybe'"),
+        ({"transform_process_num": 0}, ConfigError, "transform_process_num: a whole number of at least 1 .*, not 0"),
+        (
+            {"transform_process_num": "two", "transform_by_rank": "maybe"},
+            ConfigError,
+            "(?s)transform_process_num: .*'two'.*transform_by_rank: True or False was expected, not 'maybe'",
+        ),
     ],
 )
 def test_wrong_arguments(arguments: Mapping[str, Any], error: type[Exception], message: str, ours: type[Any]) -> None:
