@@ -15,6 +15,7 @@ from mindformers_ckpt.execution.options import Options
 from mindformers_ckpt.execution.run import Run
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
+from mindformers_ckpt.job.settings import differences, raise_different
 from mindformers_ckpt.job.shared_disk import wait_for_files
 from mindformers_ckpt.job.work import Work, log_progress
 from mindformers_ckpt.log import log
@@ -62,6 +63,19 @@ class Request:
     world_size: int
     first_ranks: tuple[int, ...]
     by_rank: bool
+
+    def settings(self) -> dict[str, object]:
+        """What has to be the same on all ranks of a job, by MindFormers' names."""
+        return {
+            "src_checkpoint": self.source,
+            "src_strategy": self.source_strategy,
+            "dst_strategy": self.target_strategy,
+            "dst_checkpoint_dir": self.destination,
+            "prefix": self.prefix,
+            "world_size": self.world_size,
+            "transform_process_num": len(self.first_ranks),
+            "transform_by_rank": self.by_rank,
+        }
 
     def plans(self, target: Strategy, ranks: Sequence[int] | None = None) -> dict[str, Plan]:
         """A plan for every checkpoint of the source, by the name of its folder. Raises the errors of planning."""
@@ -221,6 +235,7 @@ class _Job:
     def run(self) -> None:
         """Returns on all ranks when the result is in its place, or raises on all of them."""
         self.cluster.check_members()
+        raise_different(differences(self.cluster, self.request.settings()))
         self._check_strategies()
         names = self._lead() if self.cluster.rank == MAIN_RANK else self._follow()
         if self.request.live_strategies is not None and len(set(self.cluster.nodes)) > 1:
