@@ -35,9 +35,11 @@ from mindformers_ckpt.integrations.checkpoint2 import CHECKPOINT2
 from mindformers_ckpt.integrations.joining import LOADING, join_before_compiling, joined, put_back
 from mindformers_ckpt.integrations.replacing import parameters_of
 from mindformers_ckpt.integrations.settings import settings
+from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.log import log
+from mindformers_ckpt.words import shortened
 
 __all__ = ["MODULE", "install", "installed", "uninstall"]
 
@@ -316,8 +318,21 @@ def _transform(
         by_rank=self.transform_by_rank,
     )
     rank, size = module.get_real_rank(), module.get_real_group_size()
-    transform_checkpoint(request, rank, size, before.timeout, joined())
+    names = transform_checkpoint(request, rank, size, before.timeout, joined())
+    if self.auto_trans_ckpt and rank == MAIN_RANK:
+        _warn_of_others(request.destination, names)
     return str(request.destination)
+
+
+def _warn_of_others(folder: Path, names: Sequence[str]) -> None:
+    """Tell of results that MindFormers' loader reads with these: its Trainer clears the folder beforehand."""
+    found = {path.parent.name for path in folder.glob("*/rank_*")}.difference(names)
+    others = sorted(name for name in found if not name.startswith("."))
+    if others:
+        log.warning(
+            "%s also holds %s, of other runs, which MindFormers loads as well: remove what is not of this checkpoint",
+            *(folder, shortened(others)),
+        )
 
 
 def _optional_path(path: str | None) -> Path | None:

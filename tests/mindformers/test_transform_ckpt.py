@@ -316,6 +316,20 @@ def test_complete_weights_for_one_card_are_copied(ours: type[Any], output: Path,
     assert copy.read_bytes() == source.read_bytes()
 
 
+def test_results_of_other_runs_are_told(
+    ours: type[Any], output: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """MindFormers' loader reads all of the folder; its Trainer clears it, who calls the class alone does not."""
+    write_tensors(tmp_path / "model.ckpt", random_model({"w": (4, 4)}))
+    write_tensors(
+        output / "transformed_checkpoint" / "another" / "rank_0" / "checkpoint_0.ckpt", random_model({"v": (3,)})
+    )
+    for _ in range(2):  # its own result of before is replaced
+        caplog.clear()
+        ours(auto_trans_ckpt=True)(src_checkpoint=str(tmp_path / "model.ckpt"))
+        assert "transformed_checkpoint also holds another, of other runs," in caplog.text
+
+
 def test_the_source_strategy_folder_is_left_alone(ours: type[Any], tmp_path: Path) -> None:
     model = model_of("dp2mp2pp2", "dp1")
     root = write_ranks(tmp_path / "llama", slices_of(recorded("dp2mp2pp2"), model, REPLICATED))
