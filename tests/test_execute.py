@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from recorded import Tensor, assert_ranks, random_bits, random_model, read_ranks, write_ranks, write_tensors
 
 from mindformers_ckpt.convert.output import write_name_map
-from mindformers_ckpt.engine import ahead, descriptors, sinks, tasks, views, ways
+from mindformers_ckpt.engine import ahead, descriptors, fetcher, sinks, tasks, views, ways
 from mindformers_ckpt.engine.copier import Copier
 from mindformers_ckpt.engine.pool import copy_tasks
 from mindformers_ckpt.engine.sinks import FileSink
@@ -160,7 +160,7 @@ def test_any_layout_to_any_layout(
             patch.setattr(module, "BLOCK_BYTES", block)
         patch.setattr(views, "_RUN_BYTES", run)
         patch.setattr(ahead, "_BATCH_BYTES", block)
-        patch.setattr(ahead.Fetcher, "has_to_wait", lambda *_: is_slow)
+        patch.setattr(fetcher.Fetcher, "has_to_wait", lambda *_: is_slow)
         patch.setattr(tasks, "_SMALLEST_TASK", 1)
         folder = Path(name)
         root = write_ranks(folder / "source", parts(source, model), formats[0])
@@ -456,7 +456,7 @@ def test_a_source_that_changes_after_planning(
 def test_a_source_that_is_shortened_while_it_is_read(
     is_slow: bool, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ahead.Fetcher, "has_to_wait", lambda *_: is_slow)
+    monkeypatch.setattr(fetcher.Fetcher, "has_to_wait", lambda *_: is_slow)
     for module in (tasks, views):
         monkeypatch.setattr(module, "BLOCK_BYTES", 1 << 20)
     monkeypatch.setattr(tasks, "_SMALLEST_TASK", 1 << 30)  # a single task, and so a single thread

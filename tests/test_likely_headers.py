@@ -123,7 +123,7 @@ def test_few_heads_are_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(os, "pread", pread)
     sound_headers(files, likely=True)
-    assert len(read) <= 16 * (RANKS - 1)
+    assert len(read) <= 4 * (RANKS - 1) + 1  # the first one is small enough to be read at once
 
 
 def test_what_is_likely_is_right(source: Path, model: dict[str, Tensor]) -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 from recorded import Tensor, random_model, recorded, slices_of, write_ranks, write_tensors
 
-from mindformers_ckpt.errors import PlanError
+from mindformers_ckpt.errors import ConfigError, PlanError
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.planning.build import Slices, build_plan, compare_slices
 from mindformers_ckpt.planning.computations import Cast, Dequantise
+from mindformers_ckpt.planning.missing import patterns_of
 from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
@@ -166,6 +167,13 @@ def test_names_that_may_be_missing(tmp_path: Path, allow: list[str], refused: st
     with pytest.raises(PlanError, match=f"- {refused}"):
         build_plan(source, strategy, allow_missing=allow)
     assert list(held(build_plan(source, strategy, allow_missing=[*allow, "[uv]", "head.*"]))) == ["w"]
+
+
+def test_a_text_is_names_and_not_its_letters() -> None:
+    assert patterns_of("head.*, *.bias") == ("head.*", "*.bias")
+    for wrong in ("", "a,,b", 3, [3], ["a", " "], None):
+        with pytest.raises(ConfigError, match="allow_missing: True, False or a list of parameter names was expected"):
+            patterns_of(wrong)  # type: ignore[arg-type]
 
 
 def test_adapters_that_are_not_in_the_source(tmp_path: Path) -> None:

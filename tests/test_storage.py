@@ -23,12 +23,13 @@ from recorded import assert_ranks, random_model, write_ranks
 from slow_mount import mounted, why_not
 from test_execute import MP2, MP4, parts, plan_from
 
-from mindformers_ckpt.engine import ahead, descriptors, into_memory, sinks, tasks
-from mindformers_ckpt.engine.ahead import Ahead, Extent, Fetcher, merged
+from mindformers_ckpt.engine import descriptors, fetcher, into_memory, sinks, tasks
+from mindformers_ckpt.engine.ahead import Ahead, merged
+from mindformers_ckpt.engine.fetcher import Extent, Fetcher
 from mindformers_ckpt.engine.sinks import FileSink
 from mindformers_ckpt.errors import FormatError, TransferError
 from mindformers_ckpt.execution.options import Options
-from mindformers_ckpt.formats import ckpt, guesses, layout_file
+from mindformers_ckpt.formats import ckpt_layout, guesses, layout_file
 from mindformers_ckpt.formats.ckpt import scan
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.formats.tensor_file import TensorSpec
@@ -79,9 +80,9 @@ class Reads:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = self.bytes = self.most_held = 0
-        self._real = ahead._filled
+        self._real = fetcher._filled
         self._lock = threading.Lock()
-        monkeypatch.setattr(ahead, "_filled", self.filled)
+        monkeypatch.setattr(fetcher, "_filled", self.filled)
         self._held: Counter[int] = Counter()
         self._start = Ahead._start
         monkeypatch.setattr(Ahead, "_start", lambda *arguments: self.start(*arguments))
@@ -135,7 +136,7 @@ def test_a_request_a_megabyte_and_few_opens(
     size = sum(file.size for file in plan.sources)
     assert size <= slow.bytes <= size * 1.1
     assert slow.count <= 2 * size / MB
-    assert slow.most_held <= ahead.AHEAD_BYTES + 2 * 9 * MB
+    assert slow.most_held <= fetcher.AHEAD_BYTES + 2 * 9 * MB
     names = {file.path.parent.name for file in plan.sources}
     assert {name for name in opened if name in names} == names
     assert max(opened[name] for name in names) == 1
@@ -154,7 +155,7 @@ def test_short_runs_that_follow_each_other_are_read_at_once(
         real(descriptor, path, start, memory)
 
     monkeypatch.setattr(Fetcher, "has_to_wait", lambda *_: False)
-    monkeypatch.setattr(ahead, "fill", fill)
+    monkeypatch.setattr(fetcher, "fill", fill)
     source, target = (Strategy.of_stages(({"w": Layout((count,), ((0,), ()))},), str(count)) for count in (2, 4))
     model = random_model({"w": (rows, 64)})
     transform(plan_from(write_ranks(tmp_path / "source", parts(source, model)), source, target), tmp_path / "result")
@@ -208,6 +209,12 @@ MP4_OF_MANY = Strategy.of_stages(
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every request has to wait, as far as the reader knows."""
+    busy(monkeypatch)
+    monkeypatch.setattr(Fetcher, "scatter_warm", lambda *_: False)
+
+
+def busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every request takes long, and waits for whatever it may be."""
     monkeypatch.setattr(into_memory, "waits", itertools.count().__next__)
     monkeypatch.setattr(into_memory, "_QUICK_SECONDS", 0.0)
 
@@ -255,11 +262,35 @@ def test_small_tensors_are_loaded_a_megabyte_at_a_time(
     assert max(opened.values()) == (0 if is_shared else 1)
 
 
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_what_is_in_the_page_cache_is_read_by_one_thread(
+    is_shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the machine is so busy that it takes long, and past the page cache where ranks do not share files."""
+    model = random_model(dict.fromkeys(NAMES, (300, 1024)))
+    plan = plan_from(write_ranks(tmp_path / "source", parts(MP4_OF_MANY, model)), MP4_OF_MANY, Strategy.complete())
+    if not in_page_cache(plan.sources[0].path):
+        pytest.skip("this file system does not say what is in the page cache")
+    busy(monkeypatch)
+    started: list[str] = []
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: started.append(thread.name))
+    assert loaded(plan, is_shared=is_shared) == {name: tensor.bits.tobytes() for name, tensor in model.items()}
+    assert started == []
+
+
+def in_page_cache(path: Path) -> bool:
+    with open(path, "rb") as stream:
+        try:
+            return os.preadv(stream.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT) == 1
+        except OSError:
+            return False
+
+
 @pytest.mark.usefixtures("waits")
 @pytest.mark.parametrize("cut", [1 << 10, 5_001, 70_003])
 def test_tensors_of_several_records_are_loaded(cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A record may end within a row, and within an element."""
-    monkeypatch.setattr(ckpt, "RECORD_LIMIT", cut)
+    monkeypatch.setattr(ckpt_layout, "RECORD_LIMIT", cut)
     model = random_model(dict.fromkeys(NAMES, (60, 96)))
     plan = plan_from(write_ranks(tmp_path / "source", parts(MP4_OF_MANY, model)), MP4_OF_MANY, Strategy.complete())
     assert loaded(plan) == {name: tensor.bits.tobytes() for name, tensor in model.items()}

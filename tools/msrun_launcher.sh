@@ -63,10 +63,29 @@ if [[ $1 == -h || $1 == --help ]]; then
 fi
 LOCAL_WORKER=${LOCAL_WORKER:-$WORKER_NUM}
 
-for name in WORKER_NUM LOCAL_WORKER MASTER_PORT NODE_RANK CLUSTER_TIME_OUT; do
-    [[ ${!name} =~ ^[0-9]+$ ]] || fail "$name is a number, not '${!name}'"
-done
-[[ $JOIN == True || $JOIN == False ]] || fail "JOIN is True or False, not '$JOIN'"
+PROBLEMS=()
+# check_number NAME LEAST MOST
+check_number() {
+    local value=${!1}
+    if [[ ! $value =~ ^[0-9]{1,9}$ ]]; then
+        PROBLEMS+=("$1 is a number, not '$value'")
+    elif ((10#$value < $2 || 10#$value > $3)); then
+        PROBLEMS+=("$1 is from $2 to $3, not $value")
+    fi
+}
+check_number WORKER_NUM 1 999999
+check_number MASTER_PORT 1 65535
+check_number CLUSTER_TIME_OUT 1 999999999
+if ((${#PROBLEMS[@]} == 0)); then
+    check_number LOCAL_WORKER 1 "$WORKER_NUM"
+fi
+if ((${#PROBLEMS[@]} == 0)); then
+    check_number NODE_RANK 0 "$(((WORKER_NUM + LOCAL_WORKER - 1) / LOCAL_WORKER - 1))"
+fi
+[[ -n $MASTER_ADDR ]] || PROBLEMS+=("MASTER_ADDR is empty; is a variable not set?")
+[[ -n $LOG_DIR ]] || PROBLEMS+=("LOG_DIR is empty; is a variable not set?")
+[[ $JOIN == True || $JOIN == False ]] || PROBLEMS+=("JOIN is True or False, not '$JOIN'")
+((${#PROBLEMS[@]} == 0)) || fail "$(printf '%s; ' "${PROBLEMS[@]}")bash tools/msrun_launcher.sh --help shows the order"
 command -v msrun >/dev/null || fail "msrun is not in PATH; it comes with MindSpore: activate its environment"
 
 # The first argument is a command line of its own: split it as a shell does, quotes included, but run nothing.
@@ -78,10 +97,20 @@ wait $! || fail "the first argument is not a valid command line: $1"
 ((${#ORDER[@]})) || fail "the first argument is the script to run with its arguments, not '$1'"
 # "run_mindformer.py ...", as in MindFormers' own folder, means the script beside this one.
 TOOLS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-if [[ ! -e ${ORDER[0]} && -e $TOOLS/${ORDER[0]} ]]; then
-    ORDER[0]=$TOOLS/${ORDER[0]}
+# In "python -m mindformers_ckpt.run run_mindformer.py ..." it is the fourth word, in "python run_mindformer.py" the second.
+AT=0
+if [[ ${ORDER[0]##*/} =~ ^python[0-9.]*$ ]]; then
+    command -v "${ORDER[0]}" >/dev/null || fail "${ORDER[0]} is not in PATH"
+    AT=1
+    [[ ${ORDER[*]:1:2} != "-m mindformers_ckpt.run" ]] || AT=3
 fi
-[[ -e ${ORDER[0]} ]] || fail "no script ${ORDER[0]} in $PWD or $TOOLS"
+SCRIPT=${ORDER[AT]:-}
+if [[ -n $SCRIPT && ! -e $SCRIPT && -e $TOOLS/$SCRIPT ]]; then
+    SCRIPT=$TOOLS/$SCRIPT
+    ORDER[AT]=$SCRIPT
+fi
+# What follows other options of python is left to it.
+[[ $AT == 1 && $SCRIPT == -* ]] || [[ -n $SCRIPT && -e $SCRIPT ]] || fail "no script '$SCRIPT' in $PWD or $TOOLS"
 
 COMMAND=(msrun "--worker_num=$WORKER_NUM" "--local_worker_num=$LOCAL_WORKER"
     "--master_addr=$MASTER_ADDR" "--master_port=$MASTER_PORT" "--log_dir=$LOG_DIR"

@@ -12,7 +12,7 @@ from mindformers_ckpt.cli.making import How
 from mindformers_ckpt.cli.notices import amount, say, say_json, warn
 from mindformers_ckpt.disk.files import existing
 from mindformers_ckpt.execution.checks import is_checkpoint
-from mindformers_ckpt.formats import TensorSpec, layout_file
+from mindformers_ckpt.formats import file_size
 from mindformers_ckpt.objects.path import ObjectPath
 from mindformers_ckpt.planning.model import Plan
 from mindformers_ckpt.publish.manifest import is_result
@@ -54,12 +54,12 @@ def _say(plan: Plan, destination: Path, needed: int, free: int | None, problems:
 
 def file_bytes(plan: Plan) -> int:
     """The size of all target files, heads included."""
-    sizes: dict[tuple[str, tuple[TensorSpec, ...]], int] = {}
+    sizes: dict[tuple[str, int], int] = {}  # by the list itself: the ranks of a stage share theirs
     total = 0
     for target in plan.targets:
-        key = (target.format, target.tensors)
+        key = target.format, id(target.tensors)
         if key not in sizes:
-            sizes[key] = layout_file(target.format, target.tensors).size
+            sizes[key] = file_size(target.format, target.tensors)
         total += sizes[key]
     return total
 

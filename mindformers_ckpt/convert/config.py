@@ -62,6 +62,17 @@ class ModelConfig:
                 return value
         return None
 
+    def quotient(self, total: int | None, count: int | None, name: str, of: str = "") -> int | None:
+        """`total` over `count`, None when one is not known; `name` and `of` are their keys.
+
+        Raises ConfigError when it does not divide.
+        """
+        if total is None or not count:
+            return None
+        if total % count:
+            raise ConfigError(f"{self.path}: {name} {total} is not divisible by {f'{of} {count}'.lstrip()}")
+        return total // count
+
     def flag(self, *keys: str) -> bool:
         """Whether one of the keys is there and true."""
         return any(self.values.get(key) is True for key in keys)
@@ -114,15 +125,6 @@ def read_config(folder: Path | None) -> ModelConfig:
     if path is None or not path.is_file():
         return ModelConfig()
     return ModelConfig(read_json_object(path, ConfigError, infinite=True), path)
-
-
-def quotient(total: int | None, count: int | None) -> int | None:
-    """`total` over `count`, None when one is not known. Raises ConfigError when it does not divide."""
-    if total is None or not count:
-        return None
-    if total % count:
-        raise ConfigError(f"config.json: {total} does not divide into {count}")
-    return total // count
 
 
 def total(*terms: int | None) -> int | None:

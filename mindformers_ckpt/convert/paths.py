@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mindformers_ckpt.errors import ConfigError, PlanError
-from mindformers_ckpt.sources.listing import is_strategy_file
+from mindformers_ckpt.sources.find import folders_with_weights
+from mindformers_ckpt.sources.listing import Listing, is_strategy_file
 from mindformers_ckpt.strategy.iterations import is_save_path
 
 _READ = (".safetensors", ".bin", ".pth", ".pt", ".distcp")
@@ -47,6 +48,9 @@ def _next_step(path: Path, files: Iterable[Path]) -> str:
             return f"what is there is {format_name} ({found[0]}): {step}"
     if any(entry.is_dir() and entry.name.startswith("rank_") for entry in path.iterdir()):
         return "it has rank folders of MindSpore: merge them with `mindformers-ckpt transform`, then give --reversed"
+    inside = folders_with_weights(Listing(path))
+    if inside:
+        return f"give {inside}"
     if "config.json" in names:
         return "it has a config.json, but no weights: were they left out when the repository was cloned?"
     return "give the folder of a cloned Hugging Face repository"

@@ -17,7 +17,7 @@ from mindformers_ckpt.publish.manifest import MANIFEST_FILE, read_manifests
 from mindformers_ckpt.publish.source_fingerprint import Origin
 from mindformers_ckpt.sources import dcp
 from mindformers_ckpt.sources.checkpoint import Checkpoint
-from mindformers_ckpt.sources.find import find_source
+from mindformers_ckpt.sources.find import find_source, instead
 from mindformers_ckpt.sources.huggingface import CONFIG_FILE
 from mindformers_ckpt.sources.shards import LogicalTensor, Shard
 from mindformers_ckpt.sources.source import Kind, Source
@@ -141,7 +141,9 @@ def config_folder(weights: Path, given: Path | None) -> Path | None:
     if given is not None:
         folder = given.parent if given.name == CONFIG_FILE else given
         if not (folder / CONFIG_FILE).is_file():
-            raise PlanError(f"{given} holds no {CONFIG_FILE}")
+            if not given.exists():
+                raise PlanError(f"there is nothing at {given} (hf_config){instead(given)}")
+            raise PlanError(f"{given} holds no {CONFIG_FILE}; give the folder of the model that has it (hf_config)")
         return folder
     folder = weights if weights.is_dir() else weights.parent
     return folder if (folder / CONFIG_FILE).is_file() else None

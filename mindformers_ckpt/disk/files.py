@@ -95,7 +95,9 @@ def existing(path: Path) -> Path:
 
 
 def like_it(path: Path) -> str:
-    """ " Did you mean 'x'?" where the folder of a path holds a name that is like its own, else nothing."""
+    """ " Did you mean 'x'?" for the first name of a path that is not there, where its folder holds one like it."""
+    while not path.parent.is_dir() and path != path.parent:
+        path = path.parent
     try:
         return did_you_mean(path.name, os.listdir(str(path.parent)))
     except OSError:  # no folder on a disk, or none that can be read

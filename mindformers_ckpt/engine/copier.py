@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mindformers_ckpt.checksums.shares import share_of_run
-from mindformers_ckpt.engine.ahead import Fetcher
 from mindformers_ckpt.engine.buffers import PIECE_BYTES
+from mindformers_ckpt.engine.fetcher import Fetcher
 from mindformers_ckpt.engine.parts import Scratch, read_parts
 from mindformers_ckpt.engine.reader import Read, Reader, ShardReader
 from mindformers_ckpt.engine.sinks import Sink

@@ -6,8 +6,9 @@ arrays; past it (O_DIRECT), where places would have to lie as in the file, a thr
 copies while that is in the cache of its core. So requests are large also where a file has many small tensors, and no
 thread waits for another one.
 
-One thread reads as long as it need not wait: on a warm disk more would only wait for each other. Where reading has to
-wait there are 16 of them, and 64 where it waits for long.
+One thread reads as long as it need not wait: on a warm disk more would only wait for each other, and what is in the
+page cache is read as such, however busy the machine is. Where reading has to wait there are 16 threads, and 64 where it
+waits for long.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mindformers_ckpt.disk.waiting import waits
-from mindformers_ckpt.engine.ahead import AHEAD_BYTES, PAGE, Fetcher, is_near, request_bytes
+from mindformers_ckpt.engine.ahead import is_near
+from mindformers_ckpt.engine.fetcher import AHEAD_BYTES, PAGE, Fetcher, request_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -193,12 +195,15 @@ class _Filling:
             size = max(-(-needed // PAGE) * PAGE, request_bytes(path))
             if memory is None or len(memory) < size:
                 memory = np.frombuffer(mmap.mmap(-1, size), np.uint8)  # from the beginning of a page
-            started, before = time.perf_counter(), waits()
-            is_copied = self._fetcher.scatter(path, request.pieces[0].start, request.parts(memory))
+            parts = request.parts(memory)
+            is_copied = self._fetcher.scatter_warm(path, request.pieces[0].start, parts)
             if not is_copied:
-                self._fetcher.fill(path, start, memory.data[: -(-needed // PAGE) * PAGE], needed)
-            if waits() > before:
-                waited(time.perf_counter() - started, size)
+                started, before = time.perf_counter(), waits()
+                is_copied = self._fetcher.scatter(path, request.pieces[0].start, parts)
+                if not is_copied:
+                    self._fetcher.fill(path, start, memory.data[: -(-needed // PAGE) * PAGE], needed)
+                if waits() > before:
+                    waited(time.perf_counter() - started, size)
             for piece in request.pieces:
                 if piece.strides or not is_copied:
                     piece.copy(memory, piece.start - start)

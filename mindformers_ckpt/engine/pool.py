@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mindformers_ckpt.engine.ahead import Fetcher
 from mindformers_ckpt.engine.copier import Copier
+from mindformers_ckpt.engine.fetcher import Fetcher
 from mindformers_ckpt.engine.object_sink import ObjectSink, Uploads
 from mindformers_ckpt.engine.proof import ProvingSink
 from mindformers_ckpt.engine.sinks import FileSink, Sink

@@ -14,10 +14,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
-from mindformers_ckpt.engine.ahead import Ahead, Extent, Fetcher
+from mindformers_ckpt.engine.ahead import Ahead
 from mindformers_ckpt.engine.buffers import PIECE_BYTES, empty_bytes, piece_memory
 from mindformers_ckpt.engine.compute import DOWN_TILE, UP_TILE, cast, dequantise, factor_values, merge, scale_values
 from mindformers_ckpt.engine.descriptors import file_ranges
+from mindformers_ckpt.engine.fetcher import Extent, Fetcher
 from mindformers_ckpt.engine.into_memory import LEAST_BYTES, Piece
 from mindformers_ckpt.engine.source_shares import SourceShares
 from mindformers_ckpt.engine.views import box_in_view, copy_transposed, in_bytes, in_view, reads_of, span_in

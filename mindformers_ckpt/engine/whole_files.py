@@ -7,8 +7,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindformers_ckpt.engine.ahead import Fetcher
 from mindformers_ckpt.engine.buffers import empty_bytes
+from mindformers_ckpt.engine.fetcher import Fetcher
 from mindformers_ckpt.engine.into_memory import Fill, Piece, fill_arrays
 from mindformers_ckpt.errors import FormatError, TransferError
 from mindformers_ckpt.formats import TensorRecord, TensorSpec, read_header

@@ -11,6 +11,7 @@ from mindformers_ckpt.formats.tensor_file import (
     Segment,
     TensorRecord,
     TensorSpec,
+    file_size,
     layout_file,
     read_header,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "Segment",
     "TensorRecord",
     "TensorSpec",
+    "file_size",
     "layout_file",
     "read_header",
 ]

@@ -15,7 +15,7 @@ The records are parsed by hand because a protobuf library would copy the content
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
@@ -25,27 +25,23 @@ from mindformers_ckpt.errors import FormatError
 from mindformers_ckpt.formats.dtypes import DType, from_ckpt
 from mindformers_ckpt.formats.guesses import Pieces
 from mindformers_ckpt.formats.tensor_file import (
-    FileLayout,
     Header,
     Malformed,
     Segment,
     TensorRecord,
     TensorSpec,
-    check_names,
     check_shape,
     describe_foreign_file,
     open_to_read,
 )
 
-RECORD_LIMIT = 512 * 1024 * 1024
-
-_VALUE = 0x0A
-_TAG = 0x0A
-_TENSOR = 0x12
-_MAP_TENSOR = 0x1A
-_DIMENSION = 0x08
-_TYPE = 0x12
-_CONTENT = 0x1A
+VALUE = 0x0A
+TAG = 0x0A
+TENSOR = 0x12
+MAP_TENSOR = 0x1A
+DIMENSION = 0x08
+TYPE = 0x12
+CONTENT = 0x1A
 
 TRAILER_MARK = b"crc_num"
 TRAILER_SIZE = len(TRAILER_MARK) + 10
@@ -81,33 +77,6 @@ def scan(path: Path, *like: Header) -> Header:
         tensors = scanner.tensors()
         crc = scanner.trailer()
     return Header(path, "ckpt", size, tensors, {}, crc, tuple(scanner.frames))
-
-
-def layout(specs: Sequence[TensorSpec]) -> FileLayout:
-    """Lay out the file that `mindspore.save_checkpoint` writes of the same tensors, byte for byte.
-
-    Tensors of 0 elements are left out, as MindSpore does: its load_checkpoint takes a record of shape (0,)
-    for a scalar. Raises FormatError when nothing is left (MindSpore loads no empty file), or a name cannot
-    be written.
-    """
-    check_names(specs)
-    frames: list[tuple[int, bytes]] = []
-    tensors: dict[str, TensorRecord] = {}
-    end = 0
-    for spec in specs:
-        nbytes = spec.nbytes
-        segments = []
-        for start in range(0, nbytes, RECORD_LIMIT):
-            length = min(RECORD_LIMIT, nbytes - start)
-            head = _encode_head(spec, length)
-            frames.append((end, head))
-            segments.append(Segment(end + len(head), length))
-            end += len(head) + length
-        if segments:
-            tensors[spec.name] = TensorRecord(spec, tuple(segments))
-    if not tensors:
-        raise FormatError("a .ckpt file needs at least one tensor with elements")
-    return FileLayout(end, tuple(frames), tensors)
 
 
 class _Form(NamedTuple):
@@ -166,7 +135,7 @@ class _Scanner:
                 f"{self._path}: the file is encrypted; load it with mindspore.load_checkpoint(..., "
                 "dec_key=...) and save it without a key"
             )
-        if start[:1] == bytes([_VALUE]):
+        if start[:1] == bytes([VALUE]):
             return
         if start[8:9] == b"{":
             kind = "it looks like a .safetensors file, and should be named so"
@@ -257,13 +226,13 @@ class _Scanner:
         Raises IndexError when the window ends before the head does, Malformed when it is no head.
         """
         window = self._window
-        if window[at] != _VALUE:
+        if window[at] != VALUE:
             raise Malformed("no record begins here")
         length, at = _varint(window, at + 1)
         end = at + length
         if self._base + end > self._size:
             raise Malformed(f"a record of {length} bytes reaches over the end of the file: it is truncated")
-        raw_name, at = _field(window, at, end, _TAG)
+        raw_name, at = _field(window, at, end, TAG)
         name = _text(raw_name)
         likely = window[at : at + _LIKELY]
         form = self._forms.get(likely)
@@ -295,17 +264,17 @@ def _spans(frames: tuple[tuple[int, bytes], ...]) -> list[tuple[int, int, list[t
 
 def _parse_form(window: bytes, start: int, end: int, name: str) -> _Form:
     """Parse what comes after the name of a tensor in its record, which ends at `end`."""
-    if window[start] == _MAP_TENSOR:
+    if window[start] == MAP_TENSOR:
         raise Malformed(f"{name!r} is a MapParameter (hash table)", "save the checkpoint without it")
-    at = _enter(window, start, end, _TENSOR)
+    at = _enter(window, start, end, TENSOR)
     dims: list[int] = []
-    while window[at] == _DIMENSION:
+    while window[at] == DIMENSION:
         dimension, at = _varint(window, at + 1)
         if dimension >> 63:
             raise Malformed(f"tensor {name!r} has a negative dimension")
         dims.append(dimension)
-    raw_type, at = _field(window, at, end, _TYPE)
-    at = _enter(window, at, end, _CONTENT)
+    raw_type, at = _field(window, at, end, TYPE)
+    at = _enter(window, at, end, CONTENT)
     try:
         dtype = from_ckpt(_text(raw_type))
     except FormatError as error:
@@ -363,42 +332,6 @@ def _text(raw: bytes) -> str:
         return raw.decode()
     except UnicodeDecodeError:
         raise Malformed(f"a name in a record is not UTF-8: {raw[:40]!r}") from None
-
-
-def _encode_head(spec: TensorSpec, length: int) -> bytes:
-    """The head of a record whose content is `length` bytes."""
-    name = spec.name.encode()
-    before, after = _encode_around(len(name), spec.dtype, spec.shape, length)
-    return before + name + after
-
-
-@lru_cache(maxsize=4096)
-def _encode_around(name_length: int, dtype: DType, shape: tuple[int, ...], length: int) -> tuple[bytes, bytes]:
-    """What comes before and after the name in a head: layers repeat it."""
-    after = _encode_tensor((0,) if dtype.name == "str" else shape, dtype.ckpt, length)
-    tag = bytes([_TAG]) + _encode_varint(name_length)
-    return bytes([_VALUE]) + _encode_varint(len(tag) + name_length + len(after) + length) + tag, after
-
-
-def _encode_tensor(dims: tuple[int, ...], type_name: str, length: int) -> bytes:
-    tensor = b"".join(
-        [
-            *(bytes([_DIMENSION]) + _encode_varint(dimension) for dimension in dims),
-            bytes([_TYPE]) + _encode_varint(len(type_name)) + type_name.encode(),
-            bytes([_CONTENT]),
-            _encode_varint(length),
-        ]
-    )
-    return bytes([_TENSOR]) + _encode_varint(len(tensor) + length) + tensor
-
-
-def _encode_varint(value: int) -> bytes:
-    groups = bytearray()
-    while value > 0x7F:
-        groups.append(value & 0x7F | 0x80)
-        value >>= 7
-    groups.append(value)
-    return bytes(groups)
 
 
 def _describe(spec: TensorSpec) -> str:

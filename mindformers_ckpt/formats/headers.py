@@ -20,8 +20,8 @@ _AT_ONCE = 8
 # Seconds that a file is waited for. Of a quick disk a file has many heads, each with a wait of its own.
 _WAIT = 0.05
 _WAIT_QUICK = 0.002  # of one that is looked at quickly
-# Heads at which a file is compared with one of its size that was read whole.
-_SAMPLES = 16
+# Heads at which a file is compared with one of its size that was read whole; few where all are compared later.
+_SAMPLES, _FEW_SAMPLES = 16, 4
 
 
 def read_headers(paths: Sequence[Path]) -> Generator[tuple[Path, Header | FormatError], None, None]:
@@ -40,24 +40,27 @@ def read_headers(paths: Sequence[Path]) -> Generator[tuple[Path, Header | Format
     yield from zip(paths, each(_or_error(read), paths, at_once=_AT_ONCE, patience=_WAIT))
 
 
-def look_quickly(paths: Sequence[Path]) -> Generator[tuple[Path, Header | FormatError], None, None]:
+def look_quickly(
+    paths: Sequence[Path], samples: int = _SAMPLES
+) -> Generator[tuple[Path, Header | FormatError], None, None]:
     """As `read_headers`, but files are compared at samples with others of their size, each of which was read whole.
 
-    Of a `.ckpt` file 16 heads are compared, and where they are equal the header that is taken over `is_likely`.
+    Of a `.ckpt` file so many heads are compared, and where they are equal the header that is taken over `is_likely`.
     """
     states = dict(zip(paths, each(FileState.seen, paths)))
-    whole: dict[tuple[str, int], list[tuple[Header, Header]]] = {}  # each with itself at samples
+    whole: dict[tuple[str, int], list[tuple[Header, Header]]] = {}  # each with some of its heads
 
     def look(path: Path) -> Header:
         state = states[path]
         if state is None:
             return read_header(path)  # which says what is wrong
         known = whole.get((path.suffix, state.size), [])
-        header = replace(scan(path, *(samples for _, samples in known)), modified=state.modified)
-        like, samples = next((pair for pair in known if pair[0].tensors is header.tensors), (header, _sampled(header)))
+        header = replace(scan(path, *(some for _, some in known)), modified=state.modified)
+        own = header, _sampled(header, samples)
+        like, some = next((pair for pair in known if pair[0].tensors is header.tensors), own)
         # The next file is mostly like this one. An entry that another thread makes now may be lost: it is read again.
-        whole[path.suffix, state.size] = [(like, samples), *(pair for pair in known if pair[0] is not like)]
-        is_likely = like is not header and samples is not like
+        whole[path.suffix, state.size] = [(like, some), *(pair for pair in known if pair[0] is not like)]
+        is_likely = like is not header and some is not like
         return replace(header, frames=like.frames, is_likely=True) if is_likely else header
 
     sizes = {path: (path.suffix, state.size) for path, state in states.items() if state is not None}
@@ -82,7 +85,7 @@ def sound_headers(paths: Sequence[Path], *, likely: bool = False) -> dict[Path, 
     """The headers of files; with `likely` by `look_quickly`. Raises FormatError that tells of all damaged ones."""
     found: dict[Path, Header] = {}
     problems = []
-    for path, header in look_quickly(paths) if likely else read_headers(paths):
+    for path, header in look_quickly(paths, _FEW_SAMPLES) if likely else read_headers(paths):
         if isinstance(header, FormatError):
             problems.append(str(header))
         else:
@@ -105,10 +108,10 @@ def _or_error(read: Callable[[Path], Header]) -> Callable[[Path], Header | Forma
     return answer
 
 
-def _sampled(header: Header) -> Header:
-    """A header with some of the frames alone, evenly spread; itself where it has no more."""
+def _sampled(header: Header, count: int) -> Header:
+    """A header with so many of the frames alone, evenly spread; itself where it has no more."""
     frames = header.frames
-    if len(frames) <= _SAMPLES:
+    if len(frames) <= count:
         return header
-    chosen = (number * (len(frames) - 1) // (_SAMPLES - 1) for number in range(_SAMPLES))
+    chosen = (number * (len(frames) - 1) // (count - 1) for number in range(count))
     return replace(header, frames=tuple(frames[number] for number in chosen))

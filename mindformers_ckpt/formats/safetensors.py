@@ -74,6 +74,21 @@ def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> FileLayo
     it has a format; `crc_num`, MindSpore's checksum of other contents, is left out. Raises FormatError when
     the format has no such element type, or a name cannot be written.
     """
+    frame, spans, end = _laid_out(specs, metadata)
+    tensors = {spec.name: _record(spec, len(frame) + start, spec.nbytes) for spec, start in spans}
+    return FileLayout(len(frame) + end, ((0, frame),), tensors)
+
+
+def size(specs: Sequence[TensorSpec]) -> int:
+    """The size of the file that `layout` lays out without metadata. Raises the same errors."""
+    frame, _, end = _laid_out(specs, {})
+    return len(frame) + end
+
+
+def _laid_out(
+    specs: Sequence[TensorSpec], metadata: Mapping[str, str]
+) -> tuple[bytes, list[tuple[TensorSpec, int]], int]:
+    """What stands before the contents of a file, where after it each tensor begins, and where the last one ends."""
     check_names(specs)
     metadata = {"format": "ms", **metadata}
     metadata.pop("crc_num", None)
@@ -96,9 +111,7 @@ def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> FileLayo
     text += b" " * (-len(text) % _ALIGNMENT)
     if len(text) > HEADER_LIMIT:
         raise FormatError(f"the .safetensors header would take {len(text)} bytes, over {HEADER_LIMIT}")
-    frame = len(text).to_bytes(_LENGTH_SIZE, "little") + text
-    tensors = {spec.name: _record(spec, len(frame) + start, spec.nbytes) for spec, start in spans}
-    return FileLayout(len(frame) + end, ((0, frame),), tensors)
+    return len(text).to_bytes(_LENGTH_SIZE, "little") + text, spans, end
 
 
 def _code(spec: TensorSpec) -> str:

@@ -67,7 +67,7 @@ def replace_in(module: ModuleType, allow_missing: Sequence[str] = ()) -> None:
     Says what it lacks in one line of the log where it is not, and leaves it alone. `allow_missing`: names or patterns
     of parameters that a checkpoint may lack. Does nothing when ours is there already.
     """
-    global _replaced, _allowed
+    global _replaced
     if _replaced is not None:
         return
     unlike = _unlike(module)
@@ -75,13 +75,19 @@ def replace_in(module: ModuleType, allow_missing: Sequence[str] = ()) -> None:
         level = logging.WARNING if hasattr(module, _LOADER) else logging.INFO  # 1.7 and 1.8 have no such class
         log.log(level, "MindFormers' own code loads checkpoints 2.0: its %s cannot be replaced (%s)", _LOAD, unlike)
         return
-    _allowed = tuple(allow_missing)
+    allow(allow_missing)
     load, loader = getattr(module, _LOAD), getattr(module, _LOADER)
     ours = _checked(load)
     _replaced = _Replaced(module, load, loader, ours)
     setattr(module, _LOADER, _loader_of(loader))
     replace_everywhere(_LOAD, load, ours)
     log.info("checkpoints 2.0 are loaded with the engine of mindformers_ckpt")
+
+
+def allow(patterns: Sequence[str]) -> None:
+    """Let checkpoints lack other parameters than before."""
+    global _allowed
+    _allowed = tuple(patterns)
 
 
 def put_back() -> None:

@@ -18,10 +18,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from mindformers_ckpt.errors import ConfigError
+from mindformers_ckpt.errors import CheckpointError, ConfigError
 from mindformers_ckpt.integrations.checkpoint2 import CHECKPOINT2
 from mindformers_ckpt.integrations.joining import LOADING
 from mindformers_ckpt.integrations.mindformers import MODULE, check_installed, install_in, join_early_in, load_in
+from mindformers_ckpt.integrations.settings import settings
 
 _AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
     MODULE: install_in,
@@ -31,18 +32,30 @@ _AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the script that the first argument names with the others. Returns 1 for wrong input, 2 for usage."""
+    """Run the script that the first argument names with the others.
+
+    Returns 1 for wrong input and for an error of ours that the script does not catch, 2 for usage.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
     if not arguments or arguments[0].startswith("-"):
-        print(__doc__, file=sys.stderr)
+        print(f"{__doc__}\nerror: the script comes first, its options after it", file=sys.stderr)
         return 2
     script = Path(arguments[0])
     try:
         check_installed()
+        settings()
         _check_script(script)
-    except ConfigError as error:
+        return _run(script, arguments)
+    except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _run(script: Path, arguments: list[str]) -> int:
+    """Run the script as `python script` does, with our engine."""
     sys.meta_path.insert(0, _Finder())
     sys.argv = arguments
     sys.path[0] = str(script.resolve().parent)
@@ -52,7 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check_script(script: Path) -> None:
     if not script.is_file():
-        raise ConfigError(f"there is no script {script}")
+        raise ConfigError(
+            f"there is no script {str(script)!r} in {Path.cwd()}; the script comes first, its options after it"
+        )
+    if script.suffix in (".sh", ".bash"):
+        raise ConfigError(
+            f"{script} is a shell script; start it with bash, and write `python -m mindformers_ckpt.run` before the "
+            "name of the Python script that it starts"
+        )
     if script.name == "transform_checkpoint.py":
         raise ConfigError(
             f"{script} holds a TransformCkpt of its own, which cannot be replaced; `mindformers-ckpt transform` takes "

@@ -34,9 +34,12 @@ from mindformers_ckpt.integrations import checkpoint2
 from mindformers_ckpt.integrations.checkpoint2 import CHECKPOINT2
 from mindformers_ckpt.integrations.joining import LOADING, join_before_compiling, joined, put_back
 from mindformers_ckpt.integrations.replacing import parameters_of
+from mindformers_ckpt.integrations.settings import settings
+from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
-from mindformers_ckpt.job.config import parse_bool
+from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.log import log
+from mindformers_ckpt.words import shortened
 
 __all__ = ["MODULE", "install", "installed", "uninstall"]
 
@@ -48,7 +51,6 @@ _KNOWN = {
     "b20bbd3190e3f8a3": "1.7.0",
     "dc07d358aa9c0447": "1.8.0, 1.9.0, 2.0.0 and 2.1.0",
 }
-DEFAULT_TIMEOUT = 7200.0  # seconds; MindFormers waits so long for strategy files, and without end elsewhere
 _NEEDED = (
     *("check_in_modelarts", "get_device_num_per_node", "get_output_root_path", "get_real_group_size"),
     *("get_real_rank", "is_main_rank", "logger", "ms"),
@@ -79,7 +81,8 @@ def install(timeout: float | None = None, allow_missing: Sequence[str] | None = 
 
     `timeout`: seconds that ranks wait for each other at a step; by default MINDFORMERS_CKPT_TIMEOUT in the
     environment, or 7200. `allow_missing`: names or patterns of parameters that a checkpoint 2.0 may lack; by default
-    those in MINDFORMERS_CKPT_ALLOW_MISSING, separated by commas. Does nothing when ours is there already.
+    those in MINDFORMERS_CKPT_ALLOW_MISSING, separated by commas. Where ours is there already, what is given here
+    counts from now on, and nothing else changes.
 
     The code that is there decides, whatever its version: raises ConfigError, and changes nothing, when MindFormers is
     missing, or its `TransformCkpt` has other methods than the one that can be replaced. Where its `load_checkpoint`
@@ -96,10 +99,9 @@ def install_in(module: ModuleType, timeout: float | None = None, allow_missing: 
     """`install` into MindFormers' module that defines `TransformCkpt`, and those that stand beside it."""
     global _installed
     if _installed is not None:
+        _change(timeout, allow_missing)
         return
-    seconds = _seconds(os.environ.get("MINDFORMERS_CKPT_TIMEOUT") if timeout is None else timeout)
-    if allow_missing is None:
-        allow_missing = os.environ.get("MINDFORMERS_CKPT_ALLOW_MISSING", "").split(",")
+    seconds, allowed = settings(timeout, allow_missing)
     _check_alike(module)
     _report_unknown(module)
     theirs = module.TransformCkpt
@@ -107,13 +109,24 @@ def install_in(module: ModuleType, timeout: float | None = None, allow_missing: 
     handler = _LogHandler(module)
     log.addHandler(handler)
     log.setLevel(logging.INFO)
-    _installed = _Installed(module, init, call, seconds, handler, tuple(filter(None, allow_missing)))
+    _installed = _Installed(module, init, call, seconds, handler, allowed)
     theirs.__init__, theirs.__call__ = _in_place_of(init, _initialise), _in_place_of(call, _transform)
     log.info("TransformCkpt of MindFormers re-slices with the engine of mindformers_ckpt")
     for name, install_beside in ((LOADING, join_early_in), (CHECKPOINT2, load_in)):
         beside = sys.modules.get(name)
         if beside is not None and not _is_half_imported(beside):
             install_beside(beside)
+
+
+def _change(timeout: float | None, allow_missing: Sequence[str] | None) -> None:
+    """Take over what a later call names: `run` has installed before the script calls `install` itself."""
+    global _installed
+    seconds, allowed = settings(timeout, allow_missing)
+    if timeout is not None:
+        _installed = _current()._replace(timeout=seconds)
+    if allow_missing is not None:
+        _installed = _current()._replace(allow_missing=allowed)
+        checkpoint2.allow(allowed)
 
 
 def _is_half_imported(module: ModuleType) -> bool:
@@ -207,16 +220,6 @@ def _in_place_of(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callab
     return method
 
 
-def _seconds(value: float | str | None) -> float:
-    try:
-        seconds = float(value or DEFAULT_TIMEOUT)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise ConfigError(f"timeout (MINDFORMERS_CKPT_TIMEOUT): a positive number of seconds was expected: {value!r}")
-    return seconds
-
-
 class _LogHandler(logging.Handler):
     """Sends our lines to MindFormers' log, where the job's other lines are."""
 
@@ -253,20 +256,20 @@ def _initialise(
             self, auto_trans_ckpt, rank_id, world_size, transform_process_num, transform_by_rank, npu_num_per_node
         )
         return
-    try:
-        self.auto_trans_ckpt = parse_bool(auto_trans_ckpt)
-        self.transform_by_rank = parse_bool(transform_by_rank)
-        processes = int(transform_process_num)
-    except ValueError as error:
-        raise ConfigError(f"auto_trans_ckpt, transform_by_rank or transform_process_num is wrong: {error}") from None
-    if processes < 1:
-        raise ConfigError(f"transform_process_num: at least 1 process was expected, not {processes}")
+    given = Config.from_mapping(
+        {
+            "auto_trans_ckpt": auto_trans_ckpt,
+            "transform_by_rank": transform_by_rank,
+            "transform_process_num": transform_process_num,
+        }
+    )
+    self.auto_trans_ckpt, self.transform_by_rank = given.auto_trans_ckpt, given.transform_by_rank
     self.world_size = world_size or module.get_real_group_size()
     self.rank_id = module.get_real_rank() if rank_id is None else rank_id
     self.is_main_rank = module.is_main_rank()
     self.npu_num_per_node = npu_num_per_node or module.get_device_num_per_node()
     self.node_num = self.world_size // self.npu_num_per_node
-    self.transform_process_num = min(processes, self.world_size)
+    self.transform_process_num = min(given.transform_process_num, self.world_size)
     share = self.world_size // self.transform_process_num
     self.transform_rank_id_list = [number * share for number in range(self.transform_process_num)]
     if self.auto_trans_ckpt:
@@ -315,8 +318,21 @@ def _transform(
         by_rank=self.transform_by_rank,
     )
     rank, size = module.get_real_rank(), module.get_real_group_size()
-    transform_checkpoint(request, rank, size, before.timeout, joined())
+    names = transform_checkpoint(request, rank, size, before.timeout, joined())
+    if self.auto_trans_ckpt and rank == MAIN_RANK:
+        _warn_of_others(request.destination, names)
     return str(request.destination)
+
+
+def _warn_of_others(folder: Path, names: Sequence[str]) -> None:
+    """Tell of results that MindFormers' loader reads with these: its Trainer clears the folder beforehand."""
+    found = {path.parent.name for path in folder.glob("*/rank_*")}.difference(names)
+    others = sorted(name for name in found if not name.startswith("."))
+    if others:
+        log.warning(
+            "%s also holds %s, of other runs, which MindFormers loads as well: remove what is not of this checkpoint",
+            *(folder, shortened(others)),
+        )
 
 
 def _optional_path(path: str | None) -> Path | None:

@@ -246,7 +246,8 @@ def _parse_positive(value: Any) -> int:
     return number
 
 
-def _parse_seconds(value: Any) -> float:
+def parse_seconds(value: Any) -> float:
+    """A time. Raises ValueError for what is no positive number."""
     try:
         number = 0.0 if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -328,7 +329,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "check_contents": _choice_or_off(*MODES),
     "verify_checkpoint": parse_bool,
     "share_reads": _choice_or_off("auto", "off"),
-    "transform_timeout": _parse_seconds,
+    "transform_timeout": parse_seconds,
     "remote_save_url": _parse_url,
     "npu_num_per_node": _parse_positive,
 }

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindformers_ckpt.disk.files import FileState
-from mindformers_ckpt.engine.ahead import Fetcher
 from mindformers_ckpt.engine.copier import Copier
+from mindformers_ckpt.engine.fetcher import Fetcher
 from mindformers_ckpt.engine.into_memory import Fill, Piece, fill_arrays
 from mindformers_ckpt.engine.reader import Read, ShardReader
 from mindformers_ckpt.engine.sinks import ArraySink

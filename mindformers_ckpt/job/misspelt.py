@@ -21,7 +21,7 @@ def misspelt(values: Mapping[Any, Any], keys: Sequence[str]) -> list[str]:
     found = []
     for key in values:
         if isinstance(key, str) and key not in keys and key not in _OTHERS:
-            meant = _meant(key, keys)
+            meant = meant_key(key, keys)
             if meant is not None:
                 found.append(f"{key}: did you mean {meant}?")
     return found
@@ -39,8 +39,8 @@ def misplaced(values: Mapping[Any, Any], keys: Sequence[str]) -> list[str]:
     ]
 
 
-def _meant(key: str, keys: Sequence[str]) -> str | None:
-    """The key that was meant, None when it is probably another one."""
+def meant_key(key: str, keys: Sequence[str]) -> str | None:
+    """The one of `keys` that was meant, None when it is probably another."""
     words = _words(key)
     if not words:
         return None

@@ -1,4 +1,4 @@
-"""Object storage as the hook sees it: files in and out, over fsspec or over ModelArts' moxing.
+"""Object storage as the hook sees it: files in and out, over ModelArts' moxing or over requests of our own.
 
 Keys are paths below the URL that a store was opened with. Errors are StoreErrors; `final` tells those that
 another attempt cannot mend.
@@ -6,16 +6,22 @@ another attempt cannot mend.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
-from mindformers_ckpt.errors import ConfigError, TransferError
+from mindformers_ckpt.errors import TransferError
+from mindformers_ckpt.objects.attempts import ONCE
+from mindformers_ckpt.objects.client import Client, Found
+from mindformers_ckpt.objects.errors import MissingObject, ObjectError
+from mindformers_ckpt.objects.path import ObjectPath
 from mindformers_ckpt.words import in_one_line
 
 Check = Callable[[], None]
@@ -25,8 +31,9 @@ _URL = re.compile(r"(obs|s3)://[^/\s]+(/\S*)?$")
 _FINAL_CODES = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT})
 _PART_BYTES = 16 << 20  # of an upload in parts: four files at a time, four parts each, are in memory
 _MOST_PARTS = 9000  # S3 and OBS allow 10,000
-_PARTS_AT_ONCE = 4
-_ENDPOINT = "AWS_ENDPOINT_URL"
+_AT_ONCE = 4
+
+T = TypeVar("T")
 
 
 class StoreError(TransferError):
@@ -69,92 +76,93 @@ def check_url(url: str) -> str:
 
 
 def open_store(url: str) -> ObjectStore:
-    """The store at an obs:// or s3:// URL: over moxing where it is installed (ModelArts), else over fsspec.
+    """The store at an obs:// or s3:// URL: over moxing where it is installed (ModelArts).
 
-    Raises ConfigError when neither is there.
+    Raises ConfigError when it cannot be reached from here.
     """
     url = check_url(url)
     if importlib.util.find_spec("moxing") is not None:
         return MoxingStore(url)
-    return FsspecStore(url)
+    return S3Store(url)
 
 
-class FsspecStore:
-    """S3, or anything that speaks it (OBS does), over fsspec and s3fs.
-
-    Credentials and endpoint come from botocore's environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
-    AWS_SESSION_TOKEN, AWS_ENDPOINT_URL (which obs:// needs).
-    """
+class S3Store:
+    """S3, or anything that speaks it (OBS does). Requests are made once: attempts are counted in `transfers`."""
 
     def __init__(self, url: str) -> None:
+        """Raises ConfigError where packages or an endpoint are missing."""
         self.url = url
-        scheme, _, self._root = url.partition("://")
-        if scheme == "obs" and not os.environ.get(_ENDPOINT):
-            raise ConfigError(
-                f"{url}: set {_ENDPOINT} to the OBS endpoint of the bucket's region, "
-                "e.g. https://obs.cn-north-4.myhuaweicloud.com"
-            )
-        try:
-            import asyncio
-
-            import aiohttp
-            import botocore.exceptions
-            import fsspec
-            import s3fs  # noqa: F401 (fsspec imports it by name)
-        except ImportError as error:
-            raise ConfigError(
-                f"{url}: object storage needs further packages ({error}); "
-                "run pip install 'mindformers_ckpt[object-storage]'"
-            ) from error
-        # One attempt a request, of limited time: attempts and pauses are counted in `transfers`.
-        # Checksums of botocore's own are an extension that other servers than AWS refuse.
-        config = {
-            "connect_timeout": 10,
-            "read_timeout": 60,
-            "retries": {"total_max_attempts": 1},
-            "request_checksum_calculation": "when_required",
-            "response_checksum_validation": "when_required",
-        }
-        self._files = fsspec.filesystem("s3", config_kwargs=config, use_listings_cache=False, skip_instance_cache=True)
-        self._files.retries = 2
-        self._final = (botocore.exceptions.NoCredentialsError, botocore.exceptions.ParamValidationError)
-        self._errors = (OSError, asyncio.TimeoutError, aiohttp.ClientError, botocore.exceptions.BotoCoreError)
+        place = ObjectPath(url).place
+        self._bucket, self._root = place.bucket, place.key
+        self._client = Client(place.scheme, ONCE)
 
     def put(self, file: Path, key: str, check: Check) -> None:
-        part = max(_PART_BYTES, file.stat().st_size // _MOST_PARTS)
-        with self._errors_of(f"sending {file} to {self.url}/{key}", check):
-            self._files.put_file(
-                str(file), self._path(key), callback=_checking(check), chunksize=part, max_concurrency=_PARTS_AT_ONCE
-            )
+        with self._errors_of(f"sending {file} to {self.url}/{key}", check), open(file, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size <= _PART_BYTES:
+                self._client.put(self._bucket, self._key(key), stream.read())
+            else:
+                self._put_parts(stream.fileno(), size, self._key(key), check)
+
+    def _put_parts(self, descriptor: int, size: int, key: str, check: Check) -> None:
+        length = max(_PART_BYTES, -(-size // _MOST_PARTS))
+        upload = self._client.begin(self._bucket, key, {})
+
+        def send(start: int) -> None:
+            check()
+            content = os.pread(descriptor, length, start)
+            self._client.send(self._bucket, key, upload, start // length + 1, content)
+
+        try:
+            _at_once(send, range(0, size, length))
+            parts = self._client.parts(self._bucket, key, upload)
+            self._client.complete(self._bucket, key, upload, [parts[number] for number in sorted(parts)])
+        except BaseException:
+            with contextlib.suppress(ObjectError):  # the failure before is what is wrong
+                self._client.abort(self._bucket, key, upload)
+            raise
 
     def get(self, key: str, file: Path, check: Check) -> None:
-        with self._errors_of(f"fetching {self.url}/{key} to {file}", check):
-            self._files.get_file(
-                self._path(key),
-                str(file),
-                callback=_checking(check),
-                chunksize=_PART_BYTES,
-                max_concurrency=_PARTS_AT_ONCE,
-            )
+        with self._errors_of(f"fetching {self.url}/{key} to {file}", check), open(file, "wb") as stream:
+            found, _ = self._client.head(self._bucket, self._key(key))
+
+            def fetch(start: int) -> None:
+                check()
+                content = memoryview(bytearray(min(_PART_BYTES, found.size - start)))
+                self._client.read(self._bucket, found, start, content)
+                while content:
+                    count = os.pwrite(stream.fileno(), content, start)
+                    content, start = content[count:], start + count
+
+            _at_once(fetch, range(0, found.size, _PART_BYTES))
 
     def exists(self, key: str) -> bool:
         with self._errors_of(f"looking for {self.url}/{key}"):
-            return bool(self._files.isfile(self._path(key)))
+            return self._found(key) is not None
 
     def list(self, prefix: str) -> dict[str, int]:
         with self._errors_of(f"listing {self.url}/{prefix}"):
-            found = self._files.find(self._path(prefix), detail=True)
-        start = len(self._root) + 1
-        return {path[start:]: int(entry["size"]) for path, entry in found.items()}
+            return self._below(prefix)
 
     def delete_prefix(self, prefix: str) -> None:
         with self._errors_of(f"deleting {self.url}/{prefix}"):
-            paths = self._files.find(self._path(prefix))
-            if paths:
-                self._files.rm(paths)
+            _at_once(lambda key: self._client.delete(self._bucket, self._key(key)), self._below(prefix))
 
-    def _path(self, key: str) -> str:
-        return f"{self._root}/{key}" if key else self._root
+    def _below(self, prefix: str) -> dict[str, int]:
+        folder = self._key(f"{prefix}/" if prefix else "")
+        start = len(self._key(""))
+        found = {entry.key[start:]: entry.size for entry in self._client.list(self._bucket, folder)}
+        alone = self._found(prefix) if prefix and not found else None
+        return found if alone is None else {prefix: alone.size}
+
+    def _found(self, key: str) -> Found | None:
+        try:
+            return self._client.head(self._bucket, self._key(key))[0]
+        except MissingObject:
+            return None
+
+    def _key(self, key: str) -> str:
+        return f"{self._root}/{key}" if self._root else key
 
     @contextmanager
     def _errors_of(self, what: str, check: Check = lambda: None) -> Iterator[None]:
@@ -162,12 +170,23 @@ class FsspecStore:
             yield
         except StoreError:
             raise
-        except self._errors as error:
+        except ObjectError as error:
             check()  # a transfer that was stopped may fail in the end for another reason
-            final = isinstance(error, self._final) or getattr(error, "errno", None) in _FINAL_CODES
-            # s3fs makes errors without a number of a 403 and a 404.
-            final = final or isinstance(error, (PermissionError, FileNotFoundError))
-            raise StoreError(f"{what}: {in_one_line(error)}", final=final) from error
+            raise StoreError(f"{what}: {error.strerror}", final=error.is_final) from error
+        except OSError as error:
+            raise StoreError(f"{what}: {in_one_line(error)}", final=error.errno in _FINAL_CODES) from error
+
+
+def _at_once(action: Callable[[T], None], items: Iterable[T]) -> None:
+    """Run an action for all items, several at once; the first failure keeps the others from being begun."""
+    with ThreadPoolExecutor(_AT_ONCE, "parts") as pool:
+        started = [pool.submit(action, item) for item in items]
+        try:
+            for future in started:
+                future.result()
+        finally:
+            for future in started:
+                future.cancel()
 
 
 class MoxingStore:
@@ -223,14 +242,3 @@ class MoxingStore:
         except Exception as error:  # moxing documents no types of errors
             final = getattr(error, "errno", None) in _FINAL_CODES
             raise StoreError(f"{what}: {in_one_line(error)}", final=final) from error
-
-
-def _checking(check: Check) -> Any:
-    """A callback for fsspec that calls `check` with every part."""
-    from fsspec.callbacks import Callback
-
-    class Checking(Callback):  # type: ignore[misc]
-        def relative_update(self, inc: int = 1) -> None:
-            check()
-
-    return Checking()

@@ -13,17 +13,19 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from mindformers_ckpt.disk.files import remove
 from mindformers_ckpt.disk.locks import NO_LOCKS, Lock
-from mindformers_ckpt.errors import ConfigError, PublishError, raise_problems
+from mindformers_ckpt.errors import CheckpointError, ConfigError, PublishError, raise_problems
 from mindformers_ckpt.log import log
 from mindformers_ckpt.publish.replace import recover
 
 _ATTEMPTS = 20
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class OutputDir:
@@ -87,6 +89,29 @@ class OutputDir:
                 )
                 yield f"{key}: {value} contains {folder}, which is cleared of {content}; {advice}"
                 return
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Raise PublishError in the place of an error of the system that comes from the output dir."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except OSError as error:
+            if not self._concerns(error):
+                raise
+            where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+            raise PublishError(
+                f"{where}{error.strerror}; output_dir is {self.root}: it must be a folder that this job can write to, "
+                "on a disk with free space"
+            ) from error
+
+    def _concerns(self, error: OSError) -> bool:
+        """Whether a path in the output dir, or on the way to it, is at fault; a full disk is told without a path."""
+        if not isinstance(error.filename, (str, bytes)):
+            return error.errno in _FULL
+        path = Path(os.fsdecode(error.filename)).absolute()
+        return path.is_relative_to(self.root) or self.root.is_relative_to(path)
 
     def clear(self) -> None:
         """Make an empty strategy folder, with the old one moved aside. Links are moved, never followed.

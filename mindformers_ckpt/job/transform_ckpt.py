@@ -15,6 +15,7 @@ from mindformers_ckpt.execution.options import Options
 from mindformers_ckpt.execution.run import Run
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
+from mindformers_ckpt.job.settings import differences, raise_different
 from mindformers_ckpt.job.shared_disk import wait_for_files
 from mindformers_ckpt.job.work import Work, log_progress
 from mindformers_ckpt.log import log
@@ -63,6 +64,19 @@ class Request:
     first_ranks: tuple[int, ...]
     by_rank: bool
 
+    def settings(self) -> dict[str, object]:
+        """What has to be the same on all ranks of a job, by MindFormers' names."""
+        return {
+            "src_checkpoint": self.source,
+            "src_strategy": self.source_strategy,
+            "dst_strategy": self.target_strategy,
+            "dst_checkpoint_dir": self.destination,
+            "prefix": self.prefix,
+            "world_size": self.world_size,
+            "transform_process_num": len(self.first_ranks),
+            "transform_by_rank": self.by_rank,
+        }
+
     def plans(self, target: Strategy, ranks: Sequence[int] | None = None) -> dict[str, Plan]:
         """A plan for every checkpoint of the source, by the name of its folder. Raises the errors of planning."""
         files = find_mindspore(self.source)
@@ -106,22 +120,21 @@ class Request:
             (folder / f"transform_succeed_rank_{rank}.txt").touch()
 
 
-def transform_checkpoint(request: Request, rank: int, size: int, timeout: float, joined: Cluster | None = None) -> None:
+def transform_checkpoint(
+    request: Request, rank: int, size: int, timeout: float, joined: Cluster | None = None
+) -> list[str]:
     """Do what is asked for. In a job of `size` ranks by MindSpore's count all of them call this.
 
-    `joined`: the ranks, where they have met before; whoever joined them leaves them. Returns when the results are in
-    their places. Raises the errors of reading, planning and writing, on all ranks alike; then the results that were
-    there before are intact.
+    `joined`: the ranks, where they have met before; whoever joined them leaves them. Returns the names of the results
+    when these are in their places. Raises the errors of reading, planning and writing, on all ranks alike; then the
+    results that were there before are intact.
     """
     if size not in (1, request.world_size):
         raise ConfigError(f"world_size is {request.world_size}, but this job has {size} ranks; leave world_size out")
     folder = request.destination if request.live_strategies is None else request.live_strategies.parent
     meeting = join(rank, size, timeout, folder) if joined is None else nullcontext(joined)
     with meeting as cluster, cluster.step(_STEP):
-        if size > 1:
-            _Job(request, cluster).run()
-        else:
-            _run_alone(request, cluster)
+        return _Job(request, cluster).run() if size > 1 else _run_alone(request, cluster)
 
 
 def join(rank: int, size: int, timeout: float, folder: Path) -> Cluster:
@@ -156,8 +169,8 @@ def _parts(files: Source) -> dict[str, Source]:
     return parts
 
 
-def _run_alone(request: Request, cluster: Cluster) -> None:
-    """All target ranks, or the share of one of several processes that were started by hand."""
+def _run_alone(request: Request, cluster: Cluster) -> list[str]:
+    """All target ranks, or the share of one of several processes that were started by hand; the names of results."""
     target = _target(request, cluster)
     ranks = _share(request, target)
     # A part replaces ranks of its own source only; the whole replaces whatever is there.
@@ -165,7 +178,8 @@ def _run_alone(request: Request, cluster: Cluster) -> None:
         by_rank=request.by_rank, overwrite=True, overwrite_anything=ranks is None, partial=ranks is not None, keep=False
     )
     done = request.first_ranks if ranks is None else (request.rank,)
-    for name, plan in request.plans(target, ranks).items():
+    plans = request.plans(target, ranks)
+    for name, plan in plans.items():
         transform(
             plan,
             request.destination / name,
@@ -175,6 +189,7 @@ def _run_alone(request: Request, cluster: Cluster) -> None:
             companions=lambda folder: request.mark(folder, done),
         )
         log.info("the transformed checkpoint is in %s", request.destination / name)
+    return list(plans)
 
 
 def _share(request: Request, target: Strategy) -> Sequence[int] | None:
@@ -218,9 +233,10 @@ class _Job:
     request: Request
     cluster: Cluster
 
-    def run(self) -> None:
-        """Returns on all ranks when the result is in its place, or raises on all of them."""
+    def run(self) -> list[str]:
+        """Returns the names of results on all ranks when these are in their places, or raises on all of them."""
         self.cluster.check_members()
+        raise_different(differences(self.cluster, self.request.settings()))
         self._check_strategies()
         names = self._lead() if self.cluster.rank == MAIN_RANK else self._follow()
         if self.request.live_strategies is not None and len(set(self.cluster.nodes)) > 1:
@@ -228,6 +244,7 @@ class _Job:
             files = [self.request.destination / name / f"rank_{rank}/{prefix}{rank}.ckpt" for name in names]
             wait_for_files(files, check=self.cluster.check)
             self.cluster.barrier("seen")
+        return list(names)
 
     def _check_strategies(self) -> None:
         """Wait until every rank has saved its strategy. Raises PlanError naming the ranks that have not."""

@@ -26,7 +26,7 @@ from mindformers_ckpt.words import counted, shortened
 
 _PACKAGES = (
     *("mindspore", "mindformers", "numpy", "safetensors", "ml_dtypes", "protobuf", "filelock", "psutil", "xxhash"),
-    *("click", "rich", "fsspec", "s3fs", "torch", "transformers", "peft"),
+    *("click", "rich", "botocore", "torch", "transformers", "peft"),
 )
 _MEGABYTE = 1 << 20
 _TRIES = 20

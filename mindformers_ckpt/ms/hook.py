@@ -26,6 +26,7 @@ from mindformers_ckpt.job.modelarts import Exchange, check_nodes, fetch_sources,
 from mindformers_ckpt.job.output_dir import OutputDir
 from mindformers_ckpt.job.own_files import OwnFiles, find_own_files, holds_nothing
 from mindformers_ckpt.job.reslice import Reslicing
+from mindformers_ckpt.job.settings import check_alike
 from mindformers_ckpt.job.shared_disk import not_shared, owners_of, wait_for_files
 from mindformers_ckpt.log import log
 from mindformers_ckpt.sources.checkpoint import Checkpoint
@@ -101,6 +102,7 @@ class CheckpointHook:
             log.warning("%s", nothing)
         self._settled, self._source, self._own_files = True, None, None
         with self._together("prepare"):
+            check_alike(self.config, self.cluster, self._reslices)
             self._owner = self._find_owner()
             self.config = fetch_sources(self.config, self.cluster, self._output.root, self._owner)
             self._skip_first_start()
@@ -200,7 +202,7 @@ class CheckpointHook:
         The rank that cleared puts it back, and if that one is dead, whoever survived it.
         """
         try:
-            with self.cluster.step(step):
+            with self.cluster.step(step), self._output.explained():
                 yield
         except BaseException:
             try:

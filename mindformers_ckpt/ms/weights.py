@@ -145,7 +145,7 @@ def raise_unfit(shapes: Sequence[str], types: Sequence[str], lacking: Sequence[s
         headline = "the checkpoint has element types that the network cannot take; convert it to the network's types"
     elif absent:
         headline = (
-            f"{len(absent)} parameters of the network are not in the checkpoint, and would keep their initial values; "
+            "parameters of the network are not in the checkpoint, and would keep their initial values; "
             f"{advice} Where that is meant, name them in allow_missing"
         )
     else:

@@ -35,13 +35,21 @@ class Retries(NamedTuple):
 
 
 RETRIES = Retries()
+ONCE = Retries(attempts=1)  # for who repeats more than a request, and counts
 
 
-def persist(action: Callable[[], T], place: str, progress: Callable[[], int] = lambda: 0) -> T:
+def persist(
+    action: Callable[[], T],
+    place: str,
+    progress: Callable[[], int] = lambda: 0,
+    retries: Retries | None = None,
+) -> T:
     """Try until it succeeds, cannot succeed, or attempts have run out: raises ObjectError that names `place`.
 
-    `progress` tells how far it has come: attempts are counted anew after each that got further.
+    `progress` tells how far it has come: attempts are counted anew after each that got further. `retries` are RETRIES
+    where none are given.
     """
+    retries = retries or RETRIES
     attempt, reached = 0, progress()
     while True:
         try:
@@ -53,14 +61,14 @@ def persist(action: Callable[[], T], place: str, progress: Callable[[], int] = l
             if progress() > reached:
                 attempt, reached = 0, progress()
             attempt += 1
-            if found.is_final:
+            if found.is_final or retries.attempts == 1:
                 raise found from error
-            if attempt >= RETRIES.attempts:
+            if attempt >= retries.attempts:
                 advice = f"given up after {attempt} attempts; check the storage and its endpoint, then go on"
                 raise type(found)(found.errno or 0, f"{found.strerror} ({advice})", place, is_final=True) from error
         say = log.warning if attempt > 2 else log.info
-        say("%s; attempt %d of %d follows", found, attempt + 1, RETRIES.attempts)
-        time.sleep(RETRIES.pause(attempt))
+        say("%s; attempt %d of %d follows", found, attempt + 1, retries.attempts)
+        time.sleep(retries.pause(attempt))
 
 
 def _as_object_error(error: Exception, place: str) -> ObjectError | None:

@@ -1,4 +1,4 @@
-"""Requests to S3, or to what speaks it, over botocore. Every call is repeated where that may help.
+"""Requests to S3, or to what speaks it, over botocore. Every request is repeated where that may help.
 
 Credentials, region and endpoint come from where botocore looks for them: the environment (AWS_ACCESS_KEY_ID,
 AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_ENDPOINT_URL, AWS_PROFILE …), ~/.aws, the role of the machine.
@@ -15,7 +15,7 @@ from http import HTTPStatus
 from typing import Any, NamedTuple
 
 from mindformers_ckpt.errors import ConfigError
-from mindformers_ckpt.objects.attempts import persist, refusal
+from mindformers_ckpt.objects.attempts import Retries, persist, refusal
 from mindformers_ckpt.objects.errors import MissingObject
 
 CONNECTIONS = 32
@@ -23,9 +23,8 @@ _READ_BYTES = 1 << 20
 _TIMEOUTS = (10, 60)  # seconds: to connect, and for each piece of an answer
 _SIGNED_SECONDS = 240.0  # temporary credentials are good for longer when they are used
 _AMAZON = ".amazonaws.com"
-_ADVICE = (
-    "set AWS_ENDPOINT_URL to the OBS endpoint of the bucket's region, e.g. https://obs.cn-north-4.myhuaweicloud.com"
-)
+_ENDPOINT = "AWS_ENDPOINT_URL"
+_ADVICE = f"set {_ENDPOINT} to the OBS endpoint of the bucket's region, e.g. https://obs.cn-north-4.myhuaweicloud.com"
 
 
 class Found(NamedTuple):
@@ -52,7 +51,7 @@ class Client:
     packages or an endpoint are missing.
     """
 
-    def __init__(self, scheme: str) -> None:
+    def __init__(self, scheme: str, retries: Retries | None = None) -> None:
         try:
             from botocore.config import Config
             from botocore.exceptions import BotoCoreError
@@ -92,7 +91,7 @@ class Client:
             max_pool_connections=CONNECTIONS,
         )
         self._signed: dict[tuple[str, str], tuple[float, str]] = {}
-        self._scheme = scheme
+        self._scheme, self._retries = scheme, retries
         self._slots = threading.BoundedSemaphore(CONNECTIONS)
 
     def list(self, bucket: str, prefix: str) -> Iterator[Found]:
@@ -128,7 +127,7 @@ class Client:
                         memory[done : done + len(data)] = data
                         done += len(data)
 
-        persist(attempt, self.url(bucket, found.key), lambda: done)
+        persist(attempt, self.url(bucket, found.key), lambda: done, self._retries)
         return done
 
     def _pieces(self, bucket: str, found: Found, start: int, stop: int) -> Iterator[bytes]:
@@ -213,7 +212,7 @@ class Client:
                 answer: dict[str, Any] = getattr(self._client, name)(Bucket=bucket, **{field: key}, **arguments)
                 return answer
 
-        return persist(attempt, self.url(bucket, key))
+        return persist(attempt, self.url(bucket, key), retries=self._retries)
 
 
 def _found(key: str, size: int, answer: Mapping[str, Any]) -> Found:

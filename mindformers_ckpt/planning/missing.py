@@ -15,6 +15,7 @@ from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.lora_names import is_adapter_name
 from mindformers_ckpt.state_names import COUNTERS, is_never_saved, state_of
 from mindformers_ckpt.words import shortened
@@ -90,8 +91,16 @@ def has_states(names: Collection[str]) -> bool:
     return any(state_of(name, names) for name in names)
 
 
-def patterns_of(allow_missing: bool | Sequence[str]) -> tuple[str, ...]:
-    """The patterns of names that may be missing: all for True, none for False."""
+def patterns_of(allow_missing: bool | str | Sequence[str]) -> tuple[str, ...]:
+    """The patterns of names that may be missing: all for True, none for False; in a text commas are between them.
+
+    Raises ConfigError for anything else.
+    """
     if isinstance(allow_missing, bool):
         return ("*",) if allow_missing else ()
-    return tuple(allow_missing)
+    names = allow_missing.split(",") if isinstance(allow_missing, str) else allow_missing
+    if isinstance(names, Sequence) and all(isinstance(name, str) and name.strip() for name in names):
+        return tuple(name.strip() for name in names)
+    raise ConfigError(
+        f"allow_missing: True, False or a list of parameter names was expected, not {allow_missing!r:.80}"
+    )

@@ -364,5 +364,6 @@ def check_free_space(folder: Path, wanted: int) -> None:
     free = shutil.disk_usage(there).free
     if free < wanted:
         raise PublishError(
-            f"the result needs {wanted / 1e9:.2f} GB, but the disk of {there} has {free / 1e9:.2f} GB free"
+            f"the result needs {wanted / 1e9:.2f} GB, but the disk of {there} has {free / 1e9:.2f} GB free; make room "
+            "there, or choose a folder on another disk"
         )

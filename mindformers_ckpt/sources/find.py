@@ -253,13 +253,14 @@ def instead(path: Path) -> str:
 
 def _nothing(listing: Listing) -> str:
     strategies = "strategy files, which hold no weights; " if listing.strategy_files else ""
+    instead_of_it = folders_with_weights(listing) or "the folder that holds the rank folders, or a file"
     return (
         f"{listing.folder} holds neither rank_<n> folders nor a .ckpt or .safetensors file, but {strategies}"
-        f"{listing.describe()}; give {_inside(listing) or 'the folder that holds the rank folders, or a file'}"
+        f"{listing.describe()}; give {instead_of_it}"
     )
 
 
-def _inside(listing: Listing) -> str:
+def folders_with_weights(listing: Listing) -> str:
     """The folders of a folder that hold what was looked for, in words; "" when none does."""
     folders = [name for name in listing.names if name not in listing.file_names][:_LOOKED_INTO]
     return " or ".join(str(listing.folder / name) for name in folders if _holds_weights(listing.folder / name))

@@ -71,8 +71,8 @@ def amid_headers(action: Callable[[], object]) -> None:
     """Have something happen when this rank has looked at ten files of the source."""
     look = headers.look_quickly
 
-    def read_some(paths: Sequence[Path]) -> Iterator[Any]:
-        for number, found in enumerate(look(paths)):
+    def read_some(paths: Sequence[Path], *samples: int) -> Iterator[Any]:
+        for number, found in enumerate(look(paths, *samples)):
             if number == 10:
                 action()
             yield found

@@ -35,7 +35,7 @@ IMPORTS = (
     "mindformers_ckpt.job.sharing.reads",
     "mindformers_ckpt.look.verify_model",
 )
-STORAGE = ("s3fs", "botocore.session", "aiobotocore.session")
+STORAGE = ("botocore.session", "botocore.awsrequest", "botocore.httpsession")
 TIMEOUT = 60.0  # transform_timeout of the jobs
 TARGET = "pp4"  # 4 stages of one rank: the strategies are merged
 TWO_NODES = ("alpha", "alpha", "beta", "beta")
@@ -63,13 +63,15 @@ class Job:
         faults: Mapping[int, str] = about.pop("faults", {})
         nodes: Sequence[str] = about.pop("nodes", ("node",) * ranks)
         folders: Mapping[str, Path] = about.pop("folders", {})
+        own_keys: Mapping[int, Mapping[str, Any]] = about.pop("own_keys", {})
         self.mark = uuid.uuid4().hex
         port = about.pop("port", free_port())
         is_fresh = about.pop("fresh", False)
         imports = (*IMPORTS, *STORAGE) if "remote_save_url" in config else IMPORTS
         self.processes: list[Any] = []
         for rank in range(ranks):
-            job = {"config": {"transform_timeout": TIMEOUT, **config}, "live": live, "fault": faults.get(rank), **about}
+            keys = {"transform_timeout": TIMEOUT, **config, **own_keys.get(rank, {})}
+            job = {"config": keys, "live": live, "fault": faults.get(rank), **about}
             environment = {
                 **os.environ,
                 "PYTHONPATH": str(ROOT),

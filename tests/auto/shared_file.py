@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mindformers_ckpt.engine.ahead import Fetcher
+from mindformers_ckpt.engine.fetcher import Fetcher
 from mindformers_ckpt.engine.into_memory import Piece
 from mindformers_ckpt.job.cluster.secret import Trust
 
@@ -18,11 +18,14 @@ SECRET = Trust("the secret of this job")
 
 
 class Counted(Fetcher):
-    """Counts the bytes that it reads; `slow` seconds a request."""
+    """Counts the bytes that it reads, from a disk that lets it wait; `slow` seconds a request."""
 
     def __init__(self, slow: float = 0.0) -> None:
         super().__init__(is_shared=True)
         self.bytes, self.slow = 0, slow
+
+    def scatter_warm(self, path: Path, start: int, parts: Sequence[memoryview]) -> bool:
+        return False
 
     def scatter(self, path: Path, start: int, parts: Sequence[memoryview]) -> bool:
         self.bytes += sum(map(len, parts))

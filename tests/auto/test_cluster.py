@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from mindformers_ckpt.errors import ConfigError, TransferError
 from mindformers_ckpt.job.cluster import coordinator, proof, rendezvous
 from mindformers_ckpt.job.cluster.cluster import Cluster
-from mindformers_ckpt.job.cluster.environment import PORT_OFFSET, node_name
+from mindformers_ckpt.job.cluster.environment import PORT_OFFSET, misspelt_names, node_name
 from mindformers_ckpt.job.cluster.messages import Address, Decoder, ProtocolError, encode, name_ranks
 from mindformers_ckpt.job.cluster.rendezvous import RankError, listen
 from mindformers_ckpt.job.cluster.secret import NO_SECRET, Job
@@ -540,12 +540,19 @@ def test_a_dry_run_is_alone() -> None:
         ({"MINDFORMERS_CKPT_MASTER": "0.0.0.0:9000"}, "MINDFORMERS_CKPT_MASTER=0.0.0.0:9000: no"),
         ({"MINDFORMERS_CKPT_MASTER": "node0"}, "MINDFORMERS_CKPT_MASTER=node0: no address"),
         ({"MINDFORMERS_CKPT_MASTER": "node0:http"}, "MINDFORMERS_CKPT_MASTER=node0:http: no address"),
+        ({"MINDFORMERS_CKPT_SECRETS": "x"}, "MINDFORMERS_CKPT_SECRETS: did you mean MINDFORMERS_CKPT_SECRET[?]"),
+        ({"MINDFORMERS_CKPT_JOBID": "x"}, "did you mean MINDFORMERS_CKPT_JOB_ID"),
         ({"MINDFORMERS_CKPT_MASTER": "node0:99999"}, "MINDFORMERS_CKPT_MASTER=node0:99999: no"),
     ],
 )
 def test_environments_without_an_answer(changes: dict[str, str], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         Cluster.from_environment(1.0, job(0, 8118, **changes))
+
+
+def test_variables_that_only_begin_like_ours_are_left_alone() -> None:
+    ours = {"MINDFORMERS_CKPT_NODE": "a", "MINDFORMERS_CKPT_TIMEOUT": "9"}
+    assert misspelt_names({**ours, "MINDFORMERS_CKPT_PATH": "/ckpt", "MINDFORMERS_CKPT_NAME": "llama"}) == []
 
 
 def test_node_names() -> None:

@@ -19,8 +19,11 @@ from s3_server import BUCKET, Fault, FlakyProxy, environment, s3_server
 from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.job.hyperparameters import from_command_line
 from mindformers_ckpt.job.modelarts import check_nodes, nodes_by_number
-from mindformers_ckpt.job.object_store import FsspecStore
+from mindformers_ckpt.job.object_store import S3Store
 from mindformers_ckpt.job.remote_reslice import makers_of
+from mindformers_ckpt.objects.client import forget_clients
+from mindformers_ckpt.objects.listing import look_again
+from mindformers_ckpt.objects.path import ObjectPath
 from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.publish.manifest import read_manifests
 from mindformers_ckpt.sources.checkpoint import Checkpoint
@@ -80,12 +83,14 @@ def keys(source: Source, url: str, **others: Any) -> dict[str, Any]:
 
 def objects(url: str) -> dict[str, bytes]:
     """What is below a URL: key without the run's name -> content."""
-    store = FsspecStore(url)
-    found = {}
-    for key in store.list(""):
-        store._files.invalidate_cache()
-        found[RUN.sub("", key)] = store._files.cat_file(store._path(key))
-    return found
+    return {RUN.sub("", key): path_of(url, key).read_bytes() for key in S3Store(url).list("")}
+
+
+def path_of(url: str, key: str) -> ObjectPath:
+    """An object as it is now, asked for through the proxy of this test."""
+    forget_clients()
+    look_again()
+    return ObjectPath(url) / key
 
 
 def local_files(source: Source, folder: Path) -> dict[str, bytes]:
@@ -214,7 +219,7 @@ def test_shared_disk_needs_no_storage(run: Any, source: Source, url: str, tmp_pa
 
 
 def test_source_in_the_storage(run: Any, source: Source, url: str, tmp_path: Path) -> None:
-    store = FsspecStore(url)
+    store = S3Store(url)
     for root, name in ((source.folder, "llama"), (source.strategy, "strategy")):
         for path in root.rglob("*.ckpt"):
             store.put(path, f"in/{name}/{path.relative_to(root)}", lambda: None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -118,6 +119,20 @@ def test_a_link_in_the_place_of_the_results_is_refused(root: Path, tmp_path: Pat
 
 
 # -------------------------------------------------------------------------------- clearing and restoring
+
+
+def test_errors_of_the_system_in_the_output_dir_are_explained(root: Path, tmp_path: Path) -> None:
+    output = OutputDir(root)
+    inside, full = root / "strategy" / "x", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # writing names no file
+    said = f"{inside}: Permission denied; output_dir is {root}: it must be"
+    with pytest.raises(PublishError, match=said), output.explained():
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(inside))
+    with pytest.raises(PublishError, match=f"^No space left on device; output_dir is {root}"), output.explained():
+        raise full
+    for other in (FileNotFoundError(errno.ENOENT, "gone", str(tmp_path / "other")), PublishError("said already")):
+        with pytest.raises(type(other)) as caught, output.explained():
+            raise other
+        assert caught.value is other
 
 
 def test_a_good_run_replaces_the_strategy(root: Path) -> None:

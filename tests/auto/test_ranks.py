@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -280,6 +281,54 @@ def test_all_ranks_say_what_is_wrong(run: Any, source: Source, tmp_path: Path) -
     assert all("holds the shards of 8 ranks, but no source strategy is given" in error for error in errors)
     assert all(error.startswith("rank 0 failed in step 'prepare': ") for error in errors[1:])
     assert results(output) == before
+
+
+@pytest.mark.parametrize(
+    ("own", "lines"),
+    [
+        ({"load_checkpoint": "elsewhere"}, ["load_checkpoint: '.*' on ranks 0-1, 3, 'elsewhere' on rank 2"]),
+        (
+            {"auto_trans_ckpt": False, "transform_process_num": 3},
+            [
+                "auto_trans_ckpt: 'True' on ranks 0-1, 3, 'False' on rank 2",
+                "transform_process_num: '1' on .*'3' on rank 2",
+            ],
+        ),
+    ],
+    ids=["path", "keys"],
+)
+def test_a_rank_with_other_settings_is_told_from_the_others(
+    run: Any, source: Source, tmp_path: Path, own: dict[str, object], lines: list[str]
+) -> None:
+    """The main rank's settings do not count for it without a word."""
+    job = run({**source.keys, "output_dir": tmp_path / "output"}, own_keys={2: own})
+    for outcome in job.outcomes():
+        assert outcome.code == 1
+        for line in lines:
+            assert re.search(line, outcome.error)
+    assert not (tmp_path / "output" / "transformed_checkpoint").exists()
+
+
+@pytest.mark.parametrize("name", ["file", "file/output"])
+def test_an_output_dir_that_cannot_be_made(run: Any, source: Source, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    for outcome in run({**source.keys, "output_dir": tmp_path / name}).outcomes():
+        assert outcome.code == 1
+        assert f"output_dir is {tmp_path / name}: it must be a folder that this job can write to" in outcome.error
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_ranks_that_load_as_it_is_may_name_other_folders(run: Any, tmp_path: Path) -> None:
+    """Nodes may have disks of their own; one warning names the folders."""
+    tensors = model_of(recorded(TARGET))
+    for name in ("one", "other"):
+        write_ranks(tmp_path / name, slices_of(recorded(TARGET), tensors, ("global_step",)))
+    keys = {"load_checkpoint": tmp_path / "one", "output_dir": tmp_path / "output"}
+    job = run(keys, own_keys={1: {"load_checkpoint": tmp_path / "other"}})
+    outcomes = job.outcomes()
+    assert_loaded(outcomes, expected(TARGET, tensors))
+    warnings = [outcome.log.count("the ranks do not load the same checkpoint") for outcome in outcomes]
+    assert warnings == [1, 0, 0, 0]
 
 
 def test_two_jobs_on_one_output_dir(run: Any, source: Source, tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def test_what_is_lacking_is_told_with_what_does_not_fit() -> None:
         check_fit([net], loaded_from(a=("float32", [1.0, 2.0])), ADVICE, ["b"])
     headline, *lines = str(caught.value).splitlines()
     assert headline == (
-        "1 parameters of the network are not in the checkpoint, and would keep their initial values; the advice "
+        "parameters of the network are not in the checkpoint, and would keep their initial values; the advice "
         "Where that is meant, name them in allow_missing"
     )
     assert lines == ["  - b: not in the checkpoint"]

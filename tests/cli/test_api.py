@@ -148,7 +148,7 @@ def test_layouts_shards_and_what_a_rank_holds(toy: Path) -> None:
 
 
 def test_just_the_bytes_of_a_part_are_read(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reader: Any = importlib.import_module("mindformers_ckpt.engine.ahead")
+    reader: Any = importlib.import_module("mindformers_ckpt.engine.fetcher")
     read: list[tuple[str, int]] = []
 
     def fill(descriptor: int, path: Path, offset: int, view: memoryview) -> None:

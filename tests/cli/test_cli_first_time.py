@@ -20,6 +20,7 @@ SOURCES = {
     "ful.ckpt": "there is no checkpoint at {}/ful.ckpt; {} holds .*Did you mean 'full.ckpt'",
     "cut.ckpt": "cut.ckpt: .* it is truncated .*restore it from a good copy",
     "empty.ckpt": "empty.ckpt: the file is empty; save or copy it again",
+    "shardd/rank_0": "there is no checkpoint at {}/shardd/rank_0; {} holds .*Did you mean 'sharded'",
     "nothing": "nothing holds neither rank_<n> folders nor .*; give the folder that holds the rank folders, or a file",
     "note.txt": "note.txt: a checkpoint file must end in .ckpt or .safetensors",
 }

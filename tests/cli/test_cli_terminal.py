@@ -1,11 +1,10 @@
-"""What a user sees: start-up time, lazy imports, the bar on a terminal, lines in a log."""
+"""What a user sees: what a start imports, the bar on a terminal, lines in a log."""
 
 from __future__ import annotations
 
 import os
 import pty
 import re
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,18 +29,8 @@ def test_help_loads_no_heavy_module(arguments: list[str]) -> None:
     )
     modules = set(done.stdout.splitlines()[-1].split()[1:])
     assert not modules & HEAVY
-
-
-def test_help_is_there_at_once(tmp_path: Path) -> None:
-    """Processor time: wall time tells more of what else the machine does."""
-
-    def seconds() -> float:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert command(["--help"], tmp_path).code == 0
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    assert min(seconds() for _ in range(5)) < 0.3
+    if arguments[0].startswith("-"):  # of no command: it is there at once
+        assert len([name for name in modules if name.startswith("mindformers_ckpt")]) <= 12
 
 
 def test_options_of_help_are_written_one_way(tmp_path: Path) -> None:

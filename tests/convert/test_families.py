@@ -55,7 +55,15 @@ def test_the_indexer_of_pynative_mode_is_that_of_hugging_face(tmp_path: Path) ->
 def test_rotary_rows_of_an_indexer_that_do_not_divide_its_heads_are_an_error(tmp_path: Path) -> None:
     config = {**hf.DEEPSEEK_V32_CONFIG, "index_head_dim": 10}
     source = hf.write_folder(tmp_path / "source", hf.deepseek_v32_tensors(), config)
-    with pytest.raises(ConfigError, match="index_head_dim 10 does not divide into 4, the qk_rope_head_dim"):
+    with pytest.raises(ConfigError, match="index_head_dim 10 is not divisible by qk_rope_head_dim 4"):
+        convert(Request(None, source), tmp_path / "weights.safetensors")
+
+
+def test_heads_that_do_not_divide_are_told_by_their_keys(tmp_path: Path) -> None:
+    source = hf.write_folder(tmp_path / "source", {}, hf.decoder_config(num_attention_heads=7, num_key_value_heads=2))
+    with pytest.raises(
+        ConfigError, match=r"config\.json: num_attention_heads 7 is not divisible by num_key_value_heads 2"
+    ):
         convert(Request(None, source), tmp_path / "weights.safetensors")
 
 

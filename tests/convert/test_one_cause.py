@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import huggingface as hf
 import numpy as np
 import pytest
+from dcp_files import SAMPLES
 
 from mindformers_ckpt.convert.request import Request
 from mindformers_ckpt.convert.run import convert
@@ -117,6 +120,27 @@ def test_a_folder_without_known_weights(files: list[str], said: str, tmp_path: P
     message = refusal(Request("llama", source), tmp_path)
     assert "holds no .safetensors, .bin, .pth or .pt file" in message
     assert said in message
+
+
+def test_a_folder_of_checkpoints_names_them(tmp_path: Path) -> None:
+    hf.write_folder(tmp_path / "runs/checkpoint-500", LLAMA, CONFIG)
+    shutil.copytree(SAMPLES / "fsdp2", tmp_path / "runs/checkpoint-1000")
+    (tmp_path / "runs/logs").mkdir()
+    message = refusal(Request("llama", tmp_path / "runs"), tmp_path)
+    assert message.endswith(f"give {tmp_path / 'runs/checkpoint-1000'} or {tmp_path / 'runs/checkpoint-500'}")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("llama", "there is nothing at .*llama .*Did you mean 'llama3'"),
+        ("llama3", "holds no config.json; give the folder"),
+    ],
+)
+def test_where_the_config_should_be(given: str, said: str, tmp_path: Path) -> None:
+    source = hf.write_folder(tmp_path / "source", LLAMA, CONFIG)
+    (tmp_path / "llama3").mkdir()
+    assert re.search(said, refusal(Request("llama", source, hf_config=tmp_path / given), tmp_path))
 
 
 def test_rank_folders_without_reversed(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from dcp_files import rows, write_dcp
 from doc_pages import DOCS, ROOT, Session, blocks_of, missing_lines
 from recorded import assert_same, read_ranks, read_tensors
 from small_llama import (
@@ -99,6 +100,7 @@ def test_conversion(tmp_path: Path) -> None:
 def test_coming_from_megatron(tmp_path: Path) -> None:
     session = Session(tmp_path)
     write_hugging_face(session.root / "exported")
+    write_dcp(session.root / "checkpoint-1000", hugging_face_weights(1), rows(hugging_face_weights(1)))
     write_two_ranks_strategy(session.root / "strategy_mp2")
     page = DOCS / "from_megatron.md"
     printed = session.run([block.text for block in blocks_of(page, "bash")])
@@ -106,6 +108,10 @@ def test_coming_from_megatron(tmp_path: Path) -> None:
     back = read_tensors(session.root / "back/model.safetensors")
     for name, array in hugging_face_weights(1).items():
         assert back[name].bits.tobytes() == array.tobytes()
+    made, same = (read_ranks(session.root / name) for name in ("llama_from_dcp", "llama_mp2"))
+    assert made.keys() == same.keys() == {0, 1}
+    for rank, tensors in made.items():
+        assert_same(tensors, same[rank])
 
 
 def write_mcore_strategy(folder: Path, names: Mapping[str, Sequence[int]]) -> None:

@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 
 from mindformers_ckpt.errors import FormatError, TransferError
-from mindformers_ckpt.formats import Header, Segment, TensorSpec, ckpt, ckpt_crc, layout_file, read_header, tensor_file
+from mindformers_ckpt.formats import (
+    Header,
+    Segment,
+    TensorSpec,
+    ckpt,
+    ckpt_crc,
+    ckpt_layout,
+    layout_file,
+    read_header,
+    tensor_file,
+)
 from mindformers_ckpt.formats.dtypes import by_name
 
 FLOAT32 = by_name("float32")
@@ -247,7 +257,7 @@ def test_a_name_may_not_appear_twice(file: Path) -> None:
 
 
 def test_a_cut_at_any_byte_is_noticed(file: Path, write_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ckpt, "RECORD_LIMIT", 16)
+    monkeypatch.setattr(ckpt_layout, "RECORD_LIMIT", 16)
     specs = [TensorSpec("a", FLOAT32, (3,)), TensorSpec("b", FLOAT32, (10,)), TensorSpec("c" * 200, INT8, ())]
     layout = layout_file("ckpt", specs)
     assert len(layout.frames) == 5

@@ -10,7 +10,7 @@ from hypothesis.strategies import DrawFn
 from safetensors import deserialize
 
 from mindformers_ckpt.errors import FormatError
-from mindformers_ckpt.formats import TensorSpec, ckpt, layout_file, read_header
+from mindformers_ckpt.formats import TensorSpec, ckpt_layout, file_size, layout_file, read_header
 from mindformers_ckpt.formats.dtypes import by_name
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(lambda name: name != "__metadata__")
@@ -51,8 +51,9 @@ def test_a_ckpt_says_what_was_written(
     specs.append(TensorSpec("__metadata__", by_name("int8"), ()))
     contents = contents_of(specs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ckpt, "RECORD_LIMIT", limit)
+        patch.setattr(ckpt_layout, "RECORD_LIMIT", limit)
         layout = layout_file("ckpt", specs)
+        assert file_size("ckpt", specs) == layout.size
     path = write_file(folder / "model.ckpt", layout, contents)
     header = read_header(path)
     assert header.tensors == layout.tensors
@@ -68,6 +69,7 @@ def test_a_safetensors_file_says_what_was_written(
     specs: list[TensorSpec], folder: Path, write_file: Any, read_content: Any
 ) -> None:
     layout = layout_file("safetensors", specs)
+    assert file_size("safetensors", specs) == layout.size
     contents = contents_of(specs)
     path = write_file(folder / "model.safetensors", layout, contents)
     header = read_header(path)

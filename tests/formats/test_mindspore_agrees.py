@@ -15,7 +15,7 @@ from mindspore.train import serialization  # noqa: E402
 from mindspore.train.checkpoint_pb2 import Checkpoint  # noqa: E402
 
 from mindformers_ckpt.errors import FormatError  # noqa: E402
-from mindformers_ckpt.formats import TensorSpec, ckpt, ckpt_crc, layout_file, read_header  # noqa: E402
+from mindformers_ckpt.formats import TensorSpec, ckpt_crc, ckpt_layout, layout_file, read_header  # noqa: E402
 from mindformers_ckpt.formats.dtypes import by_name  # noqa: E402
 
 INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
@@ -84,7 +84,7 @@ def test_ckpt_with_appended_values(tmp_path: Path, rewrite: Any) -> None:
 
 def test_a_cut_tensor(tmp_path: Path, rewrite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serialization, "SLICE_SIZE", 1)  # in KiB
-    monkeypatch.setattr(ckpt, "RECORD_LIMIT", 1024)
+    monkeypatch.setattr(ckpt_layout, "RECORD_LIMIT", 1024)
     tensors = {"w": tensor("bfloat16", (5, 307)), "exact": tensor("int64", (4, 64)), "b": tensor("int8")}
     saved = save(tmp_path / "model.ckpt", tensors)
     header = read_header(saved)

@@ -117,10 +117,31 @@ def test_a_script_of_the_working_directory_goes_first(launch: Launch, tmp_path: 
     assert arguments[-1] == "run_mindformer.py"
 
 
+def test_the_order_may_begin_with_python(launch: Launch) -> None:
+    """What docs/mindformers.md writes for MindFormers' own launcher."""
+    _, arguments = launch("python -m mindformers_ckpt.run run_mindformer.py --config C", "2")
+    assert arguments[-6:] == ["python", "-m", "mindformers_ckpt.run", SCRIPT, "--config", "C"]
+    _, arguments = launch("python run_mindformer.py", "2")
+    assert arguments[-2:] == ["python", SCRIPT]
+    _, arguments = launch("python -m my.trainer --seed 1", "2")
+    assert arguments[-5:] == ["python", "-m", "my.trainer", "--seed", "1"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere.py", "2"], "no script nowhere.py"),
+        (["nowhere.py", "2"], "no script 'nowhere.py'"),
+        (["python -m mindformers_ckpt.run nowhere.py", "2"], "no script 'nowhere.py'"),
+        (["python", "2"], "no script ''"),
+        (["python9.9 run_mindformer.py", "2"], "python9.9 is not in PATH"),
+        (["run_mindformer.py", "0"], "WORKER_NUM is from 1 to"),
+        (["run_mindformer.py", "2", "99999", "logs", "no", "60"], "MASTER_PORT is from 1 to 65535, not 99999; JOIN is"),
+        (
+            ["run_mindformer.py", "8", "16", "a", "8118", "0", "logs", "True", "60"],
+            "LOCAL_WORKER is from 1 to 8, not 16",
+        ),
+        (["run_mindformer.py", "16", "8", "a", "8118", "2", "logs", "True", "60"], "NODE_RANK is from 0 to 1, not 2"),
+        (["run_mindformer.py", "16", "8", "", "8118", "0", "logs", "True", "60"], "MASTER_ADDR is empty"),
         (["", "2"], "the script to run"),
         (["run_mindformer.py --config 'C", "2"], "not a valid command line"),
         (["run_mindformer.py", "two"], "WORKER_NUM is a number"),

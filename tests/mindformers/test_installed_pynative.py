@@ -173,7 +173,7 @@ def test_what_is_missing_or_of_another_size_is_listed(
     replacement.install()
 
     lacking = Rank(mindspore, 1, 4, {**layouts, "decoder.new": placing}, {**tensors, "decoder.new": tensors[name]})
-    with pytest.raises(ConfigError, match=r"1 parameters of the network are not in the checkpoint(.|\n)*decoder\.new"):
+    with pytest.raises(ConfigError, match=r"parameters of the network are not in the checkpoint(.|\n)*decoder\.new"):
         lacking.load(saved, monkeypatch)
 
     rows, columns = tensors[name].shape

@@ -23,6 +23,7 @@ from mindformers_ckpt.errors import ConfigError, PlanError, PublishError
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.integrations import mindformers as replacement
 from mindformers_ckpt.integrations.launch import main
+from mindformers_ckpt.integrations.settings import settings
 from mindformers_ckpt.strategy.files import rank_file_name, read_strategy, write_strategy
 
 try:
@@ -157,11 +158,41 @@ def test_another_signature_is_refused(module: ModuleType, monkeypatch: pytest.Mo
     assert module.TransformCkpt.__call__ is call
 
 
-@pytest.mark.parametrize("timeout", ["soon", "-1", "inf"])
+@pytest.mark.parametrize("timeout", ["soon", "-1", "inf", "0"])
 def test_a_timeout_that_is_none_is_refused(timeout: str, module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINDFORMERS_CKPT_TIMEOUT", timeout)
     with pytest.raises(ConfigError, match="MINDFORMERS_CKPT_TIMEOUT"):
         replacement.install()
+
+
+def test_settings_that_mean_something_else_are_refused(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them together; a text is one pattern, not a pattern for each of its letters."""
+    monkeypatch.setenv("MINDFORMERS_CKPT_TIMOUT", "60")
+    with pytest.raises(ConfigError) as caught:
+        replacement.install(timeout=0, allow_missing=["a", ""])
+    for line in (
+        "MINDFORMERS_CKPT_TIMOUT: did you mean MINDFORMERS_CKPT_TIMEOUT?",
+        "a positive number of seconds was expected, not 0",
+        "a list of parameter names was expected, not ['a', '']",
+    ):
+        assert line in str(caught.value)
+    assert not replacement.installed()
+    monkeypatch.delenv("MINDFORMERS_CKPT_TIMOUT")
+    assert settings(60, "*.bias, head.weight") == (60.0, ("*.bias", "head.weight"))
+
+
+def test_a_later_call_counts_for_what_it_names(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m mindformers_ckpt.run` has installed before the script does."""
+    monkeypatch.setenv("MINDFORMERS_CKPT_TIMEOUT", "60")
+    replacement.install()
+    try:
+        replacement.install(allow_missing=["*.bias"])
+        replacement.install(timeout=5)
+        replacement.install()
+        held = replacement._current()
+        assert (held.timeout, held.allow_missing) == (5.0, ("*.bias",))
+    finally:
+        replacement.uninstall()
 
 
 # The same results
@@ -285,6 +316,20 @@ def test_complete_weights_for_one_card_are_copied(ours: type[Any], output: Path,
     assert copy.read_bytes() == source.read_bytes()
 
 
+def test_results_of_other_runs_are_told(
+    ours: type[Any], output: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """MindFormers' loader reads all of the folder; its Trainer clears it, who calls the class alone does not."""
+    write_tensors(tmp_path / "model.ckpt", random_model({"w": (4, 4)}))
+    write_tensors(
+        output / "transformed_checkpoint" / "another" / "rank_0" / "checkpoint_0.ckpt", random_model({"v": (3,)})
+    )
+    for _ in range(2):  # its own result of before is replaced
+        caplog.clear()
+        ours(auto_trans_ckpt=True)(src_checkpoint=str(tmp_path / "model.ckpt"))
+        assert "transformed_checkpoint also holds another, of other runs," in caplog.text
+
+
 def test_the_source_strategy_folder_is_left_alone(ours: type[Any], tmp_path: Path) -> None:
     model = model_of("dp2mp2pp2", "dp1")
     root = write_ranks(tmp_path / "llama", slices_of(recorded("dp2mp2pp2"), model, REPLICATED))
@@ -322,9 +367,12 @@ def test_the_old_result_stays_when_a_transformation_fails(ours: type[Any], tmp_p
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"transform_process_num": 0}, ConfigError, "at least 1 process was expected, not 0"),
-        ({"transform_process_num": "two"}, ConfigError, "transform_process_num is wrong.*'two'"),
-        ({"transform_by_rank": "maybe"}, ConfigError, "True or False was expected, not 'maybe'"),
+        ({"transform_process_num": 0}, ConfigError, "transform_process_num: a whole number of at least 1 .*, not 0"),
+        (
+            {"transform_process_num": "two", "transform_by_rank": "maybe"},
+            ConfigError,
+            "(?s)transform_process_num: .*'two'.*transform_by_rank: True or False was expected, not 'maybe'",
+        ),
     ],
 )
 def test_wrong_arguments(arguments: Mapping[str, Any], error: type[Exception], message: str, ours: type[Any]) -> None:
@@ -381,10 +429,29 @@ def test_scripts_that_cannot_run_on_ours_are_refused(
 ) -> None:
     assert main([]) == 2
     assert "python -m mindformers_ckpt.run run_mindformer.py" in capsys.readouterr().err
+    assert main(["--config", "x.yaml"]) == 2
+    assert capsys.readouterr().err.endswith("error: the script comes first, its options after it\n")
+    assert main(["--help"]) == 0
+    assert "MINDFORMERS_CKPT_TIMEOUT" in capsys.readouterr().out
     assert main([str(tmp_path / "run.py")]) == 1
-    assert capsys.readouterr().err == f"error: there is no script {tmp_path / 'run.py'}\n"
+    assert capsys.readouterr().err.startswith(f"error: there is no script '{tmp_path / 'run.py'}' in {Path.cwd()}; ")
+    (tmp_path / "launcher.sh").touch()
+    assert main([str(tmp_path / "launcher.sh")]) == 1
+    assert "is a shell script; start it with bash" in capsys.readouterr().err
     assert main([str(module.__file__), "--world_size=8"]) == 1
     assert "`mindformers-ckpt transform` takes the same options" in capsys.readouterr().err
+
+
+def test_an_error_of_ours_in_a_script_is_one_message(module: ModuleType, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from mindformers_ckpt.errors import PlanError\nraise PlanError('the weights of another model')\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-m", "mindformers_ckpt.run", str(script)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "error: the weights of another model"
+    assert "Traceback" not in result.stderr
 
 
 # MindFormers' way from a configuration to weights in the network

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from mindformers_ckpt.convert.config import ModelConfig, product, quotient
+from mindformers_ckpt.convert.config import ModelConfig, product
 from mindformers_ckpt.convert.model import Facts, Model
 from mindformers_ckpt.convert.models.decoder import EMBEDDING, layer_run, tied_head
 from mindformers_ckpt.convert.rules import Entry, Rule, prefixed, rename, split, transpose
@@ -21,7 +21,7 @@ def facts(config: ModelConfig) -> Facts:
     tied = config.values.get("tie_word_embeddings", True)
     sizes = {
         "head": heads,
-        "dim": quotient(hidden, heads),
+        "dim": config.quotient(hidden, heads, "hidden_size", "n_head"),
         "hidden": hidden,
         "width": hidden,  # of all heads
         "inner": product(4, hidden),

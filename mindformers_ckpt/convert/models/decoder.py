@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from mindformers_ckpt.convert.config import LAYERS, ModelConfig, quotient
+from mindformers_ckpt.convert.config import LAYERS, ModelConfig
 from mindformers_ckpt.convert.model import Facts, Runs
 from mindformers_ckpt.convert.rules import Copy, Drop, Entry, Rule, join, prefixed, rename
 
@@ -41,8 +41,9 @@ def facts(config: ModelConfig) -> Facts:
             "vocab": config.integer("vocab_size"),
             "hidden": config.integer("hidden_size"),
             "group": groups,
-            "queries": quotient(heads, groups),
-            "dim": config.integer("head_dim") or quotient(config.integer("hidden_size"), heads),
+            "queries": config.quotient(heads, groups, "num_attention_heads", "num_key_value_heads"),
+            "dim": config.integer("head_dim")
+            or config.quotient(config.integer("hidden_size"), heads, "hidden_size", "num_attention_heads"),
             "ffn": config.integer("intermediate_size"),
             "heads": heads,
             "expert": config.integer("num_local_experts", "num_experts"),

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from mindformers_ckpt.convert import depth
-from mindformers_ckpt.convert.config import ModelConfig, product, quotient, total
+from mindformers_ckpt.convert.config import ModelConfig, product, total
 from mindformers_ckpt.convert.model import Facts, Model, Runs
 from mindformers_ckpt.convert.models import decoder
 from mindformers_ckpt.convert.rules import Copy, Entry, join, prefixed, rename, split
@@ -33,9 +33,9 @@ def facts(config: ModelConfig) -> Facts:
         {
             "head": head,
             "pair": 2,
-            "rope_pairs": quotient(rope, 2),
-            "nope_pairs": quotient(nope, 2),
-            "latent_pairs": quotient(latent, 2),
+            "rope_pairs": config.quotient(rope, 2, "qk_rope_head_dim"),
+            "nope_pairs": config.quotient(nope, 2, "qk_nope_head_dim"),
+            "latent_pairs": config.quotient(latent, 2, "kv_lora_rank"),
             "nope": nope,
             "value": value,
             "latent": latent,

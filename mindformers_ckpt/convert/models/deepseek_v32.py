@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mindformers_ckpt.convert.config import ModelConfig, quotient
+from mindformers_ckpt.convert.config import ModelConfig
 from mindformers_ckpt.convert.model import Facts
 from mindformers_ckpt.convert.models import deepseek
 from mindformers_ckpt.convert.rules import Entry, join, rename
-from mindformers_ckpt.errors import ConfigError
 
 _HF, _MS = "self_attn.indexer.", "self_attention.core_attention.indexer."
 
@@ -21,9 +20,7 @@ def facts(config: ModelConfig) -> Facts:
     """Those of DeepSeek-V3, and the sizes of the indexer."""
     found = deepseek.facts(config)
     dim, rope = config.integer("index_head_dim"), config.integer("qk_rope_head_dim")
-    if dim is not None and rope and dim % rope:
-        raise ConfigError(f"{config.path}: index_head_dim {dim} does not divide into {rope}, the qk_rope_head_dim")
-    steps = quotient(dim, rope)
+    steps = config.quotient(dim, rope, "index_head_dim", "qk_rope_head_dim")
     indexer = {
         "index_head": config.integer("index_n_heads"),
         "index_dim": dim,

@@ -9,7 +9,7 @@ MindSpore's network has settings that change its parameters; they are options he
 
 from collections.abc import Mapping, Sequence
 
-from mindformers_ckpt.convert.config import ModelConfig, product, quotient, total
+from mindformers_ckpt.convert.config import ModelConfig, product, total
 from mindformers_ckpt.convert.model import Facts, Model
 from mindformers_ckpt.convert.models import decoder
 from mindformers_ckpt.convert.rules import Drop, Entry, join, prefixed, rename, split
@@ -35,7 +35,7 @@ def facts(config: ModelConfig) -> Facts:
     known = {
         "dim": dim,
         "ffn": ffn,
-        "pair": quotient(dim, 2),
+        "pair": config.quotient(dim, 2, "the size of a head (head_dim or kv_channels)"),
         "parity": 2,
         "halves": 2,
         "all_heads": total(sizes["heads"], product(2, sizes["group"])),

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mindformers_ckpt.convert.config import ModelConfig, quotient
+from mindformers_ckpt.convert.config import ModelConfig
 from mindformers_ckpt.convert.model import Facts, Model
 from mindformers_ckpt.convert.models.decoder import EMBEDDING, LEGACY_LAYER, canonical_ms, layer_run
 from mindformers_ckpt.convert.rules import Drop, Entry, Table, prefixed, rename
@@ -34,7 +34,7 @@ def facts(config: ModelConfig) -> Facts:
         "width": hidden,  # of all heads
         "group": config.integer("num_key_value_heads") or heads,
         "key_value": 2,
-        "dim": quotient(hidden, heads),
+        "dim": config.quotient(hidden, heads, "hidden_size", "n_head"),
         "ffn": config.integer("ffn_hidden_size", "intermediate_size"),
     }
     return Facts(sizes, layer_run(config))

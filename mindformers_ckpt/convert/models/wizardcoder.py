@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from mindformers_ckpt.convert.config import ModelConfig, quotient
+from mindformers_ckpt.convert.config import ModelConfig
 from mindformers_ckpt.convert.model import Facts, Model
 from mindformers_ckpt.convert.models import gpt2
 from mindformers_ckpt.convert.models.bloom import norm, turned_linear
@@ -20,7 +20,8 @@ def facts(config: ModelConfig) -> Facts:
     """The output layer is tied unless config.json says otherwise."""
     heads = config.integer("n_head", "num_attention_heads")
     found = gpt2.facts(config)
-    sizes = {**found.sizes, "heads": heads, "head": heads, "dim": quotient(found.sizes["hidden"], heads)}
+    dim = config.quotient(found.sizes["hidden"], heads, "n_embd", "n_head")
+    sizes = {**found.sizes, "heads": heads, "head": heads, "dim": dim}
     flags = {"multi_query"} if config.values.get("multi_query", True) else set()
     return replace(found, sizes=sizes, flags=found.flags | flags)
 

@@ -25,8 +25,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mindformers_ckpt.errors import CheckpointError, ConfigError
-from mindformers_ckpt.job.cluster.environment import is_loopback, meeting_address, node_name, rank_and_size, secret_of
+from mindformers_ckpt.errors import CheckpointError, ConfigError, raise_problems
+from mindformers_ckpt.job.cluster.environment import (
+    is_loopback,
+    meeting_address,
+    misspelt_names,
+    node_name,
+    rank_and_size,
+    secret_of,
+)
 from mindformers_ckpt.job.cluster.messages import (
     GRACE,
     JOIN,
@@ -107,6 +114,7 @@ class Cluster:
 
         Raises ConfigError when the environment is incomplete, RankError as `connect` does.
         """
+        raise_problems(ConfigError, "the environment of this job is wrong", misspelt_names(env))
         rank, size = rank_and_size(env)
         node = node_name(env)
         if size == 1:

@@ -10,11 +10,26 @@ from mindformers_ckpt.disk.locks import boot_id
 from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.job.cluster.messages import ADVICE, Address
 from mindformers_ckpt.job.cluster.rendezvous import SECRET
+from mindformers_ckpt.job.misspelt import meant_key
 
 # Jobs on one host are given neighbouring scheduler ports (8118, 8119 ...) or round distances between them:
 # neither should lead to another job's port. With it, usual ports stay below the ephemeral ones (32768 up).
 PORT_OFFSET = 1013
 MIN_SECRET = 16  # characters: who listens on the address in our place sees proofs, and could try all short secrets
+
+
+_PREFIX = "MINDFORMERS_CKPT_"
+_NAMES = ("allow_missing", "job_id", "master", "node", "secret", "timeout")  # what stands behind it, in small letters
+
+
+def misspelt_names(env: Mapping[str, str]) -> list[str]:
+    """A line for each variable that is nearly one of ours, and would not reach us."""
+    found = []
+    for name in env:
+        own = name[len(_PREFIX) :].lower()
+        if name.startswith(_PREFIX) and own not in _NAMES and (meant := meant_key(own, _NAMES)) is not None:
+            found.append(f"{name}: did you mean {_PREFIX}{meant.upper()}?")
+    return found
 
 
 def node_name(env: Mapping[str, str]) -> str:

@@ -260,7 +260,10 @@ def _prove(link: Link, job: Job, trust: Trust, deadline: float) -> Key:
         which = (
             "no secret" if number == NO_NUMBER else f"its secret in no file of {trust.folder} that this rank can read"
         )
-        raise PermissionError(errno.EACCES, f"who listens on {job.address} has left {which}: another job or user")
+        raise PermissionError(
+            errno.EACCES,
+            f"who listens on {job.address} has left {which}: another job or user, or a rank with another output_dir",
+        )
     answer = proof.new_answer(key.content, challenge)
     link.write(answer, deadline)
     reply = link.read_exactly(proof.DIGEST, deadline)

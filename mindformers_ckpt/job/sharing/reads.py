@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mindformers_ckpt.disk.waiting import each
-from mindformers_ckpt.engine.ahead import Extent, Fetcher
+from mindformers_ckpt.engine.fetcher import Extent, Fetcher
 from mindformers_ckpt.engine.into_memory import Fill, Piece, Request, fill_arrays, fill_requests, requests_of
 from mindformers_ckpt.engine.shares import digest_of, groups_of, shares_of
 from mindformers_ckpt.job import MAIN_RANK
