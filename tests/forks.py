@@ -195,7 +195,10 @@ def run(program: Callable[[], int]) -> NoReturn:
 def tell_ends(*arguments: object) -> None:
     """Tell the exit codes of programs that have ended."""
     while _running:
-        process, status = os.waitpid(-1, os.WNOHANG)
+        try:
+            process, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:  # this interrupts itself, which has the last one already and notes it next
+            return
         if not process:
             return
         told = _running.pop(process)
