@@ -122,6 +122,7 @@ def test_few_heads_are_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> No
         return real(descriptor, length, offset)
 
     monkeypatch.setattr(os, "pread", pread)
+    monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)  # all is read by it then
     sound_headers(files, likely=True)
     assert len(read) <= 4 * (RANKS - 1) + 1  # the first one is small enough to be read at once
 

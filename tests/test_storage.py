@@ -210,7 +210,7 @@ MP4_OF_MANY = Strategy.of_stages(
 def waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every request has to wait, as far as the reader knows."""
     busy(monkeypatch)
-    monkeypatch.setattr(Fetcher, "scatter_warm", lambda *_: False)
+    monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)  # so that nothing is known of the page cache
 
 
 def busy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,6 +386,7 @@ def waited(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return real(self, start, length)
 
     monkeypatch.setattr(guesses.Pieces, "read", read)
+    monkeypatch.setattr(guesses.Pieces, "_held", lambda *_: None)
     monkeypatch.setattr(guesses, "_QUICK_SECONDS", -1)
     monkeypatch.setattr(guesses, "waits", itertools.count().__next__)
     monkeypatch.setattr(guesses, "_slow_devices", set())
@@ -453,6 +454,7 @@ def test_guesses_change_nothing(seed: int) -> None:
         shutil.copy(whole, cut)
         os.truncate(cut, int(generator.integers(1, whole.stat().st_size)))
         patch.setattr(guesses, "waits", itertools.count().__next__)
+        patch.setattr(guesses.Pieces, "_held", lambda *_: None)
         outcomes = []
         for threshold in (1e9, -1):
             patch.setattr(guesses, "_QUICK_SECONDS", threshold)

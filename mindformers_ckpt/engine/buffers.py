@@ -18,9 +18,9 @@ PIECE_BYTES = 512 << 10
 TRANSPOSE_BYTES = 32 << 20
 
 
-def piece_memory() -> memoryview:
+def piece_memory(size: int = PIECE_BYTES) -> memoryview:
     """Memory for a piece, which begins at a page. It takes no numpy, whose import can wait then."""
-    return memoryview(mmap.mmap(-1, PIECE_BYTES))
+    return memoryview(mmap.mmap(-1, size))
 
 
 def empty_bytes(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -57,17 +57,17 @@ class Step(Protocol):
 S = TypeVar("S", bound=Step)
 
 
-def cuts(length: int, lead: int) -> Iterator[int]:
-    """The lengths of the pieces that so many bytes are passed on in: `lead`, PIECE_BYTES …, and what is left.
+def cuts(length: int, lead: int, most: int = PIECE_BYTES) -> Iterator[int]:
+    """The lengths of the pieces that so many bytes are passed on in: `lead`, `most` …, and what is left.
 
-    What is not longer than PIECE_BYTES is one piece.
+    What is not longer than `most` is one piece.
     """
-    if length <= PIECE_BYTES:
+    if length <= most:
         lead = length
     while length:
         count = min(lead, length)
         yield count
-        length, lead = length - count, PIECE_BYTES
+        length, lead = length - count, most
 
 
 class Reader(Protocol):
@@ -103,11 +103,13 @@ class ShardReader:
         fetcher: Fetcher | None = None,
         headers: Mapping[int, Header] | None = None,
         shares: SourceShares | None = None,
+        piece_bytes: int = PIECE_BYTES,
     ) -> None:
         """`fetcher` has the files open, for all readers of the process; whoever made it closes it, after these.
 
-        `shares` is told what elements are computed from, as it was read.
+        `shares` is told what elements are computed from, as it was read. `piece_bytes`: of what is streamed.
         """
+        self._piece_bytes = piece_bytes
         self._shares = shares
         self._files = files
         self._fetcher = Fetcher() if fetcher is None else fetcher
@@ -167,12 +169,12 @@ class ShardReader:
         """Bytes of a shard from `start` on, piece by piece, as `cuts` has them; each is gone when the next comes."""
         segments, path = self._segments(place, place.tensor or name, dtype), self._files[place.file].path
         if self._piece is None:
-            self._piece = piece_memory()
+            self._piece = piece_memory(self._piece_bytes)
         ranges = file_ranges(segments, start, length)
         if len(ranges) == 1 and self._ahead.is_empty:
-            yield from self._fetcher.stream(path, ranges[0][0], self._piece, cuts(length, lead))
+            yield from self._fetcher.stream(path, ranges[0][0], self._piece, cuts(length, lead, self._piece_bytes))
             return
-        for count in cuts(length, lead):
+        for count in cuts(length, lead, self._piece_bytes):
             piece = self._held(path, segments, start, count)
             if piece is None:
                 piece = self._piece[:count]

@@ -35,6 +35,9 @@ _QUICK_BYTES, _SLOW_BYTES = 512, 16 << 10
 # A read that takes longer has waited for the disk. From the third one on it is worth while to read several at once.
 _QUICK_SECONDS = 0.0004
 _WAITS = 3
+_REMEMBERED = 4096  # records, for guesses that are made when it turns out later that reading has to wait
+# So many small records in a row are no layers, and dozens of them come with one read: there is nothing to guess.
+_SMALL_BYTES, _MANY_SMALL = 256, 1000
 # Of a layer or an expert, but not that of `w1`.
 _NUMBER = re.compile(r"(?<![A-Za-z\d])\d+")
 
@@ -179,7 +182,10 @@ class Pieces:
         else:
             self._early, self._device, self._waits = _FromStorage(handle), _NO_DEVICE, _WAITS
         self._switches = waits()
-        self._met: list[tuple[str, int, int, int]] = []  # what no guess was made of so far
+        self._can_tell = isinstance(handle, int) and hasattr(os, "RWF_NOWAIT")  # what is in memory
+        # What no guess was made of so far.
+        self._met: deque[tuple[str, int, int, int]] = deque(maxlen=_REMEMBERED)
+        self._small = 0  # records in a row
         self._kinds: dict[str, _Kind] = {}
         self._last: tuple[str, ...] = ()
         self._guessed: deque[int] = deque()
@@ -189,6 +195,9 @@ class Pieces:
         """Bytes of the file, fewer at its end."""
         if self.is_slow:
             return pread(self._handle, length, start)
+        held = self._held(start, length)
+        if held is not None:
+            return held
         started = time.perf_counter()
         data = pread(self._handle, length, start)
         if time.perf_counter() - started > _QUICK_SECONDS and self._has_waited():
@@ -205,6 +214,23 @@ class Pieces:
                 return
             yield self.read(*piece)
 
+    def _held(self, start: int, length: int) -> bytes | None:
+        """Bytes that are in memory; None where they are not, or the file system cannot say.
+
+        They count as no wait, however long a busy machine takes.
+        """
+        if self._can_tell:
+            assert isinstance(self._handle, int)
+            memory = bytearray(length)
+            try:
+                if os.preadv(self._handle, [memory], start, os.RWF_NOWAIT) == length:
+                    return bytes(memory)
+            except BlockingIOError:
+                pass
+            except OSError:
+                self._can_tell = False
+        return None
+
     def _has_waited(self) -> bool:
         """Whether this thread has waited since this was asked last: only for reads that took long, as it costs more."""
         before, self._switches = self._switches, waits()
@@ -217,6 +243,9 @@ class Pieces:
 
     def met(self, name: str, start: int, content: int, end: int) -> None:
         """A record was read that begins at `start`, its content at `content`; guess the next ones."""
+        self._small = self._small + 1 if end - start < _SMALL_BYTES else 0
+        if self._small > _MANY_SMALL:
+            return
         self._met.append((name, start, content, end))
         if self.is_slow:
             for record in self._met:

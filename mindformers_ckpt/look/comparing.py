@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mindformers_ckpt.engine.buffers import PIECE_BYTES
 from mindformers_ckpt.engine.parts import Scratch, read_parts
 from mindformers_ckpt.engine.reader import Read, ShardReader
 from mindformers_ckpt.engine.tasks import Task, blocks_of
@@ -25,8 +24,9 @@ if TYPE_CHECKING:
 # Where the bytes of a tensor of a target file are, and who is told: file, tensor, first byte that differs, how many do.
 Contents = Callable[[int, str], "tuple[Path, Sequence[Segment]]"]
 Note = Callable[[int, str, int, int], None]
-# Of columns: small enough that a block stays in the processor's cache until all that is made of it is compared.
-_BLOCK_BYTES = 2 << 20
+# What is compared at once of runs, and read of columns: large enough that Python's part in it is small, small enough
+# to be in a cache of the processor until it is compared.
+_RUN_BYTES, _BLOCK_BYTES = 2 << 20, 8 << 20
 
 
 class _Step(NamedTuple):
@@ -48,7 +48,8 @@ class Comparer:
         self, sources: Sequence[SourceFile], headers: Mapping[int, Header], contents: Contents, note: Note
     ) -> None:
         """`headers` are those of source files that need not be read once more, by their numbers."""
-        self._reader, self._there = ShardReader(sources, headers=headers), ContentReader()
+        self._reader = ShardReader(sources, headers=headers, piece_bytes=_RUN_BYTES)
+        self._there = ContentReader()
         self._contents, self._note = contents, note
         self._ways, self._scratch = Ways(by_rows=True), Scratch()
 
@@ -81,7 +82,7 @@ class Comparer:
         for place, start, length, runs in way.readings(block):
             left = deque(runs)
             run, done = left.popleft(), 0
-            for data in self._reader.stream(place, name, transfer.dtype, start, length, PIECE_BYTES):
+            for data in self._reader.stream(place, name, transfer.dtype, start, length, _RUN_BYTES):
                 values = np.frombuffer(data, np.uint8)
                 while len(values):
                     if done == run.length:

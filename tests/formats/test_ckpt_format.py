@@ -193,6 +193,7 @@ def count_fetched_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return data
 
     monkeypatch.setattr(os, "pread", counting_pread)
+    monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)  # all is read by pread then
     return fetched
 
 

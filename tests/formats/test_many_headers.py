@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from mindformers_ckpt.disk import waiting
 from mindformers_ckpt.errors import FormatError
 from mindformers_ckpt.formats import Header, ckpt, guesses, read_header
 from mindformers_ckpt.formats import headers as headers_module
+from mindformers_ckpt.formats.ckpt import scan
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.formats.headers import read_headers
 
@@ -48,6 +51,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> Requests:
     monkeypatch.setattr(headers_module, "_WAIT", 0.001)
     monkeypatch.setattr(guesses, "_slow_devices", set())
     monkeypatch.setattr(os, "pread", counted.pread)
+    monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)  # all is read by it then
     return counted
 
 
@@ -124,6 +128,21 @@ def test_no_thread_is_left_when_nobody_wants_the_rest(tmp_path: Path, monkeypatc
     assert threading.active_count() == before
 
 
+def test_what_is_in_memory_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy the machine is."""
+    (path, *_) = write_files(tmp_path, "ckpt", 4096)
+    monkeypatch.setattr(guesses, "_QUICK_SECONDS", -1)
+    monkeypatch.setattr(guesses, "waits", itertools.count().__next__)
+    monkeypatch.setattr(guesses, "_slow_devices", set())
+    with path.open("rb") as stream:
+        pieces = guesses.Pieces(stream.fileno())
+        content = [pieces.read(start, 100) for start in range(10)]
+        if not pieces._can_tell:
+            pytest.skip("this file system does not say what is in memory")
+        assert content == [path.read_bytes()[start : start + 100] for start in range(10)]
+        assert not pieces.is_slow
+
+
 def test_a_quick_disk_needs_no_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(headers_module, "_WAIT", 60.0)
     monkeypatch.setattr(waiting, "_waited", 0.0)
@@ -131,3 +150,21 @@ def test_a_quick_disk_needs_no_threads(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(guesses, "_slow_devices", set())
     monkeypatch.setattr(threading.Thread, "start", lambda self: pytest.fail("a thread was started"))
     assert len(list(read_headers(write_files(tmp_path, "ckpt", 64)))) == FILES
+
+
+def test_nothing_is_learned_of_many_small_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of a million of them, on a slow disk, would take as long again; what comes after them is guessed."""
+    learned: list[str] = []
+    real = guesses.Pieces._learn
+
+    def learn(self: Any, name: str, *place: int) -> str:
+        learned.append(name)
+        return real(self, name, *place)
+
+    monkeypatch.setattr(guesses.Pieces, "_learn", learn)
+    monkeypatch.setattr(guesses.Pieces, "is_slow", True)
+    kind, numbers = by_name("float32"), range(3000)
+    small = {f"s{number}": Tensor(kind, np.zeros((1,), np.uint32)) for number in numbers}
+    path = write_tensors(tmp_path / "a.ckpt", {**small, "large": Tensor(kind, np.zeros((999,), np.uint32))})
+    assert list(scan(path).tensors) == [*small, "large"]
+    assert learned == [*[f"s{number}" for number in numbers[:1000]], "large"]
