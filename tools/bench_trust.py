@@ -4,7 +4,7 @@
 Makes a Llama-like checkpoint and its re-slices, and prints how fast checksums are counted (the best of several runs,
 by CPU time), and the medians of ratios to reading the same files once, in turn, page cache warm, in two ways: by one
 thread in blocks of 8 MiB, as programs read files, and by as many threads as `verify --against` and `diff` have, in
-pieces of 512 KiB that stay in the cache of a core, as these do. Absolute times of a shared machine mean little: read
+pieces of 512 KiB that stay in the cache of a core. Absolute times of a shared machine mean little: read
 the ratios. Of a run with --fingerprint: `bench_transform.py --option=--fingerprint`.
 """
 
