@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from mindformers_ckpt.strategy.files import read_strategy, write_strategy
     from mindformers_ckpt.strategy.model import Strategy
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Checkpoint",
     "CheckpointError",
