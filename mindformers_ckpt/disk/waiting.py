@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from collections.abc import Callable, Generator, Sequence
-from typing import TypeVar
+from typing import TypeVar, Union
 
 _AT_ONCE = 32
 _PATIENCE = 0.0005
@@ -14,6 +15,7 @@ _waited = 0.0  # seconds that the last item waited
 
 A = TypeVar("A")
 B = TypeVar("B")
+Memory = Union[bytearray, memoryview]
 
 
 def waits() -> int:
@@ -24,6 +26,21 @@ def waits() -> int:
     if hasattr(resource, "RUSAGE_THREAD"):
         return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
     return time.monotonic_ns()
+
+
+def read_at_once(descriptor: int, parts: Sequence[Memory], start: int) -> int | None:
+    """Fill memory with bytes of a file that are in the page cache already; how many. None where nobody can say.
+
+    However long a busy machine takes for it, nothing has waited for a disk.
+    """
+    if not hasattr(os, "RWF_NOWAIT"):
+        return None
+    try:
+        return os.preadv(descriptor, parts, start, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return 0
+    except OSError:  # the file system cannot do it
+        return None
 
 
 def _waits_and_work() -> tuple[int, float]:

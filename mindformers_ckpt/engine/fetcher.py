@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from mindformers_ckpt.disk.waiting import waits
+from mindformers_ckpt.disk.waiting import read_at_once, waits
 from mindformers_ckpt.engine import page_cache
 from mindformers_ckpt.engine.descriptors import Descriptors, fill
 from mindformers_ckpt.engine.requests import Readers, Request
@@ -75,20 +75,26 @@ class Fetcher:
 
         False where that is not how files are read, or not all has come.
         """
-        return self._direct is None and self._scattered(path, start, parts, 0)
+        return self._direct is None and self._scattered(path, start, parts, os.preadv)
 
     def scatter_warm(self, path: Path, start: int, parts: Sequence[memoryview]) -> bool:
         """`scatter`, if all the bytes are in the page cache: nobody waits for a disk. False where they are not."""
-        return hasattr(os, "RWF_NOWAIT") and self._scattered(path, start, parts, os.RWF_NOWAIT)
+        return self._scattered(path, start, parts, read_at_once)
 
-    def _scattered(self, path: Path, start: int, parts: Sequence[memoryview], flags: int) -> bool:
+    def _scattered(
+        self,
+        path: Path,
+        start: int,
+        parts: Sequence[memoryview],
+        read: Callable[[int, Sequence[memoryview], int], int | None],
+    ) -> bool:
         if isinstance(path, ObjectPath) or not 0 < len(parts) <= _MOST_PARTS:
             return False
         try:
             with self._plain.borrowed(path) as descriptor:
                 assert isinstance(descriptor, int)
                 _no_read_ahead(descriptor)
-                return os.preadv(descriptor, parts, start, flags) == sum(map(len, parts))
+                return read(descriptor, parts, start) == sum(map(len, parts))
         except (OSError, TransferError):  # whoever reads it in the ordinary way has a message
             return False
 
@@ -127,15 +133,9 @@ class Fetcher:
     def _is_in_memory(self, descriptor: Handle, at: int, path: Path) -> bool:
         assert isinstance(descriptor, int)
         buffer = bytearray(1)
-        if hasattr(os, "RWF_NOWAIT"):
-            try:
-                os.preadv(descriptor, [buffer], at, os.RWF_NOWAIT)
-            except BlockingIOError:
-                return False
-            except OSError:  # the file system cannot say
-                pass
-            else:
-                return True
+        held = read_at_once(descriptor, [buffer], at)
+        if held is not None:
+            return held > 0
         started, switches = time.perf_counter(), waits()
         os.preadv(descriptor, [buffer], at)
         if waits() == switches or time.perf_counter() - started < _SECONDS_OF_MEMORY:

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from mindformers_ckpt.disk.waiting import each, waits
+from mindformers_ckpt.disk.waiting import each, read_at_once, waits
 from mindformers_ckpt.objects.reading import Handle, pread
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class Pieces:
         else:
             self._early, self._device, self._waits = _FromStorage(handle), _NO_DEVICE, _WAITS
         self._switches = waits()
-        self._can_tell = isinstance(handle, int) and hasattr(os, "RWF_NOWAIT")  # what is in memory
+        self._can_tell = isinstance(handle, int)  # what is in memory
         # What no guess was made of so far.
         self._met: deque[tuple[str, int, int, int]] = deque(maxlen=_REMEMBERED)
         self._small = 0  # records in a row
@@ -219,17 +219,12 @@ class Pieces:
 
         They count as no wait, however long a busy machine takes.
         """
-        if self._can_tell:
-            assert isinstance(self._handle, int)
-            memory = bytearray(length)
-            try:
-                if os.preadv(self._handle, [memory], start, os.RWF_NOWAIT) == length:
-                    return bytes(memory)
-            except BlockingIOError:
-                pass
-            except OSError:
-                self._can_tell = False
-        return None
+        if not self._can_tell or not isinstance(self._handle, int):
+            return None
+        memory = bytearray(length)
+        count = read_at_once(self._handle, [memory], start)
+        self._can_tell = count is not None
+        return bytes(memory) if count == length else None
 
     def _has_waited(self) -> bool:
         """Whether this thread has waited since this was asked last: only for reads that took long, as it costs more."""

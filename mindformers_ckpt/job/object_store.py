@@ -11,14 +11,14 @@ import errno
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
+from mindformers_ckpt.engine.object_sink import part_bytes_for
 from mindformers_ckpt.errors import TransferError
-from mindformers_ckpt.objects.attempts import ONCE
+from mindformers_ckpt.objects.attempts import ONCE, at_once
 from mindformers_ckpt.objects.client import Client, Found
 from mindformers_ckpt.objects.errors import MissingObject, ObjectError
 from mindformers_ckpt.objects.path import ObjectPath
@@ -29,11 +29,7 @@ Check = Callable[[], None]
 _URL = re.compile(r"(obs|s3)://[^/\s]+(/\S*)?$")
 # Failures of the local disk, and answers of a storage that are the same every time.
 _FINAL_CODES = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT})
-_PART_BYTES = 16 << 20  # of an upload in parts: four files at a time, four parts each, are in memory
-_MOST_PARTS = 9000  # S3 and OBS allow 10,000
-_AT_ONCE = 4
-
-T = TypeVar("T")
+_AT_ONCE = 4  # parts of a file: as many files at a time, and their parts, are in memory
 
 
 class StoreError(TransferError):
@@ -99,13 +95,13 @@ class S3Store:
     def put(self, file: Path, key: str, check: Check) -> None:
         with self._errors_of(f"sending {file} to {self.url}/{key}", check), open(file, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
-            if size <= _PART_BYTES:
+            if size <= part_bytes_for(size):
                 self._client.put(self._bucket, self._key(key), stream.read())
             else:
                 self._put_parts(stream.fileno(), size, self._key(key), check)
 
     def _put_parts(self, descriptor: int, size: int, key: str, check: Check) -> None:
-        length = max(_PART_BYTES, -(-size // _MOST_PARTS))
+        length = part_bytes_for(size)
         upload = self._client.begin(self._bucket, key, {})
 
         def send(start: int) -> None:
@@ -114,8 +110,10 @@ class S3Store:
             self._client.send(self._bucket, key, upload, start // length + 1, content)
 
         try:
-            _at_once(send, range(0, size, length))
+            at_once(send, range(0, size, length), _AT_ONCE)
             parts = self._client.parts(self._bucket, key, upload)
+            if sum(part.size for part in parts.values()) != size:
+                raise StoreError(f"{self._client.url(self._bucket, key)}: the storage lacks parts that were sent")
             self._client.complete(self._bucket, key, upload, [parts[number] for number in sorted(parts)])
         except BaseException:
             with contextlib.suppress(ObjectError):  # the failure before is what is wrong
@@ -125,16 +123,17 @@ class S3Store:
     def get(self, key: str, file: Path, check: Check) -> None:
         with self._errors_of(f"fetching {self.url}/{key} to {file}", check), open(file, "wb") as stream:
             found, _ = self._client.head(self._bucket, self._key(key))
+            length = part_bytes_for(found.size)
 
             def fetch(start: int) -> None:
                 check()
-                content = memoryview(bytearray(min(_PART_BYTES, found.size - start)))
+                content = memoryview(bytearray(min(length, found.size - start)))
                 self._client.read(self._bucket, found, start, content)
                 while content:
                     count = os.pwrite(stream.fileno(), content, start)
                     content, start = content[count:], start + count
 
-            _at_once(fetch, range(0, found.size, _PART_BYTES))
+            at_once(fetch, range(0, found.size, length), _AT_ONCE)
 
     def exists(self, key: str) -> bool:
         with self._errors_of(f"looking for {self.url}/{key}"):
@@ -146,7 +145,7 @@ class S3Store:
 
     def delete_prefix(self, prefix: str) -> None:
         with self._errors_of(f"deleting {self.url}/{prefix}"):
-            _at_once(lambda key: self._client.delete(self._bucket, self._key(key)), self._below(prefix))
+            at_once(lambda key: self._client.delete(self._bucket, self._key(key)), self._below(prefix), _AT_ONCE)
 
     def _below(self, prefix: str) -> dict[str, int]:
         folder = self._key(f"{prefix}/" if prefix else "")
@@ -175,18 +174,6 @@ class S3Store:
             raise StoreError(f"{what}: {error.strerror}", final=error.is_final) from error
         except OSError as error:
             raise StoreError(f"{what}: {in_one_line(error)}", final=error.errno in _FINAL_CODES) from error
-
-
-def _at_once(action: Callable[[T], None], items: Iterable[T]) -> None:
-    """Run an action for all items, several at once; the first failure keeps the others from being begun."""
-    with ThreadPoolExecutor(_AT_ONCE, "parts") as pool:
-        started = [pool.submit(action, item) for item in items]
-        try:
-            for future in started:
-                future.result()
-        finally:
-            for future in started:
-                future.cancel()
 
 
 class MoxingStore:

@@ -6,7 +6,7 @@ import errno
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeVar
 
 from mindformers_ckpt.errors import ConfigError
@@ -14,6 +14,7 @@ from mindformers_ckpt.log import log
 from mindformers_ckpt.objects.errors import MissingObject, ObjectError
 from mindformers_ckpt.words import in_one_line
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 _CREDENTIALS = "check the credentials (environment, ~/.aws, role of the machine) and the rights that they give"
@@ -69,6 +70,17 @@ def persist(
         say = log.warning if attempt > 2 else log.info
         say("%s; attempt %d of %d follows", found, attempt + 1, retries.attempts)
         time.sleep(retries.pause(attempt))
+
+
+def at_once(action: Callable[[A], T], items: Iterable[A], most: int = 16) -> list[T]:
+    """Do something with all items, some at a time; what comes of it, in their order.
+
+    The first failure goes through, and what has not begun by then is not done.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(most, "requests") as pool:
+        return list(pool.map(action, items))
 
 
 def _as_object_error(error: Exception, place: str) -> ObjectError | None:

@@ -9,21 +9,18 @@ Keys, for a destination `folder/result`:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from mindformers_ckpt.errors import PublishError
 from mindformers_ckpt.log import log
+from mindformers_ckpt.objects.attempts import at_once
 from mindformers_ckpt.objects.listing import keys_beginning
 from mindformers_ckpt.objects.path import ObjectPath, marker_of
 from mindformers_ckpt.text_files import MAX_OWN_BYTES, read_json_object, readable_json
 
 _PART = "part-"
-_REQUESTS = 16
-
-A = TypeVar("A")
-B = TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -92,14 +89,6 @@ def put(path: ObjectPath, data: bytes) -> None:
 def delete(paths: Iterable[ObjectPath]) -> None:
     """Remove objects."""
     at_once(lambda path: path.place.client.delete(path.place.bucket, path.place.key), paths)
-
-
-def at_once(action: Callable[[A], B], items: Iterable[A]) -> list[B]:
-    """Do something with all items, some at a time; what comes of it, in their order. The first failure goes through."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(_REQUESTS, "requests") as pool:
-        return list(pool.map(action, items))
 
 
 def _objects(destination: ObjectPath, start: str) -> list[ObjectPath]:

@@ -27,6 +27,7 @@ from mindformers_ckpt.errors import ConfigError, PublishError, TransferError, ra
 from mindformers_ckpt.execution.checks import add_companions, check_apart, identity_of, is_checkpoint
 from mindformers_ckpt.execution.copying import copy_into
 from mindformers_ckpt.execution.options import Options, Report, report_of
+from mindformers_ckpt.objects.attempts import at_once
 from mindformers_ckpt.objects.client import Part
 from mindformers_ckpt.objects.errors import MissingObject, ObjectError
 from mindformers_ckpt.objects.listing import files_below, look_again
@@ -40,7 +41,7 @@ from mindformers_ckpt.publish.results import check_addable, describe_result, par
 from mindformers_ckpt.publish.signature import find_bundle, left_behind
 from mindformers_ckpt.publish.staging import not_ours
 from mindformers_ckpt.publish.texts import hash_of, with_checksum
-from mindformers_ckpt.uploads.record import Record, at_once, delete, give_up, put, put_json
+from mindformers_ckpt.uploads.record import Record, delete, give_up, put, put_json
 
 _PLAN = "mindformers-ckpt-plan"  # what an object notes of the run that made it
 

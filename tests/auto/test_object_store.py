@@ -19,6 +19,7 @@ from mindformers_ckpt.job.modelarts import fetch_sources
 from mindformers_ckpt.job.object_store import MoxingStore, ObjectStore, S3Store, StoreError, open_store
 from mindformers_ckpt.job.transfers import Entry, Transfers, content_hash
 from mindformers_ckpt.objects.attempts import Retries
+from mindformers_ckpt.objects.client import Client
 
 QUICK = Retries(attempts=4, first_pause=0.01)
 
@@ -154,6 +155,19 @@ def test_large_files_can_be_stopped(s3: S3Store, tmp_path: Path) -> None:
 
     with pytest.raises(StoreError, match=r"^stopped$"):
         s3.put(large, "large", stop)
+    assert not s3.exists("large")
+
+
+def test_an_upload_that_lacks_a_part_is_not_completed(
+    s3: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = tmp_path / "large"
+    large.write_bytes(bytes(40 << 20))
+    real = Client.parts
+    monkeypatch.setattr(Client, "parts", lambda *place: dict(list(real(*place).items())[1:]))
+    with pytest.raises(StoreError, match=r"/large: the storage lacks parts that were sent") as caught:
+        s3.put(large, "large", nothing)
+    assert not caught.value.final
     assert not s3.exists("large")
 
 
