@@ -40,7 +40,7 @@ _UNPRINTABLE = re.compile(
     "[\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e0fff]"
 )
 _AS_SQUARE = bytes.maketrans(b"{}", b"[]")
-_NOT_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}'))
+_NOT_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}:'))
 
 
 def read_json(path: Path, error: type[CheckpointError], *, limit: int = MAX_BYTES, infinite: bool = False) -> Any:
@@ -173,18 +173,21 @@ def _decoded(data: bytes) -> str:
         raise ValueError(f"it is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
 
 
-def check_structure(data: bytes, most_parts: int | None) -> None:
+def check_structure(data: bytes, most_parts: int | None) -> int:
     """Refuse JSON of too many lists and objects, or with a deep nest of them: before a parser makes them, and recurses.
 
-    Raises ValueError.
+    Returns how many keys all its objects have together, those that stand twice counted twice. Raises ValueError.
     """
     if b"\\" in data:
         data = _ESCAPE.sub(b"", data)
-    brackets = _STRING.sub(b"", data.translate(_AS_SQUARE, _NOT_STRUCTURE))
+    # Two quotes side by side may go, whichever they are: what is in a text stays there, and what is not does not.
+    marks = _STRING.sub(b"", data.translate(_AS_SQUARE, _NOT_STRUCTURE).replace(b'""', b""))
+    brackets = marks.replace(b":", b"")
     if _is_too_deep(brackets):
         raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
     if most_parts is not None and brackets.count(b"[") > most_parts:
         raise ValueError(f"it has more than {most_parts:,} lists and objects")
+    return len(marks) - len(brackets)
 
 
 def _is_too_deep(data: bytes) -> bool:

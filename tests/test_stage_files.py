@@ -64,7 +64,7 @@ def test_every_file_is_found(files: Files, layout: Layout | None, names: set[str
         held = stage.held(name)
         assert list(held.files.items()) == list(ranks.items())
         shape = held.spec.shape if layout is None else layout.full_shape(held.spec.shape)
-        cut = stage.cut(held, layout, shape)
+        cut = stage.cut(held.files, layout, shape)
         if layout is None:
             assert [(shard.rank, shard.path) for shard in cut.shards] == [next(iter(ranks.items()))]
             continue
@@ -82,7 +82,7 @@ def test_every_file_is_found(files: Files, layout: Layout | None, names: set[str
 def test_tensors_that_are_cut_alike_share_their_shards() -> None:
     tensors = tensors_of(NAMES)
     stage = StageFiles(0, [(rank, header(f"{rank}.ckpt", tensors)) for rank in range(RANKS)], None)
-    cuts = {id(stage.cut(stage.held(name), LAYOUTS[0], (8, 3)).shards) for name in NAMES}
+    cuts = {id(stage.cut(stage.held(name).files, LAYOUTS[0], (8, 3)).shards) for name in NAMES}
     assert len(cuts) == 1
 
 

@@ -28,6 +28,7 @@ from mindformers_ckpt.strategy.files import read_strategy
 from mindformers_ckpt.text_files import (
     MAX_DEPTH,
     MAX_YAML_BYTES,
+    check_structure,
     parse_json,
     parse_yaml,
     read_json,
@@ -104,6 +105,17 @@ def test_json_is_read_as_python_reads_it(value: Any, extra: int, escaped: bool) 
     for _ in range(extra):
         value = [value]
     assert parse_json(json.dumps(value, ensure_ascii=escaped).encode()) == value
+
+
+@given(NESTED, st.booleans(), st.sampled_from([None, 1]))
+def test_the_keys_of_all_objects_are_counted(value: Any, escaped: bool, indent: int | None) -> None:
+    def keys(inner: Any) -> int:
+        if isinstance(inner, dict):
+            return len(inner) + sum(map(keys, inner.values()))
+        return sum(map(keys, inner)) if isinstance(inner, list) else 0
+
+    text = json.dumps(value, ensure_ascii=escaped, indent=indent).encode()
+    assert check_structure(text, None) == keys(value)
 
 
 @given(st.binary(max_size=60))

@@ -15,7 +15,7 @@ from mindformers_ckpt.cli.options import OVERWRITE_ANYTHING, LocalPath, json_opt
 from mindformers_ckpt.execution.checks import check_apart
 from mindformers_ckpt.geometry.box import Box, hull
 from mindformers_ckpt.planning.file import Job, write_plan
-from mindformers_ckpt.planning.model import Place, Plan, Transfer, once
+from mindformers_ckpt.planning.model import Place, Plan, once
 from mindformers_ckpt.publish.results import ranks_of
 from mindformers_ckpt.words import counted, shortened
 
@@ -131,7 +131,7 @@ def summarize(prepared: Prepared, processes: int) -> Summary:
         parameters=len(plan.transfers),
         renamed=_renamed(plan),
         dropped=_dropped(plan),
-        replicated=[transfer.name for transfer in plan.transfers if _is_replicated(transfer, len(plan.targets))],
+        replicated=_replicated(plan),
         one_sided=_one_sided(prepared),
         warnings=list(plan.warnings),
         refusals=problems,
@@ -153,18 +153,34 @@ def _volume(targets: tuple[Place, ...]) -> int:
 
 
 def _renamed(plan: Plan) -> dict[str, str]:
-    return {transfer.name: place.tensor for transfer in plan.transfers for place in transfer.sources if place.tensor}
+    renamed = once(_names)
+    return {transfer.name: name for transfer in plan.transfers for name in renamed(transfer.sources)}
+
+
+def _names(sources: tuple[Place, ...]) -> list[str]:
+    """The names that places of a tensor have in their files, where they are others than its own."""
+    return [place.tensor for place in sources if place.tensor]
 
 
 def _dropped(plan: Plan) -> list[str]:
     """Tensors without elements, which a .ckpt cannot hold."""
     files = (target.tensors for target in plan.targets if target.format == "ckpt")
-    return sorted({spec.name for tensors in files for spec in tensors if not spec.size})
+    return sorted({spec.name for tensors in files for spec in tensors if 0 in spec.shape})
 
 
-def _is_replicated(transfer: Transfer, files: int) -> bool:
-    whole = Box.whole(transfer.shape)
-    return len(transfer.targets) == files > 1 and all(place.box == whole for place in transfer.targets)
+def _replicated(plan: Plan) -> list[str]:
+    """Tensors that every target rank has whole, where there are several."""
+    boxes = once(_only_box)
+    if len(plan.targets) < 2:
+        return []
+    everywhere = (transfer for transfer in plan.transfers if len(transfer.targets) == len(plan.targets))
+    return [transfer.name for transfer in everywhere if boxes(transfer.targets) == Box.whole(transfer.shape)]
+
+
+def _only_box(places: tuple[Place, ...]) -> Box | None:
+    """The box that all places have, None where they have different ones."""
+    boxes = {place.box for place in places}
+    return boxes.pop() if len(boxes) == 1 else None
 
 
 def _one_sided(prepared: Prepared) -> list[str]:

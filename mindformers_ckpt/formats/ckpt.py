@@ -15,6 +15,7 @@ The records are parsed by hand because a protobuf library would copy the content
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import closing
 from functools import lru_cache
@@ -86,14 +87,10 @@ class _Form(NamedTuple):
     dtype: DType
     shape: tuple[int, ...]
     length: int
+    nbytes: int  # of the whole tensor, of which this may be a part
 
 
-class _Head(NamedTuple):
-    """What stands before the content of a record, and where the content is."""
-
-    name: str
-    form: _Form
-    content: Segment
+_Head = tuple[str, _Form, int]  # the name of a record, what stands after it, and where the content begins
 
 
 class _Scanner:
@@ -151,24 +148,23 @@ class _Scanner:
         current: TensorSpec | None = None
         segments: list[Segment] = []
         missing = 0
-        for head in self._heads():
-            spec = TensorSpec(head.name, head.form.dtype, head.form.shape)
-            if current is None or spec.name != current.name:
+        for name, form, offset in self._heads():
+            if current is None or name != current.name:
                 if missing:
                     break
-                if spec.name in tensors:
-                    raise self._error(f"tensor {spec.name!r} appears a second time")
-                current, segments, missing = spec, [], spec.nbytes
-            elif spec != current:
-                raise self._error(f"the records of tensor {spec.name!r} differ in dims or type")
-            missing -= head.content.length
+                if name in tensors:
+                    raise self._error(f"tensor {name!r} appears a second time")
+                current, segments, missing = TensorSpec(name, form.dtype, form.shape), [], form.nbytes
+            elif (form.dtype, form.shape) != (current.dtype, current.shape):
+                raise self._error(f"the records of tensor {name!r} differ in dims or type")
+            missing -= form.length
             if missing < 0:
-                raise self._error(f"{_describe(spec)} has {-missing} bytes too many")
-            if head.content.length:
-                segments.append(head.content)
+                raise self._error(f"{_describe(current)} has {-missing} bytes too many")
+            if form.length:
+                segments.append(Segment(offset, form.length))
             if not missing:
-                tensors[spec.name] = TensorRecord(spec, tuple(segments))
-                self._last_good = spec.name
+                tensors[name] = TensorRecord(current, tuple(segments))
+                self._last_good = name
         if current and missing:
             raise self._error(f"{_describe(current)} lacks {missing} bytes")
         return tensors
@@ -184,13 +180,15 @@ class _Scanner:
         return crc
 
     def _heads(self) -> Iterator[_Head]:
-        while self._position < self._size and not self._is_trailer(self._position):
-            head = self._head()
-            first, last = self._position - self._base, head.content.offset - self._base
-            self.frames.append((self._position, self._window[first:last]))
+        frames, met = self.frames, self._pieces.met
+        trailer = self._size - TRAILER_SIZE
+        while self._position < self._size and not (self._position == trailer and self._is_trailer(trailer)):
+            head = name, form, offset = self._head()
+            start, base = self._position, self._base
+            frames.append((start, self._window[start - base : offset - base]))
             yield head
-            start, self._position = self._position, head.content.offset + head.content.length
-            self._pieces.met(head.name, start, head.content.offset, self._position)
+            self._position = end = offset + form.length
+            met(name, start, offset, end)
 
     def _is_trailer(self, position: int) -> bool:
         if self._size - position != TRAILER_SIZE:
@@ -225,12 +223,12 @@ class _Scanner:
 
         Raises IndexError when the window ends before the head does, Malformed when it is no head.
         """
-        window = self._window
+        window, base = self._window, self._base
         if window[at] != VALUE:
             raise Malformed("no record begins here")
         length, at = _varint(window, at + 1)
         end = at + length
-        if self._base + end > self._size:
+        if base + end > self._size:
             raise Malformed(f"a record of {length} bytes reaches over the end of the file: it is truncated")
         raw_name, at = _field(window, at, end, TAG)
         name = _text(raw_name)
@@ -238,8 +236,7 @@ class _Scanner:
         form = self._forms.get(likely)
         if form is None or not window.startswith(form.raw, at) or at + len(form.raw) + form.length != end:
             form = self._forms[likely] = _parse_form(window, at, end, name)
-        at += len(form.raw)
-        return _Head(name, form, Segment(self._base + at, form.length))
+        return name, form, base + end - form.length
 
     def _error(self, what: str, advice: str = _RESTORE) -> FormatError:
         after = "before any tensor" if self._last_good is None else f"last good tensor {self._last_good!r}"
@@ -286,7 +283,7 @@ def _parse_form(window: bytes, start: int, end: int, name: str) -> _Form:
     elif shape == (0,) and length:
         shape = ()
     check_shape(name, shape, dtype.itemsize)
-    return _Form(window[start:at], dtype, shape, length)
+    return _Form(window[start:at], dtype, shape, length, math.prod(shape) * dtype.itemsize)
 
 
 def _enter(window: bytes, at: int, end: int, key: int) -> int:

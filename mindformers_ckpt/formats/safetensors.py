@@ -43,6 +43,7 @@ _METADATA = "__metadata__"
 _LENGTH_SIZE = 8
 _ALIGNMENT = 8
 _LARGEST = (1 << 64) - 1
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def scan(path: Path, *like: Header) -> Header:
@@ -92,22 +93,24 @@ def _laid_out(
     check_names(specs)
     metadata = {"format": "ms", **metadata}
     metadata.pop("crc_num", None)
-    header: dict[str, Any] = {_METADATA: metadata}
+    forms: dict[tuple[str, tuple[int, ...]], tuple[str, int]] = {}  # what layers repeat
+    entries: list[str] = []
     spans: list[tuple[TensorSpec, int]] = []
     end = 0
     for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
-        if spec.name == _METADATA:
+        name, dtype, shape = spec
+        if name == _METADATA:
             raise FormatError(f"a .safetensors file cannot hold a tensor of the name {_METADATA!r}")
-        if spec.dtype.name == "qint4x2":
-            metadata[spec.name] = spec.dtype.ckpt
-        start, end = end, end + spec.nbytes
-        header[spec.name] = {
-            "dtype": _code(spec),
-            "shape": list(spec.shape),
-            "data_offsets": [start, end],
-        }
+        if dtype.name == "qint4x2":
+            metadata[name] = dtype.ckpt
+        key = dtype.name, shape
+        if key not in forms:
+            forms[key] = f'"dtype":"{_code(spec)}","shape":{_JSON.encode(shape)}', spec.nbytes
+        form, nbytes = forms[key]
+        start, end = end, end + nbytes
+        entries.append(f'{_JSON.encode(name)}:{{{form},"data_offsets":[{start},{end}]}}')
         spans.append((spec, start))
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text = f"{{{','.join([_JSON.encode({_METADATA: metadata})[1:-1], *entries])}}}".encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     if len(text) > HEADER_LIMIT:
         raise FormatError(f"the .safetensors header would take {len(text)} bytes, over {HEADER_LIMIT}")
@@ -143,9 +146,11 @@ def _parse_json(text: bytes) -> dict[str, Any]:
     try:
         # Before a parser that recurses looks at it; MindSpore raises Python's own bound. A tensor has one object and
         # two lists.
-        check_structure(text, 3 * text.count(b'"data_offsets"') + _OTHER_PARTS)
+        keys = check_structure(text, 3 * text.count(b'"data_offsets"') + _OTHER_PARTS)
         hooks: dict[str, Any] = {"parse_int": _whole} if _MINUS_ZERO.search(text) else {}
-        fields = json.loads(text.decode(), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, **hooks)
+        fields = json.loads(text.decode(), parse_constant=_refuse_constant, **hooks)
+        if _keys_of(fields) != keys:  # some stand twice, or deeper: a parser that looks at each takes twice the time
+            json.loads(text.decode(), object_pairs_hook=_unique_keys)
         if b"\\u" in text:
             json.dumps(fields, ensure_ascii=False).encode()  # an escape may be half of a surrogate pair
     except (ValueError, RecursionError) as error:
@@ -153,6 +158,13 @@ def _parse_json(text: bytes) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise Malformed("the header is not a JSON object")
     return fields
+
+
+def _keys_of(fields: Any) -> int:
+    """How many keys an object and the objects in it have together."""
+    if not isinstance(fields, dict):
+        return 0
+    return len(fields) + sum(len(inner) for inner in fields.values() if type(inner) is dict)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -192,7 +204,7 @@ class _Form(NamedTuple):
 def _tensors(fields: dict[str, Any], metadata: dict[str, str], base: int, size: int) -> dict[str, TensorRecord]:
     """Check that the tensors fill the bytes from `base` to `size`, each with the bytes its shape needs."""
     forms: dict[str, _Form] = {}
-    spans = [(*_check_entry(name, entry, metadata, forms), name) for name, entry in fields.items()]
+    spans = [_check_entry(name, entry, metadata, forms) for name, entry in fields.items()]
     spans.sort(key=itemgetter(0, 1))
     tensors: dict[str, TensorRecord] = {}
     position = 0
@@ -208,12 +220,14 @@ def _tensors(fields: dict[str, Any], metadata: dict[str, str], base: int, size: 
     return tensors
 
 
-def _check_entry(name: str, entry: Any, metadata: dict[str, str], forms: dict[str, _Form]) -> tuple[int, int, _Form]:
-    """Where a tensor starts and ends in the contents, and what it is. `forms` keeps what other tensors are."""
+def _check_entry(
+    name: str, entry: Any, metadata: dict[str, str], forms: dict[str, _Form]
+) -> tuple[int, int, _Form, str]:
+    """Where a tensor starts and ends in the contents, what it is, its name. `forms` keeps what other tensors are."""
     if not isinstance(entry, dict):
         raise Malformed(f"the entry of tensor {name!r} is not a JSON object")
     code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(code, str) or not _are_sizes(offsets) or len(offsets) != 2:
+    if type(code) is not str or not _are_two_sizes(offsets):
         raise Malformed(f"the entry of tensor {name!r} is not of the form dtype, shape, data_offsets")
     is_packed = code == "I8" and metadata.get(name) == "Int4"
     key = f"{is_packed} {code} {shape!r}"  # not the list: True and 1.0 are equal to 1
@@ -224,7 +238,7 @@ def _check_entry(name: str, entry: Any, metadata: dict[str, str], forms: dict[st
         dtype = by_name("qint4x2") if is_packed else _dtype(name, code)
         check_shape(name, shape, dtype.itemsize)
         form = forms[key] = _Form(dtype, tuple(shape), math.prod(shape) * dtype.itemsize)
-    return offsets[0], offsets[1], form
+    return offsets[0], offsets[1], form, name
 
 
 def _dtype(name: str, code: str) -> DType:
@@ -232,6 +246,13 @@ def _dtype(name: str, code: str) -> DType:
         return from_safetensors(code)
     except FormatError as error:
         raise Malformed(f"tensor {name!r}: {error}") from None
+
+
+def _are_two_sizes(numbers: object) -> TypeGuard[list[int]]:
+    if type(numbers) is not list or len(numbers) != 2:
+        return False
+    first, last = numbers
+    return type(first) is int and type(last) is int and 0 <= first <= _LARGEST and 0 <= last <= _LARGEST
 
 
 def _are_sizes(numbers: object) -> TypeGuard[list[int]]:

@@ -123,10 +123,10 @@ def _assemble(
             continue
         if tensor.missing:
             problems += _lost_boxes(tensor, way)
-        dtype = tensor.spec.dtype
-        transfers.append(Transfer(name, dtype, tensor.spec.shape, found.sources(tensor, way), way.targets))
+        whole = tensor.spec
+        transfers.append(Transfer(name, whole.dtype, whole.shape, found.sources(tensor, way), way.targets))
         for shape, holders in way.holders.items():
-            spec = TensorSpec(name, dtype, shape)
+            spec = whole if shape == whole.shape else TensorSpec(name, whole.dtype, shape)
             for file in holders:
                 held[file].append(spec)
     raise_problems(PlanError, f"{source.files.root} cannot be re-sliced for {target.describe()}", problems)
@@ -149,7 +149,7 @@ def _with_counters(plan: Plan, source: Checkpoint, tensors: Mapping[str, Logical
 
     Only where states of an optimizer are there: weights alone are not a training that goes on.
     """
-    if not plan.sources or not has_states(tensors):
+    if not plan.sources or not source.files.counters or not has_states(tensors):
         return plan
     added = [
         (spec, content)
@@ -240,14 +240,14 @@ def _target_order(source: Strategy, target: Strategy, tensors: Collection[str]) 
 
 
 def _with_states(target: Strategy, tensors: Mapping[str, LogicalTensor]) -> Strategy:
-    if tensors.keys() <= target.names():
+    if not target.names() or tensors.keys() <= target.names():
         return target
     return with_states(target, {name: tensor.spec.shape for name, tensor in tensors.items()})
 
 
 def source_states(source: Checkpoint, tensors: Mapping[str, LogicalTensor]) -> list[str]:
     """Warn of states that the source strategy leaves out, and that are read as cut like their weights."""
-    if source.files.metadata is not None:
+    if source.files.metadata is not None or not source.strategy.names():
         return []  # MindFormers itself leaves states out there
     return cut_like_weights("source", _like_weights(source, tensors))
 
@@ -273,7 +273,7 @@ def _one_sided(
     """Warn of parameters that only one of two real strategies names, and of states that are cut though one leaves
     them out: the file decides how they are read. `completed` are the names of the target with these states."""
     in_source, in_target, held = source.strategy.names(), target.names(), tensors.keys()
-    cut_too = _in_order(tensors, held & (completed - in_target))
+    cut_too = _in_order(tensors, (completed - in_target) & held)
     warnings = [*source_states(source, tensors), *cut_like_weights("target", cut_too)]
     if source.strategy.is_complete or target.is_complete:
         return warnings

@@ -95,14 +95,16 @@ class Places:
 
     def way(self, tensor: LogicalTensor) -> Way:
         """How a tensor is cut. Raises StrategyError where it cannot be."""
-        named = self._named.get(tensor.spec.name, ())
+        name, _, shape = tensor.spec
+        named = self._named.get(name, ())
         if named and len(tensor.stages) == 1 and self._ranks.keys().isdisjoint(named):
             return _NOWHERE
-        layouts = _layouts(tensor, self._target, named, self._ranks)
-        key = tensor.spec.shape, None if layouts is None else tuple(layouts.items())
-        if key not in self._ways:
-            self._ways[key] = self._found(tensor.spec.shape, layouts)
-        return self._ways[key]
+        layouts = _layouts(tensor, self._target, named, self._ranks) if named else None
+        key = shape, None if layouts is None else tuple(layouts.items())
+        way = self._ways.get(key)
+        if way is None:
+            way = self._ways[key] = self._found(shape, layouts)
+        return way
 
     def sources(self, tensor: LogicalTensor, way: Way) -> tuple[Place, ...]:
         """The shards of a tensor that its targets take from."""

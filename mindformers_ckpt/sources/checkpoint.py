@@ -232,13 +232,12 @@ class Checkpoint:
         return StageFiles(stage * self.strategy.stage_size, files, self.names)
 
     def _tensor(self, name: str, stage: int, files: StageFiles) -> LogicalTensor:
-        held = files.held(name)
-        layout = self.layout_of(name, stage, held.spec)
-        spec = held.spec
+        spec, paths = files.held(name)
+        layout = self.layout_of(name, stage, spec)
         if layout is not None:
             spec = TensorSpec(name, spec.dtype, layout.full_shape(spec.shape))
-        cut = files.cut(held, layout, spec.shape)
-        return LogicalTensor(spec, cut.shards, cut.missing, layout, (stage,))
+        shards, missing = files.cut(paths, layout, spec.shape)
+        return LogicalTensor(spec, shards, missing, layout, (stage,))
 
     def layout_of(self, name: str, stage: int, shard: TensorSpec) -> Layout | None:
         """The layout of a tensor on a stage, fitted to the shape of its shards; None for one that is whole."""

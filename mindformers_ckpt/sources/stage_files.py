@@ -6,7 +6,7 @@ and that are cut alike have the same tuple of shards: a model has many more tens
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from mindformers_ckpt.errors import PlanError
@@ -57,11 +57,7 @@ class StageFiles:
             last, number = rank, number + 1 if rank == last else 0
             group = alike.setdefault((id(header.tensors), number), _Alike(header.tensors, {}))
             group.files[rank] = header.path
-        self._holders: dict[str, list[_Alike]] = {}
-        for group in alike.values():
-            for name in group.tensors:
-                if names is None or name in names:
-                    self._holders.setdefault(name, []).append(group)
+        self._holders = _holders([*alike.values()], names)
         self._joined: dict[tuple[int, ...], Mapping[int, Path]] = {}
         self._cuts: dict[tuple[Layout | None, tuple[int, ...], int], Cut] = {}
 
@@ -73,9 +69,10 @@ class StageFiles:
     def held(self, name: str) -> Held:
         """Who holds a tensor. Raises PlanError where its shards are of different types or shapes."""
         groups = self._holders[name]
-        spec = groups[0].tensors[name].spec
+        tensors, files = groups[0]
+        spec = tensors[name].spec
         if len(groups) == 1:
-            return Held(spec, groups[0].files)
+            return Held(spec, files)
         for group in groups[1:]:
             other = group.tensors[name].spec
             if other != spec:
@@ -89,12 +86,13 @@ class StageFiles:
             self._joined[key] = dict(sorted(item for group in groups for item in group.files.items()))
         return Held(spec, self._joined[key])
 
-    def cut(self, held: Held, layout: Layout | None, shape: tuple[int, ...]) -> Cut:
-        """Where the boxes of a tensor of `shape` are; of one without a layout every file holds all."""
-        key = layout, shape, id(held.files)
-        if key not in self._cuts:
-            self._cuts[key] = self._found(held.files, layout, shape)
-        return self._cuts[key]
+    def cut(self, files: Mapping[int, Path], layout: Layout | None, shape: tuple[int, ...]) -> Cut:
+        """Where the boxes of a tensor of `shape` are in the files that `held` told; without a layout each has all."""
+        key = layout, shape, id(files)
+        cut = self._cuts.get(key)
+        if cut is None:
+            cut = self._cuts[key] = self._found(files, layout, shape)
+        return cut
 
     def _found(self, files: Mapping[int, Path], layout: Layout | None, shape: tuple[int, ...]) -> Cut:
         if layout is None:
@@ -110,3 +108,15 @@ class StageFiles:
             else:
                 missing.append((box, ranks))
         return Cut(tuple(shards), tuple(missing))
+
+
+def _holders(groups: Sequence[_Alike], names: Container[str] | None) -> Mapping[str, Sequence[_Alike]]:
+    """Which of the groups hold a tensor, by its name."""
+    found: dict[str, list[_Alike]] = {}
+    for group in groups:
+        kept = [name for name in group.tensors if names is None or name in names]
+        if len(groups) == 1:
+            return dict.fromkeys(kept, groups)
+        for name in kept:
+            found.setdefault(name, []).append(group)
+    return found
