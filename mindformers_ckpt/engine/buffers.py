@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from mindformers_ckpt.formats import TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[np.uint8]]
 
 # Bytes; of the beginnings of memory that files are read into.
 ALIGNMENT = 64
@@ -23,7 +28,7 @@ def piece_memory(size: int = PIECE_BYTES) -> memoryview:
     return memoryview(mmap.mmap(-1, size))
 
 
-def empty_bytes(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def empty_bytes(size: int) -> Array:
     """Bytes without a value, the first one at a multiple of 64.
 
     On AMD processors `read` and `write` take three times as long where the destination lies 1 to 31 bytes behind
@@ -35,3 +40,19 @@ def empty_bytes(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     memory = np.empty(size + ALIGNMENT, np.uint8)
     start = -memory.__array_interface__["data"][0] % ALIGNMENT
     return memory[start : start + size]
+
+
+# Asked for memory of tensors, by name: bytes that their contents are read into, where there are some.
+Given = Callable[[Sequence[TensorSpec]], Mapping[str, "Array"]]
+
+
+def nothing_given(specs: Sequence[TensorSpec]) -> Mapping[str, Array]:
+    """All memory is new."""
+    return {}
+
+
+def memory_of(specs: Sequence[TensorSpec], given: Given) -> Iterator[tuple[str, Array]]:
+    """Where the contents of tensors are read to, by name: what is given, or new memory."""
+    known = given(specs)
+    for spec in specs:
+        yield spec.name, known[spec.name] if spec.name in known else empty_bytes(spec.nbytes)

@@ -253,10 +253,10 @@ class ShardReader:
             else:
                 self._read_strided(path, segments, dtype, box, outer, array)
 
-    def begin(self, read: Read) -> tuple[Path, int]:
-        """Where the tensor of a plain place begins: file, and byte of it."""
+    def begin(self, read: Read) -> tuple[int, int]:
+        """Where the tensor of a plain place begins: file (by its number), and byte of it."""
         segments = self._segments(read.place, read.place.tensor or read.name, read.dtype)
-        return self._files[read.place.file].path, segments[0].offset if segments else 0
+        return read.place.file, segments[0].offset if segments else 0
 
     def pieces(self, read: Read, out: Array) -> Iterator[Piece]:
         """What `read` would do for a plain place, as pieces in the order of the file.

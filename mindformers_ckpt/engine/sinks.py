@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.engine import page_cache
-from mindformers_ckpt.engine.buffers import PIECE_BYTES, empty_bytes
+from mindformers_ckpt.engine.buffers import PIECE_BYTES, Given, memory_of, nothing_given
 from mindformers_ckpt.engine.descriptors import Descriptors, file_ranges
 from mindformers_ckpt.errors import TransferError, system_errors
 from mindformers_ckpt.formats import FileLayout, TensorSpec, layout_file
@@ -176,8 +176,8 @@ def _layout_of(format: str, tensors: tuple[TensorSpec, ...], metadata: tuple[tup
 class ArraySink:
     """Collects the tensors of one target file in memory, as writable byte arrays by name."""
 
-    def __init__(self, target: TargetFile) -> None:
-        self.contents: dict[str, Array] = {spec.name: empty_bytes(spec.nbytes) for spec in target.tensors}
+    def __init__(self, target: TargetFile, given: Given = nothing_given) -> None:
+        self.contents: dict[str, Array] = dict(memory_of(target.tensors, given))
 
     def write(self, file: int, name: str, start: int, data: memoryview) -> None:
         self.contents[name].data[start : start + len(data)] = data

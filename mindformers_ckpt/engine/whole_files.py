@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindformers_ckpt.engine.buffers import empty_bytes
+from mindformers_ckpt.engine.buffers import Given, memory_of, nothing_given
 from mindformers_ckpt.engine.fetcher import Fetcher
 from mindformers_ckpt.engine.into_memory import Fill, Piece, fill_arrays
 from mindformers_ckpt.errors import FormatError, TransferError
@@ -33,29 +33,34 @@ def read_files(
     *,
     is_shared: bool = True,
     fill: Fill = fill_arrays,
+    given: Given = nothing_given,
 ) -> Iterator[tuple[TensorSpec, Array]]:
-    """The tensors of files (those of the names beside each), each as the bytes of its content in memory of its own.
+    """The tensors of files (those of the names beside each), each as the bytes of its content.
 
+    They are in memory of their own, or in what is given. No two files may have a tensor of one name.
     `is_shared`: other processes read the files, too, so the page cache is used. `check` is called between requests and
     may raise to stop; `fill` reads. Raises TransferError.
     """
-    tensors: list[tuple[TensorSpec, Array]] = []
-    pieces = []
-    for path, names in files.items():
-        try:
-            header = read_header(path)
-        except FormatError as error:
-            raise TransferError(str(error)) from error
-        found: list[Piece] = []
-        for record in header.tensors.values():
-            if names is None or record.spec.name in names:
-                content = empty_bytes(record.spec.nbytes)
-                tensors.append((record.spec, content))
-                found += _whole(path, record, content)
+    records = {path: _records(path, names) for path, names in files.items()}
+    specs = [record.spec for held in records.values() for record in held]
+    memory = dict(memory_of(specs, given))
+    pieces: list[Piece] = []
+    for path, held in records.items():
+        found = [piece for record in held for piece in _whole(path, record, memory[record.spec.name])]
         pieces += sorted(found, key=lambda piece: piece.start)
     with closing(Fetcher(is_shared=is_shared)) as fetcher:
         fill(fetcher, pieces, check)
-    yield from tensors
+    for spec in specs:
+        yield spec, memory.pop(spec.name)
+
+
+def _records(path: Path, names: Container[str] | None) -> list[TensorRecord]:
+    """The tensors of a file that have one of the names. Raises TransferError."""
+    try:
+        header = read_header(path)
+    except FormatError as error:
+        raise TransferError(str(error)) from error
+    return [record for name, record in header.tensors.items() if names is None or name in names]
 
 
 def _whole(path: Path, record: TensorRecord, content: Array) -> Iterator[Piece]:

@@ -132,7 +132,7 @@ def _checked(theirs: Callable[..., Any]) -> Callable[..., Any]:
         try:
             result = theirs(checkpoint, network, optimizer, global_step, balanced_load, reshard_worker_num)
             if not _are_distributed(_call.cells):
-                weights.check_loaded(_call.cells, loaded)
+                weights.check_loaded(weights.Parameters(_call.cells), loaded)
             return result
         finally:
             _call = None
@@ -206,9 +206,10 @@ class _Loader:
         wanted = {name: Wanted(self._targets[name].shape, box) for name, box in self._boxes.items()}
         held = {name: Held(self._sources[name], partial(self._file_of, name)) for name in wanted}
         plan = plan_of_rank(self._rank, wanted, held, self._folder)
-        tensors = weights.tensors_of(read_direct(plan.plan, lambda: None, plan.headers))
-        if not _are_distributed(self._call.cells):
-            weights.check_fit(self._call.cells, tensors, _ADVICE)
+        own = weights.Parameters(() if _are_distributed(self._call.cells) else self._call.cells)
+        memory = partial(weights.own_memory, own)
+        tensors = weights.tensors_of(read_direct(plan.plan, lambda: None, plan.headers, given=memory))
+        weights.check_fit(own, tensors, _ADVICE)
         self._call.loaded.update(tensors)
         log.info(
             "rank %d: %d parameters, %.2f GB, read from %d files of %s in %.2f s",
@@ -300,7 +301,7 @@ def _own_parameters(cells: Sequence[Any]) -> dict[str, tuple[int, ...]]:
     from mindformers_ckpt.ms import weights
 
     if not _are_distributed(cells):
-        return weights.own_shapes(cells)
+        return weights.own_shapes(weights.Parameters(cells))
     parameters = [parameter for cell in cells for parameter in cell.get_parameters()]
     local = {own.name: own.to_local() if hasattr(own, "to_local") else own for own in parameters}
     return {name: tuple(own.shape) for name, own in local.items()}

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindformers_ckpt.disk.files import FileState
+from mindformers_ckpt.engine.buffers import Given, nothing_given
 from mindformers_ckpt.engine.copier import Copier
 from mindformers_ckpt.engine.fetcher import Fetcher
 from mindformers_ckpt.engine.into_memory import Fill, Piece, fill_arrays
@@ -73,8 +74,9 @@ def read_direct(
     *,
     is_shared: bool = True,
     fill: Fill = fill_arrays,
+    given: Given = nothing_given,
 ) -> Iterator[tuple[TensorSpec, np.ndarray[Any, Any]]]:
-    """The tensors of the one target of `plan`, each as the bytes of its content in memory of its own.
+    """The tensors of the one target of `plan`, each as the bytes of its content, in memory of its own or what is given.
 
     `check` is called between blocks and may raise to stop. `headers` are those of sources that need not be read again.
     `is_shared`: other ranks of the node read the same files, often the same bytes, so the page cache is used. `fill`
@@ -83,7 +85,7 @@ def read_direct(
     """
     (target,) = plan.targets
     states = _states(plan.sources)
-    sink = ArraySink(target)
+    sink = ArraySink(target, given)
     with closing(Fetcher(is_shared=is_shared)) as fetcher:
         _fill_sink(plan, sink, fetcher, headers, check, fill)
         wrong = wrong_headers(headers or {})  # after the contents: heads are in the page cache then

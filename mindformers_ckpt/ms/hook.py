@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mindspore.nn import Cell
 
     from mindformers_ckpt.ms.live import LiveFile
+    from mindformers_ckpt.ms.weights import Parameters
 
 
 class CheckpointHook:
@@ -134,16 +135,19 @@ class CheckpointHook:
 
         The optimizer's state is loaded in training, unless `resume_training` is set to False. A parameter of the
         network that a checkpoint of this model should have, and that is not in it, is an error unless `allow_missing`
-        names it. Raises StrategySaved where `only_save_strategy` is set: the strategy is complete then, nothing is
-        loaded, and the trainer is to stop; it never ends the process.
+        names it. A load that is refused leaves the network as it is; one that fails while it reads leaves old and new
+        values side by side, which is no network to train. Raises StrategySaved where `only_save_strategy` is set: the
+        strategy is complete then, nothing is loaded, and the trainer is to stop; it never ends the process.
         """
+        from mindformers_ckpt.ms import weights
         from mindformers_ckpt.ms.loading import Loading
 
         if self._dry_run:
             return self._end_dry_run()
         with self._together("load"):
             cells = self._cells(network, optimizer)
-            target = self._live_strategy(cells, optimizer)
+            parameters = weights.Parameters(cells)
+            target = self._live_strategy(cells, optimizer, parameters)
             loaded: dict[str, Any] = {}
             transformed = False
             if self.config.load_checkpoint and not self.config.only_save_strategy:
@@ -154,7 +158,7 @@ class CheckpointHook:
                     self._exchange,
                     target,
                     self._whole_strategy,
-                    cells,
+                    parameters,
                     self._source,
                     self._own_files,
                 )
@@ -274,18 +278,22 @@ class CheckpointHook:
             )
         self.config = replace(self.config, load_checkpoint="")
 
-    def _live_strategy(self, cells: Sequence[Cell], optimizer: Cell | None) -> Strategy:
+    def _live_strategy(self, cells: Sequence[Cell], optimizer: Cell | None, loaded: Parameters) -> Strategy:
         """The strategy of this job; with a pipeline the files of all ranks are merged into one (guide).
 
-        States of an optimizer that starts anew belong to it, too: the next job loads them.
+        States of an optimizer that starts anew belong to it, too: the next job loads them. `loaded` are the parameters
+        of the cells.
         """
         from mindformers_ckpt.ms import live, weights
 
         if not self._is_parallel:
             return Strategy.complete()
-        trained = [*cells, optimizer] if self.config.for_training and optimizer is not None else cells
-        self._live.complete(trained, weights.own_shapes(trained))
-        told = self.cluster.gather("strategy written", [self._live.is_written, weights.are_cut(cells)])
+        trained, own = cells, loaded
+        if self.config.for_training and optimizer is not None and all(cell is not optimizer for cell in cells):
+            trained = [*cells, optimizer]
+            own = weights.Parameters(trained)
+        self._live.complete(trained, weights.own_shapes(own))
+        told = self.cluster.gather("strategy written", [self._live.is_written, weights.are_cut(loaded)])
         self._settled = True
         lacking = [rank for rank, (written, _) in enumerate(told) if not written]
         if len(lacking) == len(told):
@@ -307,7 +315,7 @@ class CheckpointHook:
         if strategy is not None:
             return strategy
         merged = self.strategy_dir / MERGED_FILE
-        return read_strategy(merged if merged.is_file() else self._live.path)
+        return read_strategy(merged) if merged.is_file() else self._live.strategy()
 
     def _whole_strategy(self) -> Strategy | None:
         """The strategy of the whole job as this rank can tell it, also where it did not have to be merged."""

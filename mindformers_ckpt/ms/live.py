@@ -36,6 +36,7 @@ class LiveFile:
         self.path = folder / rank_file_name(rank)
         self.rank = rank
         self._before = _state_of(self.path)
+        self._read: tuple[tuple[int, int] | None, Mapping[str, Layout]] | None = None
 
     @property
     def is_written(self) -> bool:
@@ -62,6 +63,17 @@ class LiveFile:
         """Write the file from declared layouts."""
         write_strategy(layouts, self.path, stage)
 
+    def strategy(self) -> Strategy:
+        """The strategy that the file alone tells: that of one stage."""
+        return Strategy.of_stages((self._layouts(),), str(self.path))
+
+    def _layouts(self) -> Mapping[str, Layout]:
+        """The layouts in the file; it is read again where it was written since."""
+        state = _state_of(self.path)
+        if self._read is None or self._read[0] != state:
+            self._read = state, read_rank_file(self.path)
+        return self._read[1]
+
     def complete(self, cells: Sequence[Cell], shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Add the layouts of own parameters that the file lacks, from what MindSpore keeps of compiled networks.
 
@@ -70,7 +82,7 @@ class LiveFile:
         not to be had have that of their weight, where they have its shape: of layouts that were declared those of the
         weights are enough.
         """
-        found = read_rank_file(self.path) if self.is_written else {}
+        found = self._layouts() if self.is_written else {}
         compiled = compiled_layouts(cells, shapes)
         lost = {name: compiled[name] for name in shapes if name not in found and name in compiled}
         if not found and not lost:
@@ -178,7 +190,7 @@ def whole_strategy(file: LiveFile, size: int) -> Strategy | None:
         strategy = read_strategy(file.path.parent)
         if strategy.rank_count == size:
             return strategy
-    strategy = Strategy.of_stages((read_rank_file(file.path),), str(file.path))
+    strategy = file.strategy()
     return strategy if strategy.rank_count == size else None
 
 

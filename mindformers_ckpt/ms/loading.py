@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mindformers_ckpt.engine.into_memory import Fill, fill_arrays
 from mindformers_ckpt.engine.whole_files import read_files
 from mindformers_ckpt.errors import CheckpointError, PlanError
-from mindformers_ckpt.formats import read_header
+from mindformers_ckpt.formats import TensorSpec, read_header
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import Config
@@ -40,7 +40,7 @@ from mindformers_ckpt.strategy.model import Strategy
 from mindformers_ckpt.words import shortened
 
 if TYPE_CHECKING:
-    from mindspore.nn import Cell
+    import numpy as np
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Loading:
     exchange: Exchange | None
     target: Strategy
     whole_target: Callable[[], Strategy | None]
-    cells: Sequence[Cell]
+    parameters: weights.Parameters
     source: Checkpoint | None
     own_files: OwnFiles | None
     transformed: bool = False
@@ -84,7 +84,7 @@ class Loading:
     @cached_property
     def _own(self) -> dict[str, tuple[int, ...]]:
         """The shapes of this rank's parameters, by name."""
-        return weights.own_shapes(self.cells)
+        return weights.own_shapes(self.parameters)
 
     def _verify(self) -> None:
         """Compare the files with what is recorded of them, each by one rank. Raises FormatError on all ranks."""
@@ -118,7 +118,7 @@ class Loading:
         if self.config.for_training:
             return None
         named = self.target.names()
-        return named | names_of_all(self.cluster, weights.wanted_names(self.cells) - named)
+        return named | names_of_all(self.cluster, self.parameters.keys() - named)
 
     def _load_resliced(self) -> dict[str, Any]:
         reslicing = self._reslicing()
@@ -171,8 +171,8 @@ class Loading:
             raise PlanError("the strategy of the whole job is not known here")
         given = self.config.src_strategy_path_or_dir
         files = find_checkpoint(self.config)
-        wanted = weights.wanted_names(self.cells) if names is None else names
-        looked_at = None if self.config.for_training else target.names() | wanted
+        wanted = self.parameters.keys() if names is None else names
+        looked_at = None if self.config.for_training else target.names().union(wanted)
         own = files.own_strategy
         return Checkpoint(files, own or (read_strategy(given) if given else target), looked_at), target
 
@@ -204,7 +204,7 @@ class Loading:
         else:
             found = find_source(folder).by_rank
             own = OwnFiles(found[0 if set(found) == {0} else self.cluster.rank])
-        wanted = None if self.config.for_training else weights.wanted_names(self.cells)
+        wanted = None if self.config.for_training else self.parameters
         names: dict[Path, set[str]] = {}
         for file in own.files:
             held = {name for name in own.names_in(file) if wanted is None or name in wanted}
@@ -213,13 +213,18 @@ class Loading:
                 raise PlanError(f"{file.parent} holds several checkpoints, {twice[0]} is in two; name the file")
             names[file] = held
         fill = self._fill() if folder is None else fill_arrays
-        tensors = read_files(names, self.cluster.check, is_shared=not own.sharded and self._shares_node, fill=fill)
+        is_shared = not own.sharded and self._shares_node
+        tensors = read_files(names, self.cluster.check, is_shared=is_shared, fill=fill, given=self._own_memory)
         return self._put(weights.tensors_of(tensors), own.files[0])
 
     def _fill(self) -> Fill:
         """What reads the source: all ranks use it once, and those that need the same bytes read them together."""
         root = Path(os.path.abspath(self.config.load_checkpoint))
         return filling(self.cluster, root, is_on=self.config.share_reads != "off")
+
+    def _own_memory(self, specs: Sequence[TensorSpec]) -> dict[str, np.ndarray[Any, np.dtype[np.uint8]]]:
+        """Memory of the network that tensors are read into; none where the load is going to be refused."""
+        return {} if self._missing(spec.name for spec in specs).required else weights.own_memory(self.parameters, specs)
 
     @property
     def _shares_node(self) -> bool:
@@ -228,22 +233,29 @@ class Loading:
 
     def _read_direct(self, own: RankPlan) -> dict[str, Any]:
         if not self.config.for_training:
-            own = own.only(weights.wanted_names(self.cells))  # what other stages want has no place here
+            own = own.only(self.parameters)  # what other stages want has no place here
         for warning in own.plan.warnings if self.cluster.rank == MAIN_RANK else ():
             log.warning("%s", warning)
-        tensors = read_direct(own.plan, self.cluster.check, own.headers, is_shared=self._shares_node, fill=self._fill())
+        tensors = read_direct(
+            own.plan,
+            self.cluster.check,
+            own.headers,
+            is_shared=self._shares_node,
+            fill=self._fill(),
+            given=self._own_memory,
+        )
         return self._put(weights.tensors_of(tensors), self.config.load_checkpoint)
 
     def _put(self, loaded: Mapping[str, Any], origin: object) -> dict[str, Any]:
         """Set the parameters of the network, and of the optimizer; all that was loaded, by name."""
         missing = self._missing(loaded)
-        weights.check_fit(self.cells, loaded, self._advice(), missing.required)
-        parameters = weights.load_into(self.cells, loaded)
-        weights.check_loaded(self.cells, loaded)
+        weights.check_fit(self.parameters, loaded, self._advice(), missing.required)
+        held = weights.load_into(self.parameters, loaded)
+        weights.check_loaded(self.parameters, loaded)
         if self.cluster.rank == MAIN_RANK:
             self._report(missing, loaded)
-        log.info("rank %d: %d parameters loaded from %s", self.cluster.rank, len(parameters), origin)
-        return parameters
+        log.info("rank %d: %d parameters loaded from %s", self.cluster.rank, len(held), origin)
+        return held
 
     def _missing(self, held: Iterable[str]) -> Missing:
         return missing_names(self._own.keys(), set(held), self.config.allow_missing)
@@ -269,7 +281,7 @@ class Loading:
                 "scale_sense, the loss scale, is a parameter of the train cell, which is not what was given to load: "
                 "the loss scale starts anew"
             )
-        if not self.config.for_training and weights.shares_stages(self.cells):
+        if not self.config.for_training and weights.shares_stages(self.parameters):
             log.warning(
                 "stages of the pipeline share parameters: call mindspore.parallel.sync_pipeline_shared_parameters("
                 "network) before the first prediction"

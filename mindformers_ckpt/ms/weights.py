@@ -1,8 +1,8 @@
-"""Bytes into MindSpore parameters, copied once: from the file into the memory that the parameter keeps."""
+"""Bytes into MindSpore parameters, copied once: from the file into the memory that the parameter has, or keeps then."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mindformers_ckpt.errors import ConfigError, PlanError, describe_problems, raise_problems
@@ -23,6 +23,34 @@ _NUMPY_TYPES = frozenset(
         *("float16", "float32", "float64", "complex64", "complex128"),
     }
 )
+
+
+class Parameters(Mapping[str, "Parameter"]):
+    """The parameters of a network and its optimizer, by name: looked up once, which takes MindSpore long.
+
+    Where several have one name the last one counts; `named` gives all.
+    """
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        self._found: dict[str, list[Parameter]] = {}
+        for cell in cells:
+            for _, parameter in cell.parameters_and_names():
+                same = self._found.setdefault(parameter.name, [])
+                if all(parameter is not other for other in same):
+                    same.append(parameter)
+
+    def __getitem__(self, name: str) -> Parameter:
+        return self._found[name][-1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def named(self, name: str) -> Sequence[Parameter]:
+        """All parameters of a name."""
+        return self._found[name]
 
 
 def tensor_of(spec: TensorSpec, content: np.ndarray[Any, Any]) -> Tensor:
@@ -69,19 +97,37 @@ def tensors_of(contents: Iterable[tuple[TensorSpec, np.ndarray[Any, Any]]]) -> d
     return loaded
 
 
-def wanted_names(cells: Sequence[Cell]) -> set[str]:
-    """The names of the parameters of the network and the optimizer."""
-    return set(_parameters(cells))
+def own_memory(parameters: Parameters, specs: Sequence[TensorSpec]) -> dict[str, np.ndarray[Any, np.dtype[np.uint8]]]:
+    """The bytes of the parameters that tensors are loaded into, by name: read there, they need no memory of their own.
+
+    Of parameters in this process' memory alone (MindSpore's `device` says so); a parameter owns its memory, for it
+    copies whatever it is made of. None of them where a tensor has another type or shape than its parameter: then the
+    load may be refused, and leaves the network as it is.
+    """
+    import numpy as np
+
+    found = {}
+    for spec in specs:
+        own = parameters.get(spec.name)
+        if own is None or own.param_info.is_pipeline_shared_param:
+            continue
+        if (str(own.dtype).lower(), tuple(own.shape)) != (spec.dtype.name, spec.shape):
+            return {}
+        is_here = getattr(own, "device", "") == "CPU" and not own.has_init  # whose values MindSpore has not made yet
+        if is_here and spec.nbytes and (spec.dtype.name in _NUMPY_TYPES or spec.dtype.name == "bfloat16"):
+            array = own.asnumpy()  # a view
+            if array.flags.writeable and array.flags.c_contiguous and array.nbytes == spec.nbytes:
+                found[spec.name] = array.reshape(-1).view(np.uint8)
+    return found
 
 
-def own_shapes(cells: Sequence[Cell]) -> dict[str, tuple[int, ...]]:
+def own_shapes(parameters: Parameters) -> dict[str, tuple[int, ...]]:
     """The shapes of the parameters that this rank must have the values of, by name.
 
     A compiled pipeline has the parameters of all stages on every rank, and MindSpore marks a rank's own as `sliced`;
     those that stages share are sent by one of them. What is never saved does not count.
     """
-    parameters = _parameters(cells)
-    compiled = are_cut(cells)
+    compiled = are_cut(parameters)
     return {
         name: tuple(parameter.shape)
         for name, parameter in parameters.items()
@@ -91,14 +137,14 @@ def own_shapes(cells: Sequence[Cell]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def are_cut(cells: Sequence[Cell]) -> bool:
+def are_cut(parameters: Parameters) -> bool:
     """Whether MindSpore has compiled the network in parallel: then it has marked this rank's parameters."""
-    return any(parameter.sliced for parameter in _parameters(cells).values())
+    return any(parameter.sliced for parameter in parameters.values())
 
 
-def shares_stages(cells: Sequence[Cell]) -> bool:
+def shares_stages(parameters: Parameters) -> bool:
     """Whether stages of a pipeline share parameters, of which one stage has the values (a tied embedding)."""
-    return any(parameter.param_info.is_pipeline_shared_param for parameter in _parameters(cells).values())
+    return any(parameter.param_info.is_pipeline_shared_param for parameter in parameters.values())
 
 
 def shape_faults(found: Mapping[str, Sequence[int]], own: Mapping[str, Sequence[int]]) -> list[str]:
@@ -110,7 +156,7 @@ def shape_faults(found: Mapping[str, Sequence[int]], own: Mapping[str, Sequence[
     ]
 
 
-def check_fit(cells: Sequence[Cell], loaded: Mapping[str, Any], advice: str, lacking: Sequence[str] = ()) -> None:
+def check_fit(parameters: Parameters, loaded: Mapping[str, Any], advice: str, lacking: Sequence[str] = ()) -> None:
     """Raise ConfigError that lists all parameters whose shape or values the network cannot take.
 
     Where only the element types differ MindSpore converts them, but not every type, and out of range it
@@ -119,11 +165,9 @@ def check_fit(cells: Sequence[Cell], loaded: Mapping[str, Any], advice: str, lac
     """
     types = []
     narrowed: dict[str, list[str]] = {}
-    parameters = {name: own for name, own in _parameters(cells).items() if hasattr(loaded.get(name), "dtype")}
-    shapes = shape_faults(
-        {name: loaded[name].shape for name in parameters}, {name: own.shape for name, own in parameters.items()}
-    )
-    for name, own in parameters.items():
+    owners = {name: own for name, own in parameters.items() if hasattr(loaded.get(name), "dtype")}
+    shapes = shape_faults({name: loaded[name].shape for name in owners}, {n: own.shape for n, own in owners.items()})
+    for name, own in owners.items():
         found = loaded[name]
         if tuple(found.shape) == tuple(own.shape) and found.dtype != own.dtype:
             fault = _conversion_fault(found, own)
@@ -151,10 +195,6 @@ def raise_unfit(shapes: Sequence[str], types: Sequence[str], lacking: Sequence[s
     else:
         return
     raise ConfigError(describe_problems(headline, [*shapes, *types, *absent]))
-
-
-def _parameters(cells: Sequence[Cell]) -> dict[str, Any]:
-    return {parameter.name: parameter for cell in cells for _, parameter in cell.parameters_and_names()}
 
 
 def _kind(dtype: object) -> str:
@@ -189,23 +229,22 @@ def _conversion_fault(found: Parameter, own: Parameter) -> str | None:
     return "it holds values that are out of range" if outside else None
 
 
-def load_into(cells: Sequence[Cell], loaded: Mapping[str, Any]) -> dict[str, Any]:
+def load_into(parameters: Parameters, loaded: Mapping[str, Any]) -> dict[str, Any]:
     """Set the parameters of the network and the optimizer, and report names that only the checkpoint has.
 
     Returns all that was loaded, by name: the parameters of the network, and new ones where it has none.
     `load_param_into_net` would do, but for a parameter that is missing it takes another one whose name ends alike
     (`decoder.scale` for `scale`), without a word.
     """
-    known = wanted_names(cells)
     # First, for a failure leaves the network as it is.
-    result = {name: as_parameter(name, value) for name, value in loaded.items() if name not in known}
-    for cell in cells:
-        for name, own in _parameters([cell]).items():
-            value = loaded.get(name)
-            if value is not None and not isinstance(value, str):
+    result = {name: as_parameter(name, value) for name, value in loaded.items() if name not in parameters}
+    for name in parameters:
+        value = loaded.get(name)
+        if value is not None and not isinstance(value, str):
+            for own in parameters.named(name):
                 _set(own, value)
-                result.setdefault(name, own)
-    surplus = {name for name, value in loaded.items() if name not in known and not isinstance(value, str)}
+            result[name] = parameters.named(name)[0]
+    surplus = {name for name, value in loaded.items() if name not in parameters and not isinstance(value, str)}
     if surplus - COUNTERS:
         log.warning("in the checkpoint, not found in the network: %s", shortened(sorted(surplus - COUNTERS), 8))
     if surplus & COUNTERS:
@@ -213,13 +252,13 @@ def load_into(cells: Sequence[Cell], loaded: Mapping[str, Any]) -> dict[str, Any
     return {name: result.get(name, value) for name, value in loaded.items()}
 
 
-def check_loaded(cells: Sequence[Cell], loaded: Mapping[str, Any]) -> None:
+def check_loaded(parameters: Parameters, loaded: Mapping[str, Any]) -> None:
     """See that every parameter of this rank has the shape of what was loaded into it.
 
     It costs nothing, and holds whatever way the weights took. Raises PlanError.
     """
     shapes = {name: value.shape for name, value in loaded.items() if hasattr(value, "shape")}
-    faults = shape_faults(shapes, own_shapes(cells))
+    faults = shape_faults(shapes, own_shapes(parameters))
     raise_problems(PlanError, "the network does not hold what was loaded; do not train with it", faults)
 
 

@@ -157,7 +157,8 @@ def decode_rank(text: str, root: Path) -> RankPlan:
         path, rank, format = list_of(body["target"], 3)
         specs = tuple(spec_of(entry) for entry in list_of(body["tensors"]))
         target = TargetFile(text_of(path), number_of(rank), text_of(format), specs)
-        transfers = tuple(_transfer(entry, numbers) for entry in list_of(body["transfers"]))
+        places = _Places(numbers)
+        transfers = tuple(_transfer(entry, places) for entry in list_of(body["transfers"]))
         sources = tuple(SourceFile(header.path, header.size) for header in headers.values())
         if any(place.file for transfer in transfers for place in transfer.targets):
             raise DecodeError("a place in another target")
@@ -220,16 +221,26 @@ def _tensors_of(place: Place, name: str) -> Iterator[tuple[int, str]]:
         yield place.compute.scale_file, place.compute.scale
 
 
-def _transfer(entry: Any, numbers: Mapping[int, int]) -> Transfer:
+class _Places:
+    """The places of tensors; tensors that are cut alike share theirs, and are looked at once."""
+
+    def __init__(self, numbers: Mapping[int, int]) -> None:
+        self._numbers = numbers
+        self._known: dict[str, tuple[Place, ...]] = {}
+
+    def of(self, entries: Any, numbers: Mapping[int, int] | None = None) -> tuple[Place, ...]:
+        """The places of a list, whose files have `numbers` (by default those of the sources)."""
+        key = repr((entries, numbers))  # not the list: True and 1.0 are equal to 1
+        if key not in self._known:
+            known = self._numbers if numbers is None else numbers
+            self._known[key] = tuple(_place(place, known) for place in list_of(entries))
+        return self._known[key]
+
+
+def _transfer(entry: Any, places: _Places) -> Transfer:
     name, dtype, shape, sources, targets = list_of(entry, 5)
     spec = spec_of([name, dtype, shape])
-    return Transfer(
-        spec.name,
-        spec.dtype,
-        spec.shape,
-        tuple(_place(place, numbers) for place in list_of(sources)),
-        tuple(_place(place, {0: 0}) for place in list_of(targets)),
-    )
+    return Transfer(spec.name, spec.dtype, spec.shape, places.of(sources), places.of(targets, {0: 0}))
 
 
 def _place_to_json(place: Place) -> list[Any]:

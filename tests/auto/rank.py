@@ -34,7 +34,7 @@ def digests(tensors: Iterator[Any]) -> dict[str, str]:
     return {spec.name: hashlib.blake2b(content.tobytes(), digest_size=8).hexdigest() for spec, content in tensors}
 
 
-def check_fit(cells: object, loaded: object, advice: str, lacking: Sequence[str] = ()) -> None:
+def check_fit(parameters: object, loaded: object, advice: str, lacking: Sequence[str] = ()) -> None:
     weights.raise_unfit((), (), lacking, advice)
 
 
@@ -73,13 +73,14 @@ def take_part(job: dict[str, Any]) -> int:
     names = job.get("names", ())
     if isinstance(names, dict):
         names = names[os.environ["MS_NODE_ID"]]
-    weights.wanted_names = lambda cells: set(names)
-    weights.own_shapes = lambda cells: dict.fromkeys(names, ())
-    weights.are_cut = weights.shares_stages = lambda cells: False
+    weights.Parameters = lambda cells: dict.fromkeys(names)  # type: ignore[assignment, misc, return-value]
+    weights.own_memory = lambda parameters, specs: {}
+    weights.own_shapes = lambda parameters: dict.fromkeys(names, ())
+    weights.are_cut = weights.shares_stages = lambda parameters: False
     weights.shape_faults = lambda found, own: []
     weights.check_fit = check_fit
-    weights.check_loaded = lambda cells, loaded: None
-    weights.load_into = lambda cells, loaded: dict(loaded)
+    weights.check_loaded = lambda parameters, loaded: None
+    weights.load_into = lambda parameters, loaded: dict(loaded)
     live.compiled_layouts = lambda cells, shapes: {}
     if job.get("fault"):
         arm(job["fault"], config)

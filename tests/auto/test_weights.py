@@ -20,6 +20,7 @@ from mindformers_ckpt.errors import ConfigError, PlanError
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.ms.weights import (
+    Parameters,
     are_cut,
     check_fit,
     check_loaded,
@@ -28,7 +29,6 @@ from mindformers_ckpt.ms.weights import (
     shares_stages,
     tensor_of,
     tensors_of,
-    wanted_names,
 )
 
 TYPES = (
@@ -50,9 +50,9 @@ def test_the_network_keeps_the_memory_that_was_read_into(dtype: str, shape: tupl
     tensor = tensor_of(TensorSpec("w", by_name(dtype), shape), content)
     assert (tuple(tensor.shape), tensor.dtype) == (shape, getattr(mindspore, dtype))
     net, empty = Net({"w": (dtype, shape)}), Net({})
-    check_fit([net], {"w": tensor}, ADVICE)
-    assert load_into([net], {"w": tensor})["w"] is net.w
-    other = load_into([empty], {"w": tensor})["w"]
+    check_fit(Parameters([net]), {"w": tensor}, ADVICE)
+    assert load_into(Parameters([net]), {"w": tensor})["w"] is net.w
+    other = load_into(Parameters([empty]), {"w": tensor})["w"]
     assert (other.name, tuple(other.shape), other.dtype) == ("w", shape, getattr(mindspore, dtype))
     assert content_of(net.w) == content_of(other) == content.tobytes()
     content[:] = 1
@@ -62,7 +62,7 @@ def test_the_network_keeps_the_memory_that_was_read_into(dtype: str, shape: tupl
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tensors_without_elements(dtype: str) -> None:
     tensor = tensor_of(TensorSpec("w", by_name(dtype), (0, 3)), np.empty(0, np.uint8))
-    parameter = load_into([Net({})], {"w": tensor})["w"]
+    parameter = load_into(Parameters([Net({})]), {"w": tensor})["w"]
     for found in (tensor, parameter):
         assert (tuple(found.shape), found.dtype) == ((0, 3), getattr(mindspore, dtype))
 
@@ -89,7 +89,7 @@ def test_text_is_read_as_mindspore_reads_it(tmp_path: Path) -> None:
     assert found["note"] == expected["note"] == "größer"
     assert found["epoch_num"].asnumpy() == expected["epoch_num"].asnumpy() == 3
     net = Net({"w": ("float32", (2,))})
-    load_into([net], found)
+    load_into(Parameters([net]), found)
     assert net.w.asnumpy().tolist() == [1.0, 1.0]
 
 
@@ -98,7 +98,9 @@ def test_fp8_parameters_that_mindspore_cannot_make_are_told(dtype: str, told: st
     with pytest.raises(
         ConfigError, match=f"w: MindSpore .* makes no ({told}|{dtype}) parameters on this device; convert"
     ):
-        load_into([Net({})], {"w": tensor_of(TensorSpec("w", by_name(dtype), (2, 2)), np.zeros(4, np.uint8))})
+        load_into(
+            Parameters([Net({})]), {"w": tensor_of(TensorSpec("w", by_name(dtype), (2, 2)), np.zeros(4, np.uint8))}
+        )
 
 
 def loaded_from(**tensors: tuple[str, Any]) -> dict[str, Any]:
@@ -115,8 +117,8 @@ def test_names_that_only_the_checkpoint_has_are_reported(caplog: pytest.LogCaptu
     net = Net({"both": ("float32", (2,)), "mine": ("float32", (2,)), "accu_grads.both": ("float32", (2,))})
     optimizer = Net({"both": ("float32", (2,)), "moment1.both": ("float32", (2,))})
     loaded = loaded_from(both=("float32", [3.0, 4.0]), theirs=("float32", [5.0]))
-    check_fit([net, optimizer], loaded, ADVICE)
-    load_into([net, optimizer], loaded)
+    check_fit(Parameters([net, optimizer]), loaded, ADVICE)
+    load_into(Parameters([net, optimizer]), loaded)
     assert [record.getMessage() for record in caplog.records if record.name == "mindformers_ckpt"] == [
         "in the checkpoint, not found in the network: theirs",
     ]
@@ -128,7 +130,7 @@ def test_counters_of_the_training_are_no_cause_for_a_warning(caplog: pytest.LogC
     caplog.set_level("INFO", "mindformers_ckpt")
     net = Net({"w": ("float32", (1,)), "global_step": ("int32", (1,))})
     loaded = loaded_from(**{name: ("int32", [1]) for name in ("epoch_num", "step_num", "loss_scale", "w_old")})
-    load_into([net], {**loaded, **loaded_from(w=("float32", [2.0])), "note": "text"})
+    load_into(Parameters([net]), {**loaded, **loaded_from(w=("float32", [2.0])), "note": "text"})
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ("WARNING", "in the checkpoint, not found in the network: w_old"),
         ("INFO", "counters in the checkpoint, not found in the network: epoch_num, loss_scale, step_num"),
@@ -137,7 +139,7 @@ def test_counters_of_the_training_are_no_cause_for_a_warning(caplog: pytest.LogC
 
 def test_a_missing_parameter_is_not_taken_from_one_whose_name_ends_alike() -> None:
     net = Net({"scale": ("float32", (1,)), "decoder.scale": ("float32", (1,))})
-    loaded = load_into([net], loaded_from(**{"decoder.scale": ("float32", [5.0])}))
+    loaded = load_into(Parameters([net]), loaded_from(**{"decoder.scale": ("float32", [5.0])}))
     assert (net.scale.asnumpy().tolist(), net.decoder_scale.asnumpy().tolist()) == ([1.0], [5.0])
     assert set(loaded) == {"decoder.scale"}
 
@@ -146,7 +148,7 @@ def test_all_wrong_shapes_are_told_at_once_with_the_advice() -> None:
     net = Net({"a": ("float32", (2,)), "b": ("float32", (2, 2)), "c": ("float32", (1,))})
     loaded = loaded_from(a=("float32", [1.0]), b=("float32", [[1.0, 2.0]]), c=("float32", [1.0]))
     with pytest.raises(ConfigError) as caught:
-        check_fit([net], loaded, ADVICE)
+        check_fit(Parameters([net]), loaded, ADVICE)
     assert str(caught.value).splitlines() == [
         "the checkpoint does not fit the network; the advice",
         "  - a: [1] in the checkpoint, [2] in the network",
@@ -167,8 +169,8 @@ def test_all_wrong_shapes_are_told_at_once_with_the_advice() -> None:
 def test_other_types_are_converted_where_the_values_fit(theirs: str, ours: str, values: list[float]) -> None:
     net = Net({"w": (ours, (2,))})
     loaded = loaded_from(w=(theirs, values))
-    check_fit([net], loaded, ADVICE)
-    load_into([net], loaded)
+    check_fit(Parameters([net]), loaded, ADVICE)
+    load_into(Parameters([net]), loaded)
     assert net.w.dtype == getattr(mindspore, ours)
     assert net.w.astype(mindspore.float64).asnumpy().tolist() == values
 
@@ -187,7 +189,7 @@ def test_other_types_are_converted_where_the_values_fit(theirs: str, ours: str, 
 def test_values_are_never_lost_without_a_word(theirs: str, ours: str, values: list[Any], fault: str) -> None:
     net = Net({"w": (ours, (2,)), "v": (ours, (2,))})
     with pytest.raises(ConfigError) as caught:
-        check_fit([net], loaded_from(w=(theirs, values), v=(theirs, values)), ADVICE)
+        check_fit(Parameters([net]), loaded_from(w=(theirs, values), v=(theirs, values)), ADVICE)
     text = str(caught.value)
     assert "convert it to the network's types" in text
     assert text.count(fault) == 2
@@ -196,7 +198,7 @@ def test_values_are_never_lost_without_a_word(theirs: str, ours: str, values: li
 def test_rounding_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     net = Net({"w": ("bfloat16", (2,)), "v": ("float32", (2,))})
     loaded = loaded_from(w=("float32", [1.001, 1.0]), v=("bfloat16", [1.0, 2.0]))
-    check_fit([net], loaded, ADVICE)
+    check_fit(Parameters([net]), loaded, ADVICE)
     assert [record.getMessage() for record in caplog.records if record.name == "mindformers_ckpt"] == [
         "rounded from Float32 to BFloat16, the type in the network: w"
     ]
@@ -204,21 +206,21 @@ def test_rounding_is_reported(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_the_names_that_are_wanted() -> None:
     net, optimizer = Net({"a": ("float32", (2,))}), Net({"b": ("float32", (2,))})
-    assert wanted_names([net]) == {"a"}
-    assert wanted_names([net, optimizer]) == {"a", "b"}
+    assert set(Parameters([net])) == {"a"}
+    assert set(Parameters([net, optimizer])) == {"a", "b"}
 
 
 def test_what_is_lacking_is_told_with_what_does_not_fit() -> None:
     net = Net({"a": ("float32", (2,)), "b": ("float32", (1,))})
     with pytest.raises(ConfigError) as caught:
-        check_fit([net], loaded_from(a=("float32", [1.0])), ADVICE, ["b"])
+        check_fit(Parameters([net]), loaded_from(a=("float32", [1.0])), ADVICE, ["b"])
     assert str(caught.value).splitlines() == [
         "the checkpoint does not fit the network; the advice",
         "  - a: [1] in the checkpoint, [2] in the network",
         "  - b: not in the checkpoint",
     ]
     with pytest.raises(ConfigError) as caught:
-        check_fit([net], loaded_from(a=("float32", [1.0, 2.0])), ADVICE, ["b"])
+        check_fit(Parameters([net]), loaded_from(a=("float32", [1.0, 2.0])), ADVICE, ["b"])
     headline, *lines = str(caught.value).splitlines()
     assert headline == (
         "parameters of the network are not in the checkpoint, and would keep their initial values; the advice "
@@ -231,22 +233,22 @@ def test_the_own_parameters_of_a_rank() -> None:
     """On a compiled pipeline every rank has the parameters of all stages; MindSpore marks those of its own."""
     shapes = {"w": (2,), "v": (3,), "tied": (4,), "accu_grads.w": (2,), "layer.attention.key_cache": (5,)}
     net = Net({name: ("float32", shape) for name, shape in shapes.items()})
-    assert not are_cut([net])
-    assert own_shapes([net]) == {"w": (2,), "v": (3,), "tied": (4,)}
+    assert not are_cut(Parameters([net]))
+    assert own_shapes(Parameters([net])) == {"w": (2,), "v": (3,), "tied": (4,)}
     net.w.sliced = net.tied.sliced = net.accu_grads_w.sliced = True
-    assert are_cut([net])
-    assert own_shapes([net]) == {"w": (2,), "tied": (4,)}
-    assert not shares_stages([net])
+    assert are_cut(Parameters([net]))
+    assert own_shapes(Parameters([net])) == {"w": (2,), "tied": (4,)}
+    assert not shares_stages(Parameters([net]))
     net.tied.param_info.is_pipeline_shared_param = True
-    assert shares_stages([net])
-    assert own_shapes([net]) == {"w": (2,)}
+    assert shares_stages(Parameters([net]))
+    assert own_shapes(Parameters([net])) == {"w": (2,)}
 
 
 def test_a_parameter_that_does_not_hold_what_was_loaded_is_found() -> None:
     net = Net({"w": ("float32", (2,)), "v": ("float32", (1,))})
     loaded = loaded_from(w=("float32", [1.0, 2.0]))
-    load_into([net], loaded)
-    check_loaded([net], loaded)
+    load_into(Parameters([net]), loaded)
+    check_loaded(Parameters([net]), loaded)
     net.w.set_data(loaded_from(w=("float32", [1.0]))["w"], slice_shape=True)
     with pytest.raises(PlanError, match=r"do not train with it\n  - w: \[2\] in the checkpoint, \[1\] in the network"):
-        check_loaded([net], loaded)
+        check_loaded(Parameters([net]), loaded)
