@@ -61,10 +61,10 @@ def test_every_file_is_found(files: Files, layout: Layout | None, names: set[str
     expected = {name: ranks for name, ranks in files.held.items() if names is None or name in names}
     assert list(stage.names) == list(expected)
     for name, ranks in expected.items():
-        held = stage.held(name)
-        assert list(held.files.items()) == list(ranks.items())
-        shape = held.spec.shape if layout is None else layout.full_shape(held.spec.shape)
-        cut = stage.cut(held.files, layout, shape)
+        spec, paths = stage.held(name)
+        assert list(paths.items()) == list(ranks.items())
+        shape = spec.shape if layout is None else layout.full_shape(spec.shape)
+        cut = stage.cut(paths, layout, shape)
         if layout is None:
             assert [(shard.rank, shard.path) for shard in cut.shards] == [next(iter(ranks.items()))]
             continue
@@ -82,7 +82,7 @@ def test_every_file_is_found(files: Files, layout: Layout | None, names: set[str
 def test_tensors_that_are_cut_alike_share_their_shards() -> None:
     tensors = tensors_of(NAMES)
     stage = StageFiles(0, [(rank, header(f"{rank}.ckpt", tensors)) for rank in range(RANKS)], None)
-    cuts = {id(stage.cut(stage.held(name).files, LAYOUTS[0], (8, 3)).shards) for name in NAMES}
+    cuts = {id(stage.cut(stage.held(name)[1], LAYOUTS[0], (8, 3)).shards) for name in NAMES}
     assert len(cuts) == 1
 
 

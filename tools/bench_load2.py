@@ -126,6 +126,7 @@ def _their_loading(
 
 
 def _hook(folder: Path, rank: int, network: Any, optimizer: Any) -> tuple[Any, Callable[[Any, Any], Any]]:
+    import mindformers_ckpt.ms.loading  # noqa: F401 - imports are not counted
     from mindformers_ckpt.job.config import Config
     from mindformers_ckpt.ms.hook import CheckpointHook
 

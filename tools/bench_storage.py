@@ -32,6 +32,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,16 +60,25 @@ _THROTTLED = 200e6
 _NODE_THROTTLED = 20e6  # of each node, so that eight of them leave two cores time
 _LOAD = """
 import sys
+import time
 from pathlib import Path
+import numpy as np
+from bench_transform import shapes, specs
 from mindformers_ckpt.job.direct import read_direct
 from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_mindspore
 from mindformers_ckpt.strategy.files import read_strategy
 from mindformers_ckpt.strategy.model import Strategy
+memory = {spec.name: np.ones(spec.nbytes, np.uint8) for spec in specs(shapes(float(sys.argv[3])))}
+print("ready", flush=True)
+sys.stdin.readline()
+used = time.process_time()
 checkpoint = Checkpoint(find_mindspore(sys.argv[1]), read_strategy(Path(sys.argv[2])))
-weights = list(read_direct(build_plan(checkpoint, Strategy.complete()), lambda: None, is_shared=False))
-assert sum(content.nbytes for _, content in weights) > 0
+plan = build_plan(checkpoint, Strategy.complete())
+weights = list(read_direct(plan, lambda: None, is_shared=False, given=lambda wanted: memory))
+assert all(content is memory[spec.name] for spec, content in weights)
+print(time.process_time() - used)
 """
 
 
@@ -92,12 +102,12 @@ class Run(NamedTuple):
 class Bench:
     """A checkpoint, and the ways of reading it through a slow file system."""
 
-    def __init__(self, folder: Path, result: Path, case: Case) -> None:
-        self._folder, self._result, self._case = folder, result, case
+    def __init__(self, folder: Path, result: Path, case: Case, gb: float) -> None:
+        self._folder, self._result, self._case, self._gb = folder, result, case, gb
         self._bytes = sum(path.stat().st_size for path in (folder / "data" / "source").rglob("*.ckpt"))
 
-    def run(self, way: Callable[[Path], None]) -> Run:
-        """Run one way on a mount of its own, that of the folder of data."""
+    def run(self, way: Callable[[Path], None], before: Callable[[Path], None] = lambda mount: None) -> Run:
+        """Run one way on a mount of its own, that of the folder of data; `before` does not count."""
         shutil.rmtree(self._result, ignore_errors=True)
         case, scratch = self._case, self._folder / "scratch"
         with mounted(
@@ -108,6 +118,7 @@ class Bench:
             bytes_per_s=case.bytes_per_s,
         ) as mount:
             take_memory(self._bytes)
+            before(mount.mountpoint)
             started, used = time.perf_counter(), _cpu_seconds()
             way(mount.mountpoint)
             seconds = time.perf_counter() - started
@@ -138,10 +149,31 @@ class Bench:
 
         return way
 
-    def load(self, mount: Path) -> None:
-        """Ours, as a rank of a job loads without files: one that gets all weights."""
-        strategy = strategy_argument(self._folder / "data" / "strategy", "mp4")
-        subprocess.run([sys.executable, "-c", _LOAD, str(mount / "source"), strategy], check=True)
+    def load(self) -> Run:
+        """Ours, as a rank of a job loads without files: one that runs, and whose parameters get all weights."""
+        ranks: list[subprocess.Popen[str]] = []
+        told = ""
+
+        def start(mount: Path) -> None:
+            strategy = strategy_argument(self._folder / "data" / "strategy", "mp4")
+            command = [sys.executable, "-c", _LOAD, str(mount / "source"), strategy, str(self._gb)]
+            environment = {
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+            }
+            pipe = subprocess.PIPE
+            ranks.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment))
+            assert ranks[0].stdout is not None
+            if ranks[0].stdout.readline() != "ready\n":
+                raise click.ClickException("the rank that is to load did not start")
+
+        def way(mount: Path) -> None:
+            nonlocal told
+            told = ranks[0].communicate("\n")[0]
+            if ranks[0].returncode:
+                raise click.ClickException("the rank did not load")
+
+        return self.run(way, start)._replace(cpu=float(told or "nan"))
 
 
 def _cpu_seconds() -> float:
@@ -205,13 +237,16 @@ def report(case: Case, bench: Bench, repeats: int, readers: list[int], options: 
     (t_io, how), (other, other_how) = sorted(
         (best_raw(bench, readers, direct) for direct in (True, False)), key=lambda found: found[0].seconds
     )
-    ways: dict[str, Callable[[Path], None]] = {"cat": bench.cat, "cp -r": bench.copy}
-    ways |= {f"ours, {count} process{'es' if count > 1 else ''}": bench.transform(count, *options) for count in (1, 2)}
+    commands: dict[str, Callable[[Path], None]] = {"cat": bench.cat, "cp -r": bench.copy}
+    commands |= {
+        f"ours, {count} process{'es' if count > 1 else ''}": bench.transform(count, *options) for count in (1, 2)
+    }
+    ways: dict[str, Callable[[], Run]] = {way: partial(bench.run, command) for way, command in commands.items()}
     ways["load in a job"] = bench.load
     runs: dict[str, list[Run]] = {way: [] for way in ways}
     for _ in range(repeats):
         for way, work in ways.items():
-            runs[way].append(bench.run(work))
+            runs[way].append(work())
     best = {f"T_io ({how})": t_io, f"raw ({other_how})": other}
     best |= {way: min(found, key=lambda run: run.seconds) for way, found in runs.items()}
     for way, run in best.items():
@@ -287,7 +322,8 @@ def main(
         for case in cases:
             for path in (folder / "data" / "source").rglob("*.ckpt"):
                 read_all([path], 1, False)  # warm
-            report(case, Bench(folder, target / "result", case), repeats, [int(n) for n in readers.split(",")], options)
+            bench = Bench(folder, target / "result", case, gb)
+            report(case, bench, repeats, [int(n) for n in readers.split(",")], options)
     finally:
         shutil.rmtree(target / "result" if result else target, ignore_errors=True)
     shutil.rmtree(folder)

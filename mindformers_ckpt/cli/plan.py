@@ -108,8 +108,7 @@ def summarize(prepared: Prepared, processes: int) -> Summary:
 
     job = prepared.job
     plan = job.plan
-    volume = once(_volume)
-    needed = sum(volume(transfer.targets) * transfer.dtype.itemsize for transfer in plan.transfers)
+    needed = sum(_volume(transfer.targets) * transfer.dtype.itemsize * count for transfer, count in plan.kinds)
     size = file_bytes(plan)
     free = None if job.destination is None else free_bytes(job.destination)
     problems = [] if job.destination is None else refusals(job.destination, size, adds_ranks=job.partial)

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from mindformers_ckpt.errors import FormatError
 from mindformers_ckpt.formats.ckpt import CONTENT, DIMENSION, TAG, TENSOR, TYPE, VALUE
-from mindformers_ckpt.formats.dtypes import DType
+from mindformers_ckpt.formats.dtypes import DType, by_name
 from mindformers_ckpt.formats.tensor_file import FileLayout, Segment, TensorRecord, TensorSpec, check_names
 
 RECORD_LIMIT = 512 * 1024 * 1024
@@ -44,10 +44,10 @@ def size(specs: Sequence[TensorSpec]) -> int:
     """The size of the file that `layout` lays out, without what a file is written by. Raises the same errors."""
     check_names(specs)
     # Tensors that are alike but for the letters of their names take the same room.
-    alike = Counter((len(spec.name.encode()), spec.dtype, spec.shape) for spec in specs)
+    alike = Counter((len(name.encode()), dtype.name, shape) for name, dtype, shape in specs)
     size = 0
     for (name_length, dtype, shape), count in alike.items():
-        records = _records(TensorSpec("x" * name_length, dtype, shape))
+        records = _records(TensorSpec("x" * name_length, by_name(dtype), shape))
         size += count * sum(len(head) + length for head, length in records)
     if not size:
         raise FormatError(_NOTHING)

@@ -16,7 +16,7 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mindformers_ckpt.disk.files import FileState
 from mindformers_ckpt.engine.buffers import Given, nothing_given
@@ -30,9 +30,10 @@ from mindformers_ckpt.engine.views import in_bytes
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.formats import Header, TensorSpec
 from mindformers_ckpt.formats.headers import wrong_headers
+from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
-from mindformers_ckpt.planning.model import Plan, SourceFile, Transfer
+from mindformers_ckpt.planning.model import Place, Plan, SourceFile, Transfer
 from mindformers_ckpt.planning.source_states import check_unchanged, states_of
 
 if TYPE_CHECKING:
@@ -130,16 +131,32 @@ def _is_plain(transfer: Transfer) -> bool:
 
 def _pieces(transfers: Sequence[Transfer], reader: ShardReader, sink: ArraySink) -> Iterator[Piece]:
     """What transfers take of their sources, in the order of the files."""
-    reads = []
-    for name, dtype, _, sources, (target,) in transfers:
-        for place in sources:
-            part = place.box.intersect(target.box)
-            if part is not None:
-                reads.append((Read(place, name, dtype, part), target.box))
-    for read, wanted in sorted(reads, key=lambda item: reader.begin(item[0])):
-        outer, part = in_bytes(wanted, read.dtype.itemsize), in_bytes(read.part, read.dtype.itemsize)
-        content = sink.contents[read.name].reshape(outer.shape)
-        yield from reader.pieces(read, content[part.relative_to(outer).slices()])
+    known: dict[tuple[int, int, int], list[_Taken]] = {}  # of tensors that are cut alike
+    reads: list[tuple[Read, _Taken]] = []
+    for name, dtype, _, sources, targets in transfers:
+        key = id(sources), id(targets), dtype.itemsize
+        if key not in known:
+            known[key] = [*_taken(sources, targets[0].box, dtype.itemsize)]
+        reads += [(Read(taken.place, name, dtype, taken.part), taken) for taken in known[key]]
+    for read, taken in sorted(reads, key=lambda item: reader.begin(item[0])):
+        yield from reader.pieces(read, sink.contents[read.name].reshape(taken.shape)[taken.slices])
+
+
+class _Taken(NamedTuple):
+    """What a target takes of a place: a part of the tensor, and where that is in the bytes of the target's box."""
+
+    place: Place
+    part: Box
+    shape: tuple[int, ...]
+    slices: tuple[Any, ...]
+
+
+def _taken(sources: Sequence[Place], target: Box, itemsize: int) -> Iterator[_Taken]:
+    outer = in_bytes(target, itemsize)
+    for place in sources:
+        part = place.box.intersect(target)
+        if part is not None:
+            yield _Taken(place, part, outer.shape, in_bytes(part, itemsize).relative_to(outer).slices())
 
 
 def _copy_others(plan: Plan, sink: ArraySink, reader: ShardReader, check: Callable[[], None]) -> None:

@@ -147,22 +147,26 @@ class Plan:
     warnings: tuple[str, ...] = field(default=())
 
     @cached_property
+    def kinds(self) -> list[tuple[Transfer, int]]:
+        """One of the transfers that share their places and the size of their elements, and how many there are."""
+        counts: dict[tuple[int, int, int], int] = {}
+        first: dict[tuple[int, int, int], Transfer] = {}
+        for transfer in self.transfers:
+            _, dtype, _, sources, targets = transfer
+            key = id(sources), id(targets), dtype.itemsize
+            counts[key] = counts.get(key, 0) + 1
+            first.setdefault(key, transfer)
+        return [(transfer, counts[key]) for key, transfer in first.items()]
+
+    @cached_property
     def bytes_written(self) -> int:
         """Content bytes of all target files."""
-        volume = once(volume_of)
-        return sum(volume(transfer.targets) * transfer.dtype.itemsize for transfer in self.transfers)
+        return sum(transfer.bytes_written * count for transfer, count in self.kinds)
 
     @cached_property
     def bytes_read(self) -> int:
         """Content bytes that are read, each source byte once however many targets take it."""
-        known: dict[tuple[int, int, int], int] = {}  # of transfers that share their places
-        total = 0
-        for transfer in self.transfers:
-            key = id(transfer.sources), id(transfer.targets), transfer.dtype.itemsize
-            if key not in known:
-                known[key] = transfer.bytes_read
-            total += known[key]
-        return total
+        return sum(transfer.bytes_read * count for transfer, count in self.kinds)
 
     @cached_property
     def files_read(self) -> tuple[int, ...]:

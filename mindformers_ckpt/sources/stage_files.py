@@ -19,16 +19,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-class Held(NamedTuple):
-    """A tensor that files of a stage hold: its shard, and the file of every rank that has one, by ascending ranks.
-
-    `files` is one object for all tensors that the same files hold.
-    """
-
-    spec: TensorSpec
-    files: Mapping[int, Path]
-
-
 class Cut(NamedTuple):
     """The distinct boxes of a tensor: those that files hold, each in that of the first rank, and the others."""
 
@@ -66,13 +56,17 @@ class StageFiles:
         """The tensors, in the order of the files."""
         return self._holders.keys()
 
-    def held(self, name: str) -> Held:
-        """Who holds a tensor. Raises PlanError where its shards are of different types or shapes."""
+    def held(self, name: str) -> tuple[TensorSpec, Mapping[int, Path]]:
+        """A tensor: its shard, and the file of every rank that has one, by ascending ranks.
+
+        The files are one object for all tensors that the same files hold. Raises PlanError where shards of the tensor
+        are of different types or shapes.
+        """
         groups = self._holders[name]
         tensors, files = groups[0]
         spec = tensors[name].spec
         if len(groups) == 1:
-            return Held(spec, files)
+            return spec, files
         for group in groups[1:]:
             other = group.tensors[name].spec
             if other != spec:
@@ -84,7 +78,7 @@ class StageFiles:
         key = tuple(map(id, groups))
         if key not in self._joined:
             self._joined[key] = dict(sorted(item for group in groups for item in group.files.items()))
-        return Held(spec, self._joined[key])
+        return spec, self._joined[key]
 
     def cut(self, files: Mapping[int, Path], layout: Layout | None, shape: tuple[int, ...]) -> Cut:
         """Where the boxes of a tensor of `shape` are in the files that `held` told; without a layout each has all."""
