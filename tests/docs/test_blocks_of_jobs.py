@@ -44,7 +44,7 @@ NOT_RUN = {
         "MindFormers; tests/mindformers runs it",
     },
     "conversion.md": {
-        "python tools/bench_convert.py --gb 2 --guide-python .venv-guide/bin/python": "measures, with gigabytes",
+        "python tools/bench_convert.py --gb 2": "measures, with gigabytes",
         "bash tools/test_transformers.sh tests/lora   # makes .venv-transformers": "installs packages",
         "mindformers-ckpt convert --model mymodel --plugin /home/user/mymodel \\": "is a pattern; "
         "tests/convert/test_plugins.py has real ones",
