@@ -100,24 +100,43 @@ def tensors_of(contents: Iterable[tuple[TensorSpec, np.ndarray[Any, Any]]]) -> d
 def own_memory(parameters: Parameters, specs: Sequence[TensorSpec]) -> dict[str, np.ndarray[Any, np.dtype[np.uint8]]]:
     """The bytes of the parameters that tensors are loaded into, by name: read there, they need no memory of their own.
 
-    Of parameters in this process' memory alone (MindSpore's `device` says so); a parameter owns its memory, for it
-    copies whatever it is made of. None of them where a tensor has another type or shape than its parameter: then the
-    load may be refused, and leaves the network as it is.
+    Of parameters in this process' memory (MindSpore's `device` says so) that share it with no other: one that is made
+    of a tensor copies it, but `set_data` does not. None at all where a tensor has another type or shape than its
+    parameter, or a type that MindSpore may not have: then the load may be refused, and leaves the network as it is.
     """
-    import numpy as np
-
-    found = {}
+    wanted = []
     for spec in specs:
         own = parameters.get(spec.name)
-        if own is None or own.param_info.is_pipeline_shared_param:
-            continue
-        if (str(own.dtype).lower(), tuple(own.shape)) != (spec.dtype.name, spec.shape):
+        if own is not None and (str(own.dtype).lower(), tuple(own.shape)) != (spec.dtype.name, spec.shape):
             return {}
-        is_here = getattr(own, "device", "") == "CPU" and not own.has_init  # whose values MindSpore has not made yet
-        if is_here and spec.nbytes and (spec.dtype.name in _NUMPY_TYPES or spec.dtype.name == "bfloat16"):
-            array = own.asnumpy()  # a view
-            if array.flags.writeable and array.flags.c_contiguous and array.nbytes == spec.nbytes:
-                found[spec.name] = array.reshape(-1).view(np.uint8)
+        if spec.dtype.name not in _NUMPY_TYPES | {"bfloat16", "str"}:
+            return {}
+        if own is not None and not own.param_info.is_pipeline_shared_param:
+            wanted.append(spec.name)
+    held = _memory_alone(parameters)
+    return {name: held[name] for name in wanted if name in held}
+
+
+def _memory_alone(parameters: Parameters) -> dict[str, np.ndarray[Any, np.dtype[np.uint8]]]:
+    """The bytes of parameters in this process' memory that can be written, and are those of no other parameter."""
+    import numpy as np
+
+    found, spans = {}, []
+    for name, own in parameters.items():
+        if getattr(own, "device", "") != "CPU" or own.has_init:  # on a device, or MindSpore has not made its values yet
+            continue
+        array = own.asnumpy()  # a view
+        start = array.__array_interface__["data"][0]
+        spans.append((start, start + array.nbytes, name))
+        if array.nbytes and array.flags.writeable and array.flags.c_contiguous:
+            found[name] = array.reshape(-1).view(np.uint8)
+    end, last = 0, ""
+    for start, stop, name in sorted(spans):
+        if start < end:
+            found.pop(name, None)
+            found.pop(last, None)
+        if stop > end:
+            end, last = stop, name
     return found
 
 

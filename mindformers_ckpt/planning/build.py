@@ -247,7 +247,7 @@ def _with_states(target: Strategy, tensors: Mapping[str, LogicalTensor]) -> Stra
 
 def source_states(source: Checkpoint, tensors: Mapping[str, LogicalTensor]) -> list[str]:
     """Warn of states that the source strategy leaves out, and that are read as cut like their weights."""
-    if source.files.metadata is not None or not source.strategy.names():
+    if source.files.metadata is not None:
         return []  # MindFormers itself leaves states out there
     return cut_like_weights("source", _like_weights(source, tensors))
 
@@ -258,7 +258,8 @@ def cut_like_weights(where: str, names: Sequence[str]) -> list[str]:
 
 
 def _like_weights(source: Checkpoint, tensors: Mapping[str, LogicalTensor]) -> list[str]:
-    unnamed = _in_order(tensors, tensors.keys() - source.strategy.names())
+    named = source.strategy.names()
+    unnamed = _in_order(tensors, tensors.keys() - named) if named else []
     return [name for name in unnamed if tensors[name].layout is not None]
 
 

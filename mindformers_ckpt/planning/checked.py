@@ -45,11 +45,7 @@ def number_of(value: Any, least: int = 0) -> int:
 
 def numbers_of(value: Any) -> tuple[int, ...]:
     """A list of numbers, as a tuple."""
-    numbers = tuple(list_of(value))
-    for number in numbers:
-        if type(number) is not int or not 0 <= number <= LARGEST:
-            number_of(number)  # which says what is wrong
-    return numbers
+    return tuple(map(number_of, list_of(value)))
 
 
 def entry_of(table: Sequence[Made], number: Any) -> Made:

@@ -13,7 +13,7 @@ pytest.importorskip("mindspore")
 import numpy as np
 from networks import Net, assert_holds, content_of, network_for
 from rank_jobs import model_of
-from recorded import random_model, recorded, slices_of, write_ranks, write_tensors
+from recorded import Tensor, random_bits, random_model, recorded, slices_of, write_ranks, write_tensors
 
 from mindformers_ckpt import CheckpointHook
 from mindformers_ckpt.errors import ConfigError, TransferError
@@ -36,6 +36,12 @@ def load(folder: Path, source: Path, network: Net, **keys: Any) -> dict[str, Any
     hook = CheckpointHook(Config.from_mapping(config))
     hook.prepare()
     return hook.load(network)
+
+
+def singles(*names: str, shape: tuple[int, ...] = SHAPE) -> dict[str, Tensor]:
+    """Random tensors of float32."""
+    generator = np.random.default_rng(0)
+    return {name: random_bits(by_name("float32"), shape, generator) for name in names}
 
 
 def views_of(network: Net) -> dict[str, np.ndarray[Any, Any]]:
@@ -117,6 +123,25 @@ def test_parameters_elsewhere_are_left_alone(other: dict[str, Any]) -> None:
     assert own_memory(parameters, [TensorSpec("w", by_name("float32"), SHAPE)]) == {}
 
 
+def test_parameters_that_share_memory_get_their_own(tmp_path: Path) -> None:
+    """`set_data` keeps the memory of what it is given: read in place, one would have the values of the other."""
+    tensors = singles("a", "b", "c")
+    network = network_for(tensors)
+    network.b.set_data(network.a)
+    shared = np.shares_memory(network.a.asnumpy(), network.b.asnumpy())
+    specs = [TensorSpec(name, by_name("float32"), SHAPE) for name in tensors]
+    assert own_memory(Parameters([network]), specs).keys() == ({"c"} if shared else tensors.keys())
+    assert own_memory(Parameters([network]), specs[1:]).keys() == ({"c"} if shared else {"b", "c"})
+    load(tmp_path, write_tensors(tmp_path / "whole.ckpt", tensors), network, auto_trans_ckpt=False)
+    assert_holds(network, tensors)
+
+
+def test_none_beside_a_type_that_mindspore_may_not_have() -> None:
+    parameters = Parameters([Net({"a": ("float32", SHAPE)})])
+    specs = [TensorSpec("a", by_name("float32"), SHAPE), TensorSpec("other", by_name("hifloat8"), SHAPE)]
+    assert own_memory(parameters, specs) == {}
+
+
 def test_what_another_stage_sends_is_left_alone() -> None:
     parameters = Parameters([Net({"w": ("float32", SHAPE)})])
     parameters["w"].param_info.is_pipeline_shared_param = True
@@ -130,7 +155,7 @@ def test_what_another_stage_sends_is_left_alone() -> None:
 )
 @pytest.mark.parametrize("way", WAYS)
 def test_a_refused_load_leaves_the_network_as_it_is(tmp_path: Path, network: dict[str, Any], way: str) -> None:
-    source = write_tensors(tmp_path / "whole.ckpt", random_model({"a": SHAPE, "b": SHAPE}))
+    source = write_tensors(tmp_path / "whole.ckpt", singles("a", "b"))
     cell = Net(network)
     before = {name: view.copy() for name, view in views_of(cell).items()}
     with pytest.raises(ConfigError):
@@ -139,7 +164,7 @@ def test_a_refused_load_leaves_the_network_as_it_is(tmp_path: Path, network: dic
 
 
 def test_types_are_still_converted(tmp_path: Path) -> None:
-    source = write_tensors(tmp_path / "whole.ckpt", random_model({"a": SHAPE, "b": SHAPE}))
+    source = write_tensors(tmp_path / "whole.ckpt", singles("a", "b"))
     network = Net({"a": ("float32", SHAPE), "b": ("float64", SHAPE)})
     loaded = load(tmp_path, source, network, auto_trans_ckpt=False)
     single = Net({"a": ("float32", SHAPE), "b": ("float32", SHAPE)})
@@ -150,7 +175,7 @@ def test_types_are_still_converted(tmp_path: Path) -> None:
 
 def test_a_file_that_is_cut_off_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values of both are in the network then; the error is no less one."""
-    source = write_tensors(tmp_path / "whole.ckpt", random_model({"a": (512, 512), "b": (512, 512)}))
+    source = write_tensors(tmp_path / "whole.ckpt", singles("a", "b", shape=(512, 512)))
     network = Net({"a": ("float32", (512, 512)), "b": ("float32", (512, 512))})
 
     def cut(parameters: Parameters, specs: Any) -> Any:
