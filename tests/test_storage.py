@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import itertools
@@ -23,7 +24,8 @@ from recorded import assert_ranks, random_model, write_ranks
 from slow_mount import mounted, why_not
 from test_execute import MP2, MP4, parts, plan_from
 
-from mindformers_ckpt.engine import descriptors, fetcher, into_memory, sinks, tasks
+from mindformers_ckpt.disk.waiting import is_memory, read_at_once
+from mindformers_ckpt.engine import descriptors, fetcher, into_memory, tasks
 from mindformers_ckpt.engine.ahead import Ahead, merged
 from mindformers_ckpt.engine.fetcher import Extent, Fetcher
 from mindformers_ckpt.engine.sinks import FileSink
@@ -512,11 +514,29 @@ def test_memory_is_not_filled_before_it_is_written() -> None:
         pytest.skip("this machine has no /dev/shm")
     tensors = (TensorSpec("w", by_name("float32"), (4 * MB,)),)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as name, tempfile.TemporaryFile(dir=name) as stream:
-        if sinks._lacks_memory(stream.fileno(), 0) is None:
+        if not is_memory(stream.fileno()):
             pytest.skip("/dev/shm is no tmpfs here")
         FileSink(Path(name), [TargetFile("a.ckpt", 0, "ckpt", tensors)]).prepare(0)
         status = (Path(name) / "a.ckpt").stat()
     assert status.st_size > 16 * MB > status.st_blocks * 512 * 100
+
+
+def test_files_that_are_memory_are_never_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where threads wait for each other, which is what can be seen of waiting for a disk."""
+    if not os.path.isdir("/dev/shm"):
+        pytest.skip("this machine has no /dev/shm")
+    waits = itertools.count()
+    monkeypatch.setattr(fetcher, "waits", lambda: next(waits))
+    monkeypatch.setattr(fetcher, "_SECONDS_OF_MEMORY", 0)
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as stream, contextlib.closing(Fetcher()) as files:
+        if not is_memory(stream.fileno()):
+            pytest.skip("/dev/shm is no tmpfs here")
+        stream.write(bytes(range(100)))
+        stream.flush()
+        buffer = bytearray(8)
+        assert read_at_once(stream.fileno(), [buffer], 40) == 8
+        assert buffer == bytes(range(40, 48))
+        assert not files.has_to_wait([Extent(Path(stream.name), 0, 100)])
 
 
 # On a file system of its own.

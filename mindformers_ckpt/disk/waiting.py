@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from typing import TypeVar, Union
 
 _AT_ONCE = 32
 _PATIENCE = 0.0005
+_TMPFS = 0x01021994
 
 _waited = 0.0  # seconds that the last item waited
 
@@ -40,7 +43,13 @@ def read_at_once(descriptor: int, parts: Sequence[Memory], start: int) -> int | 
     except BlockingIOError:
         return 0
     except OSError:  # the file system cannot do it
-        return None
+        return os.preadv(descriptor, parts, start) if is_memory(descriptor) else None
+
+
+def is_memory(descriptor: int) -> bool:
+    """Whether an open file is on a file system whose files are memory, as those of /dev/shm are."""
+    found = (ctypes.c_long * 64)()  # a struct statfs, of 120 bytes, begins with the type
+    return sys.platform == "linux" and not ctypes.CDLL(None).fstatfs(descriptor, found) and found[0] == _TMPFS
 
 
 def _waits_and_work() -> tuple[int, float]:

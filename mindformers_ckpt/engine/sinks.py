@@ -5,13 +5,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mindformers_ckpt.disk.waiting import each
+from mindformers_ckpt.disk.waiting import each, is_memory
 from mindformers_ckpt.engine import page_cache
 from mindformers_ckpt.engine.buffers import PIECE_BYTES, Given, memory_of, nothing_given
 from mindformers_ckpt.engine.descriptors import Descriptors, file_ranges
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 
-_TMPFS = 0x01021994
 # Of files, and of frames in each, where every call is a round trip. A .ckpt file has a frame for each tensor.
 _AT_ONCE = 8
 _FRAMES_TOGETHER = 16
@@ -219,8 +217,7 @@ def _lacks_memory(descriptor: int, size: int) -> int | None:
 
     None on other file systems.
     """
-    found = (ctypes.c_long * 64)()  # a struct statfs, of 120 bytes, begins with the type
-    if sys.platform != "linux" or ctypes.CDLL(None).fstatfs(descriptor, found) or found[0] != _TMPFS:
+    if not is_memory(descriptor):
         return None
     about = os.fstatvfs(descriptor)
     return errno.ENOSPC if about.f_blocks and about.f_bavail * about.f_frsize < size else 0
