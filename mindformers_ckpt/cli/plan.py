@@ -153,6 +153,8 @@ def _volume(targets: tuple[Place, ...]) -> int:
 
 def _renamed(plan: Plan) -> dict[str, str]:
     renamed = once(_names)
+    if not any(renamed(transfer.sources) for transfer, _ in plan.kinds):  # as mostly, and there may be very many
+        return {}
     return {transfer.name: name for transfer in plan.transfers for name in renamed(transfer.sources)}
 
 

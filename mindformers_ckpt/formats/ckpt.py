@@ -48,6 +48,7 @@ TRAILER_MARK = b"crc_num"
 TRAILER_SIZE = len(TRAILER_MARK) + 10
 _CIPHER_MARKS = (b"\xd8\x5e\x3a\x7f", b"\xd9\x5e\x3a\x7f", b"\xda\x5e\x3a\x7f")  # AES-GCM, AES-CBC, SM4-CBC
 
+_NO_TEXT = "a name in a record is not UTF-8: {!r}"
 _RESTORE = "the file is damaged or no MindSpore checkpoint, restore it from a good copy"
 
 # By how many bytes after the name it is guessed what comes before the content: its size and the first dimension.
@@ -182,29 +183,25 @@ class _Scanner:
     def _heads(self) -> Iterator[_Head]:
         frames, met = self.frames, self._pieces.met
         trailer = self._size - TRAILER_SIZE
-        while self._position < self._size and not (self._position == trailer and self._is_trailer(trailer)):
-            head = name, form, offset = self._head()
-            start, base = self._position, self._base
-            frames.append((start, self._window[start - base : offset - base]))
-            yield head
-            self._position = end = offset + form.length
-            met(name, start, offset, end)
+        try:
+            while self._position < self._size and not (self._position == trailer and self._is_trailer(trailer)):
+                start, base = self._position, self._base
+                try:
+                    name, form, offset = head = self._parsed(start - base)
+                except IndexError:
+                    self._widen()
+                    continue
+                frames.append((start, self._window[start - base : offset - base]))
+                yield head
+                self._position = end = offset + form.length
+                met(name, start, offset, end)
+        except Malformed as error:
+            raise self._error(*error.args) from None
 
     def _is_trailer(self, position: int) -> bool:
         if self._size - position != TRAILER_SIZE:
             return False
         return self._pieces.read(position, len(TRAILER_MARK)) == TRAILER_MARK
-
-    def _head(self) -> _Head:
-        """Parse the head at the position, from the present window where it is in it whole."""
-        try:
-            while True:
-                try:
-                    return self._parsed(self._position - self._base)
-                except IndexError:
-                    self._widen()
-        except Malformed as error:
-            raise self._error(*error.args) from None
 
     def _widen(self) -> None:
         """Read a window that begins at the position; a longer one when it begins there already."""
@@ -226,17 +223,20 @@ class _Scanner:
         window, base = self._window, self._base
         if window[at] != VALUE:
             raise Malformed("no record begins here")
-        length, at = _varint(window, at + 1)
+        length, at = (window[at + 1], at + 2) if window[at + 1] < 0x80 else _varint(window, at + 1)
         end = at + length
         if base + end > self._size:
             raise Malformed(f"a record of {length} bytes reaches over the end of the file: it is truncated")
         raw_name, at = _field(window, at, end, TAG)
-        name = _text(raw_name)
+        try:
+            name = raw_name.decode()
+        except UnicodeDecodeError:
+            raise Malformed(_NO_TEXT.format(raw_name[:40])) from None
         likely = window[at : at + _LIKELY]
         form = self._forms.get(likely)
         if form is None or not window.startswith(form.raw, at) or at + len(form.raw) + form.length != end:
             form = self._forms[likely] = _parse_form(window, at, end, name)
-        return name, form, base + end - form.length
+        return name, form, end - form.length + base
 
     def _error(self, what: str, advice: str = _RESTORE) -> FormatError:
         after = "before any tensor" if self._last_good is None else f"last good tensor {self._last_good!r}"
@@ -300,7 +300,7 @@ def _field(window: bytes, at: int, end: int, key: int) -> tuple[bytes, int]:
     """The bytes of the field `key` at `at`, and where the next one begins, which must lie in the window."""
     if window[at] != key:
         raise Malformed(f"a record lacks field {key >> 3} where it must stand")
-    length, at = _varint(window, at + 1)
+    length, at = (window[at + 1], at + 2) if window[at + 1] < 0x80 else _varint(window, at + 1)
     stop = at + length
     if stop > end:
         raise Malformed("the lengths in a record contradict each other")
@@ -328,7 +328,7 @@ def _text(raw: bytes) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError:
-        raise Malformed(f"a name in a record is not UTF-8: {raw[:40]!r}") from None
+        raise Malformed(_NO_TEXT.format(raw[:40])) from None
 
 
 def _describe(spec: TensorSpec) -> str:

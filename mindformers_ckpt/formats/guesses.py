@@ -265,8 +265,8 @@ class Pieces:
 
     @property
     def least(self) -> int:
-        """How many bytes of the chain are read at once, at least."""
-        return _SLOW_BYTES if self.is_slow else _QUICK_BYTES
+        """How many bytes of the chain are read at once, at least: more where many records are in them."""
+        return _SLOW_BYTES if self.is_slow or self._small > _MANY_SMALL else _QUICK_BYTES
 
     def close(self) -> None:
         """Nothing is needed any more of what was asked for."""

@@ -11,6 +11,8 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
+from json.encoder import encode_basestring
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,6 +42,14 @@ HEADER_LIMIT = 100_000_000
 _MINUS_ZERO = re.compile(rb"-0(?![.\deE])")
 _OTHER_PARTS = 1000  # the header itself, its metadata, and what is told better of one that is not
 _METADATA = "__metadata__"
+_METADATA_START = b'"__metadata__":{'
+# A tensor as the reference library writes it, with the comma that comes after it.
+_SIZE = r"(?:0|[1-9][0-9]{0,18})"
+_ENTRY = re.compile(
+    r'"([^"\\\x00-\x1f]*)":'
+    rf'\{{("dtype":"[A-Z0-9_]+","shape":\[(?:{_SIZE}(?:,{_SIZE})*)?\]),"data_offsets":\[({_SIZE}),({_SIZE})\]\}},'
+)
+_ENTRY_MARKS = len('"":{,"data_offsets":[,]},')
 _LENGTH_SIZE = 8
 _ALIGNMENT = 8
 _LARGEST = (1 << 64) - 1
@@ -60,9 +70,8 @@ def scan(path: Path, *like: Header) -> Header:
             for other in like:
                 if (other.format, other.size, other.frames) == ("safetensors", size, frames):
                     return Header(path, "safetensors", size, other.tensors, other.metadata, None, frames)
-            fields = _parse_json(text)
-            metadata = _check_metadata(fields.pop(_METADATA, None))
-            tensors = _tensors(fields, metadata, _LENGTH_SIZE + len(text), size)
+            metadata, spans = _as_plain(text) or _as_json(text)
+            tensors = _tensors(spans, _LENGTH_SIZE + len(text), size)
         except Malformed as error:
             raise FormatError(f"{path}: {error}; restore the file from a good copy") from None
     return Header(path, "safetensors", size, tensors, metadata, None, frames)
@@ -108,7 +117,7 @@ def _laid_out(
             forms[key] = f'"dtype":"{_code(spec)}","shape":{_JSON.encode(shape)}', spec.nbytes
         form, nbytes = forms[key]
         start, end = end, end + nbytes
-        entries.append(f'{_JSON.encode(name)}:{{{form},"data_offsets":[{start},{end}]}}')
+        entries.append(f'{encode_basestring(name)}:{{{form},"data_offsets":[{start},{end}]}}')
         spans.append((spec, start))
     text = f"{{{','.join([_JSON.encode({_METADATA: metadata})[1:-1], *entries])}}}".encode()
     text += b" " * (-len(text) % _ALIGNMENT)
@@ -140,6 +149,63 @@ def _read_header_text(handle: Handle, size: int) -> bytes:
     if _LENGTH_SIZE + length > size:
         raise Malformed(f"truncated: the header ends at byte {_LENGTH_SIZE + length}, the file at {size}")
     return pread(handle, length, _LENGTH_SIZE)
+
+
+class _Form(NamedTuple):
+    """Type and shape of a tensor, and the bytes that it needs; layers repeat them."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+_Span = tuple[int, int, _Form, str]  # where a tensor starts and ends in the contents, what it is, its name
+_Told = tuple[dict[str, str], list[_Span]]  # what a header says: its metadata and its tensors
+
+
+def _as_plain(text: bytes) -> _Told | None:
+    """What a header says that is to the letter as the reference library writes it: found in a fraction of the time.
+
+    None for any other, which may be right or wrong.
+    """
+    try:
+        return _as_written(text)
+    except (ValueError, Malformed):
+        return None
+
+
+def _as_written(text: bytes) -> _Told | None:
+    """`_as_plain`, and ValueError or Malformed for some of the others."""
+    body = text.rstrip(b" ")[1:-1] + b","
+    metadata: dict[str, str] = {}
+    if body.startswith(_METADATA_START):
+        end = body.index(b"},") + 2
+        metadata = _check_metadata(_parse_json(b"{%s}" % body[: end - 1])[_METADATA])
+        body = body[end:]
+    written = body.decode()
+    found = _ENTRY.findall(written)
+    # Commas and brackets around the texts that were found: is there anything between them?
+    is_all = sum(map(len, chain.from_iterable(found))) + _ENTRY_MARKS * len(found) == len(written)
+    if not is_all or text.rstrip(b" ")[-1:] != b"}" or "Int4" in metadata.values():
+        return None
+    forms: dict[str, _Form] = {}
+    spans: list[_Span] = []
+    for name, kind, first, last in found:
+        form = forms.get(kind)
+        if form is None:
+            fields = json.loads(f"{{{kind}}}")
+            form = forms[kind] = _form(name, fields["dtype"], fields["shape"], False)
+        spans.append((int(first), int(last), form, name))
+    names = {span[3] for span in spans}
+    return (metadata, spans) if len(names) == len(spans) and _METADATA not in names else None
+
+
+def _as_json(text: bytes) -> _Told:
+    """What a header says, however it is written. Raises Malformed."""
+    fields = _parse_json(text)
+    metadata = _check_metadata(fields.pop(_METADATA, None))
+    forms: dict[str, _Form] = {}
+    return metadata, [_check_entry(name, entry, metadata, forms) for name, entry in fields.items()]
 
 
 def _parse_json(text: bytes) -> dict[str, Any]:
@@ -193,18 +259,8 @@ def _check_metadata(metadata: object) -> dict[str, str]:
     return metadata
 
 
-class _Form(NamedTuple):
-    """Type and shape of a tensor, and the bytes that it needs; layers repeat them."""
-
-    dtype: DType
-    shape: tuple[int, ...]
-    nbytes: int
-
-
-def _tensors(fields: dict[str, Any], metadata: dict[str, str], base: int, size: int) -> dict[str, TensorRecord]:
+def _tensors(spans: list[_Span], base: int, size: int) -> dict[str, TensorRecord]:
     """Check that the tensors fill the bytes from `base` to `size`, each with the bytes its shape needs."""
-    forms: dict[str, _Form] = {}
-    spans = [_check_entry(name, entry, metadata, forms) for name, entry in fields.items()]
     spans.sort(key=itemgetter(0, 1))
     tensors: dict[str, TensorRecord] = {}
     position = 0
@@ -220,10 +276,8 @@ def _tensors(fields: dict[str, Any], metadata: dict[str, str], base: int, size: 
     return tensors
 
 
-def _check_entry(
-    name: str, entry: Any, metadata: dict[str, str], forms: dict[str, _Form]
-) -> tuple[int, int, _Form, str]:
-    """Where a tensor starts and ends in the contents, what it is, its name. `forms` keeps what other tensors are."""
+def _check_entry(name: str, entry: Any, metadata: dict[str, str], forms: dict[str, _Form]) -> _Span:
+    """The span of a tensor. `forms` keeps what other tensors are."""
     if not isinstance(entry, dict):
         raise Malformed(f"the entry of tensor {name!r} is not a JSON object")
     code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
@@ -235,17 +289,17 @@ def _check_entry(
     if form is None:
         if not _are_sizes(shape):
             raise Malformed(f"the entry of tensor {name!r} is not of the form dtype, shape, data_offsets")
-        dtype = by_name("qint4x2") if is_packed else _dtype(name, code)
-        check_shape(name, shape, dtype.itemsize)
-        form = forms[key] = _Form(dtype, tuple(shape), math.prod(shape) * dtype.itemsize)
+        form = forms[key] = _form(name, code, shape, is_packed)
     return offsets[0], offsets[1], form, name
 
 
-def _dtype(name: str, code: str) -> DType:
+def _form(name: str, code: str, shape: Sequence[int], is_packed: bool) -> _Form:
     try:
-        return from_safetensors(code)
+        dtype = by_name("qint4x2") if is_packed else from_safetensors(code)
     except FormatError as error:
         raise Malformed(f"tensor {name!r}: {error}") from None
+    check_shape(name, shape, dtype.itemsize)
+    return _Form(dtype, tuple(shape), math.prod(shape) * dtype.itemsize)
 
 
 def _are_two_sizes(numbers: object) -> TypeGuard[list[int]]:

@@ -6,6 +6,7 @@ import math
 import os
 import stat
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -236,13 +237,13 @@ def describe_foreign_file(start: bytes) -> str:
 
 def check_names(specs: Sequence[TensorSpec]) -> None:
     """Refuse names that no file can hold: used twice, or no valid Unicode (FormatError)."""
-    seen: set[str] = set()
-    for spec in specs:
-        if spec.name in seen:
-            raise FormatError(f"tensor {spec.name!r} is to be written twice into one file")
-        if not spec.name.isascii():
+    names = [spec.name for spec in specs]
+    if len({*names}) < len(names):
+        (name, _), *_ = Counter(names).most_common(1)
+        raise FormatError(f"tensor {name!r} is to be written twice into one file")
+    for name in names:
+        if not name.isascii():
             try:
-                spec.name.encode()
+                name.encode()
             except UnicodeEncodeError as error:
-                raise FormatError(f"tensor name {spec.name!r} is not valid Unicode") from error
-        seen.add(spec.name)
+                raise FormatError(f"tensor name {name!r} is not valid Unicode") from error

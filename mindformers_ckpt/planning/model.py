@@ -148,15 +148,12 @@ class Plan:
 
     @cached_property
     def kinds(self) -> list[tuple[Transfer, int]]:
-        """One of the transfers that share their places and the size of their elements, and how many there are."""
-        counts: dict[tuple[int, int, int], int] = {}
-        first: dict[tuple[int, int, int], Transfer] = {}
+        """One of the transfers that share their shape, their places and the size of their elements, and how many do."""
+        known: dict[tuple[int, int, int, tuple[int, ...]], list[Transfer]] = {}
         for transfer in self.transfers:
-            _, dtype, _, sources, targets = transfer
-            key = id(sources), id(targets), dtype.itemsize
-            counts[key] = counts.get(key, 0) + 1
-            first.setdefault(key, transfer)
-        return [(transfer, counts[key]) for key, transfer in first.items()]
+            _, dtype, shape, sources, targets = transfer
+            known.setdefault((id(sources), id(targets), dtype.itemsize, shape), []).append(transfer)
+        return [(alike[0], len(alike)) for alike in known.values()]
 
     @cached_property
     def bytes_written(self) -> int:
@@ -171,7 +168,7 @@ class Plan:
     @cached_property
     def files_read(self) -> tuple[int, ...]:
         """The source files (indices) of which something is read: of a plan for some ranks not all."""
-        ways = {id(transfer.sources): transfer.sources for transfer in self.transfers}  # many tensors share theirs
+        ways = {id(transfer.sources): transfer.sources for transfer, _ in self.kinds}
         places = [place for sources in ways.values() for place in sources]
         return tuple(sorted({place.file for place in places}.union(*(files_of(place.compute) for place in places))))
 
@@ -207,15 +204,12 @@ class Plan:
         Raises PlanError that lists all tensors for which this does not hold. `most_comparisons` is for a plan from
         outside, whose boxes may be such that this never ends.
         """
-        problems = []
         effort = _Effort(most_comparisons)
-        known: dict[tuple[tuple[int, ...], int, int], str | None] = {}
-        for transfer in self.transfers:
-            key = transfer.shape, id(transfer.sources), id(transfer.targets)
-            if key not in known:
-                known[key] = _cover_fault(transfer, effort.spend)
-            if known[key] is not None:
-                problems.append(f"{transfer.name}: {known[key]}")
+        faults = {_cut_of(transfer): _cover_fault(transfer, effort.spend) for transfer, _ in self.kinds}
+        problems: list[str] = []
+        if any(faults.values()):
+            told = ((transfer.name, faults[_cut_of(transfer)]) for transfer in self.transfers)
+            problems += (f"{name}: {fault}" for name, fault in told if fault is not None)
         raise_problems(PlanError, "the plan does not make whole tensors", problems)
 
 
@@ -260,6 +254,11 @@ def _taken(transfer: Transfer, together: int) -> list[_Taken]:
 def volume_of(places: Sequence[Place]) -> int:
     """How many elements places have together."""
     return sum(place.box.volume for place in places)
+
+
+def _cut_of(transfer: Transfer) -> tuple[tuple[int, ...], int, int]:
+    """The same for transfers that share their shape and their places."""
+    return transfer.shape, id(transfer.sources), id(transfer.targets)
 
 
 def _cover_fault(transfer: Transfer, compared: Callable[[int], None]) -> str | None:

@@ -47,14 +47,16 @@ class StageFiles:
             last, number = rank, number + 1 if rank == last else 0
             group = alike.setdefault((id(header.tensors), number), _Alike(header.tensors, {}))
             group.files[rank] = header.path
-        self._holders = _holders([*alike.values()], names)
+        self._groups = [*alike.values()]
+        # Where all files are alike, as most are, and nothing is left aside, the tensors are those of each.
+        self._holders = None if len(self._groups) == 1 and names is None else _holders(self._groups, names)
         self._joined: dict[tuple[int, ...], Mapping[int, Path]] = {}
         self._cuts: dict[tuple[Layout | None, tuple[int, ...], int], Cut] = {}
 
     @property
     def names(self) -> Iterable[str]:
         """The tensors, in the order of the files."""
-        return self._holders.keys()
+        return self._groups[0].tensors.keys() if self._holders is None else self._holders.keys()
 
     def held(self, name: str) -> tuple[TensorSpec, Mapping[int, Path]]:
         """A tensor: its shard, and the file of every rank that has one, by ascending ranks.
@@ -62,7 +64,7 @@ class StageFiles:
         The files are one object for all tensors that the same files hold. Raises PlanError where shards of the tensor
         are of different types or shapes.
         """
-        groups = self._holders[name]
+        groups = self._groups if self._holders is None else self._holders[name]
         tensors, files = groups[0]
         spec = tensors[name].spec
         if len(groups) == 1:
@@ -108,9 +110,7 @@ def _holders(groups: Sequence[_Alike], names: Container[str] | None) -> Mapping[
     """Which of the groups hold a tensor, by its name."""
     found: dict[str, list[_Alike]] = {}
     for group in groups:
-        kept = [name for name in group.tensors if names is None or name in names]
-        if len(groups) == 1:
-            return dict.fromkeys(kept, groups)
-        for name in kept:
-            found.setdefault(name, []).append(group)
+        for name in group.tensors:
+            if names is None or name in names:
+                found.setdefault(name, []).append(group)
     return found

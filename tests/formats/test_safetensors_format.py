@@ -249,3 +249,65 @@ def test_the_reference_library_accepts_the_same_files(
     except FormatError:
         found = None
     assert found == expected
+
+
+def test_headers_of_the_reference_library_need_no_json_parser(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = {f"layers.{i}.wä": np.full((2, 3), i, np.float16) for i in range(5)}
+    save_file({**arrays, "step": np.array(7)}, file, {"format": "ms", "a": "} , {"})
+    monkeypatch.setattr(safetensors, "_as_json", None)
+    header = read_header(file)
+    assert header.metadata == {"format": "ms", "a": "} , {"}
+    assert {name: record.spec.shape for name, record in header.tensors.items()} == {
+        **dict.fromkeys(arrays, (2, 3)),
+        "step": (),
+    }
+
+
+_ENTRIES = st.lists(
+    st.tuples(
+        st.sampled_from(["a", "ab", "ä", "", 'q"', "__metadata__", "x\n", "\\"]),
+        st.sampled_from(["F32", "I8", "F9"]),
+        st.lists(st.integers(0, 2), max_size=2),
+        st.integers(-1, 9),
+    ),
+    max_size=3,
+)
+_SPOILT = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 2), st.sampled_from([*'",:{}[] 0129-.e\\ü\n\x00'])))
+
+
+@settings(deadline=None, max_examples=1000)
+@given(
+    entries=_ENTRIES,
+    metadata=st.sampled_from([None, {}, {"format": "ms"}, {"a": "Int4"}, {"a": "},"}, {"a": 1}]),
+    spoilt=_SPOILT,
+    size=st.integers(0, 24),
+)
+def test_a_header_says_the_same_however_it_is_parsed(
+    file: Path, entries: list[tuple[str, str, list[int], int]], metadata: Any, spoilt: list[Any], size: int
+) -> None:
+    """Headers as they are written, some with letters put in, replaced or taken out."""
+    parts = [] if metadata is None else [f'"__metadata__":{json.dumps(metadata, separators=(",", ":"))}']
+    at = 0
+    for name, code, shape, length in entries:
+        written = json.dumps(entry(code, shape, at, at + length), separators=(",", ":"))
+        parts.append(f"{json.dumps(name, ensure_ascii=False)}:{written}")
+        at += length
+    text = "{" + ",".join(parts) + "}"
+    for place, dropped, letter in spoilt:
+        place %= len(text)
+        text = text[:place] + letter + text[place + dropped :]
+    data = text.encode()
+    file.write_bytes(len(data).to_bytes(8, "little") + data + bytes(size))
+    assert _outcome(file) == _outcome(file, _as_plain=lambda text: None)
+
+
+def _outcome(file: Path, **replaced: Any) -> object:
+    """What a header says, or why it is refused."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in replaced.items():
+            patch.setattr(safetensors, name, value)
+        try:
+            header = safetensors.scan(file)
+        except FormatError as error:
+            return str(error)
+        return header.metadata, list(header.tensors.items())
