@@ -330,6 +330,7 @@ def test_loading_goes_on_where_no_threads_can_be_had(tmp_path: Path, monkeypatch
 def test_a_job_that_ends_ends_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(dict.fromkeys(NAMES, (300, 1024)))
     plan = plan_from(write_ranks(tmp_path / "source", parts(MP4_OF_MANY, model)), MP4_OF_MANY, Strategy.complete())
+    monkeypatch.setattr(into_memory, "_SECONDS_BETWEEN_CHECKS", 0)
     before, checks, is_over = threading.active_count(), itertools.count(), threading.Event()
 
     def wait(path: Path, start: int) -> None:

@@ -189,8 +189,11 @@ class _Filling:
         import numpy as np
 
         memory: Array | None = None
+        due = 0.0  # the time of the next check: it costs as much as reading a small request
         for request in self._taken():
-            check()
+            if time.monotonic() >= due:
+                check()
+                due = time.monotonic() + _SECONDS_BETWEEN_CHECKS
             path, start, needed = request.path, request.start, request.stop - request.start
             size = max(-(-needed // PAGE) * PAGE, request_bytes(path))
             if memory is None or len(memory) < size:

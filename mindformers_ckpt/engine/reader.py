@@ -116,6 +116,7 @@ class ShardReader:
         self._has_own = fetcher is None
         self._ahead: Ahead[Any] = Ahead(self._needs, self._fetcher)
         self._spans = lru_cache(maxsize=_SPANS)(_spans)  # layers have the same ones
+        self._cuts: dict[tuple[Box, Box, tuple[int, ...]], list[_Cut]] = {}  # layers have the same ones
         self._headers: dict[int, Header] = dict(headers or {})
         self._last: Header | None = None
         self._scratch: Array | None = None
@@ -266,19 +267,23 @@ class ShardReader:
         place, name, dtype, part = read
         segments, path = self._segments(place, place.tensor or name, dtype), self._files[place.file].path
         part, outer = in_bytes(part, dtype.itemsize), in_bytes(place.box, dtype.itemsize)
-        for box in reads_of(part, outer, 1):
-            array = out[box.relative_to(part).slices()]
-            first, length = span_in(box, outer)
-            if length == box.volume and array.flags.c_contiguous:
-                array = array.reshape(-1)
-                for start, count in file_ranges(segments, first, length):
-                    yield Piece(path, start, start + count, array[:count])
-                    array = array[count:]
-            else:
-                strides = tuple(math.prod(outer.shape[axis:]) for axis in range(1, len(outer.shape) + 1))
-                for block in blocks(box, max(1, LEAST_BYTES * box.volume // length)):
-                    for start, stop, inner in _in_file(segments, block, outer):
-                        yield Piece(path, start, stop, out[inner.relative_to(part).slices()], strides)
+        key = part, outer, out.strides
+        if key not in self._cuts:
+            self._cuts[key] = [*_cuts(part, outer, out)]
+        for cut in self._cuts[key]:
+            ranges = file_ranges(segments, cut.start, cut.length)
+            if cut.strides and len(ranges) > 1:
+                for start, stop, inner in _in_file(segments, cut.box, outer):
+                    yield Piece(path, start, stop, out[inner.relative_to(part).slices()], cut.strides)
+                continue
+            target = out[cut.where] if cut.strides else out[cut.where].reshape(-1)
+            if len(ranges) == 1:
+                (start, count) = ranges[0]
+                yield Piece(path, start, start + count, target, cut.strides)
+                continue
+            for start, count in ranges:
+                yield Piece(path, start, start + count, target[:count])
+                target = target[count:]
 
     def close(self) -> None:
         if self._has_own:
@@ -371,6 +376,29 @@ class ShardReader:
         for offset, length in file_ranges(segments, start, len(view)):
             self._ahead.fill(path, offset, view[:length])
             view = view[length:]
+
+
+class _Cut(NamedTuple):
+    """A piece of a part: its box in bytes, where it is in the array, and the bytes of the content that it is in."""
+
+    box: Box
+    where: tuple[Any, ...]
+    start: int
+    length: int
+    strides: tuple[int, ...]  # of its bytes in the content; none where they are one run there and in the array
+
+
+def _cuts(part: Box, outer: Box, out: Array) -> Iterator[_Cut]:
+    """The pieces of a part (boxes of bytes) that goes into an array, in the order of the content."""
+    for box in reads_of(part, outer, 1):
+        where = box.relative_to(part).slices()
+        first, length = span_in(box, outer)
+        if length == box.volume and out[where].flags.c_contiguous:
+            yield _Cut(box, where, first, length, ())
+            continue
+        strides = tuple(math.prod(outer.shape[axis:]) for axis in range(1, len(outer.shape) + 1))
+        for block in blocks(box, max(1, LEAST_BYTES * box.volume // length)):
+            yield _Cut(block, block.relative_to(part).slices(), *span_in(block, outer), strides)
 
 
 def _in_file(segments: Sequence[Segment], block: Box, outer: Box) -> Iterator[tuple[int, int, Box]]:
