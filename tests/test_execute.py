@@ -296,10 +296,14 @@ def names_in(folder: Path) -> list[str]:
 
 
 def blocks(process: int, number: signal.Signals) -> bool:
-    """Whether a process has a signal blocked."""
-    lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
-    (mask,) = (int(line.split()[1], 16) for line in lines if line.startswith("SigBlk"))
-    return bool(mask >> (number - 1) & 1)
+    """Whether a process has a signal blocked: for longer than the moment in which it starts a thread."""
+    for _ in range(5):
+        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+        (mask,) = (int(line.split()[1], 16) for line in lines if line.startswith("SigBlk"))
+        if not mask >> (number - 1) & 1:
+            return False
+        time.sleep(0.005)
+    return True
 
 
 @pytest.mark.parametrize("moment", ["start", "work"])

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mindformers_ckpt.cli.notices import complain, say, say_json, say_some, warn
-from mindformers_ckpt.cli.options import CONTENTS, STEP, AnyPath, LocalPath, StrategyPath, json_option
+from mindformers_ckpt.cli.options import CONTENTS, STEP, AnyPath, LocalPath, StrategyPath, Whole, json_option
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.look.verify import verify
 from mindformers_ckpt.look.verify_model import Difference, Verification
@@ -42,6 +42,15 @@ class Share(click.ParamType):  # type: ignore[type-arg]  # generic in newer vers
 @click.option(
     "--public-key", type=LocalPath(), metavar="KEY", help="Check the signature of the fingerprint, made with --sign."
 )
+@click.option(
+    "--process-num",
+    "--transform-process-num",
+    "processes",
+    type=Whole(min=1),
+    default=1,
+    show_default=True,
+    help="Processes that compare, with --against.",
+)
 @json_option
 @click.option("--quiet", is_flag=True, help="Print differences and errors only.")
 def command(result: Path, as_json: bool, quiet: bool, **asked: Any) -> None:
@@ -55,7 +64,7 @@ def command(result: Path, as_json: bool, quiet: bool, **asked: Any) -> None:
     if asked["against"] is not None and asked["public_key"] is not None:
         raise click.UsageError("--public-key checks the result by its manifest; leave --against out.")
     with show_progress("verify", quiet=quiet or as_json) as progress:
-        found = verify(result, progress=progress, **asked)
+        found = verify(result, progress=progress, may_fork=True, **asked)
     warn(found.warnings)
     if as_json:
         say_json(_as_json(result, found))

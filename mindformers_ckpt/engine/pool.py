@@ -1,6 +1,6 @@
 """One process or several run the tasks of a plan: workers that are started for it, and the process that wants it.
 
-A single process copies in two threads. A worker that dies, or a task that fails, ends the whole work; no worker
+A single process works in two threads. A worker that dies, or a task that fails, ends the whole work; no worker
 outlives the process that started it.
 """
 
@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from mindformers_ckpt.engine.copier import Copier
 from mindformers_ckpt.engine.fetcher import Fetcher
@@ -26,13 +26,15 @@ from mindformers_ckpt.engine.proof import ProvingSink
 from mindformers_ckpt.engine.sinks import FileSink, Sink
 from mindformers_ckpt.engine.source_shares import Cuts
 from mindformers_ckpt.engine.tasks import Done, Task
-from mindformers_ckpt.engine.threads import copy_with_threads
+from mindformers_ckpt.engine.threads import Runner, run_in_threads
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.planning.model import Plan, SourceFile, TargetFile
 
 # multiprocessing is imported where there are worker processes: one process starts sooner without it.
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
+
+T = TypeVar("T")
 
 # Of a process that is alone: while one waits for a read, the other writes.
 _THREADS = 2
@@ -66,17 +68,42 @@ def copy_tasks(
     worker dies; what `check` raises goes through.
     """
     make = partial(_copier, plan.sources, folder, plan.targets, hashes, proofs, drops, counted)
+    threads = 1 if isinstance(folder, Uploads) else _THREADS
+    return run_tasks(make, tasks, Workers(processes, may_fork), threads, drops=drops, check=check)
+
+
+class Workers(NamedTuple):
+    """How many processes work, the starting one included; with `may_fork` they are forked where that is safe."""
+
+    processes: int = 1
+    may_fork: bool = False
+
+
+def run_tasks(
+    make: Callable[[Fetcher], Runner[T]],
+    tasks: Sequence[Task],
+    workers: Workers,
+    threads: int = _THREADS,
+    *,
+    drops: bool = False,
+    check: Callable[[], None] = lambda: None,
+) -> Generator[T, None, None]:
+    """Have tasks run by what `make` makes, and yield what each found; `make` must be fit for other processes.
+
+    In several `threads` where there is one process; else, and in all else, as `copy_tasks`.
+    """
+    processes, may_fork = workers
+    is_alone = processes <= 1 or len(tasks) <= 1
+    count = threads if is_alone and len(tasks) > 1 else 1
     with contextlib.ExitStack() as stack:
-        is_alone = processes <= 1 and len(tasks) > 1
-        threads = _THREADS if is_alone and not isinstance(folder, Uploads) else 1
-        fetcher = stack.enter_context(contextlib.closing(Fetcher(readers=threads, drops=drops)))
-        copiers = [stack.enter_context(contextlib.closing(make(fetcher))) for _ in range(threads)]
-        if processes <= 1 or len(tasks) <= 1:
-            yield from copy_with_threads(copiers, tasks, check)
+        fetcher = stack.enter_context(contextlib.closing(Fetcher(readers=count, drops=drops)))
+        runners = [stack.enter_context(contextlib.closing(make(fetcher))) for _ in range(count)]
+        if is_alone:
+            yield from run_in_threads(runners, tasks, check)
         else:
-            (copier,) = copiers
-            workers = min(processes, len(tasks)) - 1
-            yield from _copy_with_workers(workers, make, drops, tasks, copier, check, may_fork)
+            (runner,) = runners
+            others = min(processes, len(tasks)) - 1
+            yield from _run_with_workers(others, make, drops, tasks, runner, check, may_fork)
 
 
 def _copier(
@@ -97,16 +124,16 @@ def _copier(
     return Copier(sources, sink, hashes=hashes, counted=counted, fetcher=fetcher)
 
 
-def _copy_with_workers(
+def _run_with_workers(
     workers: int,
-    make: Callable[[Fetcher], Copier],
+    make: Callable[[Fetcher], Runner[T]],
     drops: bool,
     tasks: Sequence[Task],
-    copier: Copier,
+    runner: Runner[T],
     check: Callable[[], None],
     may_fork: bool,
-) -> Iterator[Done]:
-    """Run tasks in workers, for which `make` makes copiers, and, with `copier`, in this process.
+) -> Iterator[T]:
+    """Run tasks in workers, for which `make` makes runners, and, with `runner`, in this process.
 
     `may_fork` is for a process without connections, which a forked worker would keep open. Raises TransferError, also
     when a worker dies; what `check` raises goes through.
@@ -122,7 +149,7 @@ def _copy_with_workers(
     stop = context.RawValue(ctypes.c_bool, False)
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(make, drops, stop))
     try:
-        yield from _work_along(pool, workers, _run_in_worker, tasks, copier, check)
+        yield from _work_along(pool, workers, _run_in_worker, tasks, runner, check)
     except BrokenProcessPool as error:
         raise TransferError(
             "a worker process died; was it killed, or did the machine run out of memory? "
@@ -146,11 +173,11 @@ def _start_method(may_fork: bool) -> Literal["fork", "spawn"]:
 def _work_along(
     pool: Executor,
     workers: int,
-    run: Callable[[Task, Task | None], Done],
+    run: Callable[[Task, Task | None], T],
     tasks: Sequence[Task],
-    copier: Copier,
+    runner: Runner[T],
     check: Callable[[], None],
-) -> Iterator[Done]:
+) -> Iterator[T]:
     """Feed tasks from the front to the workers, which `run` them, and take tasks from the far end meanwhile.
 
     The pool gets its tasks little by little: one that it has got cannot be taken back (a pool that breaks
@@ -159,7 +186,7 @@ def _work_along(
     from concurrent.futures import FIRST_COMPLETED, wait
 
     left = deque(tasks)
-    given: set[Future[Done]] = set()
+    given: set[Future[T]] = set()
     own: Task | None = None  # what this process, or the worker, reads ahead, nobody else takes
     theirs: Task | None = None
 
@@ -188,7 +215,7 @@ def _work_along(
         if task is not None:
             if len(left) > 2 * workers:
                 own = left.pop()
-            yield copier.run(task, feed, own)
+            yield runner.run(task, feed, own)
         else:
             wait(given, _SECONDS_BETWEEN_CHECKS, return_when=FIRST_COMPLETED)
         for done in [future for future in given if future.done()]:
@@ -196,11 +223,11 @@ def _work_along(
             yield done.result()
 
 
-_worker: Copier | None = None
+_worker: Runner[Any] | None = None
 _stop: ctypes.c_bool | None = None
 
 
-def _start_worker(make: Callable[[Fetcher], Copier], drops: bool, stop: ctypes.c_bool) -> None:
+def _start_worker(make: Callable[[Fetcher], Runner[Any]], drops: bool, stop: ctypes.c_bool) -> None:
     global _worker, _stop
     _worker, _stop = make(Fetcher(drops=drops)), stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -216,7 +243,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _run_in_worker(task: Task, following: Task | None) -> Done:
+def _run_in_worker(task: Task, following: Task | None) -> Any:
     assert _worker is not None
     return _worker.run(task, lambda: _end_if(_stop is not None and _stop.value), following)
 

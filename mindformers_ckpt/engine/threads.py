@@ -1,4 +1,4 @@
-"""One process copies in several threads: while some wait for reads, others write.
+"""One process works in several threads: while some wait for reads, others write or compare.
 
 Each takes the next task when it has finished one, so that the files are read in their order. The first failure ends
 all.
@@ -9,22 +9,36 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, Protocol, TypeVar
 
-from mindformers_ckpt.engine.copier import Copier
-from mindformers_ckpt.engine.tasks import Done, Task
+from mindformers_ckpt.engine.tasks import Task
 from mindformers_ckpt.errors import TransferError
 
 _SECONDS_BETWEEN_CHECKS = 0.05
 
 
-class _Work:
+T = TypeVar("T")
+Found = TypeVar("Found", covariant=True)
+
+
+class Runner(Protocol[Found]):
+    """What runs tasks, one at a time, as a `Copier` does."""
+
+    def run(self, task: Task, check: Callable[[], None], following: Task | None) -> Found:
+        """Run a task, and report; `check` is called between blocks and may raise. `following` is likely to be next."""
+
+    def close(self) -> None:
+        """Close what was opened."""
+
+
+class _Work(Generic[T]):
     """Tasks that several threads take, what they have finished, and the first failure."""
 
     def __init__(self, tasks: Sequence[Task], threads: int) -> None:
         self._left = deque(tasks)
         self._threads = threads
         self._lock = threading.Lock()
-        self.done: deque[Done] = deque()
+        self.done: deque[T] = deque()
         self.failure: BaseException | None = None
         self.is_stopped = False
 
@@ -41,31 +55,31 @@ class _Work:
         if self.is_stopped:
             raise TransferError("the work was stopped")
 
-    def help(self, copier: Copier) -> None:
+    def help(self, runner: Runner[T]) -> None:
         """Run tasks, in a thread beside the caller's."""
         try:
             task, following = self.take(None)
             while task is not None:
-                self.done.append(copier.run(task, self.check, following))
+                self.done.append(runner.run(task, self.check, following))
                 task, following = self.take(following)
         except BaseException as error:  # whatever it is, the caller raises it
             with self._lock:
                 self.failure = self.failure or error
 
 
-def copy_with_threads(copiers: Sequence[Copier], tasks: Sequence[Task], check: Callable[[], None]) -> Iterator[Done]:
-    """Run tasks with the first of `copiers`, and in a thread with each of the others; yield each as it is done.
+def run_in_threads(runners: Sequence[Runner[T]], tasks: Sequence[Task], check: Callable[[], None]) -> Iterator[T]:
+    """Run tasks with the first of `runners`, and in a thread with each of the others; yield what each found.
 
     `check` is called in the calling thread, between blocks.
     """
-    first, *others = copiers
-    work = _Work(tasks, len(copiers))
+    first, *others = runners
+    work: _Work[T] = _Work(tasks, len(runners))
 
     def check_all() -> None:
         check()
         work.check()
 
-    threads = [threading.Thread(target=work.help, args=(copier,), name="copier") for copier in others]
+    threads = [threading.Thread(target=work.help, args=(runner,), name="runner") for runner in others]
     try:
         for thread in threads:
             thread.start()

@@ -48,7 +48,6 @@ TRAILER_MARK = b"crc_num"
 TRAILER_SIZE = len(TRAILER_MARK) + 10
 _CIPHER_MARKS = (b"\xd8\x5e\x3a\x7f", b"\xd9\x5e\x3a\x7f", b"\xda\x5e\x3a\x7f")  # AES-GCM, AES-CBC, SM4-CBC
 
-_NO_TEXT = "a name in a record is not UTF-8: {!r}"
 _RESTORE = "the file is damaged or no MindSpore checkpoint, restore it from a good copy"
 
 # By how many bytes after the name it is guessed what comes before the content: its size and the first dimension.
@@ -228,10 +227,7 @@ class _Scanner:
         if base + end > self._size:
             raise Malformed(f"a record of {length} bytes reaches over the end of the file: it is truncated")
         raw_name, at = _field(window, at, end, TAG)
-        try:
-            name = raw_name.decode()
-        except UnicodeDecodeError:
-            raise Malformed(_NO_TEXT.format(raw_name[:40])) from None
+        name = _text(raw_name)
         likely = window[at : at + _LIKELY]
         form = self._forms.get(likely)
         if form is None or not window.startswith(form.raw, at) or at + len(form.raw) + form.length != end:
@@ -328,7 +324,7 @@ def _text(raw: bytes) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError:
-        raise Malformed(_NO_TEXT.format(raw[:40])) from None
+        raise Malformed(f"a name in a record is not UTF-8: {raw[:40]!r}") from None
 
 
 def _describe(spec: TensorSpec) -> str:

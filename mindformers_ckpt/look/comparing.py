@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mindformers_ckpt.engine.fetcher import Fetcher
 from mindformers_ckpt.engine.parts import Scratch, read_parts
 from mindformers_ckpt.engine.reader import Read, ShardReader
 from mindformers_ckpt.engine.tasks import Task, blocks_of
@@ -45,17 +46,29 @@ class Comparer:
     """Compares slices of transfers, whose targets are plain, with the contents of target files; for one thread."""
 
     def __init__(
-        self, sources: Sequence[SourceFile], headers: Mapping[int, Header], contents: Contents, note: Note
+        self,
+        sources: Sequence[SourceFile],
+        headers: Mapping[int, Header],
+        contents: Contents,
+        note: Note,
+        fetcher: Fetcher | None = None,
     ) -> None:
-        """`headers` are those of source files that need not be read once more, by their numbers."""
-        self._reader = ShardReader(sources, headers=headers, piece_bytes=_RUN_BYTES)
+        """`headers` are those of source files that need not be read once more, by their numbers.
+
+        `fetcher` has the source files open, as for a `ShardReader`.
+        """
+        self._reader = ShardReader(sources, fetcher, headers, piece_bytes=_RUN_BYTES)
         self._there = ContentReader()
         self._contents, self._note = contents, note
         self._ways, self._scratch = Ways(by_rows=True), Scratch()
 
-    def run(self, task: Task, check: Callable[[], None]) -> None:
-        """Compare all blocks of a task; `check` is called between blocks and may raise to stop."""
-        for step in self._reader.ahead(task.number, self._steps(task), None):
+    def run(self, task: Task, check: Callable[[], None], following: Task | None = None) -> None:
+        """Compare all blocks of a task; `check` is called between blocks and may raise to stop.
+
+        `following` is the task that is likely to be next: some of it may be read already.
+        """
+        ahead = None if following is None else (following.number, self._steps(following))
+        for step in self._reader.ahead(task.number, self._steps(task), ahead):
             check()
             (self._compare_rows if step.way.is_by_rows else self._compare_block)(*step)
 
@@ -96,17 +109,16 @@ class Comparer:
     def _compare_block(self, transfer: Transfer, way: Way, block: Box) -> None:
         """Compare what each target takes of a block with its file, where the block was read."""
         held = read_parts(self._reader, transfer, way.parts(block), self._scratch)
-        itemsize, carrier = transfer.dtype.itemsize, transfer.dtype.carrier
         for (box, _), files, part, copies in way.takes(block, False):
-            start, length = offset_in(part, box) * itemsize, part.volume * itemsize
+            start = offset_in(part, box) * transfer.dtype.itemsize
+            # As a copy, which stays in the cache: comparing rows that lie apart takes longer.
+            (gathered,) = self._scratch.arrays("gathered", transfer.dtype, [part.shape])
+            for number, where, here in copies:
+                gathered[here] = held[number][1][where]
+            expected = gathered.reshape(-1).view("u1")
             for file in files:
-                there = self._there.read(*self._contents(file, transfer.name), start, length)
-                array = there.view(carrier).reshape(part.shape)
-                if not all(_are_equal(array[here], held[number][1][where]) for number, where, here in copies):
-                    (expected,) = self._scratch.arrays("gathered", transfer.dtype, [part.shape])
-                    for number, where, here in copies:
-                        expected[here] = held[number][1][where]
-                    self._compare(file, transfer.name, start, there, expected.reshape(-1).view("u1"))
+                there = self._there.read(*self._contents(file, transfer.name), start, len(expected))
+                self._compare(file, transfer.name, start, there, expected)
 
     def _compare(self, file: int, name: str, start: int, there: Array, expected: Array) -> None:
         import numpy as np
@@ -114,20 +126,3 @@ class Comparer:
         first = first_difference(there, expected)
         if first is not None:
             self._note(file, name, start + first, int(np.count_nonzero(there != expected)))
-
-
-def _are_equal(ours: Array, theirs: Array) -> bool:
-    import numpy as np
-
-    if not ours.ndim:
-        ours, theirs = ours.reshape(1), theirs.reshape(1)
-    if ours.strides[-1] == theirs.strides[-1] == ours.itemsize:  # as words they are compared in a fraction of the time
-        kind = np.uint64 if _is_of_words(ours) and _is_of_words(theirs) else np.uint8
-        ours, theirs = ours.view(kind), theirs.view(kind)
-    return bool((ours == theirs).all())
-
-
-def _is_of_words(array: Array) -> bool:
-    """Whether all rows of an array are made of whole words of 8 bytes, at multiples of 8."""
-    row, start = array.shape[-1] * array.itemsize, array.__array_interface__["data"][0]
-    return not any(number % 8 for number in (row, start, *array.strides[:-1]))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mindformers_ckpt.checksums.digest import digest_of
+from mindformers_ckpt.engine.pool import Workers
 from mindformers_ckpt.errors import CheckpointError, ConfigError, FormatError, PlanError, PublishError, system_errors
 from mindformers_ckpt.look.verify_manifest import (
     Choose,
@@ -47,6 +48,8 @@ def verify(
     sample: float = 1.0,
     contents: str = "error",
     public_key: PathLike | None = None,
+    processes: int = 1,
+    may_fork: bool = False,
     progress: Progress | None = None,
 ) -> Verification:
     """Check a result, by its manifest or against a source.
@@ -59,7 +62,8 @@ def verify(
 
     `sample` is the share of tensors whose contents are read. `contents` says what samples of the source that contradict
     its strategy are: "error", "warn" or "off". With `public_key`, a PEM file, the fingerprint must be signed with the
-    key that belongs to it, and hold. `progress` is told bytes read and the total.
+    key that belongs to it, and hold. `processes` compare with a source; with `may_fork` they are forked where that is
+    safe, and start sooner. `progress` is told bytes read and the total.
     Raises PlanError when there is nothing to go by, and what reading the source raises; all that is wrong with the
     result is in `differences`.
     """
@@ -69,7 +73,14 @@ def verify(
         raise ConfigError(f"there is no key at {public_key}; give the file of the public key (PEM)")
     found, chosen = Verification(), sampler(sample)
     if against is not None:
-        _verify_against(path, strategy, against, src_strategy, step, chosen, contents, progress, found)
+        from mindformers_ckpt.look.verify_against import verify_against
+
+        source = checkpoint_at(against, src_strategy, step)
+        source.tensors()
+        result = _comparable(path, strategy, source, found)
+        if result is not None:
+            workers = Workers(processes, may_fork)
+            verify_against(result, source, chosen, contents=contents, workers=workers, progress=progress, found=found)
     else:
         folder = absolute(path)
         _verify_manifest(folder, strategy, sample, chosen, progress, found)
@@ -94,21 +105,8 @@ def _ranks_in(description: str) -> str:
     return description.replace(str(origin_of(description)), "")
 
 
-def _verify_against(
-    path: PathLike,
-    strategy: StrategyLike,
-    against: PathLike,
-    src_strategy: StrategyLike,
-    step: str | None,
-    chosen: Choose,
-    contents: str,
-    progress: Progress | None,
-    found: Verification,
-) -> None:
-    from mindformers_ckpt.look.verify_against import verify_against
-
-    source = checkpoint_at(against, src_strategy, step)
-    source.tensors()
+def _comparable(path: PathLike, strategy: StrategyLike, source: Checkpoint, found: Verification) -> Checkpoint | None:
+    """A result as it can be compared with its source; None where it cannot be read, which is noted then."""
     if strategy is None and has_manifest(as_path(path)) and not _brings_layouts(as_path(path)):
         strategy = _known_strategy(read_result(as_path(path)), None, found)
     try:
@@ -117,7 +115,7 @@ def _verify_against(
             result.records_of(rank)
     except FormatError as error:
         found.differences.append(Difference(str(error)))
-        return
+        return None
     if result.files.tensors is not None:
         raise PlanError(
             f"{result.files.root} is {result.files.kind.value}, whose boxes are not those of a strategy; compare both "
@@ -128,7 +126,7 @@ def _verify_against(
             f"one of {source.files.root} and {result.files.root} is a Hugging Face model, the other is not: names and "
             "forms of tensors differ; convert the source once more and compare the two results (diff)"
         )
-    verify_against(result, source, chosen, contents=contents, progress=progress, found=found)
+    return result
 
 
 def _verify_manifest(

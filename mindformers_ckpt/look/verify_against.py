@@ -5,20 +5,23 @@ The plan that would make the result is gone through once more, and compared wher
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from mindformers_ckpt.engine.descriptors import file_ranges
+from mindformers_ckpt.engine.fetcher import Fetcher
+from mindformers_ckpt.engine.pool import Workers, run_tasks
 from mindformers_ckpt.engine.tasks import Task, cut_into_tasks
+from mindformers_ckpt.execution.options import affordable_processes
 from mindformers_ckpt.formats import Header, Segment, TensorRecord
 from mindformers_ckpt.look.comparing import Comparer
-from mindformers_ckpt.look.threads import in_threads
 from mindformers_ckpt.look.verify_model import Difference, Verification
 from mindformers_ckpt.planning.build import build_plan
-from mindformers_ckpt.planning.model import Plan
+from mindformers_ckpt.planning.model import Plan, SourceFile
 from mindformers_ckpt.progress import Progress
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.words import counted
@@ -32,6 +35,7 @@ def verify_against(
     chosen: Callable[[Sequence[str]], set[str]],
     *,
     contents: str,
+    workers: Workers,
     progress: Progress | None,
     found: Verification,
 ) -> None:
@@ -48,9 +52,18 @@ def verify_against(
         f"{counted(len(taken), 'tensor', of=len(names))} in the files of {counted(len(held), 'rank')}: read, and "
         "compared with the source bit by bit"
     )
-    compared = _Comparison(plan, held)
     headers = {number: source.header(file.path) for number, file in enumerate(plan.sources)}
-    _run(plan, headers, compared, progress)
+    targets = [held.get(target.rank, {}) for target in plan.targets]
+    tasks, done = cut_into_tasks(plan), 0
+    compared = _Comparison(plan, targets)
+    workers = workers._replace(processes=affordable_processes(workers.processes))
+    runs = run_tasks(partial(_Finder, plan.sources, headers, targets), tasks, workers)
+    with closing(runs):
+        for task, differing in runs:
+            compared.add(differing)
+            done += task
+            if progress is not None:
+                progress(done, plan.bytes_written)
     found.differences += compared.differences()
 
 
@@ -111,30 +124,59 @@ def _without(plan: Plan, chosen: set[str], unfit: set[tuple[int, str]]) -> Plan:
     return replace(plan, transfers=tuple(transfers))
 
 
-class _Comparison:
-    """What was found to differ so far, of all threads."""
+class _Differing(NamedTuple):
+    """Bytes of a tensor of a target file that differ, and the place of the first one."""
 
-    def __init__(self, plan: Plan, held: Mapping[int, Records]) -> None:
+    file: int
+    name: str
+    start: int
+    length: int
+
+
+class _Finder:
+    """Runs tasks: reads both sides, and reports the bytes that it has compared, and those that differ."""
+
+    def __init__(
+        self, sources: Sequence[SourceFile], headers: Mapping[int, Header], targets: Sequence[Records], fetcher: Fetcher
+    ) -> None:
+        """`targets` are the tensors of every target file."""
+        self._targets = targets
+        self._found: list[_Differing] = []
+        self._comparer = Comparer(sources, headers, self._content, self._note, fetcher)
+
+    def run(self, task: Task, check: Callable[[], None], following: Task | None) -> tuple[int, list[_Differing]]:
+        self._comparer.run(task, check, following)
+        found, self._found = self._found, []
+        return task.bytes_written, found
+
+    def close(self) -> None:
+        self._comparer.close()
+
+    def _content(self, file: int, name: str) -> tuple[Path, Sequence[Segment]]:
+        path, record = self._targets[file][name]
+        return path, record.segments
+
+    def _note(self, file: int, name: str, start: int, count: int) -> None:
+        self._found.append(_Differing(file, name, start, count))
+
+
+class _Comparison:
+    """What was found to differ so far, by all."""
+
+    def __init__(self, plan: Plan, targets: Sequence[Records]) -> None:
         self.plan = plan
-        self._held = [held.get(target.rank, {}) for target in plan.targets]
-        self._lock = threading.Lock()
+        self._held = targets
         self._bytes: dict[tuple[int, str], int] = {}
         self._first: dict[tuple[int, str], int] = {}
         self._boxes = {
             (place.file, transfer.name): place.box for transfer in plan.transfers for place in transfer.targets
         }
 
-    def note(self, file: int, name: str, start: int, count: int) -> None:
-        """Bytes of a tensor of a target file differ, the first one at `start`."""
-        with self._lock:
+    def add(self, differing: Iterable[_Differing]) -> None:
+        for file, name, start, length in differing:
             key = file, name
-            self._bytes[key] = self._bytes.get(key, 0) + count
+            self._bytes[key] = self._bytes.get(key, 0) + length
             self._first[key] = min(start, self._first.get(key, start))
-
-    def content(self, file: int, name: str) -> tuple[Path, Sequence[Segment]]:
-        """Where the bytes of a tensor of a target file are."""
-        path, record = self._held[file][name]
-        return path, record.segments
 
     def differences(self) -> list[Difference]:
         found = []
@@ -146,22 +188,3 @@ class _Comparison:
             rank = self.plan.targets[file].rank
             found.append(Difference(what, path, name, rank, self._boxes[file, name], offset))
         return found
-
-
-def _run(plan: Plan, headers: Mapping[int, Header], compared: _Comparison, progress: Progress | None) -> None:
-    """Run all tasks of a plan, in several threads."""
-    tasks = cut_into_tasks(plan)
-    total, done = sum(task.bytes_written for task in tasks), 0
-    lock = threading.Lock()
-
-    def run(taken: Iterator[Task], check: Callable[[], None]) -> None:
-        nonlocal done
-        with closing(Comparer(plan.sources, headers, compared.content, compared.note)) as comparer:
-            for task in taken:
-                comparer.run(task, check)
-                with lock:
-                    done += task.bytes_written
-                    if progress is not None:
-                        progress(done, total)
-
-    in_threads(tasks, run)

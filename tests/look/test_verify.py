@@ -6,12 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from damage_results import KINDS, LAYOUTS, MODEL, damage, flip, make, strategy_of
 from recorded import write_tensors
 
 from mindformers_ckpt import transform
+from mindformers_ckpt.engine import tasks
 from mindformers_ckpt.errors import ConfigError, PlanError
 from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.geometry.box import Box
@@ -27,8 +29,8 @@ def result(tmp_path: Path) -> Path:
     return make(tmp_path, hashes=True, fingerprints=True)
 
 
-def against(result: Path, **options: float) -> Verification:
-    return verify(result, strategy_of(result.parent), against=result.parent / "source.ckpt", **options)  # type: ignore[arg-type]
+def against(result: Path, **options: Any) -> Verification:
+    return verify(result, strategy_of(result.parent), against=result.parent / "source.ckpt", **options)
 
 
 def content_of(path: Path, name: str) -> int:
@@ -61,6 +63,26 @@ def test_a_flipped_bit_is_found_where_it_is(result: Path) -> None:
     assert str(found) == f"{file}: cube (rank 3, box [4:8, 6:12, 0:6], from byte {place} of the file on): {found.what}"
     by_manifest = verify(result).differences
     assert [(difference.tensor, difference.rank) for difference in by_manifest] == [("cube", 3), ("cube", None)]
+
+
+@pytest.mark.parametrize("may_fork", [False, True])
+def test_processes_find_what_one_finds(may_fork: bool, result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "_SMALLEST_TASK", 300)
+    for rank, name in ((0, "cube"), (1, "matrix"), (3, "cube")):
+        flip(
+            result / f"rank_{rank}/checkpoint_{rank}.ckpt",
+            content_of(result / f"rank_{rank}/checkpoint_{rank}.ckpt", name),
+        )
+    told: list[tuple[int, int]] = []
+    found = against(result, processes=3, may_fork=may_fork, progress=lambda *done: told.append(done))
+    assert [(difference.rank, difference.tensor) for difference in found.differences] == [
+        (0, "cube"),
+        (1, "matrix"),
+        (3, "cube"),
+    ]
+    assert found.differences == against(result).differences
+    assert len(told) > 3
+    assert told[-1][0] == told[-1][1]
 
 
 def test_a_replica_that_differs_is_told_from_the_others(result: Path) -> None:
