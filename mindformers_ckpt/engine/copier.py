@@ -148,9 +148,9 @@ class Copier:
 
     def _write_run(self, piece: _Piece, run: Run, done: int, data: memoryview) -> None:
         """Give the bytes of a run from `done` on to the files that take it."""
+        self._count(piece, run.in_whole + done, data)  # while it is in the cache of the core
         for file in run.files:
             self._sink.write(file, piece.transfer.name, run.in_target + done, data)
-        self._count(piece, run.in_whole + done, data)
 
     def _copy_block(self, piece: _Piece, block: Box) -> None:
         transfer = piece.transfer

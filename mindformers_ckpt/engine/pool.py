@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
+from mindformers_ckpt.checksums.crc64 import has_library
 from mindformers_ckpt.engine.copier import Copier
 from mindformers_ckpt.engine.fetcher import Fetcher
 from mindformers_ckpt.engine.object_sink import ObjectSink, Uploads
@@ -68,6 +69,8 @@ def copy_tasks(
     worker dies; what `check` raises goes through.
     """
     make = partial(_copier, plan.sources, folder, plan.targets, hashes, proofs, drops, counted)
+    if counted is not None:
+        has_library()  # imported before a fork, that no worker has to
     threads = 1 if isinstance(folder, Uploads) else _THREADS
     return run_tasks(make, tasks, Workers(processes, may_fork), threads, drops=drops, check=check)
 
