@@ -229,15 +229,22 @@ DESTINATION = click.option(
     type=AnyPath(),
     help="Folder for the result.",
 )
-PROCESSES = click.option(
-    "--transform-process-num",
-    "--process-num",
-    "processes",
-    type=Whole(min=1),
-    default=1,
-    show_default=True,
-    help="Processes that copy.",
-)
+
+
+def processes_option(*, help: str) -> Callable[[Command], Command]:
+    """How many processes there are for the work, and what they do."""
+    return click.option(
+        "--transform-process-num",
+        "--process-num",
+        "processes",
+        type=Whole(min=1),
+        default=1,
+        show_default=True,
+        help=help,
+    )
+
+
+PROCESSES = processes_option(help="Processes that copy.")
 
 
 def request_options(command: Command) -> Command:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mindformers_ckpt.cli.notices import complain, say, say_json, say_some, warn
-from mindformers_ckpt.cli.options import CONTENTS, STEP, AnyPath, LocalPath, StrategyPath, Whole, json_option
+from mindformers_ckpt.cli.options import CONTENTS, STEP, AnyPath, LocalPath, StrategyPath, json_option, processes_option
 from mindformers_ckpt.cli.progress import show_progress
 from mindformers_ckpt.look.verify import verify
 from mindformers_ckpt.look.verify_model import Difference, Verification
@@ -42,15 +42,7 @@ class Share(click.ParamType):  # type: ignore[type-arg]  # generic in newer vers
 @click.option(
     "--public-key", type=LocalPath(), metavar="KEY", help="Check the signature of the fingerprint, made with --sign."
 )
-@click.option(
-    "--process-num",
-    "--transform-process-num",
-    "processes",
-    type=Whole(min=1),
-    default=1,
-    show_default=True,
-    help="Processes that compare, with --against.",
-)
+@processes_option(help="Processes that compare, with --against.")
 @json_option
 @click.option("--quiet", is_flag=True, help="Print differences and errors only.")
 def command(result: Path, as_json: bool, quiet: bool, **asked: Any) -> None:

@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
+from functools import lru_cache
 from typing import TypeVar, Union
 
 _AT_ONCE = 32
@@ -48,8 +49,16 @@ def read_at_once(descriptor: int, parts: Sequence[Memory], start: int) -> int | 
 
 def is_memory(descriptor: int) -> bool:
     """Whether an open file is on a file system whose files are memory, as those of /dev/shm are."""
+    if sys.platform != "linux":
+        return False
     found = (ctypes.c_long * 64)()  # a struct statfs, of 120 bytes, begins with the type
-    return sys.platform == "linux" and not ctypes.CDLL(None).fstatfs(descriptor, found) and found[0] == _TMPFS
+    return not _c_library().fstatfs(descriptor, found) and found[0] == _TMPFS
+
+
+@lru_cache(maxsize=1)
+def _c_library() -> ctypes.CDLL:
+    """Kept, as this is asked for at every read."""
+    return ctypes.CDLL(None)
 
 
 def _waits_and_work() -> tuple[int, float]:

@@ -222,7 +222,7 @@ class _Scanner:
         window, base = self._window, self._base
         if window[at] != VALUE:
             raise Malformed("no record begins here")
-        length, at = (window[at + 1], at + 2) if window[at + 1] < 0x80 else _varint(window, at + 1)
+        length, at = _varint(window, at + 1)
         end = at + length
         if base + end > self._size:
             raise Malformed(f"a record of {length} bytes reaches over the end of the file: it is truncated")
@@ -296,7 +296,7 @@ def _field(window: bytes, at: int, end: int, key: int) -> tuple[bytes, int]:
     """The bytes of the field `key` at `at`, and where the next one begins, which must lie in the window."""
     if window[at] != key:
         raise Malformed(f"a record lacks field {key >> 3} where it must stand")
-    length, at = (window[at + 1], at + 2) if window[at + 1] < 0x80 else _varint(window, at + 1)
+    length, at = _varint(window, at + 1)
     stop = at + length
     if stop > end:
         raise Malformed("the lengths in a record contradict each other")

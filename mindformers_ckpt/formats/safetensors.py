@@ -176,7 +176,8 @@ def _as_plain(text: bytes) -> _Told | None:
 
 def _as_written(text: bytes) -> _Told | None:
     """`_as_plain`, and ValueError or Malformed for some of the others."""
-    body = text.rstrip(b" ")[1:-1] + b","
+    text = text.rstrip(b" ")
+    body = text[1:-1] + b","
     metadata: dict[str, str] = {}
     if body.startswith(_METADATA_START):
         end = body.index(b"},") + 2
@@ -186,7 +187,7 @@ def _as_written(text: bytes) -> _Told | None:
     found = _ENTRY.findall(written)
     # Commas and brackets around the texts that were found: is there anything between them?
     is_all = sum(map(len, chain.from_iterable(found))) + _ENTRY_MARKS * len(found) == len(written)
-    if not is_all or text.rstrip(b" ")[-1:] != b"}" or "Int4" in metadata.values():
+    if not is_all or text[-1:] != b"}" or "Int4" in metadata.values():
         return None
     forms: dict[str, _Form] = {}
     spans: list[_Span] = []

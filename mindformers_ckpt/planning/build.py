@@ -115,7 +115,7 @@ def _assemble(
     for name in _target_order(source.strategy, target, tensors):
         tensor = tensors[name]
         try:
-            way, sources = found.of(tensor)
+            way = found.way(tensor)
         except StrategyError as error:
             problems.append(f"{name}: {error}")
             continue
@@ -124,7 +124,7 @@ def _assemble(
         if tensor.missing:
             problems += _lost_boxes(tensor, way)
         whole = tensor.spec
-        transfers.append(Transfer(name, whole.dtype, whole.shape, sources, way.targets))
+        transfers.append(Transfer(name, whole.dtype, whole.shape, found.sources(tensor, way), way.targets))
         for shape, holders in way.holders.items():
             spec = whole if shape == whole.shape else TensorSpec(name, whole.dtype, shape)
             for file in holders:

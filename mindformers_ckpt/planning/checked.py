@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from mindformers_ckpt.formats import TensorSpec
-from mindformers_ckpt.formats.dtypes import DType, by_name
+from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.formats.tensor_file import check_shape
 from mindformers_ckpt.geometry.box import Box
 
 LARGEST = (1 << 63) - 1
-_MOST_FORMS = 1024
-_forms: dict[str, tuple[DType, tuple[int, ...]]] = {}  # types and shapes that were looked at; layers repeat them
 
 Made = TypeVar("Made")
 
@@ -61,14 +59,9 @@ def entry_of(table: Sequence[Made], number: Any) -> Made:
 def spec_of(value: Any) -> TensorSpec:
     """A tensor: name, element type, shape."""
     name, dtype, shape = list_of(value, 3)
-    key = f"{dtype!r} {shape!r}"  # not the list: True and 1.0 are equal to 1
-    if key not in _forms:
-        found, numbers = by_name(text_of(dtype)), numbers_of(shape)
-        check_shape(text_of(name), numbers, found.itemsize)
-        if len(_forms) >= _MOST_FORMS:
-            _forms.clear()
-        _forms[key] = found, numbers
-    return TensorSpec(text_of(name), *_forms[key])
+    spec = TensorSpec(text_of(name), by_name(text_of(dtype)), numbers_of(shape))
+    check_shape(spec.name, spec.shape, spec.dtype.itemsize)
+    return spec
 
 
 def box_of(value: Any) -> Box:

@@ -91,23 +91,7 @@ class Places:
         for stage, layouts in enumerate(target.stages):
             for name in layouts:
                 self._named.setdefault(name, []).append(stage)
-        self._unnamed: dict[tuple[tuple[int, ...], int], tuple[Way, tuple[Place, ...]]] = {}
         self._ways: dict[tuple[tuple[int, ...], tuple[tuple[int, Layout], ...] | None], Way] = {}
-
-    def of(self, tensor: LogicalTensor) -> tuple[Way, tuple[Place, ...]]:
-        """How a tensor is cut, and the places that its targets take from. Raises StrategyError where it cannot be.
-
-        The tensor must outlive this object.
-        """
-        if tensor.spec.name in self._named:
-            way = self.way(tensor)
-            return way, self.sources(tensor, way) if way.targets else ()
-        key = tensor.spec.shape, id(tensor.shards)
-        found = self._unnamed.get(key)
-        if found is None:
-            way = self.way(tensor)
-            found = self._unnamed[key] = way, self.sources(tensor, way)
-        return found
 
     def way(self, tensor: LogicalTensor) -> Way:
         """How a tensor is cut. Raises StrategyError where it cannot be."""

@@ -122,7 +122,7 @@ class Checkpoint:
             for name in files.names:
                 try:
                     tensor = self._tensor(name, stage, files)
-                    found[name] = _merged(found[name], tensor) if stage and name in found else tensor
+                    found[name] = _merged(found[name], tensor) if name in found else tensor
                 except (PlanError, StrategyError) as error:
                     problems.append(f"{name}: {error}")
         headline = f"{self.files.root} does not fit the strategy it is read with ({self.strategy.describe()})"
