@@ -13,7 +13,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from math import isfinite
 from pathlib import Path
@@ -29,6 +29,7 @@ MAX_PARTS = 1 << 22  # lists and objects in JSON from outside: each is three byt
 MAX_YAML_BYTES = 1 << 22  # yaml is parsed slowly; the yaml files of MindFormers have up to 17 kB
 MAX_YAML_NODES = 100_000  # with aliases counted wherever they stand
 MAX_DIGITS = 100
+_MEMBERS_OF_A_LINE = 8
 _READ_BYTES = 1 << 20
 
 _LONG_NUMBER = re.compile(rb"\d{%d}" % (MAX_DIGITS + 1))
@@ -108,15 +109,44 @@ def write_text(path: Path, text: str) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
-    """Write a JSON file for programs and people: UTF-8, with an escape for all that is not printable."""
+def write_json(path: Path, value: Any, *, indent: int | None = None) -> None:
+    """Write a JSON file: UTF-8, with an escape for all that is not printable."""
     write_text(path, readable_json(value, indent=indent) + "\n")
+
+
+def write_records(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object as `write_json`, with a line for each small object in it: there may be very many."""
+    write_text(path, _printable(_in_lines(value, "\n")) + "\n")
 
 
 def readable_json(value: Any, *, indent: int | None = None, separators: tuple[str, str] | None = None) -> str:
     """JSON text in which every character is what it is, unless it is not printable: then it is escaped."""
-    text = json.dumps(value, indent=indent, ensure_ascii=False, separators=separators)
+    return _printable(json.dumps(value, indent=indent, ensure_ascii=False, separators=separators))
+
+
+def _printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: json.dumps(match[0]).strip('"').replace("\x7f", "\\u007f"), text)
+
+
+def _in_lines(value: Any, line: str) -> str:
+    """JSON text; `line` begins a line at the depth of the value."""
+    if isinstance(value, dict) and (line == "\n" or not _is_small(value)):
+        parts = [f"{json.dumps(key, ensure_ascii=False)}: {_in_lines(part, line + ' ')}" for key, part in value.items()]
+        begin, end = "{}"
+    elif isinstance(value, list) and any(isinstance(part, (dict, list)) for part in value):
+        parts = [_in_lines(part, line + " ") for part in value]
+        begin, end = "[]"
+    else:
+        return json.dumps(value, ensure_ascii=False)
+    return f"{begin}{line} {f',{line} '.join(parts)}{line}{end}"
+
+
+def _is_small(value: Mapping[str, Any]) -> bool:
+    """Whether an object has a few members, which are numbers, texts and shapes."""
+    return len(value) <= _MEMBERS_OF_A_LINE and not any(
+        isinstance(part, dict) or (isinstance(part, list) and any(isinstance(inner, (dict, list)) for inner in part))
+        for part in value.values()
+    )
 
 
 def parse_json(data: bytes, *, infinite: bool = False, most_parts: int | None = MAX_PARTS) -> Any:

@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import sys
+import tempfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,7 @@ from mindformers_ckpt.text_files import (
     read_regular,
     read_yaml_mapping,
     write_json,
+    write_records,
 )
 
 PACKAGE = Path(__file__).parent.parent / "mindformers_ckpt"
@@ -312,11 +314,58 @@ def test_a_deep_config_is_no_huggingface_folder(tmp_path: Path) -> None:
 
 def test_written_files_are_utf8_and_read_back(tmp_path: Path) -> None:
     value = {"模型": "a\udcc4\x1b\u202e", "b": [1, 2.5, None]}
-    write_json(tmp_path / "a.json", value)
+    write_json(tmp_path / "a.json", value, indent=1)
     assert (tmp_path / "a.json").read_bytes() == (
         '{\n "模型": "a\\udcc4\\u001b\\u202e",\n "b": [\n  1,\n  2.5,\n  null\n ]\n}\n'.encode()
     )
     assert read_json(tmp_path / "a.json", FormatError) == value
+
+
+def test_records_have_a_line_each(tmp_path: Path) -> None:
+    value = {
+        "made": "b\u202e",
+        "tensors": {"w": {"shape": [2, 3], "crc": "0f"}, "v": {"shape": [], "crc": "1"}},
+        "files": [{"path": "模型", "bytes": 7}, {"path": "n", "inner": {"a": {}, "b": [[1], {}]}}],
+        "numbers": [1, 2],
+        "empty": {},
+        "many": {str(number): number for number in range(9)},
+    }
+    write_records(tmp_path / "a.json", value)
+    assert (tmp_path / "a.json").read_text(encoding="utf-8").splitlines() == [
+        "{",
+        ' "made": "b\\u202e",',
+        ' "tensors": {',
+        '  "w": {"shape": [2, 3], "crc": "0f"},',
+        '  "v": {"shape": [], "crc": "1"}',
+        " },",
+        ' "files": [',
+        '  {"path": "模型", "bytes": 7},',
+        "  {",
+        '   "path": "n",',
+        '   "inner": {',
+        '    "a": {},',
+        '    "b": [',
+        "     [1],",
+        "     {}",
+        "    ]",
+        "   }",
+        "  }",
+        " ],",
+        ' "numbers": [1, 2],',
+        ' "empty": {},',
+        ' "many": {',
+        *(f'  "{number}": {number},' for number in range(8)),
+        '  "8": 8',
+        " }",
+        "}",
+    ]
+
+
+@given(NESTED)
+def test_records_say_what_the_values_are(value: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write_records(Path(folder, "a.json"), {"value": value})
+        assert json.loads(Path(folder, "a.json").read_bytes()) == {"value": value}
 
 
 # ------------------------------------------------------------------------------- rules that hold for all code

@@ -21,18 +21,21 @@ _RANK_FOLDER = re.compile(r"rank_\d+")
 
 def check_countable(plan: Plan) -> None:
     """Refuse a plan that does not pass every element of every tensor on. Raises PlanError."""
-    parts = [
-        transfer.name
-        for transfer in plan.transfers
-        if hull([place.box for place in transfer.targets]) != Box.whole(transfer.shape)
-        or covered_volume(Box.whole(transfer.shape), [place.box for place in transfer.sources])
-        != math.prod(transfer.shape)
-    ]
+    parts: list[str] = []
+    if not all(_is_whole(transfer) for transfer, _ in plan.kinds):
+        parts += (transfer.name for transfer in plan.transfers if not _is_whole(transfer))
     raise_problems(
         PlanError,
         "a fingerprint is that of whole tensors, but of these the target takes a part only; leave --fingerprint out",
         parts,
     )
+
+
+def _is_whole(transfer: Transfer) -> bool:
+    """Whether all elements of a tensor are read, and written."""
+    whole, sources = Box.whole(transfer.shape), [place.box for place in transfer.sources]
+    is_written = hull([place.box for place in transfer.targets]) == whole
+    return is_written and covered_volume(whole, sources) == math.prod(transfer.shape)
 
 
 def describe_fingerprints(
@@ -93,8 +96,7 @@ def _shape(plan: Plan, transfer: Transfer) -> tuple[int, ...]:
 
 
 def _as_json(tensors: list[TensorChecksum], in_source: list[TensorChecksum] | None) -> dict[str, Any]:
-    return {
-        "digest": digest_of(tensors),
-        **({"source_digest": digest_of(in_source)} if in_source is not None else {}),
-        "tensors": described(tensors),
-    }
+    entry: dict[str, Any] = {"digest": digest_of(tensors)}
+    if in_source is not None:
+        entry["source_digest"] = entry["digest"] if in_source == tensors else digest_of(in_source)
+    return {**entry, "tensors": described(tensors)}

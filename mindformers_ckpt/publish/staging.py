@@ -30,7 +30,7 @@ from mindformers_ckpt.publish.manifest import (
 )
 from mindformers_ckpt.publish.replace import GATE_SECONDS, discard, gate_of, put, recover_held, staging_prefix, waste_of
 from mindformers_ckpt.publish.texts import with_checksum
-from mindformers_ckpt.text_files import write_json
+from mindformers_ckpt.text_files import write_records
 
 _JOURNAL = "journal"
 _LOCK = "lock"
@@ -162,7 +162,7 @@ class Staging:
             self._check_content(meanwhile=True)
             self.check()
             if manifest is not None:
-                write_json(self.folder / name, with_checksum(manifest))
+                write_records(self.folder / name, with_checksum(manifest))
             self._lock.release()
             if self.kind is not Kind.FILE and os.path.lexists(self._lock.path):
                 raise PublishError(f"{self._lock.path} cannot be removed, and would be in the result")
@@ -207,7 +207,7 @@ class Staging:
             for name, manifest in manifests.items():
                 kept = without(manifest, own)
                 if kept is not None:
-                    write_json(joined / name, with_checksum(kept))
+                    write_records(joined / name, with_checksum(kept))
             files.link_tree(self.folder, joined)
             shutil.copymode(self.folder, joined)
             if fsync:
