@@ -96,14 +96,15 @@ class Request(NamedTuple):
         `memory` has room for all pages of the request. No parts where pieces overlap.
         """
         parts: list[memoryview] = []
-        at = self.pieces[0].start
-        for piece in self.pieces:
-            if piece.start < at:
+        at, origin = self.pieces[0].start, self.start
+        for _, start, stop, target, strides in self.pieces:
+            if start < at:
                 return []
-            before = memory[at - self.start : piece.start - self.start]
-            own = memory[piece.start - self.start : piece.stop - self.start] if piece.strides else piece.target
-            parts += [part.data for part in (before, own) if len(part)]
-            at = piece.stop
+            if start > at:
+                parts.append(memory[at - origin : start - origin].data)
+            if start < stop:
+                parts.append((memory[start - origin : stop - origin] if strides else target).data)
+            at = stop
         return parts
 
     def content(self, memory: Array) -> memoryview:
@@ -131,26 +132,28 @@ def requests_of(pieces: Iterable[Piece]) -> Iterator[Request]:
     for piece in pieces:
         left: Piece | None = piece
         while left is not None:
-            room = _room(held, needed, left)
-            if held and (room <= 0 or (left.strides and left.size > room)):
+            size = left.stop - left.start
+            if held and not _is_next(held, needed, left, size):
+                room = 0
+            else:
+                room = (held[0] if held else left).start // PAGE * PAGE + request_bytes(left.path) - left.start
+            if held and (room <= 0 or (left.strides and size > room)):
                 yield Request(number, held)
                 held, needed, number = [], 0, number + 1
                 continue
-            now, left = (left, None) if left.strides or left.size <= room else left.cut(room)
+            now, left = (left, None) if left.strides or size <= room else left.cut(room)
             held.append(now)
-            needed += now.size
+            needed += now.stop - now.start
     if held:
         yield Request(number, held)
 
 
-def _room(held: Sequence[Piece], needed: int, piece: Piece) -> int:
-    """The bytes from the beginning of a piece to the end of the request that has `held`; none where it is far away."""
-    first = (held[0] if held else piece).start // PAGE * PAGE
-    if held and (piece.path != held[0].path or piece.start < first):
-        return 0
-    if held and not is_near(piece.start - held[-1].stop, needed + piece.size):
-        return 0
-    return first + request_bytes(piece.path) - piece.start
+def _is_next(held: Sequence[Piece], needed: int, piece: Piece, size: int) -> bool:
+    """Whether a piece of `size` bytes is read with those that are held, which take `needed`: whether it is near."""
+    path, start = piece.path, piece.start
+    if (path is not held[0].path and path != held[0].path) or start < held[0].start // PAGE * PAGE:
+        return False
+    return is_near(start - held[-1].stop, needed + size)
 
 
 class _Filling:

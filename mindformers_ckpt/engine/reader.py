@@ -116,7 +116,6 @@ class ShardReader:
         self._has_own = fetcher is None
         self._ahead: Ahead[Any] = Ahead(self._needs, self._fetcher)
         self._spans = lru_cache(maxsize=_SPANS)(_spans)  # layers have the same ones
-        self._cuts: dict[tuple[Box, Box, tuple[int, ...]], list[_Cut]] = {}  # layers have the same ones
         self._headers: dict[int, Header] = dict(headers or {})
         self._last: Header | None = None
         self._scratch: Array | None = None
@@ -254,32 +253,27 @@ class ShardReader:
             else:
                 self._read_strided(path, segments, dtype, box, outer, array)
 
-    def begin(self, read: Read) -> tuple[int, int]:
-        """Where the tensor of a plain place begins: file (by its number), and byte of it."""
-        segments = self._segments(read.place, read.place.tensor or read.name, read.dtype)
-        return read.place.file, segments[0].offset if segments else 0
+    def segments(self, read: Read) -> tuple[Segment, ...]:
+        """Where the tensor of a place is in its file."""
+        return self._segments(read.place, read.place.tensor or read.name, read.dtype)
 
-    def pieces(self, read: Read, out: Array) -> Iterator[Piece]:
-        """What `read` would do for a plain place, as pieces in the order of the file.
+    def pieces(self, file: int, segments: Sequence[Segment], cuts: Cuts, out: Array) -> Iterator[Piece]:
+        """What `read` would do for a plain place, as pieces in the order of the file; `cuts` are those of `cuts_into`.
 
         `out` has the bytes of the part, with the shape that `in_bytes` gives it.
         """
-        place, name, dtype, part = read
-        segments, path = self._segments(place, place.tensor or name, dtype), self._files[place.file].path
-        part, outer = in_bytes(part, dtype.itemsize), in_bytes(place.box, dtype.itemsize)
-        key = part, outer, out.strides
-        if key not in self._cuts:
-            self._cuts[key] = [*_cuts(part, outer, out)]
-        for cut in self._cuts[key]:
-            ranges = file_ranges(segments, cut.start, cut.length)
-            if cut.strides and len(ranges) > 1:
-                for start, stop, inner in _in_file(segments, cut.box, outer):
-                    yield Piece(path, start, stop, out[inner.relative_to(part).slices()], cut.strides)
+        path = self._files[file].path
+        part, outer, found = cuts
+        for box, where, first, length, strides in found:
+            ranges = file_ranges(segments, first, length)
+            if strides and len(ranges) > 1:
+                for start, stop, inner in _in_file(segments, box, outer):
+                    yield Piece(path, start, stop, out[inner.relative_to(part).slices()], strides)
                 continue
-            target = out[cut.where] if cut.strides else out[cut.where].reshape(-1)
+            target = out[where] if strides else out[where].reshape(-1)
             if len(ranges) == 1:
                 (start, count) = ranges[0]
-                yield Piece(path, start, start + count, target, cut.strides)
+                yield Piece(path, start, start + count, target, strides)
                 continue
             for start, count in ranges:
                 yield Piece(path, start, start + count, target[:count])
@@ -386,6 +380,23 @@ class _Cut(NamedTuple):
     start: int
     length: int
     strides: tuple[int, ...]  # of its bytes in the content; none where they are one run there and in the array
+
+
+class Cuts(NamedTuple):
+    """The pieces that a part is read in; the boxes of the part and of what the file has are those of bytes."""
+
+    part: Box
+    outer: Box
+    found: Sequence[_Cut]
+
+
+def cuts_into(place: Place, part: Box, itemsize: int, out: Array) -> Cuts:
+    """The pieces of a part of a plain place that go into an array, in the order of the content.
+
+    They are those of all tensors that are cut alike, with arrays of the same strides.
+    """
+    part, outer = in_bytes(part, itemsize), in_bytes(place.box, itemsize)
+    return Cuts(part, outer, [*_cuts(part, outer, out)])
 
 
 def _cuts(part: Box, outer: Box, out: Array) -> Iterator[_Cut]:

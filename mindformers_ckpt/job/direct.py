@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import zip_longest
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,12 +24,12 @@ from mindformers_ckpt.engine.buffers import Given, nothing_given
 from mindformers_ckpt.engine.copier import Copier
 from mindformers_ckpt.engine.fetcher import Fetcher
 from mindformers_ckpt.engine.into_memory import Fill, Piece, fill_arrays
-from mindformers_ckpt.engine.reader import Read, ShardReader
+from mindformers_ckpt.engine.reader import Cuts, Read, ShardReader, cuts_into
 from mindformers_ckpt.engine.sinks import ArraySink
 from mindformers_ckpt.engine.tasks import cut_into_tasks
 from mindformers_ckpt.engine.views import in_bytes
 from mindformers_ckpt.errors import TransferError
-from mindformers_ckpt.formats import Header, TensorSpec
+from mindformers_ckpt.formats import Header, Segment, TensorSpec
 from mindformers_ckpt.formats.headers import wrong_headers
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.job import MAIN_RANK
@@ -38,6 +39,8 @@ from mindformers_ckpt.planning.source_states import check_unchanged, states_of
 
 if TYPE_CHECKING:
     import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[np.uint8]]
 
 _ROUND_BYTES = 32 << 20  # of what all ranks are told at once
 
@@ -106,10 +109,13 @@ def _fill_sink(
     fill: Fill,
 ) -> None:
     """Fill the memory of a sink with what a plan takes."""
-    plain = [transfer for transfer in plan.transfers if _is_plain(transfer)]
-    others = replace(plan, transfers=tuple(transfer for transfer in plan.transfers if not _is_plain(transfer)))
+    is_plain = {(id(kind.sources), id(kind.targets)): _is_plain(kind) for kind, _ in plan.kinds}
+    plain: list[Transfer] = []
+    others: list[Transfer] = []
+    for transfer in plan.transfers:
+        (plain if is_plain[id(transfer.sources), id(transfer.targets)] else others).append(transfer)
     fill(fetcher, _pieces(plain, ShardReader(plan.sources, fetcher, headers), sink), check)
-    _copy_others(others, sink, ShardReader(plan.sources, fetcher, headers), check)
+    _copy_others(replace(plan, transfers=tuple(others)), sink, ShardReader(plan.sources, fetcher, headers), check)
 
 
 def _states(files: Iterable[SourceFile]) -> dict[Path, FileState]:
@@ -132,14 +138,16 @@ def _is_plain(transfer: Transfer) -> bool:
 def _pieces(transfers: Sequence[Transfer], reader: ShardReader, sink: ArraySink) -> Iterator[Piece]:
     """What transfers take of their sources, in the order of the files."""
     known: dict[tuple[int, int, int], list[_Taken]] = {}  # of tensors that are cut alike
-    reads: list[tuple[Read, _Taken]] = []
+    reads: list[tuple[int, int, tuple[Segment, ...], _Taken, Array]] = []
     for name, dtype, _, sources, targets in transfers:
-        key = id(sources), id(targets), dtype.itemsize
+        content, key = sink.contents[name], (id(sources), id(targets), dtype.itemsize)
         if key not in known:
-            known[key] = [*_taken(sources, targets[0].box, dtype.itemsize)]
-        reads += [(Read(taken.place, name, dtype, taken.part), taken) for taken in known[key]]
-    for read, taken in sorted(reads, key=lambda item: reader.begin(item[0])):
-        yield from reader.pieces(read, sink.contents[read.name].reshape(taken.shape)[taken.slices])
+            known[key] = [*_taken(sources, targets[0].box, dtype.itemsize, content)]
+        for taken in known[key]:
+            segments = reader.segments(Read(taken.place, name, dtype, taken.part))
+            reads.append((taken.place.file, segments[0].offset if segments else 0, segments, taken, content))
+    for file, _, segments, taken, content in sorted(reads, key=itemgetter(0, 1)):
+        yield from reader.pieces(file, segments, taken.cuts, taken.array(content))
 
 
 class _Taken(NamedTuple):
@@ -149,14 +157,23 @@ class _Taken(NamedTuple):
     part: Box
     shape: tuple[int, ...]
     slices: tuple[Any, ...]
+    cuts: Cuts
+
+    def array(self, content: Array) -> Array:
+        """The bytes that are taken, in the content of the target."""
+        taken: Array = content.reshape(self.shape)[self.slices]
+        return taken
 
 
-def _taken(sources: Sequence[Place], target: Box, itemsize: int) -> Iterator[_Taken]:
+def _taken(sources: Sequence[Place], target: Box, itemsize: int, content: Array) -> Iterator[_Taken]:
+    """`content` has the bytes of the target's box, as those of all tensors that are cut alike."""
     outer = in_bytes(target, itemsize)
     for place in sources:
         part = place.box.intersect(target)
         if part is not None:
-            yield _Taken(place, part, outer.shape, in_bytes(part, itemsize).relative_to(outer).slices())
+            slices = in_bytes(part, itemsize).relative_to(outer).slices()
+            cuts = cuts_into(place, part, itemsize, content.reshape(outer.shape)[slices])
+            yield _Taken(place, part, outer.shape, slices, cuts)
 
 
 def _copy_others(plan: Plan, sink: ArraySink, reader: ShardReader, check: Callable[[], None]) -> None:

@@ -76,10 +76,16 @@ class Loading:
         elif self.config.auto_trans_save:
             return self._load_resliced()
         else:
-            own = self._reslicing().own_plan()
+            own = self._own_plan()
             loaded = self._read(None) if own is None else self._read_direct(own)
         self.cluster.barrier("loaded")
         return loaded
+
+    def _own_plan(self) -> RankPlan | None:
+        reslicing = self._reslicing()
+        if self.cluster.rank != MAIN_RANK:  # these look at their parameters while they wait for its plan
+            _ = self._own, self.parameters.memory
+        return reslicing.own_plan()
 
     @cached_property
     def _own(self) -> dict[str, tuple[int, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mindformers_ckpt.errors import ConfigError, PlanError, describe_problems, raise_problems
@@ -51,6 +52,29 @@ class Parameters(Mapping[str, "Parameter"]):
     def named(self, name: str) -> Sequence[Parameter]:
         """All parameters of a name."""
         return self._found[name]
+
+    @cached_property
+    def memory(self) -> Mapping[str, np.ndarray[Any, np.dtype[np.uint8]]]:
+        """The bytes of those in this process' memory that can be written, and are those of no other parameter."""
+        import numpy as np
+
+        found, spans = {}, []
+        for name, own in self.items():
+            if getattr(own, "device", "") != "CPU" or own.has_init:  # on a device, or MindSpore has not made its values
+                continue
+            array = own.asnumpy()  # a view
+            start = array.__array_interface__["data"][0]
+            spans.append((start, start + array.nbytes, name))
+            if array.nbytes and array.flags.writeable and array.flags.c_contiguous:
+                found[name] = array.reshape(-1).view(np.uint8)
+        end, last = 0, ""
+        for start, stop, name in sorted(spans):
+            if start < end:
+                found.pop(name, None)
+                found.pop(last, None)
+            if stop > end:
+                end, last = stop, name
+        return found
 
 
 def tensor_of(spec: TensorSpec, content: np.ndarray[Any, Any]) -> Tensor:
@@ -113,31 +137,7 @@ def own_memory(parameters: Parameters, specs: Sequence[TensorSpec]) -> dict[str,
             return {}
         if own is not None and not own.param_info.is_pipeline_shared_param:
             wanted.append(spec.name)
-    held = _memory_alone(parameters)
-    return {name: held[name] for name in wanted if name in held}
-
-
-def _memory_alone(parameters: Parameters) -> dict[str, np.ndarray[Any, np.dtype[np.uint8]]]:
-    """The bytes of parameters in this process' memory that can be written, and are those of no other parameter."""
-    import numpy as np
-
-    found, spans = {}, []
-    for name, own in parameters.items():
-        if getattr(own, "device", "") != "CPU" or own.has_init:  # on a device, or MindSpore has not made its values yet
-            continue
-        array = own.asnumpy()  # a view
-        start = array.__array_interface__["data"][0]
-        spans.append((start, start + array.nbytes, name))
-        if array.nbytes and array.flags.writeable and array.flags.c_contiguous:
-            found[name] = array.reshape(-1).view(np.uint8)
-    end, last = 0, ""
-    for start, stop, name in sorted(spans):
-        if start < end:
-            found.pop(name, None)
-            found.pop(last, None)
-        if stop > end:
-            end, last = stop, name
-    return found
+    return {name: parameters.memory[name] for name in wanted if name in parameters.memory}
 
 
 def own_shapes(parameters: Parameters) -> dict[str, tuple[int, ...]]:

@@ -3,10 +3,14 @@
 One rank of a job looks at the source and tells every other one this. It then reads contents alone: no folder is listed,
 and no header is read again. Where a header is only likely the heads of what is read are told, too, to be compared.
 
-    {"target": [path, rank, format], "tensors": [[name, element type, [shape]], …],
-     "files": [[number, name from the root, bytes, [[tensor, element type, [shape], [offset, length, …]], …],
-                [[offset, head], …]], …],
-     "transfers": [[name, element type, [shape], [place, …], [place, …]], …]}
+    {"target": [path, rank, format],
+     "names": [text, …], "kinds": [[element type, [shape]], …], "places": [[place, …], …],
+     "tensors": [name, kind, …],
+     "files": [[number, name from the root, bytes, [name, kind, offset, length, …], [[offset, head], …]], …],
+     "transfers": [name, kind, source places, target places, …]}
+
+Names, kinds and places are told once, and are referred to by number. A tensor of a file has an offset and a length for
+each of its segments.
 
     place:   [file, start, stop, name in the file, view, computation], from its end without what is not there
     view:    [shape, start, stop, order]
@@ -18,24 +22,34 @@ import base64
 import json
 import os
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mindformers_ckpt.errors import FormatError, PlanError, TransferError, system_errors
-from mindformers_ckpt.formats import Header, Segment, TensorRecord, TensorSpec
+from mindformers_ckpt.formats import DType, Header, Segment, TensorRecord, TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.formats.tensor_file import Malformed
 from mindformers_ckpt.planning.checked import DecodeError, box_of, list_of, number_of, numbers_of, spec_of, text_of
 from mindformers_ckpt.planning.computations import Cast, Compute, Constant, Dequantise
-from mindformers_ckpt.planning.model import Place, Plan, SourceFile, TargetFile, Transfer, View, once
+from mindformers_ckpt.planning.model import Numbers, Place, Plan, SourceFile, TargetFile, Transfer, View, once
 from mindformers_ckpt.text_files import parse_json
 
 _dump = json.JSONEncoder(separators=(",", ":")).encode
 _MAX_BYTES = 1 << 30  # of the text of one rank: that of a rank with all of 100,000 tensors has 20 MB
+_ONE_TARGET = {0: 0}
+_NOTHING = (Segment(0, 0),)  # of a tensor without elements
 _PLAIN = ("", None, None)  # name, view and computation of a place that is a box of the file's tensor of that name
+
+
+class _Kind(NamedTuple):
+    """Element type and shape."""
+
+    dtype: DType
+    shape: tuple[int, ...]
 
 
 class RankPlan(NamedTuple):
@@ -63,6 +77,21 @@ def encode_ranks(plan: Plan, root: Path, header_of: Callable[[Path], Header]) ->
         yield encoder.text(target, transfers)
 
 
+class _Tables(NamedTuple):
+    """What a text refers to by number: names, kinds of tensors, and places as they are written."""
+
+    names: Numbers[str]
+    kinds: Numbers[tuple[str, tuple[int, ...]]]
+    places: Numbers[str]
+
+
+class _Alike(NamedTuple):
+    """Transfers of one kind with the same places: the rest of their rows, and the tensors that they read of files."""
+
+    row: tuple[int, int, int]
+    read: list[tuple[dict[str, None], str]]  # names in a file, the one to add: none where it is that of the transfer
+
+
 class _Encoder:
     """Makes the texts of targets out of pieces that many of them share."""
 
@@ -70,38 +99,47 @@ class _Encoder:
         self._plan, self._root, self._header_of = plan, root, header_of
         self._headers: dict[int, Header] = {}
         self._names: dict[int, str] = {}
-        self._heads: dict[str, str] = {}
-        # Files of a stage, tensors that are cut alike, and ranks of a stage have many objects in common.
-        self._record = once(_record_text)
-        self._sources, self._targets, self._specs = once(_sources_text), once(_targets_text), once(_specs_text)
+        self._sources, self._targets = once(_sources_text), once(_targets_text)  # ranks of a stage share them
 
     def text(self, target: TargetFile, transfers: Sequence[Transfer]) -> str:
-        read: dict[int, dict[str, None]] = {}
-        for transfer in transfers:
-            for place in transfer.sources:
-                for file, tensor in _tensors_of(place, transfer.name):
-                    read.setdefault(file, {})[tensor] = None
-        files = ",".join(self._file(file, read[file]) for file in sorted(read))
-        parts = ",".join(map(self._transfer, transfers))
+        tables = _Tables(Numbers(), Numbers(), Numbers())
+        names, kinds, places = tables
+        read: dict[int, dict[str, None]] = defaultdict(dict)
+        known: dict[tuple[int, int, str, tuple[int, ...]], _Alike] = {}
+        rows: list[int] = []
+        for name, dtype, shape, sources, targets in transfers:
+            key = id(sources), id(targets), dtype.name, shape
+            if key not in known:
+                row = kinds[dtype.name, shape], places[self._sources(sources)], places[self._targets(targets)]
+                files_read = [file for place in sources for file in _tensors_of(place)]
+                known[key] = _Alike(row, [(read[file], tensor) for file, tensor in files_read])
+            alike = known[key]
+            rows += names[name], *alike.row
+            for tensors, tensor in alike.read:
+                tensors[tensor or name] = None
+        specs = [number for spec in target.tensors for number in (names[spec.name], kinds[spec.dtype.name, spec.shape])]
+        files = ",".join(self._file(file, read[file], tables) for file in sorted(read))
         about = _dump([target.path, target.rank, target.format])
-        text = f'{{"target":{about},"tensors":{self._specs(target.tensors)},"files":[{files}],"transfers":[{parts}]}}'
+        text = (
+            f'{{"target":{about},"names":{_dump([*names])},"kinds":{_dump([*kinds])},"places":[{",".join(places)}],'
+            f'"tensors":{_dump(specs)},"files":[{files}],"transfers":{_dump(rows)}}}'
+        )
         return base64.b64encode(zlib.compress(text.encode("ascii"), 1)).decode("ascii")
 
-    def _transfer(self, transfer: Transfer) -> str:
-        if transfer.name not in self._heads:
-            name, dtype, shape, _, _ = transfer
-            self._heads[name] = _dump([name, dtype.name, shape])[:-1]
-        return f"{self._heads[transfer.name]},{self._sources(transfer.sources)},{self._targets(transfer.targets)}]"
-
-    def _file(self, number: int, tensors: Mapping[str, None]) -> str:
+    def _file(self, number: int, tensors: Mapping[str, None], tables: _Tables) -> str:
         if number not in self._headers:
             file = self._plan.sources[number]
             self._headers[number] = self._current(file)
             self._names[number] = f"[{number},{_dump(name_from(self._root, file.path))},{file.size}"
         header = self._headers[number]
         records = [header.tensors[tensor] for tensor in tensors]
+        rows: list[int] = []
+        for spec, segments in records:
+            name, kind = tables.names[spec.name], tables.kinds[spec.dtype.name, spec.shape]
+            for offset, length in segments or _NOTHING:
+                rows += name, kind, offset, length
         heads = _dump(_heads_of(header, records)) if header.is_likely else "[]"
-        return f"{self._names[number]},[{','.join(map(self._record, records))}],{heads}]"
+        return f"{self._names[number]},{_dump(rows)},{heads}]"
 
     def _current(self, file: SourceFile) -> Header:
         header = self._header_of(file.path)
@@ -110,11 +148,6 @@ class _Encoder:
         if (status.st_size, status.st_mtime_ns) != (header.size, header.modified):
             raise TransferError(f"{file.path} was written after the job looked at it; start the job again")
         return header
-
-
-def _record_text(record: TensorRecord) -> str:
-    segments = [value for segment in record.segments for value in segment]
-    return _dump([*_spec_to_json(record.spec), segments])
 
 
 def _heads_of(header: Header, records: Iterable[TensorRecord]) -> list[tuple[int, str]]:
@@ -137,10 +170,6 @@ def _targets_text(places: Sequence[Place]) -> str:
     return _dump([_place_to_json(place._replace(file=0)) for place in places])
 
 
-def _specs_text(specs: Sequence[TensorSpec]) -> str:
-    return _dump([_spec_to_json(spec) for spec in specs])
-
-
 def decode_rank(text: str, root: Path) -> RankPlan:
     """What a text says that another rank wrote; every type, number and name in it is checked.
 
@@ -148,23 +177,22 @@ def decode_rank(text: str, root: Path) -> RankPlan:
     """
     try:
         body = parse_json(_unpacked(text))
+        names = [text_of(name) for name in list_of(body["names"])]
+        kinds = [_kind(entry) for entry in list_of(body["kinds"])]
         headers: dict[int, Header] = {}
         numbers: dict[int, int] = {}
         for entry in list_of(body["files"]):
-            number, *rest = list_of(entry, 5)
+            number, name, size, rows, heads = list_of(entry, 5)
             position = numbers.setdefault(number_of(number), len(numbers))
-            headers[position] = _header(rest, root)
+            headers[position] = _header(path_in(root, text_of(name)), size, _records(rows, names, kinds), heads)
         path, rank, format = list_of(body["target"], 3)
-        specs = tuple(spec_of(entry) for entry in list_of(body["tensors"]))
+        specs = tuple(TensorSpec(names[name], *kinds[kind]) for name, kind in _rows(body["tensors"], 2))
         target = TargetFile(text_of(path), number_of(rank), text_of(format), specs)
-        places = _Places(numbers)
-        transfers = tuple(_transfer(entry, places) for entry in list_of(body["transfers"]))
+        transfers = tuple(_transfers(body, names, kinds, numbers))
         sources = tuple(SourceFile(header.path, header.size) for header in headers.values())
-        if any(place.file for transfer in transfers for place in transfer.targets):
-            raise DecodeError("a place in another target")
     except KeyError as error:
         raise PlanError(f"what another rank told of its plan lacks {error}") from None
-    except (TypeError, ValueError, Malformed, FormatError, zlib.error) as error:
+    except (TypeError, ValueError, IndexError, Malformed, FormatError, zlib.error) as error:
         raise PlanError(f"what another rank told of its plan cannot be read: {str(error)[:300]}") from None
     plan = Plan(sources, (target,), transfers)
     plan.check()
@@ -179,20 +207,37 @@ def _unpacked(text: str) -> bytes:
     return data
 
 
-def _header(entry: Sequence[Any], root: Path) -> Header:
-    name, size, records, told = entry
-    tensors = {}
-    for record in list_of(records):
-        tensor, dtype, shape, flat = list_of(record, 4)
-        spec = spec_of([tensor, dtype, shape])
-        numbers = numbers_of(flat)
-        segments = tuple(map(Segment, numbers[::2], numbers[1::2]))
-        if len(numbers) % 2 or sum(segment.length for segment in segments) != spec.nbytes:
-            raise DecodeError(f"{tensor!r} is not where it should be")
-        tensors[spec.name] = TensorRecord(spec, segments)
+def _rows(values: Any, width: int) -> Iterator[tuple[int, ...]]:
+    """The rows of a table that is told as one list of numbers."""
+    numbers = numbers_of(values)
+    if len(numbers) % width:
+        raise DecodeError(f"a table of {len(numbers)} numbers, in rows of {width}")
+    return zip(*[iter(numbers)] * width)
+
+
+def _kind(entry: Any) -> _Kind:
+    dtype, shape = list_of(entry, 2)
+    spec = spec_of(["a tensor", dtype, shape])
+    return _Kind(spec.dtype, spec.shape)
+
+
+def _records(rows: Any, names: Sequence[str], kinds: Sequence[_Kind]) -> dict[str, TensorRecord]:
+    """Where the tensors of a file are in it."""
+    found: dict[str, TensorRecord] = {}
+    for number, kind, offset, length in _rows(rows, 4):
+        name = names[number]
+        before = found[name].segments if name in found else ()
+        segments = (*before, Segment(offset, length)) if length else before
+        found[name] = TensorRecord(TensorSpec(name, *kinds[kind]), segments)
+    for name, (spec, segments) in found.items():
+        if sum(segment.length for segment in segments) != spec.nbytes:
+            raise DecodeError(f"{name!r} is not where it should be")
+    return found
+
+
+def _header(path: Path, size: Any, tensors: dict[str, TensorRecord], told: Any) -> Header:
+    """Heads are those of a .ckpt file: any other one is read whole."""
     heads = tuple((number_of(offset), text_of(head).encode("latin-1")) for offset, head in map(list_of, list_of(told)))
-    # Heads are those of a .ckpt file: any other one is read whole.
-    path = path_in(root, text_of(name))
     return Header(path, "ckpt", number_of(size), tensors, {}, None, heads, is_likely=bool(heads))
 
 
@@ -212,35 +257,31 @@ def path_in(root: Path, name: str) -> Path:
     return path
 
 
-def _tensors_of(place: Place, name: str) -> Iterator[tuple[int, str]]:
-    """The tensors of files that a place reads: file, name there."""
+def _tensors_of(place: Place) -> Iterator[tuple[int, str]]:
+    """The tensors of files that a place reads: file, name there (none where it is that of the transfer)."""
     if isinstance(place.compute, Constant):
         return
-    yield place.file, place.tensor or name
+    yield place.file, place.tensor
     if isinstance(place.compute, Dequantise):
         yield place.compute.scale_file, place.compute.scale
 
 
-class _Places:
-    """The places of tensors; tensors that are cut alike share theirs, and are looked at once."""
+def _transfers(
+    body: Mapping[str, Any], names: Sequence[str], kinds: Sequence[_Kind], numbers: Mapping[int, int]
+) -> Iterator[Transfer]:
+    """The transfers. Those that are cut alike share their places, and these are looked at once."""
+    lists = [list_of(entry) for entry in list_of(body["places"])]
 
-    def __init__(self, numbers: Mapping[int, int]) -> None:
-        self._numbers = numbers
-        self._known: dict[str, tuple[Place, ...]] = {}
+    @cache
+    def sources(number: int) -> tuple[Place, ...]:
+        return tuple(_place(entry, numbers) for entry in lists[number])
 
-    def of(self, entries: Any, numbers: Mapping[int, int] | None = None) -> tuple[Place, ...]:
-        """The places of a list, whose files have `numbers` (by default those of the sources)."""
-        key = repr((entries, numbers))  # not the list: True and 1.0 are equal to 1
-        if key not in self._known:
-            known = self._numbers if numbers is None else numbers
-            self._known[key] = tuple(_place(place, known) for place in list_of(entries))
-        return self._known[key]
+    @cache
+    def targets(number: int) -> tuple[Place, ...]:
+        return tuple(_place(entry, _ONE_TARGET) for entry in lists[number])
 
-
-def _transfer(entry: Any, places: _Places) -> Transfer:
-    name, dtype, shape, sources, targets = list_of(entry, 5)
-    spec = spec_of([name, dtype, shape])
-    return Transfer(spec.name, spec.dtype, spec.shape, places.of(sources), places.of(targets, {0: 0}))
+    for name, kind, given, taken in _rows(body["transfers"], 4):
+        yield Transfer(names[name], *kinds[kind], sources(given), targets(taken))
 
 
 def _place_to_json(place: Place) -> list[Any]:
@@ -278,10 +319,6 @@ def _view_to_json(view: View | None) -> list[Any] | None:
 def _view(entry: Any) -> View:
     shape, start, stop, order = list_of(entry, 4)
     return View(numbers_of(shape), box_of([start, stop]), numbers_of(order))
-
-
-def _spec_to_json(spec: TensorSpec) -> list[Any]:
-    return [spec.name, spec.dtype.name, spec.shape]
 
 
 def _compute_to_json(compute: Compute | None) -> list[Any] | None:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,17 @@ def _metadata_in(folder: Path) -> Path | None:
 def read_rank_file(path: str | os.PathLike[str]) -> dict[str, Layout]:
     """The layouts in the file of one rank, which are those of its pipeline stage. Raises StrategyError."""
     path = as_path(path)
-    content = parse(path, read_data(path))
+    content = _rank_file(path, read_data(path))
     if content.merged:
         raise StrategyError(f"{path} is a merged strategy; the file of one rank was expected")
     (layouts,) = content.stages.values()
     return dict(layouts)
+
+
+@lru_cache(maxsize=1)
+def _rank_file(path: Path, data: bytes) -> StageFile:
+    """What a file says. The last one is kept: the main rank of a job reads its own alone, then with all the others."""
+    return parse(path, data)
 
 
 def is_strategy_folder(path: Path) -> bool:
@@ -197,7 +204,7 @@ def _read_folder(folder: Path, use_merged: bool = True) -> Strategy:
         data = read_data(file)
         digest = hashlib.blake2b(data, digest_size=16).digest()
         if digest not in contents:
-            contents[digest] = (file, parse(file, data))
+            contents[digest] = (file, _rank_file(file, data))
         content = contents[digest][1]
         if content.merged:
             raise StrategyError(f"{file} is a merged strategy under the name of a rank's file")

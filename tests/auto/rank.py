@@ -15,9 +15,9 @@ import os
 import shutil
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from faults import arm
 
@@ -61,6 +61,12 @@ def counted(ask: Callable[..., Any], count: Callable[[object], None]) -> Callabl
     return look
 
 
+class Names(dict[str, None]):
+    """Stands in for the parameters of a network, which has none of MindSpore's."""
+
+    memory: ClassVar[Mapping[str, Any]] = {}
+
+
 def take_part(job: dict[str, Any]) -> int:
     """Be a rank of a job; the exit code."""
     counts = count_requests(job["counted"]) if job.get("counted") else None
@@ -73,7 +79,7 @@ def take_part(job: dict[str, Any]) -> int:
     names = job.get("names", ())
     if isinstance(names, dict):
         names = names[os.environ["MS_NODE_ID"]]
-    weights.Parameters = lambda cells: dict.fromkeys(names)  # type: ignore[assignment, misc, return-value]
+    weights.Parameters = lambda cells: Names.fromkeys(names)  # type: ignore[assignment, misc, return-value]
     weights.own_memory = lambda parameters, specs: {}
     weights.own_shapes = lambda parameters: dict.fromkeys(names, ())
     weights.are_cut = weights.shares_stages = lambda parameters: False
