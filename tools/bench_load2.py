@@ -4,7 +4,7 @@
 
 Four ranks (processes of this machine, MindSpore on CPU) load weights and moments that another job saved (`--source`:
 eight ranks, mp8 or two stages of dp2 mp2, or one card) into a network and an optimizer cut as mp4, in three ways, in
-turn:
+turn, each round in another order:
 
     MindFormers   its own `load_checkpoint` of checkpoint 2.0
     install()     the same call, with our engine under it
@@ -172,7 +172,7 @@ def _storage(folder: Path, latency: float) -> Iterator[None]:
 @click.command()
 @click.option("--gb", default=2.0, show_default=True, help="Unique bytes of the checkpoint, in GB.")
 @click.option("--source", default="mp8", show_default=True, type=click.Choice(["mp8", "dp2mp2pp2", "full"]))
-@click.option("--repeats", default=3, show_default=True, help="Rounds; each runs all ways.")
+@click.option("--repeats", default=3, show_default=True, help="Rounds; each runs all ways, and begins with another one.")
 @click.option("--latency", default=0.0, show_default=True, help="Milliseconds that storage takes for a request.")
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("output/bench_load2"), show_default=True)
 @click.option("--rank-way", hidden=True)
@@ -201,7 +201,7 @@ def main(gb: float, source: str, repeats: int, latency: float, folder: Path, ran
     shutil.rmtree(folder / "complete")
     runs: dict[str, list[list[dict[str, Any]]]] = {way: [] for way in WAYS}
     for number in range(repeats):
-        for position, way in enumerate(WAYS):
+        for position, way in enumerate(WAYS[number % 3 :] + WAYS[: number % 3]):
             with _storage(folder, latency):
                 runs[way].append(run_job(way, folder, _PORT + 10 * number + position, __file__))
     held = {tuple(rank["digest"] for rank in ranks) for found in runs.values() for ranks in found}
