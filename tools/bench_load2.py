@@ -172,7 +172,7 @@ def _storage(folder: Path, latency: float) -> Iterator[None]:
 @click.command()
 @click.option("--gb", default=2.0, show_default=True, help="Unique bytes of the checkpoint, in GB.")
 @click.option("--source", default="mp8", show_default=True, type=click.Choice(["mp8", "dp2mp2pp2", "full"]))
-@click.option("--repeats", default=3, show_default=True, help="Rounds; each runs all ways, and begins with another one.")
+@click.option("--repeats", default=3, show_default=True, help="Rounds of all ways, each in another order.")
 @click.option("--latency", default=0.0, show_default=True, help="Milliseconds that storage takes for a request.")
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("output/bench_load2"), show_default=True)
 @click.option("--rank-way", hidden=True)

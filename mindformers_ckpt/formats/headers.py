@@ -21,7 +21,7 @@ _AT_ONCE = 8
 _WAIT = 0.05
 _WAIT_QUICK = 0.002  # of one that is looked at quickly
 # Heads at which a file is compared with one of its size that was read whole; few where all are compared later.
-_SAMPLES, _FEW_SAMPLES = 16, 4
+_SAMPLES, _FEW_SAMPLES = 16, 2
 
 
 def read_headers(paths: Sequence[Path]) -> Generator[tuple[Path, Header | FormatError], None, None]:
