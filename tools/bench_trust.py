@@ -17,7 +17,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -35,10 +35,10 @@ from slow_mount import mounted, why_not
 from mindformers_ckpt.checksums import crc64
 from mindformers_ckpt.checksums.shares import share_of
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES, PIECE_BYTES
+from mindformers_ckpt.engine.threads import run_in_threads
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.look.diff import diff
 from mindformers_ckpt.look.fingerprint import fingerprint
-from mindformers_ckpt.look.threads import THREADS, in_threads
 from mindformers_ckpt.look.verify import verify
 from mindformers_ckpt.look.whole import checkpoint_at
 from mindformers_ckpt.planning.build import build_plan
@@ -48,6 +48,7 @@ from mindformers_ckpt.transform import transform
 
 _PART = 32 << 20  # of a file, that one thread reads
 _LIMIT = 200e6
+THREADS = 2  # of `verify --against` and `diff`
 
 
 def count_shares(repeats: int) -> None:
@@ -84,19 +85,28 @@ def read_all(*folders: Path, threads: int) -> None:
     paths = [path for folder in folders for path in sorted(folder.rglob("*.ckpt"))]
     parts = [(path, start) for path in paths for start in range(0, path.stat().st_size, _PART)]
 
-    def read(taken: Iterator[tuple[Path, int]], check: Callable[[], None]) -> None:
-        memory = memoryview(mmap.mmap(-1, BLOCK_BYTES if threads == 1 else PIECE_BYTES))
-        for path, start in taken:
-            descriptor = os.open(path, os.O_RDONLY)
-            stop = start + _PART
-            while start < stop and (count := os.preadv(descriptor, [memory], start)):
-                start += count
-            os.close(descriptor)
+    count = BLOCK_BYTES if threads == 1 else PIECE_BYTES
+    for _ in run_in_threads([_Reading(count) for _ in range(threads)], parts):
+        pass
 
-    if threads == 1:
-        read(iter(parts), lambda: None)
-    else:
-        in_threads(parts, read)
+
+class _Reading:
+    """Reads parts of files, and drops what it has read."""
+
+    def __init__(self, size: int) -> None:
+        self._memory = memoryview(mmap.mmap(-1, size))
+
+    def run(self, part: tuple[Path, int], check: Callable[[], None], following: tuple[Path, int] | None) -> None:
+        """Read a part."""
+        path, start = part
+        descriptor = os.open(path, os.O_RDONLY)
+        stop = start + _PART
+        while start < stop and (count := os.preadv(descriptor, [self._memory], start)):
+            start += count
+        os.close(descriptor)
+
+    def close(self) -> None:
+        """All is closed."""
 
 
 def compare(name: str, work: Callable[[], object], folders: Sequence[Path], repeats: int) -> None:

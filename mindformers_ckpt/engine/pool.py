@@ -83,7 +83,7 @@ class Workers(NamedTuple):
 
 
 def run_tasks(
-    make: Callable[[Fetcher], Runner[T]],
+    make: Callable[[Fetcher], Runner[Task, T]],
     tasks: Sequence[Task],
     workers: Workers,
     threads: int = _THREADS,
@@ -129,10 +129,10 @@ def _copier(
 
 def _run_with_workers(
     workers: int,
-    make: Callable[[Fetcher], Runner[T]],
+    make: Callable[[Fetcher], Runner[Task, T]],
     drops: bool,
     tasks: Sequence[Task],
-    runner: Runner[T],
+    runner: Runner[Task, T],
     check: Callable[[], None],
     may_fork: bool,
 ) -> Iterator[T]:
@@ -178,7 +178,7 @@ def _work_along(
     workers: int,
     run: Callable[[Task, Task | None], T],
     tasks: Sequence[Task],
-    runner: Runner[T],
+    runner: Runner[Task, T],
     check: Callable[[], None],
 ) -> Iterator[T]:
     """Feed tasks from the front to the workers, which `run` them, and take tasks from the far end meanwhile.
@@ -226,11 +226,11 @@ def _work_along(
             yield done.result()
 
 
-_worker: Runner[Any] | None = None
+_worker: Runner[Task, Any] | None = None
 _stop: ctypes.c_bool | None = None
 
 
-def _start_worker(make: Callable[[Fetcher], Runner[Any]], drops: bool, stop: ctypes.c_bool) -> None:
+def _start_worker(make: Callable[[Fetcher], Runner[Task, Any]], drops: bool, stop: ctypes.c_bool) -> None:
     global _worker, _stop
     _worker, _stop = make(Fetcher(drops=drops)), stop
     threading.Thread(target=_end_with_parent, daemon=True).start()

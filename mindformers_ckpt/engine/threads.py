@@ -1,7 +1,7 @@
 """One process works in several threads: while some wait for reads, others write or compare.
 
-Each takes the next task when it has finished one, so that the files are read in their order. The first failure ends
-all.
+Each takes the next task, whatever that is, when it has finished one, so that files are read in their order. The first
+failure ends all.
 """
 
 from __future__ import annotations
@@ -11,30 +11,31 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
-from mindformers_ckpt.engine.tasks import Task
 from mindformers_ckpt.errors import TransferError
 
 _SECONDS_BETWEEN_CHECKS = 0.05
 
 
 T = TypeVar("T")
+Item = TypeVar("Item")
+Todo = TypeVar("Todo", contravariant=True)
 Found = TypeVar("Found", covariant=True)
 
 
-class Runner(Protocol[Found]):
+class Runner(Protocol[Todo, Found]):
     """What runs tasks, one at a time, as a `Copier` does."""
 
-    def run(self, task: Task, check: Callable[[], None], following: Task | None) -> Found:
+    def run(self, task: Todo, check: Callable[[], None], following: Todo | None) -> Found:
         """Run a task, and report; `check` is called between blocks and may raise. `following` is likely to be next."""
 
     def close(self) -> None:
         """Close what was opened."""
 
 
-class _Work(Generic[T]):
+class _Work(Generic[Item, T]):
     """Tasks that several threads take, what they have finished, and the first failure."""
 
-    def __init__(self, tasks: Sequence[Task], threads: int) -> None:
+    def __init__(self, tasks: Sequence[Item], threads: int) -> None:
         self._left = deque(tasks)
         self._threads = threads
         self._lock = threading.Lock()
@@ -42,7 +43,7 @@ class _Work(Generic[T]):
         self.failure: BaseException | None = None
         self.is_stopped = False
 
-    def take(self, own: Task | None) -> tuple[Task | None, Task | None]:
+    def take(self, own: Item | None) -> tuple[Item | None, Item | None]:
         """The task to run now, `own` where a thread has one, and the one that it is to run then: it may read ahead."""
         with self._lock:
             task = own if own is not None or not self._left else self._left.popleft()
@@ -55,7 +56,7 @@ class _Work(Generic[T]):
         if self.is_stopped:
             raise TransferError("the work was stopped")
 
-    def help(self, runner: Runner[T]) -> None:
+    def help(self, runner: Runner[Item, T]) -> None:
         """Run tasks, in a thread beside the caller's."""
         try:
             task, following = self.take(None)
@@ -67,13 +68,15 @@ class _Work(Generic[T]):
                 self.failure = self.failure or error
 
 
-def run_in_threads(runners: Sequence[Runner[T]], tasks: Sequence[Task], check: Callable[[], None]) -> Iterator[T]:
+def run_in_threads(
+    runners: Sequence[Runner[Item, T]], tasks: Sequence[Item], check: Callable[[], None] = lambda: None
+) -> Iterator[T]:
     """Run tasks with the first of `runners`, and in a thread with each of the others; yield what each found.
 
     `check` is called in the calling thread, between blocks.
     """
     first, *others = runners
-    work: _Work[T] = _Work(tasks, len(runners))
+    work: _Work[Item, T] = _Work(tasks, len(runners))
 
     def check_all() -> None:
         check()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindformers_ckpt.engine.buffers import BLOCK_BYTES
 from mindformers_ckpt.engine.tasks import tasks_of
+from mindformers_ckpt.engine.threads import run_in_threads
 from mindformers_ckpt.errors import ConfigError
 from mindformers_ckpt.formats import DType, Segment, TensorSpec
 from mindformers_ckpt.geometry.box import Box, blocks
@@ -19,7 +19,6 @@ from mindformers_ckpt.look.arrays import numpy_type
 from mindformers_ckpt.look.blocks import WholeReader
 from mindformers_ckpt.look.comparing import Comparer
 from mindformers_ckpt.look.holders import first_difference
-from mindformers_ckpt.look.threads import in_threads
 from mindformers_ckpt.look.whole import checkpoint_at
 from mindformers_ckpt.objects.path import PathLike
 from mindformers_ckpt.planning.model import Place, SourceFile, Transfer, once
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 Side = tuple[Checkpoint, Mapping[str, LogicalTensor]]
 # Elements that are computed with at a time: as double precision they stay in the cache.
 _STRIP = 64 << 10
+_THREADS = 2  # while one waits for a read, the other compares
 
 
 @dataclass(frozen=True)
@@ -150,67 +150,59 @@ def _tensors(checkpoint: Checkpoint) -> Mapping[str, LogicalTensor]:
 
 
 class _Done:
-    """How many bytes have been compared, by all threads."""
+    """How many bytes have been compared."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self._total, self._progress = total, progress
         self._bytes = 0
-        self._lock = threading.Lock()
 
     def add(self, tensor: LogicalTensor) -> None:
         """A tensor is compared."""
-        with self._lock:
-            self._bytes += tensor.spec.nbytes
-            if self._progress is not None:
-                self._progress(self._bytes, self._total)
+        self._bytes += tensor.spec.nbytes
+        if self._progress is not None:
+            self._progress(self._bytes, self._total)
 
 
 def _differing(left: Side, right: Side, names: Sequence[str], done: _Done) -> list[str]:
     """The tensors that are not the same on both sides, bit for bit, in order; `done` is told of the others."""
-    (first, ours), (second, theirs) = left, right
     found: list[str] = []
-
-    def compare(taken: Iterator[str], check: Callable[[], None]) -> None:
-        with closing(_Bits(first, second, check)) as bits:
-            for name in taken:
-                if bits.are_equal(name, ours[name], theirs[name]):
-                    done.add(ours[name])
-                else:
-                    found.append(name)
-
-    in_threads(names, compare)
+    with ExitStack() as stack:
+        runners = [stack.enter_context(closing(_Bits(left, right))) for _ in range(_THREADS)]
+        for name, is_same in run_in_threads(runners, names):
+            if is_same:
+                done.add(left[1][name])
+            else:
+                found.append(name)
     return sorted(found)
 
 
 class _Bits:
     """Finds out whether tensors of two checkpoints are the same, bit for bit."""
 
-    def __init__(self, left: Checkpoint, right: Checkpoint, check: Callable[[], None]) -> None:
-        """`check` is called between blocks, and may raise to stop."""
-        self._right, self._check = right, check
+    def __init__(self, left: Side, right: Side) -> None:
+        (first, self._ours), (self._right, self._theirs) = left, right
         self._shards: Sequence[Shard] = ()
-        paths = list(dict.fromkeys(left.files.files))
+        paths = list(dict.fromkeys(first.files.files))
         self._numbers = {path: number for number, path in enumerate(paths)}
-        headers = {number: left.header(path) for path, number in self._numbers.items()}
+        headers = {number: first.header(path) for path, number in self._numbers.items()}
         files = [SourceFile(path, header.size) for path, header in zip(paths, headers.values())]
         self._comparer = Comparer(files, headers, self._content, self._note)
         self._differs = False
         # Layers share their shards, and so the places of these, and what is found of them once (engine/ways.py).
         self._sources, self._targets = once(self._sources_of), once(_targets_of)
 
-    def are_equal(self, name: str, left: LogicalTensor, right: LogicalTensor) -> bool:
-        """Whether both have the same type, shape and bits. Little is read beyond the first difference."""
+    def run(self, name: str, check: Callable[[], None], following: str | None) -> tuple[str, bool]:
+        """A tensor, and whether both have the same type, shape and bits. Little is read after a difference."""
+        left, right = self._ours[name], self._theirs[name]
         if (left.spec.dtype, left.spec.shape) != (right.spec.dtype, right.spec.shape):
-            return False
+            return name, False
         self._shards, self._differs = right.shards, False
-        transfer = Transfer(
-            name, left.spec.dtype, left.spec.shape, self._sources(left.shards), self._targets(right.shards)
-        )
-        for task in tasks_of(transfer):
-            self._comparer.run(task, self._check)
+        sources, targets = self._sources(left.shards), self._targets(right.shards)
+        for task in tasks_of(Transfer(name, left.spec.dtype, left.spec.shape, sources, targets)):
+            self._comparer.run(task, check)
             if self._differs:
-                return False
-        return True
+                break
+        return name, not self._differs
 
     def _sources_of(self, shards: Sequence[Shard]) -> tuple[Place, ...]:
         return tuple(Place(self._numbers[shard.path], shard.box, shard.tensor) for shard in shards)
