@@ -8,6 +8,8 @@ limited to 200 MB/s, it prints
 
 - T_io: the quickest raw read of the source's bytes, of 1 to 64 threads, through the page cache or past it (O_DIRECT),
   and the quickest of the other kind;
+- "raw copy": the same requests, each written to its place in a file of the result as soon as it has come: what a copy
+  takes at the least, with no checkpoint looked at;
 - the seconds of every way and their ratio to T_io, the seconds of the processor that it and the file system took; what
   the file system was asked for: opens, reads, and how many reads were in flight at most;
 - the same for loading as a rank does it without files (`auto_trans_save: False`): one rank that gets all weights.
@@ -126,9 +128,12 @@ class Bench:
         shutil.rmtree(self._result, ignore_errors=True)
         return run
 
-    def raw(self, readers: int, direct: bool, limit: float) -> Run:
-        """A raw read by some threads; it may end early when it takes longer than `limit` seconds."""
-        return self.run(lambda mount: read_all(sorted((mount / "source").rglob("*.ckpt")), readers, direct, limit))
+    def raw(self, readers: int, direct: bool, limit: float = float("inf"), *, copies: bool = False) -> Run:
+        """A raw read by some threads, or a copy; it may end early when it takes longer than `limit` seconds."""
+        target = self._result if copies else None
+        return self.run(
+            lambda mount: read_all(sorted((mount / "source").rglob("*.ckpt")), readers, direct, limit, target)
+        )
 
     def cat(self, mount: Path) -> None:
         """One reader after the other."""
@@ -182,10 +187,13 @@ def _cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
-def read_all(files: list[Path], readers: int, direct: bool, limit: float = float("inf")) -> None:
-    """Read files by requests of 1 MiB, several at a time, and drop what is read."""
+def read_all(
+    files: list[Path], readers: int, direct: bool, limit: float = float("inf"), target: Path | None = None
+) -> None:
+    """Read files by requests of 1 MiB, several at a time; write what is read below `target`, or drop it."""
     end = time.perf_counter() + limit
     descriptors = [os.open(file, os.O_RDONLY | (os.O_DIRECT if direct else 0)) for file in files]
+    copies = dict(zip(descriptors, [] if target is None else _copies(target, files)))
     jobs: Iterator[tuple[int, int]] = itertools.chain.from_iterable(
         ((descriptor, start) for start in range(0, os.fstat(descriptor).st_size, _REQUEST))
         for descriptor in descriptors
@@ -199,15 +207,24 @@ def read_all(files: list[Path], readers: int, direct: bool, limit: float = float
                 job = next(jobs, None)
             if job is None:
                 return
-            os.preadv(job[0], [buffer], job[1])
+            descriptor, start = job
+            count = os.preadv(descriptor, [buffer], start)
+            if descriptor in copies:
+                os.pwrite(copies[descriptor], memoryview(buffer)[:count], start)
 
     threads = [threading.Thread(target=read) for _ in range(readers)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for descriptor in descriptors:
+    for descriptor in (*descriptors, *copies.values()):
         os.close(descriptor)
+
+
+def _copies(target: Path, files: list[Path]) -> list[int]:
+    """A file below `target` for each, open for writing."""
+    target.mkdir(parents=True)
+    return [os.open(target / str(number), os.O_WRONLY | os.O_CREAT) for number, _ in enumerate(files)]
 
 
 def best_raw(bench: Bench, readers: list[int], direct: bool) -> tuple[Run, str]:
@@ -248,6 +265,7 @@ def report(case: Case, bench: Bench, repeats: int, readers: list[int], options: 
         for way, work in ways.items():
             runs[way].append(work())
     best = {f"T_io ({how})": t_io, f"raw ({other_how})": other}
+    best["raw copy"] = min((bench.raw(count, True, copies=True) for count in readers), key=lambda run: run.seconds)
     best |= {way: min(found, key=lambda run: run.seconds) for way, found in runs.items()}
     for way, run in best.items():
         counted = run.counters
