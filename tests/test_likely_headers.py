@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from recorded import Tensor, random_model, read_tensors, write_tensors
 
+from mindformers_ckpt.engine.fetcher import Fetcher
 from mindformers_ckpt.errors import FormatError, TransferError
 from mindformers_ckpt.execution.run import Run
 from mindformers_ckpt.formats import ckpt, read_header
+from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.formats.headers import look_quickly, sound_headers, wrong_headers
 from mindformers_ckpt.formats.tensor_file import scan
 from mindformers_ckpt.geometry.layout import Layout
@@ -23,6 +25,7 @@ from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.planning.rank_plan import decode_rank, encode_ranks
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
+from mindformers_ckpt.sources.plausibility import check_contents
 from mindformers_ckpt.strategy.model import Strategy
 
 RANKS = 6
@@ -154,6 +157,41 @@ def test_copying_looks_at_all_heads(source: Path, model: dict[str, Tensor], tmp_
     found = read_tensors(tmp_path / "out" / "rank_0" / "checkpoint_0.ckpt")
     for name, tensor in model.items():
         assert np.array_equal(found[name].bits, tensor.bits)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_is_copied_of_a_file_that_only_seemed_to_be_like_the_others(
+    source: Path, model: dict[str, Tensor], tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where all is read ahead, with its heads, and only a part of each tensor is wanted."""
+    monkeypatch.setattr(Fetcher, "has_to_wait", lambda self, extents: True)
+    write(source, exchanged(model), 3)
+    checkpoint = quick(source)
+    plan = build_plan(checkpoint, Strategy.of_stages((dict.fromkeys(NAMES, Layout.on({"mp": 4}, "mp", None)),), "mp4"))
+    assert [file.header is not None for file in plan.sources] == [False, True, True, True, True, True]
+    with Run(plan, tmp_path / "out") as run:
+        run.prepare()
+        run.copy(processes=processes)
+        run.publish()
+    for rank in range(4):
+        found = read_tensors(tmp_path / "out" / f"rank_{rank}" / f"checkpoint_{rank}.ckpt")
+        for name, tensor in model.items():
+            part = tensor.part(Layout.on({"mp": 4}, "mp", None).box((2 * RANKS, 16), rank))
+            assert np.array_equal(found[name].bits, part.bits)
+
+
+def test_heads_that_differ_do_not_make_contents_contradict_the_strategy(tmp_path: Path) -> None:
+    """Replicas whose samples lie elsewhere in files: all heads are compared before it is said that they differ."""
+    values = np.random.default_rng(0).standard_normal((len(NAMES), 32, 32)).astype(np.float32)
+    model = {name: Tensor(by_name("float32"), values[number].view(np.uint32)) for number, name in enumerate(NAMES)}
+    for rank in range(RANKS):
+        write_tensors(tmp_path / f"rank_{rank}" / f"checkpoint_{rank}.ckpt", exchanged(model) if rank else dict(model))
+    whole = Strategy.of_stages((dict.fromkeys(NAMES, Layout.on({"dp": RANKS}, None, None)),), "dp")
+    checkpoint = Checkpoint(find_source(tmp_path), whole)
+    checkpoint.look_quickly()
+    assert checkpoint.header(checkpoint.files.files[3]).is_likely
+    assert check_contents(checkpoint, checkpoint.tensors()) == []
+    assert not any(checkpoint.header(path).is_likely for path in checkpoint.files.files)
 
 
 def test_a_tensor_that_only_seemed_to_be_there(source: Path, model: dict[str, Tensor]) -> None:

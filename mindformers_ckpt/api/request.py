@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from mindformers_ckpt.disk.waiting import has_waited
 from mindformers_ckpt.errors import ConfigError, PlanError
+from mindformers_ckpt.objects.path import ObjectPath
 from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.planning.file import Job
 from mindformers_ckpt.planning.missing import weight_names
@@ -70,6 +72,8 @@ class Request:
         plans = {}
         for part in separate_checkpoints(files):
             checkpoint = Checkpoint(part, source)
+            if has_waited() or isinstance(part.root, ObjectPath):  # who copies compares the heads of what it reads
+                checkpoint.look_quickly()
             if self.weights_only:
                 checkpoint = checkpoint.only(weight_names(checkpoint.tensors()))
             notes = () if self.like is None else check_shapes(checkpoint, _reference(self.like, checkpoint))

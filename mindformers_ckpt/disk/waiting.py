@@ -33,6 +33,11 @@ def waits() -> int:
     return time.monotonic_ns()
 
 
+def has_waited() -> bool:
+    """Whether what was looked at last by `each` had to be waited for."""
+    return _waited >= _PATIENCE
+
+
 def read_at_once(descriptor: int, parts: Sequence[Memory], start: int) -> int | None:
     """Fill memory with bytes of a file that are in the page cache already; how many. None where nobody can say.
 

@@ -20,6 +20,7 @@ from mindformers_ckpt.engine.compute import DOWN_TILE, UP_TILE, cast, dequantise
 from mindformers_ckpt.engine.descriptors import file_ranges
 from mindformers_ckpt.engine.fetcher import Extent, Fetcher
 from mindformers_ckpt.engine.into_memory import LEAST_BYTES, Piece
+from mindformers_ckpt.engine.likely_heads import LikelyHeads
 from mindformers_ckpt.engine.source_shares import SourceShares
 from mindformers_ckpt.engine.views import box_in_view, copy_transposed, in_bytes, in_view, reads_of, span_in
 from mindformers_ckpt.errors import FormatError, TransferError
@@ -94,7 +95,8 @@ class ShardReader:
 
     A file is checked against the plan when it is first used: its size, and of every tensor that is read the
     element type and the shape. Raises TransferError when it is not what the plan was made from.
-    `headers` are those that need not be read, by the number of the file.
+    `headers` are those that need not be read, by the number of the file. Of one that is only likely the heads of what
+    is read are compared, and it is read after all where they differ.
     """
 
     def __init__(
@@ -116,8 +118,10 @@ class ShardReader:
         self._has_own = fetcher is None
         self._ahead: Ahead[Any] = Ahead(self._needs, self._fetcher)
         self._spans = lru_cache(maxsize=_SPANS)(_spans)  # layers have the same ones
-        self._headers: dict[int, Header] = dict(headers or {})
+        likely = {number: file.header for number, file in enumerate(files) if file.header is not None}
+        self._headers: dict[int, Header] = {**likely, **(headers or {})}
         self._last: Header | None = None
+        self._heads = LikelyHeads(self._ahead.fill)
         self._scratch: Array | None = None
         self._piece: memoryview | None = None
         self._scales: OrderedDict[tuple[int, str], Array] = OrderedDict()
@@ -135,7 +139,7 @@ class ShardReader:
         if place.compute is not None:
             self._read_computed(place, name, dtype, part, out)
             return
-        segments = self._segments(place, place.tensor or name, dtype)
+        segments = self._checked(place, place.tensor or name, dtype)
         path = self._files[place.file].path
         outer = place.box
         if place.view is not None:
@@ -157,7 +161,7 @@ class ShardReader:
         (start, length), *others = self._spans(part, place.box, dtype.itemsize)
         if others or length != part.volume * dtype.itemsize:
             return None
-        segments, path = self._segments(place, place.tensor or name, dtype), self._files[place.file].path
+        segments, path = self._checked(place, place.tensor or name, dtype), self._files[place.file].path
         data = self._held(path, segments, start, length)
         if data is None:
             return None
@@ -167,7 +171,7 @@ class ShardReader:
 
     def stream(self, place: Place, name: str, dtype: DType, start: int, length: int, lead: int) -> Iterator[memoryview]:
         """Bytes of a shard from `start` on, piece by piece, as `cuts` has them; each is gone when the next comes."""
-        segments, path = self._segments(place, place.tensor or name, dtype), self._files[place.file].path
+        segments, path = self._checked(place, place.tensor or name, dtype), self._files[place.file].path
         if self._piece is None:
             self._piece = piece_memory(self._piece_bytes)
         ranges = file_ranges(segments, start, length)
@@ -296,6 +300,7 @@ class ShardReader:
                 yield from self._extents(*other)
             dtype = compute.dtype
         segments, path = self._segments(place, place.tensor or name, dtype), self._files[place.file].path
+        yield from self._heads.extents(place.file, place.tensor or name, self._headers[place.file])
         outer = place.box
         if place.view is not None:
             part, outer = box_in_view(part.relative_to(place.box), place.view), Box.whole(place.view.shape)
@@ -313,20 +318,29 @@ class ShardReader:
                 if factor not in self._factors:
                     yield from _factor_reads(factor)
 
+    def _checked(self, place: Place, name: str, dtype: DType) -> tuple[Segment, ...]:
+        """As `_segments`, of a tensor that is read now: it is where they say."""
+        header = self._headers.get(place.file)
+        if header is not None and not self._heads.are_right(place.file, name, header):
+            self._headers[place.file] = self._read_header(place.file)
+        return self._segments(place, name, dtype)
+
+    def _read_header(self, number: int, like: Header | None = None) -> Header:
+        file = self._files[number]
+        try:
+            header = read_header(file.path, like)
+        except FormatError as error:
+            raise TransferError(str(error)) from error
+        if header.size != file.size:
+            raise TransferError(
+                f"{file.path} has {header.size} bytes, {file.size} when the work was planned: it was changed meanwhile"
+            )
+        return header
+
     def _segments(self, place: Place, name: str, dtype: DType) -> tuple[Segment, ...]:
         header = self._headers.get(place.file)
-        file = self._files[place.file]
         if header is None:
-            try:
-                header = read_header(file.path, self._last)
-            except FormatError as error:
-                raise TransferError(str(error)) from error
-            if header.size != file.size:
-                raise TransferError(
-                    f"{file.path} has {header.size} bytes, {file.size} when the work was planned: "
-                    "it was changed meanwhile"
-                )
-            self._headers[place.file] = self._last = header
+            header = self._headers[place.file] = self._last = self._read_header(place.file, self._last)
         record = header.tensors.get(name)
         expected = place.box.shape if place.view is None else place.view.shape
         fits = record is not None and record.spec.dtype == dtype and record.spec.shape == expected
@@ -334,8 +348,9 @@ class ShardReader:
             fits = record.spec.dtype == dtype and record.spec.size == math.prod(expected)
         if record is None or not fits:
             found = "is not there" if record is None else f"is {record.spec.dtype.name}{list(record.spec.shape)}"
+            path = self._files[place.file].path
             raise TransferError(
-                f"{file.path}: {name} {found}, but {dtype.name}{list(expected)} is expected from the other "
+                f"{path}: {name} {found}, but {dtype.name}{list(expected)} is expected from the other "
                 "files of the stage"
             )
         return record.segments

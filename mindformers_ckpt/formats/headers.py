@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 from mindformers_ckpt.disk.files import FileState
 from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.errors import FormatError, raise_problems
 from mindformers_ckpt.formats.tensor_file import Header, read_header, scan
+
+K = TypeVar("K")
 
 _AT_ONCE = 8
 # Seconds that a file is waited for. Of a quick disk a file has many heads, each with a wait of its own.
@@ -55,7 +59,10 @@ def look_quickly(
         if state is None:
             return read_header(path)  # which says what is wrong
         known = whole.get((path.suffix, state.size), [])
-        header = replace(scan(path, *(some for _, some in known)), modified=state.modified)
+        if known:
+            header = replace(scan(path, *(some for _, some in known)), modified=state.modified)
+        else:
+            header = read_header(path)  # which is not read again soon
         own = header, _sampled(header, samples)
         like, some = next((pair for pair in known if pair[0].tensors is header.tensors), own)
         # The next file is mostly like this one. An entry that another thread makes now may be lost: it is read again.
@@ -71,7 +78,7 @@ def look_quickly(
     yield from ((path, found[path]) for path in paths)
 
 
-def wrong_headers(headers: Mapping[int, Header]) -> dict[int, Header]:
+def wrong_headers(headers: Mapping[K, Header]) -> dict[K, Header]:
     """The true headers in the place of those that are likely and wrong: all heads are compared.
 
     Raises FormatError where such a file cannot be read.
@@ -79,6 +86,12 @@ def wrong_headers(headers: Mapping[int, Header]) -> dict[int, Header]:
     likely = [(number, header) for number, header in headers.items() if header.is_likely]
     found = each(lambda item: scan(item[1].path, item[1]), likely)
     return {number: true for (number, header), true in zip(likely, found) if true.tensors is not header.tensors}
+
+
+@lru_cache(maxsize=64)
+def heads_by_content(frames: tuple[tuple[int, bytes], ...]) -> dict[int, tuple[int, bytes]]:
+    """The heads of a .ckpt file (offset, bytes), by the offset of the content that comes after each."""
+    return {offset + len(head): (offset, head) for offset, head in frames}
 
 
 def sound_headers(paths: Sequence[Path], *, likely: bool = False) -> dict[Path, Header]:

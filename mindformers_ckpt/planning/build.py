@@ -130,7 +130,8 @@ def _assemble(
             for file in holders:
                 held[file].append(spec)
     raise_problems(PlanError, f"{source.files.root} cannot be re-sliced for {target.describe()}", problems)
-    files = tuple(SourceFile(path, source.size_of(path)) for path in paths)
+    headers = [source.header(path) for path in paths]
+    files = tuple(SourceFile(header.path, header.size, header if header.is_likely else None) for header in headers)
     return Plan(files, rank_targets(ranks, held, prefix, format), tuple(transfers))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from mindformers_ckpt.errors import PlanError, raise_problems
-from mindformers_ckpt.formats import DType, TensorSpec
+from mindformers_ckpt.formats import DType, Header, TensorSpec
 from mindformers_ckpt.geometry.box import Box, BoxIndex, are_disjoint, covered_volume, hull, meets
 from mindformers_ckpt.planning.computations import Compute, files_of
 
@@ -26,10 +26,14 @@ Found = TypeVar("Found")
 
 
 class SourceFile(NamedTuple):
-    """A file to read, with the size it had when the plan was made."""
+    """A file to read, with the size it had when the plan was made.
+
+    `header` is that of one which was looked at at samples only (`look_quickly`): who reads a tensor compares its heads.
+    """
 
     path: Path
     size: int
+    header: Header | None = None
 
 
 class TargetFile(NamedTuple):

@@ -25,13 +25,14 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mindformers_ckpt.errors import FormatError, PlanError, TransferError, system_errors
 from mindformers_ckpt.formats import DType, Header, Segment, TensorRecord, TensorSpec
 from mindformers_ckpt.formats.dtypes import by_name
+from mindformers_ckpt.formats.headers import heads_by_content
 from mindformers_ckpt.formats.tensor_file import Malformed
 from mindformers_ckpt.planning.checked import DecodeError, box_of, list_of, number_of, numbers_of, spec_of, text_of
 from mindformers_ckpt.planning.computations import Cast, Compute, Constant, Dequantise
@@ -152,14 +153,9 @@ class _Encoder:
 
 def _heads_of(header: Header, records: Iterable[TensorRecord]) -> list[tuple[int, str]]:
     """The heads of records: offset, bytes as text."""
-    by_end = _frames_by_end(header.frames)
-    heads = (by_end[segment.offset] for record in records for segment in record.segments)
+    heads_at = heads_by_content(header.frames)
+    heads = (heads_at[segment.offset] for record in records for segment in record.segments)
     return [(offset, head.decode("latin-1")) for offset, head in heads]
-
-
-@lru_cache(maxsize=64)
-def _frames_by_end(frames: tuple[tuple[int, bytes], ...]) -> dict[int, tuple[int, bytes]]:
-    return {offset + len(head): (offset, head) for offset, head in frames}
 
 
 def _sources_text(places: Sequence[Place]) -> str:

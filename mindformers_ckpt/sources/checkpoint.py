@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mindformers_ckpt.errors import PlanError, StrategyError, raise_problems
 from mindformers_ckpt.formats import Header, TensorRecord, TensorSpec, read_header
-from mindformers_ckpt.formats.headers import sound_headers
+from mindformers_ckpt.formats.headers import sound_headers, wrong_headers
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.sources import checkpoint2, shards
 from mindformers_ckpt.sources.shards import LogicalTensor, Shard
@@ -201,6 +201,14 @@ class Checkpoint:
     def look_quickly(self) -> None:
         """Read most headers at samples only; whoever reads contents has to check the headers that are likely."""
         self._headers.update(sound_headers(self.unread(), likely=True))
+
+    def look_closely(self) -> bool:
+        """Compare all heads of the files that were looked at quickly; whether one was not what it was taken for."""
+        likely = {path: header for path, header in self._headers.items() if header.is_likely}
+        wrong = wrong_headers(likely)
+        self._headers.update({path: replace(header, is_likely=False) for path, header in likely.items()} | wrong)
+        self._by_rank.clear()
+        return bool(wrong)
 
     def _raise_other_content(self) -> None:
         """Compare the files with what the source itself records of them. Raises PlanError that lists what differs."""

@@ -87,6 +87,8 @@ def check_contents(source: Checkpoint, tensors: Mapping[str, LogicalTensor], mod
     equals = _equals(source, tensors, chosen)
     wrong = [found for found in equals if found.equal and not found.others]
     if mode == "error" and (proof or wrong):
+        if source.look_closely():
+            return check_contents(source, tensors, mode)
         doubtful = [found for found in differences if found not in proof and found.found.distance > _DRIFT]
         raise PlanError(_describe_contradiction(source, proof, doubtful if proof else [], wrong))
     return [*_replica_warnings(differences), *_copy_warnings(equals)]
