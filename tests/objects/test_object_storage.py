@@ -116,6 +116,27 @@ def test_only_what_is_needed_is_read(storage: FlakyProxy, disk: Path, tmp_path: 
     assert not [answer for answer in storage.answers if "/c/ranks/rank_" in answer.request and not answer.span]
 
 
+def test_heads_of_files_that_are_alike_are_read_with_the_contents(
+    storage: FlakyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first file a head takes a request, of the others two samples do, however many tensors there are."""
+    names, rows = [f"layers.{number}.w" for number in range(40)], Layout.on({"mp": 4}, "mp", None)
+    monkeypatch.setattr("mindformers_ckpt.engine.ahead._BATCH_BYTES", 32 << 20)
+    weights = {name: np.random.default_rng(0).standard_normal((4 * 64, 512), np.float32) for name in names}
+    write_folder(tmp_path / "complete", weights, None)
+    write_strategy(dict.fromkeys(names, rows), tmp_path / "strategy.ckpt")
+    mc.transform(tmp_path / "complete", tmp_path / "ranks", dst_strategy=tmp_path / "strategy.ckpt", format="ckpt")
+    source = send(tmp_path / "ranks", "alike/ranks")
+    storage.clear()
+    mc.transform(source, tmp_path / "whole", src_strategy=tmp_path / "strategy.ckpt", contents="off")
+    asked = [answer.request for answer in storage.answers if answer.request.startswith("GET") and answer.span]
+    of_ranks = [sum(f"/rank_{rank}/" in request for request in asked) for rank in range(4)]
+    assert of_ranks[0] >= len(names)
+    assert max(of_ranks[1:]) < len(names) // 2
+    mc.transform(tmp_path / "ranks", tmp_path / "same", src_strategy=tmp_path / "strategy.ckpt", contents="off")
+    assert tensors_of(files(tmp_path / "whole")) == tensors_of(files(tmp_path / "same"))
+
+
 def test_looking(storage: FlakyProxy, disk: Path) -> None:
     ranks, whole = send(disk / "ranks", "d/ranks"), send(disk / "complete", "d/complete")
     strategy = send(disk / "strategy", "d/strategy")
