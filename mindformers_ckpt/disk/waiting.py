@@ -6,11 +6,10 @@ import ctypes
 import os
 import resource
 import sys
-import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from functools import lru_cache, partial
-from typing import Generic, NoReturn, TypeVar, Union
+from functools import lru_cache
+from typing import TypeVar, Union
 
 _AT_ONCE = 32
 _PATIENCE = 0.0005
@@ -99,73 +98,8 @@ def each(
     while left and (_waited < patience or len(left) == 1):
         yield timed(left.pop())
     if left:
-        yield from _InThreads(timed, left[::-1]).results(min(at_once, len(left)))
+        from concurrent.futures import ThreadPoolExecutor
 
-
-class _InThreads(Generic[A, B]):
-    """Items that threads take in their order, and what they make of each.
-
-    What `concurrent.futures` would do, in a third of the processor's time: there are thousands of files.
-    """
-
-    def __init__(self, work: Callable[[A], B], items: Sequence[A]) -> None:
-        self._work, self._items = work, items
-        self._made: list[Callable[[], B] | None] = [None] * len(items)
-        self._numbers = iter(range(len(items)))  # `next` is one step of the interpreter: no two threads get one number
-        self._awaited = -1
-        self._ready = threading.Condition()
-        self._is_stopped = False
-
-    def results(self, count: int) -> Generator[B, None, None]:
-        """What is made of each item, in their order, by so many threads; what the work raises goes through."""
-        threads: list[threading.Thread] = []
-        try:
-            self._start(threads, count)
-            for number, made in enumerate(self._made):
-                if made is None:
-                    made = self._wait_for(number)
-                self._made[number] = None
-                yield made()
-        finally:
-            self._is_stopped = True
-            for thread in threads:
-                thread.join()
-
-    def _start(self, threads: list[threading.Thread], count: int) -> None:
-        for number in range(count):
-            thread = threading.Thread(target=self._run, name=f"files-{number}")
-            try:
-                thread.start()
-            except RuntimeError:  # the system has no more of them
-                break
-            threads.append(thread)
-        if not threads:
-            self._run()
-
-    def _run(self) -> None:
-        for number in self._numbers:
-            if self._is_stopped:
-                return
-            try:
-                made = self._work(self._items[number])
-                self._made[number] = partial(_same, made)
-            except BaseException as error:  # whoever asks for the result raises it
-                self._made[number] = partial(_raise, error)
-            if number == self._awaited:
-                with self._ready:
-                    self._ready.notify()
-
-    def _wait_for(self, number: int) -> Callable[[], B]:
-        self._awaited = number
-        with self._ready:
-            while (made := self._made[number]) is None:
-                self._ready.wait()
-        return made
-
-
-def _same(value: B) -> B:
-    return value
-
-
-def _raise(error: BaseException) -> NoReturn:
-    raise error
+        left.reverse()
+        with ThreadPoolExecutor(min(at_once, len(left)), "files") as pool:
+            yield from pool.map(timed, left)
