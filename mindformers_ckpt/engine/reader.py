@@ -19,13 +19,12 @@ from mindformers_ckpt.engine.buffers import PIECE_BYTES, empty_bytes, piece_memo
 from mindformers_ckpt.engine.compute import DOWN_TILE, UP_TILE, cast, dequantise, factor_values, merge, scale_values
 from mindformers_ckpt.engine.descriptors import file_ranges
 from mindformers_ckpt.engine.fetcher import Extent, Fetcher
-from mindformers_ckpt.engine.into_memory import LEAST_BYTES, Piece
 from mindformers_ckpt.engine.likely_heads import LikelyHeads
 from mindformers_ckpt.engine.source_shares import SourceShares
-from mindformers_ckpt.engine.views import box_in_view, copy_transposed, in_bytes, in_view, reads_of, span_in
+from mindformers_ckpt.engine.views import box_in_view, copy_transposed, in_view, reads_of, span_in
 from mindformers_ckpt.errors import FormatError, TransferError
 from mindformers_ckpt.formats import DType, Header, Segment, read_header
-from mindformers_ckpt.geometry.box import Box, blocks
+from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.planning.computations import Cast, Compute, Constant, Dequantise, Factor, Merge
 from mindformers_ckpt.planning.model import Place, SourceFile, View
 
@@ -261,28 +260,6 @@ class ShardReader:
         """Where the tensor of a place is in its file."""
         return self._segments(read.place, read.place.tensor or read.name, read.dtype)
 
-    def pieces(self, file: int, segments: Sequence[Segment], cuts: Cuts, out: Array) -> Iterator[Piece]:
-        """What `read` would do for a plain place, as pieces in the order of the file; `cuts` are those of `cuts_into`.
-
-        `out` has the bytes of the part, with the shape that `in_bytes` gives it.
-        """
-        path = self._files[file].path
-        part, outer, found = cuts
-        for box, where, first, length, strides in found:
-            ranges = file_ranges(segments, first, length)
-            if strides and len(ranges) > 1:
-                for start, stop, inner in _in_file(segments, box, outer):
-                    yield Piece(path, start, stop, out[inner.relative_to(part).slices()], strides)
-                continue
-            target = out[where] if strides else out[where].reshape(-1)
-            if len(ranges) == 1:
-                (start, count) = ranges[0]
-                yield Piece(path, start, start + count, target, strides)
-                continue
-            for start, count in ranges:
-                yield Piece(path, start, start + count, target[:count])
-                target = target[count:]
-
     def close(self) -> None:
         if self._has_own:
             self._fetcher.close()
@@ -385,56 +362,6 @@ class ShardReader:
         for offset, length in file_ranges(segments, start, len(view)):
             self._ahead.fill(path, offset, view[:length])
             view = view[length:]
-
-
-class _Cut(NamedTuple):
-    """A piece of a part: its box in bytes, where it is in the array, and the bytes of the content that it is in."""
-
-    box: Box
-    where: tuple[Any, ...]
-    start: int
-    length: int
-    strides: tuple[int, ...]  # of its bytes in the content; none where they are one run there and in the array
-
-
-class Cuts(NamedTuple):
-    """The pieces that a part is read in; the boxes of the part and of what the file has are those of bytes."""
-
-    part: Box
-    outer: Box
-    found: Sequence[_Cut]
-
-
-def cuts_into(place: Place, part: Box, itemsize: int, out: Array) -> Cuts:
-    """The pieces of a part of a plain place that go into an array, in the order of the content.
-
-    They are those of all tensors that are cut alike, with arrays of the same strides.
-    """
-    part, outer = in_bytes(part, itemsize), in_bytes(place.box, itemsize)
-    return Cuts(part, outer, [*_cuts(part, outer, out)])
-
-
-def _cuts(part: Box, outer: Box, out: Array) -> Iterator[_Cut]:
-    """The pieces of a part (boxes of bytes) that goes into an array, in the order of the content."""
-    for box in reads_of(part, outer, 1):
-        where = box.relative_to(part).slices()
-        first, length = span_in(box, outer)
-        if length == box.volume and out[where].flags.c_contiguous:
-            yield _Cut(box, where, first, length, ())
-            continue
-        strides = tuple(math.prod(outer.shape[axis:]) for axis in range(1, len(outer.shape) + 1))
-        for block in blocks(box, max(1, LEAST_BYTES * box.volume // length)):
-            yield _Cut(block, block.relative_to(part).slices(), *span_in(block, outer), strides)
-
-
-def _in_file(segments: Sequence[Segment], block: Box, outer: Box) -> Iterator[tuple[int, int, Box]]:
-    """Where the bytes of a block are in a file (start, stop): in parts of it where a segment ends within."""
-    (start, count), *others = file_ranges(segments, *span_in(block, outer))
-    if not others:
-        yield start, start + count, block
-        return
-    for part in blocks(block, block.volume // 2):
-        yield from _in_file(segments, part, outer)
 
 
 def _spans(part: Box, outer: Box, itemsize: int) -> list[tuple[int, int]]:

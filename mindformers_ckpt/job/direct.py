@@ -24,7 +24,8 @@ from mindformers_ckpt.engine.buffers import Given, nothing_given
 from mindformers_ckpt.engine.copier import Copier
 from mindformers_ckpt.engine.fetcher import Fetcher
 from mindformers_ckpt.engine.into_memory import Fill, Piece, fill_arrays
-from mindformers_ckpt.engine.reader import Cuts, Read, ShardReader, cuts_into
+from mindformers_ckpt.engine.pieces import Cuts, cuts_into, pieces_of
+from mindformers_ckpt.engine.reader import Read, ShardReader
 from mindformers_ckpt.engine.sinks import ArraySink
 from mindformers_ckpt.engine.tasks import cut_into_tasks
 from mindformers_ckpt.engine.views import in_bytes
@@ -114,7 +115,7 @@ def _fill_sink(
     others: list[Transfer] = []
     for transfer in plan.transfers:
         (plain if is_plain[id(transfer.sources), id(transfer.targets)] else others).append(transfer)
-    fill(fetcher, _pieces(plain, ShardReader(plan.sources, fetcher, headers), sink), check)
+    fill(fetcher, _pieces(plain, plan.sources, ShardReader(plan.sources, fetcher, headers), sink), check)
     _copy_others(replace(plan, transfers=tuple(others)), sink, ShardReader(plan.sources, fetcher, headers), check)
 
 
@@ -135,7 +136,9 @@ def _is_plain(transfer: Transfer) -> bool:
     return len(transfer.targets) == 1 and all(place.is_plain for place in (*transfer.sources, *transfer.targets))
 
 
-def _pieces(transfers: Sequence[Transfer], reader: ShardReader, sink: ArraySink) -> Iterator[Piece]:
+def _pieces(
+    transfers: Sequence[Transfer], files: Sequence[SourceFile], reader: ShardReader, sink: ArraySink
+) -> Iterator[Piece]:
     """What transfers take of their sources, in the order of the files."""
     known: dict[tuple[int, int, int], list[_Taken]] = {}  # of tensors that are cut alike
     reads: list[tuple[int, int, tuple[Segment, ...], _Taken, Array]] = []
@@ -147,7 +150,7 @@ def _pieces(transfers: Sequence[Transfer], reader: ShardReader, sink: ArraySink)
             segments = reader.segments(Read(taken.place, name, dtype, taken.part))
             reads.append((taken.place.file, segments[0].offset if segments else 0, segments, taken, content))
     for file, _, segments, taken, content in sorted(reads, key=itemgetter(0, 1)):
-        yield from reader.pieces(file, segments, taken.cuts, taken.array(content))
+        yield from pieces_of(files[file].path, segments, taken.cuts, taken.array(content))
 
 
 class _Taken(NamedTuple):
@@ -172,7 +175,7 @@ def _taken(sources: Sequence[Place], target: Box, itemsize: int, content: Array)
         part = place.box.intersect(target)
         if part is not None:
             slices = in_bytes(part, itemsize).relative_to(outer).slices()
-            cuts = cuts_into(place, part, itemsize, content.reshape(outer.shape)[slices])
+            cuts = cuts_into(place.box, part, itemsize, content.reshape(outer.shape)[slices])
             yield _Taken(place, part, outer.shape, slices, cuts)
 
 
