@@ -25,7 +25,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ from mindformers_ckpt.text_files import parse_json
 
 _dump = json.JSONEncoder(separators=(",", ":")).encode
 _MAX_BYTES = 1 << 30  # of the text of one rank: that of a rank with all of 100,000 tensors has 20 MB
+_FILES = 256  # whose text is kept for the next ranks
 _ONE_TARGET = {0: 0}
 _NOTHING = (Segment(0, 0),)  # of a tensor without elements
 _PLAIN = ("", None, None)  # name, view and computation of a place that is a box of the file's tensor of that name
@@ -78,12 +79,21 @@ def encode_ranks(plan: Plan, root: Path, header_of: Callable[[Path], Header]) ->
         yield encoder.text(target, transfers)
 
 
-class _Tables(NamedTuple):
-    """What a text refers to by number: names, kinds of tensors, and places as they are written."""
+class _Tables:
+    """What texts refer to by number: names and kinds of tensors. Targets with the same tensors share them."""
 
-    names: Numbers[str]
-    kinds: Numbers[tuple[str, tuple[int, ...]]]
-    places: Numbers[str]
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        self.names, self.kinds = Numbers[str](), Numbers[tuple[str, tuple[int, ...]]]()
+        self.specs = _dump([number for spec in specs for number in self._numbers(spec)])
+        self.rows = once(self._rows_of)
+
+    def _numbers(self, spec: TensorSpec) -> tuple[int, int]:
+        return self.names[spec.name], self.kinds[spec.dtype.name, spec.shape]
+
+    def _rows_of(self, record: TensorRecord) -> list[int]:
+        spec, segments = record
+        numbers = self._numbers(spec)
+        return [value for segment in segments or _NOTHING for value in (*numbers, *segment)]
 
 
 class _Alike(NamedTuple):
@@ -100,11 +110,13 @@ class _Encoder:
         self._plan, self._root, self._header_of = plan, root, header_of
         self._headers: dict[int, Header] = {}
         self._names: dict[int, str] = {}
-        self._sources, self._targets = once(_sources_text), once(_targets_text)  # ranks of a stage share them
+        # Ranks of a stage have these in common, and neighbours what they read of a file.
+        self._tables, self._sources, self._targets = once(_Tables), once(_sources_text), once(_targets_text)
+        self._file = lru_cache(maxsize=_FILES)(self._file_text)
 
     def text(self, target: TargetFile, transfers: Sequence[Transfer]) -> str:
-        tables = _Tables(Numbers(), Numbers(), Numbers())
-        names, kinds, places = tables
+        tables, places = self._tables(target.tensors), Numbers[str]()
+        names, kinds = tables.names, tables.kinds
         read: dict[int, dict[str, None]] = defaultdict(dict)
         known: dict[tuple[int, int, str, tuple[int, ...]], _Alike] = {}
         rows: list[int] = []
@@ -118,27 +130,22 @@ class _Encoder:
             rows += names[name], *alike.row
             for tensors, tensor in alike.read:
                 tensors[tensor or name] = None
-        specs = [number for spec in target.tensors for number in (names[spec.name], kinds[spec.dtype.name, spec.shape])]
-        files = ",".join(self._file(file, read[file], tables) for file in sorted(read))
+        files = ",".join(self._file(file, tuple(read[file]), tables) for file in sorted(read))
         about = _dump([target.path, target.rank, target.format])
         text = (
             f'{{"target":{about},"names":{_dump([*names])},"kinds":{_dump([*kinds])},"places":[{",".join(places)}],'
-            f'"tensors":{_dump(specs)},"files":[{files}],"transfers":{_dump(rows)}}}'
+            f'"tensors":{tables.specs},"files":[{files}],"transfers":{_dump(rows)}}}'
         )
         return base64.b64encode(zlib.compress(text.encode("ascii"), 1)).decode("ascii")
 
-    def _file(self, number: int, tensors: Mapping[str, None], tables: _Tables) -> str:
+    def _file_text(self, number: int, tensors: Sequence[str], tables: _Tables) -> str:
         if number not in self._headers:
             file = self._plan.sources[number]
             self._headers[number] = self._current(file)
             self._names[number] = f"[{number},{_dump(name_from(self._root, file.path))},{file.size}"
         header = self._headers[number]
         records = [header.tensors[tensor] for tensor in tensors]
-        rows: list[int] = []
-        for spec, segments in records:
-            name, kind = tables.names[spec.name], tables.kinds[spec.dtype.name, spec.shape]
-            for offset, length in segments or _NOTHING:
-                rows += name, kind, offset, length
+        rows = [value for record in records for value in tables.rows(record)]
         heads = _dump(_heads_of(header, records)) if header.is_likely else "[]"
         return f"{self._names[number]},{_dump(rows)},{heads}]"
 
