@@ -53,19 +53,20 @@ THREADS = 2  # of `verify --against` and `diff`
 
 def count_shares(repeats: int) -> None:
     """Print the speed at which the shares of row and column shards are counted."""
-    whole = np.random.default_rng(0).integers(0, 1 << 16, (4096, 8192), np.uint16)
     click.echo("checksums by " + ("awscrt" if crc64.has_library() else "numpy (awscrt is not installed)"))
-    for kind, box in {
-        "row shard": Box((0, 0), (2048, 8192)),
-        "column shard, runs of 8 KiB": Box((0, 0), (4096, 4096)),
-        "column shard, runs of 4 KiB": Box((0, 0), (4096, 2048)),
-        "column shard, runs of 2 KiB": Box((0, 0), (4096, 1024)),
-        "column shard, runs of 1 KiB": Box((0, 0), (4096, 512)),
-        "column shard, runs of 128 B": Box((0, 0), (4096, 64)),
-    }.items():
-        shard = np.ascontiguousarray(whole[box.slices()])
-        best = min(seconds(partial(share_of, shard, box, whole.shape)) for _ in range(5 * repeats))
-        click.echo(f"  {kind:28} {shard.nbytes / best / 1e9:6.2f} GB/s")
+    _count_share("row shard", (4096, 8192), (2048, 8192), repeats)
+    for run in (8192, 4096, 2048, 1024, 512, 128):
+        _count_share(f"column shard, runs of {run} of 16384 bytes", (4096, 8192), (4096, run // 2), repeats)
+    for run in (1024, 512, 256, 128):
+        _count_share(f"column shard, runs of {run} of 2048 bytes", (4096, 1024), (4096, run // 2), repeats)
+
+
+def _count_share(kind: str, shape: tuple[int, ...], stop: tuple[int, ...], repeats: int) -> None:
+    whole = np.random.default_rng(0).integers(0, 1 << 16, shape, np.uint16)
+    box = Box((0,) * len(shape), stop)
+    shard = np.ascontiguousarray(whole[box.slices()])
+    best = min(seconds(partial(share_of, shard, box, shape)) for _ in range(5 * repeats))
+    click.echo(f"  {kind:40} {shard.nbytes / best / 1e9:6.2f} GB/s")
 
 
 def cpu() -> float:

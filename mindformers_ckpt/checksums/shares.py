@@ -11,7 +11,7 @@ from functools import reduce
 from operator import xor
 from typing import TYPE_CHECKING, Any
 
-from mindformers_ckpt.checksums.crc64 import finished, joined, raw, raw_of_runs, shifted
+from mindformers_ckpt.checksums.crc64 import finished, joined, raw, raw_of_rows, raw_of_runs, shifted
 from mindformers_ckpt.geometry.box import Box, offset_in, run_length
 
 if TYPE_CHECKING:
@@ -28,12 +28,11 @@ def share_of(content: Array, box: Box, shape: Sequence[int]) -> int:
     size = content.itemsize
     run = run_length(box.shape, shape)
     data = content.reshape(-1, run).view("u1")
-    values = raw_of_runs(data)
-    if len(values) > 1:
-        axis = _first_axis_of_runs(box.shape, run)
-        values = values.reshape(box.shape[:axis])
-        for outer in reversed(range(axis)):
-            values = joined(values, math.prod(shape[outer + 1 :]) * size)
+    axis = _first_axis_of_runs(box.shape, run)
+    strides = [math.prod(shape[outer + 1 :]) * size for outer in range(axis)]
+    values = raw_of_rows(data, box.shape[axis - 1], strides.pop()) if strides else raw_of_runs(data)
+    for outer in reversed(range(len(strides))):
+        values = joined(values.reshape(box.shape[: outer + 1]), strides[outer])
     return shifted(int(values.reshape(-1)[0]), _bytes_behind(box, shape, size))
 
 

@@ -81,6 +81,22 @@ def test_runs_on_both_sides_of_the_shortest_that_the_library_is_called_for(colum
     assert checksum(shares, tensor.nbytes) == crc64.crc64(tensor.tobytes()) == straight(tensor.tobytes())
 
 
+@pytest.mark.parametrize(
+    "shape", [(700, 300), (3, 40, 200), (2, 150, 1024), (17, 2, 9, 5), (16, 2048), (15, 2048), (20, 2049)]
+)
+def test_rows_near_each_other_and_far_apart(shape: tuple[int, ...]) -> None:
+    tensor = np.random.default_rng(3).integers(0, 1 << 16, shape, np.uint16)
+    first = shape[-1] // 3
+    boxes = [Box((0,) * len(shape), (*shape[:-1], first)), Box((*(0 for _ in shape[1:]), first), shape)]
+    shares = [share_of(np.ascontiguousarray(tensor[box.slices()]), box, shape) for box in boxes]
+    assert checksum(shares, tensor.nbytes) == crc64.crc64(tensor.tobytes())
+    box = Box((0,) * len(shape), (shape[0], *(-(-extent // 2) for extent in shape[1:])))
+    spread = np.zeros_like(tensor)
+    spread[box.slices()] = tensor[box.slices()]
+    share = share_of(np.ascontiguousarray(tensor[box.slices()]), box, shape)
+    assert checksum([share], tensor.nbytes) == crc64.crc64(spread.tobytes())
+
+
 def test_runs_of_bytes_give_the_checksum_of_all_in_any_order() -> None:
     data = np.random.default_rng(2).bytes(1000)
     spans = [(600, 1000), (0, 13), (14, 600), (13, 14)]
