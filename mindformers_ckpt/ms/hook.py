@@ -8,6 +8,7 @@ params = hook.load(network, optimizer)
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,15 +30,14 @@ from mindformers_ckpt.job.reslice import Reslicing
 from mindformers_ckpt.job.settings import check_alike
 from mindformers_ckpt.job.shared_disk import not_shared, owners_of, wait_for_files
 from mindformers_ckpt.log import log
+from mindformers_ckpt.ms import live, weights
+from mindformers_ckpt.ms.loading import Loading
 from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.strategy.files import MERGED_FILE, rank_file_name, read_strategy, strategy_of_job
 from mindformers_ckpt.strategy.model import Strategy
 
 if TYPE_CHECKING:
     from mindspore.nn import Cell
-
-    from mindformers_ckpt.ms.live import LiveFile
-    from mindformers_ckpt.ms.weights import Parameters
 
 
 class CheckpointHook:
@@ -57,7 +57,7 @@ class CheckpointHook:
         self._is_shared = True  # the output dir, by all nodes
         self._exchange: Exchange | None = None  # in its place, where an object storage is set
         self._settled = True  # no rank is compiling, which would write its strategy
-        self._live: LiveFile
+        self._live: live.LiveFile
         self._source: Checkpoint | None = None  # what `prepare` has looked at
         self._own_files: OwnFiles | None = None  # and has found
         self._dry_run = False  # one process plays a rank, to compile
@@ -91,8 +91,6 @@ class CheckpointHook:
         `network` is needed only when it is an `AutoParallel` cell. Call it after
         `mindspore.communication.init()`; in MindSpore's scheduler process it does nothing, and `init` does not return.
         """
-        from mindformers_ckpt.ms import live
-
         if os.environ.get("MS_ROLE") == "MS_SCHED" and self.config.use_parallel:
             log.info("this process is MindSpore's scheduler: the ranks load the weights")
             return
@@ -139,9 +137,6 @@ class CheckpointHook:
         values side by side, which is no network to train. Raises StrategySaved where `only_save_strategy` is set: the
         strategy is complete then, nothing is loaded, and the trainer is to stop; it never ends the process.
         """
-        from mindformers_ckpt.ms import weights
-        from mindformers_ckpt.ms.loading import Loading
-
         if self._dry_run:
             return self._end_dry_run()
         with self._together("load"):
@@ -206,7 +201,7 @@ class CheckpointHook:
         The rank that cleared puts it back, and if that one is dead, whoever survived it.
         """
         try:
-            with self.cluster.step(step), self._output.explained():
+            with _without_cycles(), self.cluster.step(step), self._output.explained():
                 yield
         except BaseException:
             try:
@@ -278,14 +273,12 @@ class CheckpointHook:
             )
         self.config = replace(self.config, load_checkpoint="")
 
-    def _live_strategy(self, cells: Sequence[Cell], optimizer: Cell | None, loaded: Parameters) -> Strategy:
+    def _live_strategy(self, cells: Sequence[Cell], optimizer: Cell | None, loaded: weights.Parameters) -> Strategy:
         """The strategy of this job; with a pipeline the files of all ranks are merged into one (guide).
 
         States of an optimizer that starts anew belong to it, too: the next job loads them. `loaded` are the parameters
         of the cells.
         """
-        from mindformers_ckpt.ms import live, weights
-
         if not self._is_parallel:
             return Strategy.complete()
         trained, own = cells, loaded
@@ -319,8 +312,6 @@ class CheckpointHook:
 
     def _whole_strategy(self) -> Strategy | None:
         """The strategy of the whole job as this rank can tell it, also where it did not have to be merged."""
-        from mindformers_ckpt.ms import live
-
         if not self._is_parallel or not self._live.is_written:
             return Strategy(({},), self.cluster.size, "whole on every rank")
         return live.whole_strategy(self._live, self.cluster.size)
@@ -365,6 +356,18 @@ def load_checkpoint(
     except StrategySaved as saved:
         log.info("%s", saved)
         raise SystemExit(0) from None
+
+
+@contextmanager
+def _without_cycles() -> Iterator[None]:
+    """Have the interpreter not look for cycles: plans and headers have none, and are many objects."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _show_log() -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
+
 from mindformers_ckpt.errors import ConfigError, PlanError, describe_problems, raise_problems
 from mindformers_ckpt.formats import TensorSpec
 from mindformers_ckpt.log import log
@@ -91,8 +93,6 @@ def tensor_of(spec: TensorSpec, content: np.ndarray[Any, Any]) -> Tensor:
     if name in _NUMPY_TYPES:
         return mindspore.Tensor.from_numpy(content.view(np.dtype(name)).reshape(spec.shape))
     if name == "bfloat16":
-        import ml_dtypes
-
         return mindspore.Tensor.from_numpy(content.view(ml_dtypes.bfloat16).reshape(spec.shape))
     try:  # MindSpore 2.7 has no views of another type, and not all types
         kind = getattr(mindspore, name)
