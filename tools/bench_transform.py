@@ -125,7 +125,7 @@ def write_complete(path: Path, tensors: list[TensorSpec]) -> None:
 
 
 def write_strategies(folder: Path, weights: Mapping[str, tuple[int, ...]]) -> None:
-    """The strategy folders of all strategies."""
+    """The strategy folders of all strategies; those of a pipeline have a merged file, too."""
     for strategy, mesh in STRATEGIES.items():
         axes = {"dp": mesh["dp"], "mp": mesh["mp"]}
         for stage in range(mesh["pp"]):
@@ -138,6 +138,8 @@ def write_strategies(folder: Path, weights: Mapping[str, tuple[int, ...]]) -> No
             size = mesh["dp"] * mesh["mp"]
             for rank in range(stage * size, (stage + 1) * size):
                 write_strategy(layouts, folder / strategy / rank_file_name(rank), stage)
+        if mesh["pp"] > 1:
+            merge_strategies(folder / strategy, folder / strategy / "merged.ckpt")
 
 
 def stage_of(name: str, stages: int) -> int:
@@ -269,9 +271,6 @@ def main(
     weights = shapes(gb)
     tensors = specs(weights)
     write_strategies(folder / "strategy", weights)
-    for name, mesh in STRATEGIES.items():
-        if mesh["pp"] > 1:
-            merge_strategies(folder / "strategy" / name, folder / "strategy" / name / "merged.ckpt")
     click.echo(f"{sum(spec.nbytes for spec in tensors) / 1e9:.2f} GB unique in {len(tensors)} tensors; {machine()}")
     header = "direction          format       way                 wall s   x cp    CPU s  private MB (largest)"
     click.echo(f"{header}\n{'-' * len(header)}")
