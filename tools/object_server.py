@@ -6,7 +6,7 @@
 
 Every request is answered `delay_ms` late; all bodies share `link` bytes a second, in each direction. Nothing is
 checked, signatures least of all: tests use moto's server. Objects are the files of a folder, uploads are folders beside
-them.
+them, in which parts of whole MiB go to their place at once: no storage copies an object when it is completed.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import click
 
 BUCKET = "bench"
 _PIECE = 256 << 10
+_UNIT = 1 << 20
 _COUNTERS = "/counters"
 _NOTES = "x-amz-meta-mindformers-ckpt-plan"
 
@@ -104,6 +105,12 @@ class Handler(BaseHTTPRequestHandler):
         super().setup()
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
+    def handle_expect_100(self) -> bool:
+        """Say at once that the body may come: who sends one waits for that, a second at most."""
+        super().handle_expect_100()
+        self.wfile.flush()
+        return True
+
     def ask(self) -> tuple[str, dict[str, str]]:
         """The key and the words of a request."""
         parts = urlsplit(self.path)
@@ -138,18 +145,30 @@ class Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         key, words = self.ask()
         with self.storage.request("puts"):
-            number = words.get("partNumber")
-            path = self.storage.path(key) if number is None else self.storage.parts(words["uploadId"]) / number
-            path.parent.mkdir(parents=True, exist_ok=True)
-            left = int(self.headers["Content-Length"])
-            self.storage.count("bytes_in", left)
-            with path.open("wb") as file:
-                while left:
-                    piece = self.rfile.read(min(left, _PIECE))
-                    self.storage.into.take(len(piece))
-                    file.write(piece)
-                    left -= len(piece)
+            size, number = int(self.headers["Content-Length"]), words.get("partNumber")
+            self.storage.count("bytes_in", size)
+            if number is None:
+                path = self.storage.path(key)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.unlink(missing_ok=True)
+                self.take_body(path, 0, size)
+            else:
+                path = self.storage.parts(words["uploadId"]) / number
+                is_whole = size % _UNIT == 0
+                self.take_body(*((path.with_name("whole"), (int(number) - 1) * size) if is_whole else (path, 0)), size)
+                path.with_suffix(".size").write_text(str(size))
+                path = path.with_suffix(".size")
             self.answer(200, b"", ETag=_tag(path))
+
+    def take_body(self, path: Path, start: int, left: int) -> None:
+        """Write a body to a file, at a place."""
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT), "wb") as file:
+            file.seek(start)
+            while left:
+                piece = self.rfile.read(min(left, _PIECE))
+                self.storage.into.take(len(piece))
+                file.write(piece)
+                left -= len(piece)
 
     def do_POST(self) -> None:
         key, words = self.ask()
@@ -170,25 +189,27 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(204, b"")
 
     def complete(self, key: str, upload: str) -> None:
-        """Put parts together, as many system calls as there are parts."""
+        """Put parts together: those of whole MiB are in their place."""
         folder, path = self.storage.parts(upload), self.storage.path(key)
+        whole = folder / "whole"
+        parts = _parts(folder)
+        sizes = {size for _, size, _ in parts[:-1]}
+        if len(sizes) > 1 or any(size % _UNIT for size in sizes) or parts[-1][1] > max(sizes, default=parts[-1][1]):
+            raise ValueError(f"parts of {sizes} bytes: all but the last are to be of one size, whole MiB")
+        last = folder / str(parts[-1][0])
+        if last.exists():
+            with open(os.open(whole, os.O_WRONLY | os.O_CREAT), "wb") as target:
+                target.seek(sum(size for _, size, _ in parts[:-1]))
+                target.write(last.read_bytes())
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as target:
-            for number in sorted(int(part.name) for part in folder.iterdir() if part.name.isdecimal()):
-                part = folder / str(number)
-                with part.open("rb") as source:
-                    left = part.stat().st_size
-                    while left:
-                        left -= os.copy_file_range(source.fileno(), target.fileno(), left)
-                part.unlink()
+        whole.replace(path)
         path.with_name(f"{path.name}.notes").write_text((folder / "notes").read_text())
         self.xml("CompleteMultipartUploadResult", f"<ETag>{_tag(path)}</ETag>")
 
     def list_parts(self, upload: str) -> None:
-        found = sorted((int(part.name), part) for part in self.storage.parts(upload).iterdir() if part.name.isdecimal())
         rows = (
-            f"<Part><PartNumber>{number}</PartNumber><Size>{part.stat().st_size}</Size><ETag>{_tag(part)}</ETag></Part>"
-            for number, part in found
+            f"<Part><PartNumber>{number}</PartNumber><Size>{size}</Size><ETag>{tag}</ETag></Part>"
+            for number, size, tag in _parts(self.storage.parts(upload))
         )
         self.xml("ListPartsResult", f"<IsTruncated>false</IsTruncated>{''.join(rows)}")
 
@@ -240,6 +261,11 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
         self.wfile.flush()
+
+
+def _parts(folder: Path) -> list[tuple[int, int, str]]:
+    """The parts of an upload: number, size, tag."""
+    return sorted((int(path.stem), int(path.read_text()), _tag(path)) for path in folder.glob("*.size"))
 
 
 def _entry(key: str, path: Path) -> str:
