@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import os
 from collections.abc import Callable
@@ -65,6 +67,34 @@ def load(config: Config, network: Net, optimizer: Net | None = None) -> dict[str
     hook = CheckpointHook(config)
     hook.prepare()
     return hook.load(network, optimizer)
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+@pytest.mark.parametrize("is_refused", [True, False])
+def test_the_collector_of_cycles_is_as_before_after_a_load(
+    tmp_path: Path, config: Callable[..., Config], was_enabled: bool, is_refused: bool
+) -> None:
+    seen: list[bool] = []
+
+    class Watched(Net):
+        def parameters_and_names(self, *arguments: Any, **options: Any) -> Any:
+            seen.append(gc.isenabled())
+            return super().parameters_and_names(*arguments, **options)
+
+    tensors = random_model({"a.weight": (6, 4)})
+    file = write_tensors(tmp_path / "llama.ckpt", tensors)
+    kind = tensors["a.weight"].dtype.name
+    network = Watched({"a.weight": (kind, (6, 5 if is_refused else 4))})
+    seen.clear()
+    try:
+        if not was_enabled:
+            gc.disable()
+        with pytest.raises(ConfigError) if is_refused else contextlib.nullcontext():
+            load(config(load_checkpoint=file), network)
+        after = gc.isenabled()
+    finally:
+        gc.enable()
+    assert (set(seen), after) == ({False}, was_enabled)
 
 
 # ------------------------------------------------------------------------------------- the guide's cases
