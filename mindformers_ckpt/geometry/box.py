@@ -11,7 +11,7 @@ import itertools
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from operator import sub
+from operator import lt, sub
 from typing import Any, NamedTuple
 
 
@@ -196,4 +196,11 @@ class BoxIndex:
         first = bisect_left(self._starts, box.start[self._axis] - self._longest)
         last = bisect_right(self._starts, box.stop[self._axis])
         compared(last - first)
-        return sorted(number for number in self._order[first:last] if meets(self._boxes[number], box))
+        if not box.volume:
+            return []
+        return sorted(number for number in self._order[first:last] if _overlap(self._boxes[number], box))
+
+
+def _overlap(box: Box, other: Box) -> bool:
+    """Whether two boxes, neither of which is empty, share an element."""
+    return all(map(lt, box.start, other.stop)) and all(map(lt, other.start, box.stop))

@@ -141,6 +141,14 @@ class Transfer(NamedTuple):
         return sum(covered_volume(wanted, held) * size for size, held in boxes.items())
 
 
+class Cut(NamedTuple):
+    """Transfers that share their places, and those of them that one target file takes."""
+
+    transfers: Sequence[Transfer]
+    sources: tuple[Place, ...]
+    targets: tuple[Place, ...]
+
+
 @dataclass(frozen=True)
 class Plan:
     """What to read and what to write. `warnings` tell the user of choices that the plan made."""
@@ -200,6 +208,17 @@ class Plan:
             name, dtype, shape, _, _ = transfer
             for group, sources, targets in known[key]:
                 taken[group].append(Transfer(name, dtype, shape, sources, targets))
+        return taken
+
+    def cuts_by_target(self) -> list[list[Cut]]:
+        """What every target file takes, by transfers that are cut alike: of many layers there are few such cuts."""
+        alike: dict[tuple[int, int], list[Transfer]] = {}
+        for transfer in self.transfers:
+            alike.setdefault((id(transfer.sources), id(transfer.targets)), []).append(transfer)
+        taken: list[list[Cut]] = [[] for _ in self.targets]
+        for transfers in alike.values():
+            for target, sources, targets in _taken(transfers[0], 1):
+                taken[target].append(Cut(transfers, sources, targets))
         return taken
 
     def check(self, most_comparisons: int | None = None) -> None:

@@ -4,13 +4,14 @@ One rank of a job looks at the source and tells every other one this. It then re
 and no header is read again. Where a header is only likely the heads of what is read are told, too, to be compared.
 
     {"target": [path, rank, format],
-     "names": [text, …], "kinds": [[element type, [shape]], …], "places": [[place, …], …],
+     "names": [text, …], "kinds": [[element type, [shape]], …],
      "tensors": [name, kind, …],
      "files": [[number, name from the root, bytes, [name, kind, offset, length, …], [[offset, head], …]], …],
-     "transfers": [name, kind, source places, target places, …]}
+     "cuts": [[[name, kind, …], [source place, …], [target place, …]], …]}
 
-Names, kinds and places are told once, and are referred to by number. A tensor of a file has an offset and a length for
-each of its segments.
+Names and kinds are told once, and are referred to by number; ranks of a stage are told all of both that any of them
+needs. Transfers that are cut alike are told together. A tensor of a file has an offset and a length for each of its
+segments.
 
     place:   [file, start, stop, name in the file, view, computation], from its end without what is not there
     view:    [shape, start, stop, order]
@@ -25,7 +26,8 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,12 +38,12 @@ from mindformers_ckpt.formats.headers import heads_by_content
 from mindformers_ckpt.formats.tensor_file import Malformed
 from mindformers_ckpt.planning.checked import DecodeError, box_of, list_of, number_of, numbers_of, spec_of, text_of
 from mindformers_ckpt.planning.computations import Cast, Compute, Constant, Dequantise
-from mindformers_ckpt.planning.model import Numbers, Place, Plan, SourceFile, TargetFile, Transfer, View, once
+from mindformers_ckpt.planning.model import Cut, Numbers, Place, Plan, SourceFile, TargetFile, Transfer, View, once
 from mindformers_ckpt.text_files import parse_json
 
 _dump = json.JSONEncoder(separators=(",", ":")).encode
 _MAX_BYTES = 1 << 30  # of the text of one rank: that of a rank with all of 100,000 tensors has 20 MB
-_FILES = 256  # whose text is kept for the next ranks
+_HELD = 256  # texts of what is read of files that are kept for the next ranks
 _ONE_TARGET = {0: 0}
 _NOTHING = (Segment(0, 0),)  # of a tensor without elements
 _PLAIN = ("", None, None)  # name, view and computation of a place that is a box of the file's tensor of that name
@@ -75,32 +77,36 @@ def encode_ranks(plan: Plan, root: Path, header_of: Callable[[Path], Header]) ->
     since.
     """
     encoder = _Encoder(plan, root, header_of)
-    for target, transfers in zip(plan.targets, plan.by_target()):
-        yield encoder.text(target, transfers)
+    for target, cuts in zip(plan.targets, plan.cuts_by_target()):
+        yield encoder.text(target, cuts)
 
 
 class _Tables:
     """What texts refer to by number: names and kinds of tensors. Targets with the same tensors share them."""
 
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
-        self.names, self.kinds = Numbers[str](), Numbers[tuple[str, tuple[int, ...]]]()
-        self.specs = _dump([number for spec in specs for number in self._numbers(spec)])
-        self.rows = once(self._rows_of)
+        self._names, self._kinds = Numbers[str](), Numbers[tuple[str, tuple[int, ...]]]()
+        self.specs = _dump([number for spec in specs for number in self._numbers(spec.name, spec.dtype, spec.shape)])
+        self.transfers = once(self._transfers_text)
 
-    def _numbers(self, spec: TensorSpec) -> tuple[int, int]:
-        return self.names[spec.name], self.kinds[spec.dtype.name, spec.shape]
+    def text(self) -> str:
+        return f'"names":{_dump([*self._names])},"kinds":{_dump([*self._kinds])},"tensors":{self.specs}'
 
-    def _rows_of(self, record: TensorRecord) -> list[int]:
-        spec, segments = record
-        numbers = self._numbers(spec)
-        return [value for segment in segments or _NOTHING for value in (*numbers, *segment)]
+    def records(self, records: Iterable[TensorRecord]) -> str:
+        """The rows of tensors of a file."""
+        rows: list[int] = []
+        for (name, dtype, shape), segments in records:
+            numbers = self._numbers(name, dtype, shape)
+            for segment in segments or _NOTHING:
+                rows += *numbers, *segment
+        return _dump(rows)
 
+    def _transfers_text(self, transfers: Sequence[Transfer]) -> str:
+        """The rows of transfers that are cut alike."""
+        return _dump([number for transfer in transfers for number in self._numbers(*transfer[:3])])
 
-class _Alike(NamedTuple):
-    """Transfers of one kind with the same places: the rest of their rows, and the tensors that they read of files."""
-
-    row: tuple[int, int, int]
-    read: list[tuple[dict[str, None], str]]  # names in a file, the one to add: none where it is that of the transfer
+    def _numbers(self, name: str, dtype: DType, shape: tuple[int, ...]) -> tuple[int, int]:
+        return self._names[name], self._kinds[dtype.name, shape]
 
 
 class _Encoder:
@@ -109,45 +115,42 @@ class _Encoder:
     def __init__(self, plan: Plan, root: Path, header_of: Callable[[Path], Header]) -> None:
         self._plan, self._root, self._header_of = plan, root, header_of
         self._headers: dict[int, Header] = {}
-        self._names: dict[int, str] = {}
-        # Ranks of a stage have these in common, and neighbours what they read of a file.
+        self._about: dict[int, str] = {}
+        self._first: dict[tuple[int, int], int] = {}  # of the files with the same tensors at the same places
+        self._like: dict[int, int] = {}  # that one, of each file
+        # Ranks of a stage have these in common.
         self._tables, self._sources, self._targets = once(_Tables), once(_sources_text), once(_targets_text)
-        self._file = lru_cache(maxsize=_FILES)(self._file_text)
+        self._names = once(_names_of)
+        self._held = lru_cache(maxsize=_HELD)(self._held_text)
 
-    def text(self, target: TargetFile, transfers: Sequence[Transfer]) -> str:
-        tables, places = self._tables(target.tensors), Numbers[str]()
-        names, kinds = tables.names, tables.kinds
-        read: dict[int, dict[str, None]] = defaultdict(dict)
-        known: dict[tuple[int, int, str, tuple[int, ...]], _Alike] = {}
-        rows: list[int] = []
-        for name, dtype, shape, sources, targets in transfers:
-            key = id(sources), id(targets), dtype.name, shape
-            if key not in known:
-                row = kinds[dtype.name, shape], places[self._sources(sources)], places[self._targets(targets)]
-                files_read = [file for place in sources for file in _tensors_of(place)]
-                known[key] = _Alike(row, [(read[file], tensor) for file, tensor in files_read])
-            alike = known[key]
-            rows += names[name], *alike.row
-            for tensors, tensor in alike.read:
-                tensors[tensor or name] = None
-        files = ",".join(self._file(file, tuple(read[file]), tables) for file in sorted(read))
+    def text(self, target: TargetFile, cuts: Sequence[Cut]) -> str:
+        tables = self._tables(target.tensors)
+        read: dict[int, dict[tuple[str, ...], None]] = defaultdict(dict)
+        rows = []
+        for transfers, sources, targets in cuts:
+            rows.append(f"[{tables.transfers(transfers)},{self._sources(sources)},{self._targets(targets)}]")
+            for file, tensor in (file for place in sources for file in _tensors_of(place)):
+                read[file][(tensor,) if tensor else self._names(transfers)] = None
+        files = [self._file(number, tuple(read[number]), tables) for number in sorted(read)]
         about = _dump([target.path, target.rank, target.format])
-        text = (
-            f'{{"target":{about},"names":{_dump([*names])},"kinds":{_dump([*kinds])},"places":[{",".join(places)}],'
-            f'"tensors":{tables.specs},"files":[{files}],"transfers":{_dump(rows)}}}'
-        )
+        text = f'{{"target":{about},{tables.text()},"files":[{",".join(files)}],"cuts":[{",".join(rows)}]}}'
         return base64.b64encode(zlib.compress(text.encode("ascii"), 1)).decode("ascii")
 
-    def _file_text(self, number: int, tensors: Sequence[str], tables: _Tables) -> str:
-        if number not in self._headers:
+    def _file(self, number: int, names: tuple[tuple[str, ...], ...], tables: _Tables) -> str:
+        if number not in self._like:
             file = self._plan.sources[number]
-            self._headers[number] = self._current(file)
-            self._names[number] = f"[{number},{_dump(name_from(self._root, file.path))},{file.size}"
+            header = self._headers[number] = self._current(file)
+            self._about[number] = f"[{number},{_dump(name_from(self._root, file.path))},{file.size}"
+            places = id(header.tensors), id(header.frames) if header.is_likely else 0
+            self._like[number] = self._first.setdefault(places, number)
+        return f"{self._about[number]},{self._held(self._like[number], names, tables)}]"
+
+    def _held_text(self, number: int, names: tuple[tuple[str, ...], ...], tables: _Tables) -> str:
+        """What is read of a file, and of those that are like it: where it is, and the heads to be compared."""
         header = self._headers[number]
-        records = [header.tensors[tensor] for tensor in tensors]
-        rows = [value for record in records for value in tables.rows(record)]
+        records = [header.tensors[name] for name in dict.fromkeys(chain.from_iterable(names))]
         heads = _dump(_heads_of(header, records)) if header.is_likely else "[]"
-        return f"{self._names[number]},{_dump(rows)},{heads}]"
+        return f"{tables.records(records)},{heads}"
 
     def _current(self, file: SourceFile) -> Header:
         header = self._header_of(file.path)
@@ -163,6 +166,10 @@ def _heads_of(header: Header, records: Iterable[TensorRecord]) -> list[tuple[int
     heads_at = heads_by_content(header.frames)
     heads = (heads_at[segment.offset] for record in records for segment in record.segments)
     return [(offset, head.decode("latin-1")) for offset, head in heads]
+
+
+def _names_of(transfers: Sequence[Transfer]) -> tuple[str, ...]:
+    return tuple(transfer.name for transfer in transfers)
 
 
 def _sources_text(places: Sequence[Place]) -> str:
@@ -191,7 +198,7 @@ def decode_rank(text: str, root: Path) -> RankPlan:
         path, rank, format = list_of(body["target"], 3)
         specs = tuple(TensorSpec(names[name], *kinds[kind]) for name, kind in _rows(body["tensors"], 2))
         target = TargetFile(text_of(path), number_of(rank), text_of(format), specs)
-        transfers = tuple(_transfers(body, names, kinds, numbers))
+        transfers = tuple(_transfers(body["cuts"], names, kinds, numbers))
         sources = tuple(SourceFile(header.path, header.size) for header in headers.values())
     except KeyError as error:
         raise PlanError(f"what another rank told of its plan lacks {error}") from None
@@ -270,21 +277,15 @@ def _tensors_of(place: Place) -> Iterator[tuple[int, str]]:
 
 
 def _transfers(
-    body: Mapping[str, Any], names: Sequence[str], kinds: Sequence[_Kind], numbers: Mapping[int, int]
+    cuts: Any, names: Sequence[str], kinds: Sequence[_Kind], numbers: Mapping[int, int]
 ) -> Iterator[Transfer]:
     """The transfers. Those that are cut alike share their places, and these are looked at once."""
-    lists = [list_of(entry) for entry in list_of(body["places"])]
-
-    @cache
-    def sources(number: int) -> tuple[Place, ...]:
-        return tuple(_place(entry, numbers) for entry in lists[number])
-
-    @cache
-    def targets(number: int) -> tuple[Place, ...]:
-        return tuple(_place(entry, _ONE_TARGET) for entry in lists[number])
-
-    for name, kind, given, taken in _rows(body["transfers"], 4):
-        yield Transfer(names[name], *kinds[kind], sources(given), targets(taken))
+    for entry in list_of(cuts):
+        rows, given, taken = list_of(entry, 3)
+        sources = tuple(_place(place, numbers) for place in list_of(given))
+        targets = tuple(_place(place, _ONE_TARGET) for place in list_of(taken))
+        for name, kind in _rows(rows, 2):
+            yield Transfer(names[name], *kinds[kind], sources, targets)
 
 
 def _place_to_json(place: Place) -> list[Any]:

@@ -119,9 +119,10 @@ def test_what_is_told_is_what_the_rank_would_plan(source: tuple[Checkpoint, dict
         assert len(own.plan.sources) < len(plan.sources)
         assert own.plan.targets == (plan.targets[rank],)
         alone = plan.for_targets([rank])
-        assert [part._replace(sources=(), targets=()) for part in own.plan.transfers] == [
+        assert {part._replace(sources=(), targets=()) for part in own.plan.transfers} == {
             part._replace(sources=(), targets=()) for part in alone.transfers
-        ]
+        }
+        assert len(own.plan.transfers) == len(alone.transfers)
         found = {spec.name: content.tobytes() for spec, content in read_direct(own.plan, lambda: None, own.headers)}
         assert found == {name: tensor.bits.tobytes() for name, tensor in wanted[rank].items()}
 
@@ -209,14 +210,16 @@ def changed(text: str, change: Callable[[dict[str, Any]], None]) -> str:
         (lambda body: body["files"][0][3].append(1), "in rows of 4"),
         (lambda body: body["files"][0][3].__setitem__(3, 1), "is not where it should be"),
         (lambda body: body["files"][0][3].__setitem__(1, 10**6), "out of range"),
-        (lambda body: body["transfers"].__setitem__(0, True), "a number must stand"),
-        (lambda body: body["transfers"].__setitem__(0, -1), "a number must stand"),
-        (lambda body: body["transfers"].__setitem__(2, 10**6), "out of range"),
+        (lambda body: body["cuts"][0][0].__setitem__(0, True), "a number must stand"),
+        (lambda body: body["cuts"][0][0].__setitem__(0, -1), "a number must stand"),
+        (lambda body: body["cuts"][0][0].__setitem__(1, 10**6), "out of range"),
+        (lambda body: body["cuts"][0][0].append(0), "in rows of 2"),
+        (lambda body: body["cuts"][0].pop(), "must stand"),
         (lambda body: body["names"].__setitem__(0, "a\0"), "a text must stand"),
-        (lambda body: body["places"].__setitem__(body["transfers"][2], []), "are in no source file"),
-        (lambda body: body["places"][body["transfers"][2]][0].__setitem__(0, 10**6), "lacks 1000000"),
-        (lambda body: body["places"][body["transfers"][3]][0].__setitem__(0, 1), "lacks 1"),
-        (lambda body: body["places"][body["transfers"][2]][0].extend([None] * 9), "a place of"),
+        (lambda body: body["cuts"][0].__setitem__(1, []), "are in no source file"),
+        (lambda body: body["cuts"][0][1][0].__setitem__(0, 10**6), "lacks 1000000"),
+        (lambda body: body["cuts"][0][2][0].__setitem__(0, 1), "lacks 1"),
+        (lambda body: body["cuts"][0][1][0].extend([None] * 9), "a place of"),
         (lambda body: body["kinds"][0].__setitem__(0, "float7"), "float7"),
         (lambda body: body["kinds"][0].__setitem__(1, [1 << 62, 4]), "overflows"),
     ],
