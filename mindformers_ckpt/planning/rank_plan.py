@@ -247,8 +247,8 @@ def _records(rows: Any, names: Sequence[str], kinds: Sequence[_Kind]) -> dict[st
 
 def _header(path: Path, size: Any, tensors: dict[str, TensorRecord], told: Any) -> Header:
     """Heads are those of a .ckpt file: any other one is read whole."""
-    heads = tuple((number_of(offset), text_of(head).encode("latin-1")) for offset, head in map(list_of, list_of(told)))
-    return Header(path, "ckpt", number_of(size), tensors, {}, None, heads, is_likely=bool(heads))
+    heads = [(number_of(offset), text_of(head).encode("latin-1")) for offset, head in map(list_of, list_of(told))]
+    return Header(path, "ckpt", number_of(size), tensors, {}, None, tuple(sorted(heads)), is_likely=bool(heads))
 
 
 def name_from(root: Path, path: Path) -> str:
