@@ -134,6 +134,26 @@ def test_what_is_likely_is_right(source: Path, model: dict[str, Tensor]) -> None
     assert loaded(quick(source), source) == {name: tensor.bits.tobytes() for name, tensor in model.items()}
 
 
+def test_heads_are_told_of_tensors_that_are_cut_in_turn_in_two_ways(tmp_path: Path) -> None:
+    """A plan is told by ways to cut, which is not the order of a file."""
+    shape, source = (2 * RANKS, 2 * RANKS), tmp_path / "source"
+    model = random_model(dict.fromkeys(NAMES, shape))
+    columns = Layout.on({"mp": RANKS}, None, "mp")
+    layouts = {name: (ROWS, columns)[number % 2] for number, name in enumerate(NAMES)}
+    for rank in range(RANKS):
+        part = {name: tensor.part(layouts[name].box(shape, rank)) for name, tensor in model.items()}
+        write_tensors(source / f"rank_{rank}" / f"checkpoint_{rank}.ckpt", part)
+    checkpoint = Checkpoint(find_source(source), Strategy.of_stages((layouts,), "in turn"))
+    checkpoint.look_quickly()
+    assert [checkpoint.header(path).is_likely for path in checkpoint.files.files] == [False] + [True] * (RANKS - 1)
+    plan = build_plan(checkpoint, Strategy.complete())
+    own = decode_rank(next(encode_ranks(plan, source, checkpoint.header)), source)
+    for header in own.headers.values():
+        assert list(header.frames) == sorted(header.frames)
+    assert wrong_headers(own.headers) == {}
+    assert loaded(checkpoint, source) == {name: tensor.bits.tobytes() for name, tensor in model.items()}
+
+
 def test_tensors_in_another_order_are_found(source: Path, model: dict[str, Tensor]) -> None:
     """In a file that looks like the others at all samples."""
     path = source / "rank_3" / "checkpoint_3.ckpt"
