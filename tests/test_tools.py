@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import os
+import random
 import re
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from object_server import BUCKET, serving
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
@@ -129,3 +132,25 @@ def test_files_that_are_named_are_there() -> None:
             ):
                 lost[name] = text.relative_to(ROOT)
     assert lost == {}
+
+
+@pytest.mark.parametrize(("whole", "rest"), [(0, 5), (0, 3 << 20), (1, 0), (2, 0), (2, 5), (2, 3 << 20)])
+def test_objects_of_the_server_for_measurements_hold_their_parts(tmp_path: Path, whole: int, rest: int) -> None:
+    """Parts come in any order, and the last one may be as long as it likes."""
+    data = random.Random(1).randbytes(whole * (8 << 20) + rest)
+    parts = [data[start : start + (8 << 20)] for start in range(0, len(data), 8 << 20)]
+    with serving(tmp_path) as server:
+        connection = http.client.HTTPConnection(server.endpoint.rpartition("/")[2], timeout=30)
+
+        def ask(method: str, words: str, body: bytes = b"") -> bytes:
+            connection.request(method, f"/{BUCKET}/folder/object?{words}", body)
+            return connection.getresponse().read()
+
+        upload = ask("POST", "uploads").partition(b"<UploadId>")[2].partition(b"<")[0].decode()
+        for number, part in reversed(list(enumerate(parts, 1))):
+            ask("PUT", f"partNumber={number}&uploadId={upload}", part)
+        listed = re.findall(rb"<Size>(\d+)</Size>", ask("GET", f"uploadId={upload}"))
+        assert [int(size) for size in listed] == [len(part) for part in parts]
+        ask("POST", f"uploadId={upload}")
+        assert ask("GET", "") == data
+        connection.close()

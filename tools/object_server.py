@@ -6,7 +6,8 @@
 
 Every request is answered `delay_ms` late; all bodies share `link` bytes a second, in each direction. Nothing is
 checked, signatures least of all: tests use moto's server. Objects are the files of a folder, uploads are folders beside
-them, in which parts of whole MiB go to their place at once: no storage copies an object when it is completed.
+them, in which parts of 8 MiB go to their place at once: no storage copies an object when it is completed. Only the last
+part of an object may be shorter.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ import click
 
 BUCKET = "bench"
 _PIECE = 256 << 10
-_UNIT = 1 << 20
+_PART = 8 << 20  # as the commands send them, up to 72 GB
 _COUNTERS = "/counters"
 _NOTES = "x-amz-meta-mindformers-ckpt-plan"
 
@@ -153,11 +154,13 @@ class Handler(BaseHTTPRequestHandler):
                 path.unlink(missing_ok=True)
                 self.take_body(path, 0, size)
             else:
-                path = self.storage.parts(words["uploadId"]) / number
-                is_whole = size % _UNIT == 0
-                self.take_body(*((path.with_name("whole"), (int(number) - 1) * size) if is_whole else (path, 0)), size)
-                path.with_suffix(".size").write_text(str(size))
-                path = path.with_suffix(".size")
+                folder = self.storage.parts(words["uploadId"])
+                if size == _PART:
+                    self.take_body(folder / "whole", (int(number) - 1) * _PART, size)
+                else:
+                    self.take_body(folder / "last", 0, size)
+                path = folder / f"{number}.size"
+                path.write_text(str(size))
             self.answer(200, b"", ETag=_tag(path))
 
     def take_body(self, path: Path, start: int, left: int) -> None:
@@ -189,18 +192,16 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(204, b"")
 
     def complete(self, key: str, upload: str) -> None:
-        """Put parts together: those of whole MiB are in their place."""
+        """Put parts together: all but the last are in their place."""
         folder, path = self.storage.parts(upload), self.storage.path(key)
+        *others, (_, size, _) = _parts(folder)
+        if any(other != _PART for _, other, _ in others):
+            raise ValueError(f"all parts of an object but the last are to have {_PART} bytes")
         whole = folder / "whole"
-        parts = _parts(folder)
-        sizes = {size for _, size, _ in parts[:-1]}
-        if len(sizes) > 1 or any(size % _UNIT for size in sizes) or parts[-1][1] > max(sizes, default=parts[-1][1]):
-            raise ValueError(f"parts of {sizes} bytes: all but the last are to be of one size, whole MiB")
-        last = folder / str(parts[-1][0])
-        if last.exists():
+        if size != _PART:
             with open(os.open(whole, os.O_WRONLY | os.O_CREAT), "wb") as target:
-                target.seek(sum(size for _, size, _ in parts[:-1]))
-                target.write(last.read_bytes())
+                target.seek(len(others) * _PART)
+                target.write((folder / "last").read_bytes())
         path.parent.mkdir(parents=True, exist_ok=True)
         whole.replace(path)
         path.with_name(f"{path.name}.notes").write_text((folder / "notes").read_text())

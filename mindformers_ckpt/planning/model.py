@@ -141,7 +141,7 @@ class Transfer(NamedTuple):
         return sum(covered_volume(wanted, held) * size for size, held in boxes.items())
 
 
-class Cut(NamedTuple):
+class Alike(NamedTuple):
     """Transfers that share their places, and those of them that one target file takes."""
 
     transfers: Sequence[Transfer]
@@ -210,15 +210,15 @@ class Plan:
                 taken[group].append(Transfer(name, dtype, shape, sources, targets))
         return taken
 
-    def cuts_by_target(self) -> list[list[Cut]]:
-        """What every target file takes, by transfers that are cut alike: of many layers there are few such cuts."""
-        alike: dict[tuple[int, int], list[Transfer]] = {}
+    def alike_by_target(self) -> list[list[Alike]]:
+        """What every target file takes, by transfers that are cut alike: of many layers there are few kinds."""
+        shared: dict[tuple[int, int], list[Transfer]] = {}
         for transfer in self.transfers:
-            alike.setdefault((id(transfer.sources), id(transfer.targets)), []).append(transfer)
-        taken: list[list[Cut]] = [[] for _ in self.targets]
-        for transfers in alike.values():
+            shared.setdefault((id(transfer.sources), id(transfer.targets)), []).append(transfer)
+        taken: list[list[Alike]] = [[] for _ in self.targets]
+        for transfers in shared.values():
             for target, sources, targets in _taken(transfers[0], 1):
-                taken[target].append(Cut(transfers, sources, targets))
+                taken[target].append(Alike(transfers, sources, targets))
         return taken
 
     def check(self, most_comparisons: int | None = None) -> None:

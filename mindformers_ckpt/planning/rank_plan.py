@@ -7,7 +7,7 @@ and no header is read again. Where a header is only likely the heads of what is 
      "names": [text, …], "kinds": [[element type, [shape]], …],
      "tensors": [name, kind, …],
      "files": [[number, name from the root, bytes, [name, kind, offset, length, …], [[offset, head], …]], …],
-     "cuts": [[[name, kind, …], [source place, …], [target place, …]], …]}
+     "alike": [[[name, kind, …], [source place, …], [target place, …]], …]}
 
 Names and kinds are told once, and are referred to by number; ranks of a stage are told all of both that any of them
 needs. Transfers that are cut alike are told together. A tensor of a file has an offset and a length for each of its
@@ -38,7 +38,7 @@ from mindformers_ckpt.formats.headers import heads_by_content
 from mindformers_ckpt.formats.tensor_file import Malformed
 from mindformers_ckpt.planning.checked import DecodeError, box_of, list_of, number_of, numbers_of, spec_of, text_of
 from mindformers_ckpt.planning.computations import Cast, Compute, Constant, Dequantise
-from mindformers_ckpt.planning.model import Cut, Numbers, Place, Plan, SourceFile, TargetFile, Transfer, View, once
+from mindformers_ckpt.planning.model import Alike, Numbers, Place, Plan, SourceFile, TargetFile, Transfer, View, once
 from mindformers_ckpt.text_files import parse_json
 
 _dump = json.JSONEncoder(separators=(",", ":")).encode
@@ -77,8 +77,8 @@ def encode_ranks(plan: Plan, root: Path, header_of: Callable[[Path], Header]) ->
     since.
     """
     encoder = _Encoder(plan, root, header_of)
-    for target, cuts in zip(plan.targets, plan.cuts_by_target()):
-        yield encoder.text(target, cuts)
+    for target, alike in zip(plan.targets, plan.alike_by_target()):
+        yield encoder.text(target, alike)
 
 
 class _Tables:
@@ -123,17 +123,17 @@ class _Encoder:
         self._names = once(_names_of)
         self._held = lru_cache(maxsize=_HELD)(self._held_text)
 
-    def text(self, target: TargetFile, cuts: Sequence[Cut]) -> str:
+    def text(self, target: TargetFile, alike: Sequence[Alike]) -> str:
         tables = self._tables(target.tensors)
         read: dict[int, dict[tuple[str, ...], None]] = defaultdict(dict)
         rows = []
-        for transfers, sources, targets in cuts:
+        for transfers, sources, targets in alike:
             rows.append(f"[{tables.transfers(transfers)},{self._sources(sources)},{self._targets(targets)}]")
             for file, tensor in (file for place in sources for file in _tensors_of(place)):
                 read[file][(tensor,) if tensor else self._names(transfers)] = None
         files = [self._file(number, tuple(read[number]), tables) for number in sorted(read)]
         about = _dump([target.path, target.rank, target.format])
-        text = f'{{"target":{about},{tables.text()},"files":[{",".join(files)}],"cuts":[{",".join(rows)}]}}'
+        text = f'{{"target":{about},{tables.text()},"files":[{",".join(files)}],"alike":[{",".join(rows)}]}}'
         return base64.b64encode(zlib.compress(text.encode("ascii"), 1)).decode("ascii")
 
     def _file(self, number: int, names: tuple[tuple[str, ...], ...], tables: _Tables) -> str:
@@ -198,7 +198,7 @@ def decode_rank(text: str, root: Path) -> RankPlan:
         path, rank, format = list_of(body["target"], 3)
         specs = tuple(TensorSpec(names[name], *kinds[kind]) for name, kind in _rows(body["tensors"], 2))
         target = TargetFile(text_of(path), number_of(rank), text_of(format), specs)
-        transfers = tuple(_transfers(body["cuts"], names, kinds, numbers))
+        transfers = tuple(_transfers(body["alike"], names, kinds, numbers))
         sources = tuple(SourceFile(header.path, header.size) for header in headers.values())
     except KeyError as error:
         raise PlanError(f"what another rank told of its plan lacks {error}") from None
@@ -277,10 +277,10 @@ def _tensors_of(place: Place) -> Iterator[tuple[int, str]]:
 
 
 def _transfers(
-    cuts: Any, names: Sequence[str], kinds: Sequence[_Kind], numbers: Mapping[int, int]
+    alike: Any, names: Sequence[str], kinds: Sequence[_Kind], numbers: Mapping[int, int]
 ) -> Iterator[Transfer]:
     """The transfers. Those that are cut alike share their places, and these are looked at once."""
-    for entry in list_of(cuts):
+    for entry in list_of(alike):
         rows, given, taken = list_of(entry, 3)
         sources = tuple(_place(place, numbers) for place in list_of(given))
         targets = tuple(_place(place, _ONE_TARGET) for place in list_of(taken))
