@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from google.protobuf.message import DecodeError
+from hypothesis import given
+from hypothesis import strategies as st
 from recorded import CONFIGURATIONS, STRATEGIES, Recorded, recorded
 
 from mindformers_ckpt.errors import StrategyError
@@ -24,7 +27,13 @@ from mindformers_ckpt.strategy.files import (
     write_strategy,
 )
 from mindformers_ckpt.strategy.model import Strategy
-from mindformers_ckpt.strategy.schema import read_layouts, strategy_map_class, unread_map_class
+from mindformers_ckpt.strategy.schema import (
+    LayoutItems,
+    read_layouts,
+    strategy_map_class,
+    unread_item_class,
+    unread_map_class,
+)
 
 DP2MP2 = Layout((2, 2), ((0,), ()))
 LAYOUTS = {"w": DP2MP2, "b": Layout((2, 2), ((),))}
@@ -307,7 +316,9 @@ def in_parts(data: bytes, cut: int) -> bytes:
     """A strategy file whose layouts are written in two parts, after so many of their fields, which protobuf joins."""
     message = unread_map_class()()
     message.ParseFromString(data)
-    for item in message.parallel_layout_item:
+    for number, written in enumerate(message.parallel_layout_item):
+        item = unread_item_class()()
+        item.ParseFromString(written)
         (whole,) = item.parallel_layouts
         layouts = read_layouts([whole])
         first = type(layouts)()
@@ -319,6 +330,7 @@ def in_parts(data: bytes, cut: int) -> bytes:
             layouts.ClearField(field.name)
         del item.parallel_layouts[:]
         item.parallel_layouts.extend(part.SerializePartialToString() for part in (first, layouts))
+        message.parallel_layout_item[number] = item.SerializeToString()
     return bytes(message.SerializeToString())
 
 
@@ -333,10 +345,42 @@ def test_a_layout_in_two_parts(cut: int, tmp_path: Path) -> None:
     assert [len(item.parallel_layouts.dev_matrix) for item in oracle.parallel_layout_item] == [1] * len(LAYOUTS)
 
 
+def field(number: int, content: bytes) -> bytes:
+    """A field of a message as protobuf writes it."""
+    return bytes([number << 3 | 2, len(content)]) + content
+
+
+ITEM_FIELDS = st.one_of(
+    st.sampled_from([b"a", b"b", "ä".encode(), b"\xff", b"a" * 127]).map(lambda name: field(1, name)),
+    st.sampled_from([b"", b"x", b"y"]).map(lambda layouts: field(2, layouts)),
+    st.sampled_from([field(3, b"unknown"), field(1, b"a")[:-1], b"\x0a\x81\x00c", b"\x0a"]),
+)
+
+
+@given(st.lists(st.lists(ITEM_FIELDS, max_size=5).map(b"".join), max_size=8))
+def test_items_read_together_are_what_protobuf_reads_of_each(items: list[bytes]) -> None:
+    reader = LayoutItems()
+    for item in [*items, *items]:
+        message = unread_item_class()()
+        try:
+            message.ParseFromString(item)
+            expected = (message.param_name, tuple(message.parallel_layouts)) if message.IsInitialized() else None
+        except (DecodeError, UnicodeDecodeError):  # the second in pure Python
+            expected = None
+        try:
+            found = reader.read(item)
+        except (DecodeError, UnicodeDecodeError):  # the second in pure Python
+            found = None
+        assert found == expected
+
+
 def test_a_damaged_layout_before_a_sound_one(tmp_path: Path) -> None:
     message = unread_map_class()()
     message.ParseFromString(message_bytes(LAYOUTS, lambda message: None, tmp_path))
-    message.parallel_layout_item[0].parallel_layouts.insert(0, b"\x0a\x02op\x12\x02\x12\x1b")
+    item = unread_item_class()()
+    item.ParseFromString(message.parallel_layout_item[0])
+    item.parallel_layouts.insert(0, b"\x0a\x02op\x12\x02\x12\x1b")
+    message.parallel_layout_item[0] = item.SerializeToString()
     path = tmp_path / "strategy.ckpt"
     path.write_bytes(message.SerializeToString())
     with pytest.raises(StrategyError, match="is not a strategy file"):

@@ -162,8 +162,8 @@ class CheckpointHook:
             if self._clears and self.cluster.rank == self._owner:
                 self._output.keep(clear_transformed=self._reslices and not transformed)
             self.cluster.barrier("done")
+            self._source = None  # headers of thousands of files, which the training need not carry
         self.cluster.close()
-        self._source = None  # headers of thousands of files, which the training need not carry
         if self.config.only_save_strategy:
             raise StrategySaved(f"only_save_strategy: the strategy is in {self.strategy_dir}; the job stops here")
         return loaded

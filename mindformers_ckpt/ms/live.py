@@ -23,6 +23,7 @@ from mindformers_ckpt.log import log
 from mindformers_ckpt.state_names import State, state_of
 from mindformers_ckpt.strategy.files import rank_file_name, read_rank_file, read_strategy, write_strategy
 from mindformers_ckpt.strategy.model import Strategy
+from mindformers_ckpt.strategy.schema import unread_map_class
 from mindformers_ckpt.words import shortened
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class LiveFile:
         """
         import mindspore
 
+        unread_map_class()  # made here, as a module is imported: `load` reads the file
         self.path.parent.mkdir(parents=True, exist_ok=True)
         config = {"save_file": str(self.path), "only_trainable_params": False}
         mindspore.set_auto_parallel_context(strategy_ckpt_config=config)

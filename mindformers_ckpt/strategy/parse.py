@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from mindformers_ckpt.disk.files import like_it
 from mindformers_ckpt.errors import StrategyError, raise_problems
 from mindformers_ckpt.geometry.layout import Layout
-from mindformers_ckpt.strategy.schema import read_layouts, unread_map_class
+from mindformers_ckpt.strategy.schema import LayoutItems, read_layouts, unread_map_class
 from mindformers_ckpt.text_files import parse_json, read_regular
 
 SINGLE_MARK, MERGED_MARK = 2, 1  # `current_stage`, which is not the stage: single files 2, merged files 1
@@ -137,12 +137,12 @@ def _message_rows(path: Path, data: bytes) -> _Rows:
     try:
         message.ParseFromString(data)
         items = message.parallel_strategy_item
-        layouts = []
+        layouts, reader = [], LayoutItems()
         for item in message.parallel_layout_item:
-            name, fields = _name(item.param_name), tuple(item.parallel_layouts)
+            name, fields = reader.read(item)
             if fields not in rows:
                 rows[fields] = _message_row(read_layouts(fields))
-            layouts.append((name, rows[fields]))
+            layouts.append((_name(name), rows[fields]))
         return _Rows(message.current_stage, items[0].parallel_strategys.stage if items else 0, layouts)
     # In protobuf's pure Python, damaged bytes end in errors of other kinds now and then.
     except (DecodeError, EncodeError, ValueError, RecursionError) as error:

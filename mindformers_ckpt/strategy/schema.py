@@ -9,6 +9,7 @@ protobuf is imported when the first strategy is read: MindSpore 2.7 needs to be 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -46,12 +47,14 @@ _MESSAGES: dict[str, list[tuple[str, int, str, bool]]] = {
 }
 
 
-# The same, with the layouts left as bytes: thousands of parameters have some dozens of different ones. In a job
-# MindSpore has protobuf run in pure Python, where to parse a layout takes long.
-_UNREAD_LAYOUTS = {
+# The same, with parameters and their layouts left as bytes: thousands of parameters have some dozens of different
+# layouts. In a job MindSpore has protobuf run in pure Python, where to parse a message takes long.
+_UNREAD = {
     **_MESSAGES,
     "ParallelLayoutItem": [("param_name", 1, "STRING", False), ("parallel_layouts", 2, "BYTES", True)],
+    "ParallelStrategyMap": [*_MESSAGES["ParallelStrategyMap"][:2], ("parallel_layout_item", 3, "BYTES", True)],
 }
+_NAME_TAG, _LONG = b"\x0a", b"\x80"  # how `param_name` begins, and the least length that takes two bytes
 
 
 def strategy_map_class() -> Any:
@@ -60,11 +63,50 @@ def strategy_map_class() -> Any:
 
 
 def unread_map_class() -> Any:
-    """The same class for reading: `parallel_layouts` are the bytes of a `ParallelLayouts` message.
+    """The same class for reading: `parallel_layout_item` are bytes, which `LayoutItems` reads."""
+    return _classes(True)["ParallelStrategyMap"]
+
+
+def unread_item_class() -> Any:
+    """The class of such an item: `parallel_layouts` are the bytes of a `ParallelLayouts` message.
 
     It may be there several times, as any field of a message may: the messages are then merged (`read_layouts`).
     """
-    return _classes(True)["ParallelStrategyMap"]
+    return _classes(True)["ParallelLayoutItem"]
+
+
+class LayoutItems:
+    """Reads the items of parameters: what follows the name is parsed once, where it is the same for many."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, tuple[bytes, ...]] = {}
+
+    def read(self, item: bytes) -> tuple[Any, tuple[bytes, ...]]:
+        """The name of a parameter (bytes where it is not UTF-8) and its layouts, unread.
+
+        Raises protobuf's DecodeError.
+        """
+        end = 2 + item[1] if len(item) > 1 else 0
+        begins_with_name = item[:1] == _NAME_TAG and item[1:2] < _LONG and end <= len(item)
+        parts = self._known.get(item[end:]) if begins_with_name else None
+        if parts is not None:
+            with suppress(UnicodeDecodeError):
+                return item[2:end].decode(), parts
+        message = _parsed(unread_item_class(), item)
+        parts = tuple(message.parallel_layouts)
+        if begins_with_name and message.SerializeToString() == item:  # the name is there once, and nothing before it
+            self._known[item[end:]] = parts
+        return message.param_name, parts
+
+
+def _parsed(kind: Any, data: bytes) -> Any:
+    from google.protobuf.message import DecodeError
+
+    message = kind()
+    message.ParseFromString(data)
+    if not message.IsInitialized():
+        raise DecodeError("a required field is missing in the item of a parameter")
+    return message
 
 
 def read_layouts(parts: Sequence[bytes]) -> Any:
@@ -85,7 +127,7 @@ def _classes(unread: bool) -> dict[str, Any]:
 
     field_type = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="node_strategy.proto", package=_PACKAGE, syntax="proto2")
-    for message_name, fields in (_UNREAD_LAYOUTS if unread else _MESSAGES).items():
+    for message_name, fields in (_UNREAD if unread else _MESSAGES).items():
         message = file.message_type.add(name=message_name)
         for name, number, kind, repeated in fields:
             label = field_type.LABEL_REPEATED if repeated else field_type.LABEL_REQUIRED
