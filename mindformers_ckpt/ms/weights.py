@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -54,6 +54,22 @@ class Parameters(Mapping[str, "Parameter"]):
     def named(self, name: str) -> Sequence[Parameter]:
         """All parameters of a name."""
         return self._found[name]
+
+    @cached_property
+    def own(self) -> Sequence[str]:
+        """The names of those that this rank must have the values of.
+
+        A compiled pipeline has the parameters of all stages on every rank, and MindSpore marks a rank's own as
+        `sliced`; those that stages share are sent by one of them. What is never saved does not count.
+        """
+        compiled = are_cut(self)
+        return [
+            name
+            for name, parameter in self.items()
+            if (parameter.sliced or not compiled)
+            and not parameter.param_info.is_pipeline_shared_param
+            and not is_never_saved(name)
+        ]
 
     @cached_property
     def memory(self) -> Mapping[str, np.ndarray[Any, np.dtype[np.uint8]]]:
@@ -128,32 +144,29 @@ def own_memory(parameters: Parameters, specs: Sequence[TensorSpec]) -> dict[str,
     of a tensor copies it, but `set_data` does not. None at all where a tensor has another type or shape than its
     parameter, or a type that MindSpore may not have: then the load may be refused, and leaves the network as it is.
     """
+    if not {spec.dtype.name for spec in specs} <= _NUMPY_TYPES | {"bfloat16", "str"}:
+        return {}
     wanted = []
-    for spec in specs:
-        own = parameters.get(spec.name)
-        if own is not None and (str(own.dtype).lower(), tuple(own.shape)) != (spec.dtype.name, spec.shape):
+    for name, dtype, shape in specs:
+        own = parameters.get(name)
+        if own is None:
+            continue
+        if own.shape != shape or _name_of(own.dtype) != dtype.name:
             return {}
-        if spec.dtype.name not in _NUMPY_TYPES | {"bfloat16", "str"}:
-            return {}
-        if own is not None and not own.param_info.is_pipeline_shared_param:
-            wanted.append(spec.name)
+        if not own.param_info.is_pipeline_shared_param:
+            wanted.append(name)
     return {name: parameters.memory[name] for name in wanted if name in parameters.memory}
 
 
-def own_shapes(parameters: Parameters) -> dict[str, tuple[int, ...]]:
-    """The shapes of the parameters that this rank must have the values of, by name.
+@cache
+def _name_of(dtype: Any) -> str:
+    """The name of an element type of MindSpore; kept, for MindSpore makes it anew each time."""
+    return str(dtype).lower()
 
-    A compiled pipeline has the parameters of all stages on every rank, and MindSpore marks a rank's own as `sliced`;
-    those that stages share are sent by one of them. What is never saved does not count.
-    """
-    compiled = are_cut(parameters)
-    return {
-        name: tuple(parameter.shape)
-        for name, parameter in parameters.items()
-        if (parameter.sliced or not compiled)
-        and not parameter.param_info.is_pipeline_shared_param
-        and not is_never_saved(name)
-    }
+
+def own_shapes(parameters: Parameters) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters that this rank must have the values of, by name."""
+    return {name: tuple(parameters[name].shape) for name in parameters.own}
 
 
 def are_cut(parameters: Parameters) -> bool:
@@ -171,7 +184,7 @@ def shape_faults(found: Mapping[str, Sequence[int]], own: Mapping[str, Sequence[
     return [
         f"{name}: {list(found[name])} in the checkpoint, {list(shape)} in the network"
         for name, shape in own.items()
-        if name in found and list(found[name]) != list(shape)
+        if name in found and tuple(found[name]) != tuple(shape)
     ]
 
 
@@ -188,7 +201,7 @@ def check_fit(parameters: Parameters, loaded: Mapping[str, Any], advice: str, la
     shapes = shape_faults({name: loaded[name].shape for name in owners}, {n: own.shape for n, own in owners.items()})
     for name, own in owners.items():
         found = loaded[name]
-        if tuple(found.shape) == tuple(own.shape) and found.dtype != own.dtype:
+        if found.shape == own.shape and found.dtype != own.dtype:
             fault = _conversion_fault(found, own)
             if fault is not None:
                 types.append(f"{name}: {found.dtype} in the checkpoint, {own.dtype} in the network: {fault}")
