@@ -221,7 +221,7 @@ class Loading:
         fill = self._fill() if folder is None else fill_arrays
         is_shared = not own.sharded and self._shares_node
         tensors = read_files(names, self.cluster.check, is_shared=is_shared, fill=fill, given=self._own_memory)
-        return self._put(weights.tensors_of(tensors), own.files[0])
+        return self._put(weights.tensors_of(tensors, self.parameters), own.files[0])
 
     def _fill(self) -> Fill:
         """What reads the source: all ranks use it once, and those that need the same bytes read them together."""
@@ -250,7 +250,7 @@ class Loading:
             fill=self._fill(),
             given=self._own_memory,
         )
-        return self._put(weights.tensors_of(tensors), self.config.load_checkpoint)
+        return self._put(weights.tensors_of(tensors, self.parameters), self.config.load_checkpoint)
 
     def _put(self, loaded: Mapping[str, Any], origin: object) -> dict[str, Any]:
         """Set the parameters of the network, and of the optimizer; all that was loaded, by name."""

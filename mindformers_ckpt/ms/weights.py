@@ -36,6 +36,7 @@ class Parameters(Mapping[str, "Parameter"]):
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         self._found: dict[str, list[Parameter]] = {}
+        self.given: Mapping[str, np.ndarray[Any, np.dtype[np.uint8]]] = {}  # of `memory`, what is read into
         for cell in cells:
             for _, parameter in cell.parameters_and_names():
                 same = self._found.setdefault(parameter.name, [])
@@ -73,17 +74,20 @@ class Parameters(Mapping[str, "Parameter"]):
 
     @cached_property
     def memory(self) -> Mapping[str, np.ndarray[Any, np.dtype[np.uint8]]]:
-        """The bytes of those in this process' memory that can be written, and are those of no other parameter."""
+        """The bytes of those in this process' memory that can be written, and are those of no other parameter.
+
+        A network that has run goes on with what is written there (MindSpore 2.7 to 2.10, both modes; a test tries it).
+        """
         import numpy as np
 
         found, spans = {}, []
         for name, own in self.items():
             if getattr(own, "device", "") != "CPU" or own.has_init:  # on a device, or MindSpore has not made its values
                 continue
-            array = own.asnumpy()  # a view
-            start = array.__array_interface__["data"][0]
+            array, start = own.asnumpy(), own.data_ptr()
             spans.append((start, start + array.nbytes, name))
-            if array.nbytes and array.flags.writeable and array.flags.c_contiguous:
+            is_view = array.nbytes and array.__array_interface__["data"][0] == start
+            if is_view and array.flags.writeable and array.flags.c_contiguous:
                 found[name] = array.reshape(-1).view(np.uint8)
         end, last = 0, ""
         for start, stop, name in sorted(spans):
@@ -126,11 +130,19 @@ def _unknown_type(tensor: str, dtype: str) -> ConfigError:
     )
 
 
-def tensors_of(contents: Iterable[tuple[TensorSpec, np.ndarray[Any, Any]]]) -> dict[str, Any]:
-    """Tensors by name; the text of `str` tensors as str, as `mindspore.load_checkpoint` gives it."""
+def tensors_of(
+    contents: Iterable[tuple[TensorSpec, np.ndarray[Any, Any]]], parameters: Parameters | None = None
+) -> dict[str, Any]:
+    """Tensors by name; the text of `str` tensors as str, as `mindspore.load_checkpoint` gives it.
+
+    A parameter itself where the content is in the memory that it has given: nothing is to be set then.
+    """
     loaded: dict[str, Any] = {}
+    given = {} if parameters is None else parameters.given
     for spec, content in contents:
-        if spec.dtype.name == "str":
+        if parameters is not None and given.get(spec.name) is content:
+            loaded[spec.name] = parameters[spec.name]
+        elif spec.dtype.name == "str":
             loaded[spec.name] = content.tobytes().decode("utf-32-le").rstrip("\0")
         else:
             loaded[spec.name] = tensor_of(spec, content)
@@ -141,8 +153,9 @@ def own_memory(parameters: Parameters, specs: Sequence[TensorSpec]) -> dict[str,
     """The bytes of the parameters that tensors are loaded into, by name: read there, they need no memory of their own.
 
     Of parameters in this process' memory (MindSpore's `device` says so) that share it with no other: one that is made
-    of a tensor copies it, but `set_data` does not. None at all where a tensor has another type or shape than its
-    parameter, or a type that MindSpore may not have: then the load may be refused, and leaves the network as it is.
+    of a tensor copies it, but `set_data` does not. Not where several have one name. None at all where a tensor has
+    another type or shape than its parameter, or a type that MindSpore may not have: then the load may be refused, and
+    leaves the network as it is.
     """
     if not {spec.dtype.name for spec in specs} <= _NUMPY_TYPES | {"bfloat16", "str"}:
         return {}
@@ -153,9 +166,11 @@ def own_memory(parameters: Parameters, specs: Sequence[TensorSpec]) -> dict[str,
             continue
         if own.shape != shape or _name_of(own.dtype) != dtype.name:
             return {}
-        if not own.param_info.is_pipeline_shared_param:
+        if len(parameters.named(name)) == 1 and not own.param_info.is_pipeline_shared_param:
             wanted.append(name)
-    return {name: parameters.memory[name] for name in wanted if name in parameters.memory}
+    memory = parameters.memory if wanted else {}
+    given = parameters.given = {name: memory[name] for name in wanted if name in memory}
+    return given
 
 
 @cache
@@ -197,7 +212,8 @@ def check_fit(parameters: Parameters, loaded: Mapping[str, Any], advice: str, la
     """
     types = []
     narrowed: dict[str, list[str]] = {}
-    owners = {name: own for name, own in parameters.items() if hasattr(loaded.get(name), "dtype")}
+    read_apart = {name: own for name, own in parameters.items() if loaded.get(name) is not own}
+    owners = {name: own for name, own in read_apart.items() if hasattr(loaded.get(name), "dtype")}
     shapes = shape_faults({name: loaded[name].shape for name in owners}, {n: own.shape for n, own in owners.items()})
     for name, own in owners.items():
         found = loaded[name]
@@ -295,14 +311,18 @@ def check_loaded(parameters: Parameters, loaded: Mapping[str, Any]) -> None:
 
 
 def _set(own: Parameter, found: Tensor) -> None:
-    """Give a parameter the values of a tensor, as `load_param_into_net` does: its memory, where the types agree."""
+    """Give a parameter the values of a tensor, as `load_param_into_net` does: its memory, where the types agree.
+
+    A parameter that was read into has them already.
+    """
     import mindspore
 
-    if own.param_info.is_pipeline_shared_param:
-        return  # another stage sends it
-    if found.dtype != own.dtype:
-        found = mindspore.Tensor(found.asnumpy(), own.dtype)
-    own.set_data(found, own.sliced)
+    if found is not own:
+        if own.param_info.is_pipeline_shared_param:
+            return  # another stage sends it
+        if found.dtype != own.dtype:
+            found = mindspore.Tensor(found.asnumpy(), own.dtype)
+        own.set_data(found, own.sliced)
     if not getattr(own, "init_param", True):
         own.init_param = True
 

@@ -30,7 +30,7 @@ from mindformers_ckpt.strategy.files import rank_file_name
 STRATEGIES = Path(__file__).parents[1] / "data" / "strategies"
 
 
-def digests(tensors: Iterator[Any]) -> dict[str, str]:
+def digests(tensors: Iterator[Any], parameters: object) -> dict[str, str]:
     return {spec.name: hashlib.blake2b(content.tobytes(), digest_size=8).hexdigest() for spec, content in tensors}
 
 

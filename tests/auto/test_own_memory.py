@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("mindspore")
 
+import mindspore
 import numpy as np
 from networks import Net, assert_holds, content_of, network_for
 from rank_jobs import model_of
@@ -101,6 +102,75 @@ def test_none_where_one_tensor_does_not_fit(dtype: str, shape: tuple[int, ...]) 
     fitting = TensorSpec("a", by_name("float32"), SHAPE)
     assert own_memory(parameters, [fitting, TensorSpec("other", by_name("float32"), SHAPE)]).keys() == {"a"}
     assert own_memory(parameters, [fitting, TensorSpec("b", by_name(dtype), shape)]) == {}
+
+
+class Doubling(mindspore.nn.Cell):  # type: ignore[misc]
+    """Gives twice its parameter, and sets that to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = mindspore.Parameter(mindspore.Tensor(np.ones(SHAPE, np.float32)), name="w")
+        self.assign = mindspore.ops.Assign()
+
+    def construct(self, scale: Any) -> Any:
+        self.assign(self.w, self.w * scale)
+        return self.w + 0.0
+
+
+@pytest.mark.parametrize("mode", [mindspore.GRAPH_MODE, mindspore.PYNATIVE_MODE], ids=["graph", "PyNative"])
+def test_a_network_that_has_run_goes_on_with_what_was_loaded(mode: int, tmp_path: Path) -> None:
+    before = mindspore.get_context("mode")
+    mindspore.set_context(mode=mode)
+    try:
+        network, two = Doubling(), mindspore.Tensor(2.0)
+        for value in (3.0, 5.0):
+            network(two)
+            content = np.full(SHAPE, value, np.float32)
+            source = write_tensors(
+                tmp_path / "whole.ckpt", {"w": Tensor(by_name("float32"), content.view(by_name("float32").carrier))}
+            )
+            loaded = load(tmp_path, source, network, auto_trans_ckpt=False)
+            assert loaded["w"] is network.w
+            assert np.array_equal(network(two).asnumpy(), content * 2)
+            assert np.array_equal(network.w.asnumpy(), content * 2)
+    finally:
+        mindspore.set_context(mode=before)
+
+
+def test_values_that_are_given_as_a_copy_are_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`asnumpy` gives a copy of a tensor that is transposed, say."""
+    tensors = singles("a", "b")
+    network = network_for(tensors)
+    view = network.a.asnumpy
+    monkeypatch.setattr(network.a, "asnumpy", lambda: view().copy(), raising=False)
+    specs = [TensorSpec(name, by_name("float32"), SHAPE) for name in tensors]
+    assert own_memory(Parameters([network]), specs).keys() == {"b"}
+    monkeypatch.undo()
+    monkeypatch.setattr(network.a, "asnumpy", lambda: np.zeros(SHAPE, np.float32), raising=False)
+    load(tmp_path, write_tensors(tmp_path / "whole.ckpt", tensors), network, auto_trans_ckpt=False)
+    monkeypatch.undo()
+    assert_holds(network, tensors)
+
+
+def test_all_parameters_of_a_name_are_set(tmp_path: Path) -> None:
+    tensors = singles("a", "b")
+    cells = [network_for(tensors), network_for(tensors)]
+    specs = [TensorSpec(name, by_name("float32"), SHAPE) for name in tensors]
+    assert own_memory(Parameters(cells), specs) == {}
+    hook = CheckpointHook(
+        Config.from_mapping(
+            {
+                "output_dir": tmp_path / "output",
+                "use_parallel": False,
+                "load_checkpoint": write_tensors(tmp_path / "whole.ckpt", tensors),
+                "auto_trans_ckpt": False,
+            }
+        )
+    )
+    hook.prepare()
+    hook.load(*cells)
+    for cell in cells:
+        assert_holds(cell, tensors)
 
 
 class _Elsewhere:
