@@ -23,7 +23,7 @@ from mindformers_ckpt.engine.likely_heads import LikelyHeads
 from mindformers_ckpt.engine.source_shares import SourceShares
 from mindformers_ckpt.engine.views import box_in_view, copy_transposed, in_view, reads_of, span_in
 from mindformers_ckpt.errors import FormatError, TransferError
-from mindformers_ckpt.formats import DType, Header, Segment, read_header
+from mindformers_ckpt.formats import DType, Header, HeaderReader, Segment
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.planning.computations import Cast, Compute, Constant, Dequantise, Factor, Merge
 from mindformers_ckpt.planning.model import Place, SourceFile, View
@@ -119,7 +119,7 @@ class ShardReader:
         self._spans = lru_cache(maxsize=_SPANS)(_spans)  # layers have the same ones
         likely = {number: file.header for number, file in enumerate(files) if file.header is not None}
         self._headers: dict[int, Header] = {**likely, **(headers or {})}
-        self._last: Header | None = None
+        self._header_reader = HeaderReader()
         self._heads = LikelyHeads(self._ahead.fill)
         self._scratch: Array | None = None
         self._piece: memoryview | None = None
@@ -302,10 +302,10 @@ class ShardReader:
             self._headers[place.file] = self._read_header(place.file)
         return self._segments(place, name, dtype)
 
-    def _read_header(self, number: int, like: Header | None = None) -> Header:
+    def _read_header(self, number: int) -> Header:
         file = self._files[number]
         try:
-            header = read_header(file.path, like)
+            header = self._header_reader.read(file.path)
         except FormatError as error:
             raise TransferError(str(error)) from error
         if header.size != file.size:
@@ -317,7 +317,7 @@ class ShardReader:
     def _segments(self, place: Place, name: str, dtype: DType) -> tuple[Segment, ...]:
         header = self._headers.get(place.file)
         if header is None:
-            header = self._headers[place.file] = self._last = self._read_header(place.file, self._last)
+            header = self._headers[place.file] = self._read_header(place.file)
         record = header.tensors.get(name)
         expected = place.box.shape if place.view is None else place.view.shape
         fits = record is not None and record.spec.dtype == dtype and record.spec.shape == expected

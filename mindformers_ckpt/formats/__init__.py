@@ -8,6 +8,7 @@ from mindformers_ckpt.formats.dtypes import DType
 from mindformers_ckpt.formats.tensor_file import (
     FileLayout,
     Header,
+    HeaderReader,
     Segment,
     TensorRecord,
     TensorSpec,
@@ -20,6 +21,7 @@ __all__ = [
     "DType",
     "FileLayout",
     "Header",
+    "HeaderReader",
     "Segment",
     "TensorRecord",
     "TensorSpec",

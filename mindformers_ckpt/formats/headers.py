@@ -16,7 +16,7 @@ from typing import TypeVar
 from mindformers_ckpt.disk.files import FileState
 from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.errors import FormatError, raise_problems
-from mindformers_ckpt.formats.tensor_file import Header, read_header, scan
+from mindformers_ckpt.formats.tensor_file import Header, HeaderReader, read_header, scan
 
 K = TypeVar("K")
 
@@ -31,17 +31,10 @@ _SAMPLES, _FEW_SAMPLES = 16, 2
 def read_headers(paths: Sequence[Path]) -> Generator[tuple[Path, Header | FormatError], None, None]:
     """Read the headers of files as `read_header` does, and yield each with its path, or what is wrong with the file.
 
-    They come in the order of `paths`. At most 8 files are open, with a request each. A file is compared with the
-    one that was read last, which is cheap where neighbours in `paths` have equal tensors.
+    They come in the order of `paths`. At most 8 files are open, with a request each. Files are compared with those
+    that were read last, which is cheap where many have equal tensors.
     """
-    last: Header | None = None
-
-    def read(path: Path) -> Header:
-        nonlocal last
-        last = header = read_header(path, last)
-        return header
-
-    yield from zip(paths, each(_or_error(read), paths, at_once=_AT_ONCE, patience=_WAIT))
+    yield from zip(paths, each(_or_error(HeaderReader().read), paths, at_once=_AT_ONCE, patience=_WAIT))
 
 
 def look_quickly(

@@ -23,6 +23,7 @@ _NO_METADATA: Mapping[str, str] = MappingProxyType({})
 
 # Headers of files that were read last, with the state of the file.
 _KEPT = 256
+_KINDS = 4  # of files, with one of which each is compared
 _recent: dict[Path, tuple[tuple[int, int, int], Header]] = {}
 
 _FOREIGN_FILES = (
@@ -108,12 +109,12 @@ class FileLayout:
     tensors: dict[str, TensorRecord]
 
 
-def read_header(path: str | Path, like: Header | None = None) -> Header:
+def read_header(path: str | Path, *like: Header) -> Header:
     """Read which tensors a `.ckpt`, `.safetensors`, PyTorch or `.distcp` file holds, and where, by the suffix.
 
     Reads headers only and checks every length against the size of the file. A file that was read shortly
-    before and has not changed is not read again, and one whose header equals `like`, that of another file, is read
-    in a fraction of the time. Raises FormatError when the file is missing, truncated, damaged, encrypted, or
+    before and has not changed is not read again, and one whose header equals one of `like`, those of other files, is
+    read in a fraction of the time. Raises FormatError when the file is missing, truncated, damaged, encrypted, or
     something else than its suffix says.
     """
     path = as_path(path)
@@ -125,11 +126,28 @@ def read_header(path: str | Path, like: Header | None = None) -> Header:
     known = _recent.get(path)
     if known is not None and known[0] == state:
         return known[1]
-    header = replace(scan(path, *([] if like is None else [like])), modified=status.st_mtime_ns)
+    header = replace(scan(path, *like), modified=status.st_mtime_ns)
     for oldest in list(_recent)[: max(0, len(_recent) + 1 - _KEPT)]:  # a list, for there may be other threads
         _recent.pop(oldest, None)
     _recent[path] = state, header
     return header
+
+
+class HeaderReader:
+    """Reads the headers of many files: each is compared with those of the last ones that differ from one another.
+
+    Ranks have files with equal tensors, one after the other, or some of each kind (weights, optimizer states).
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[Header, ...] = ()
+
+    def read(self, path: Path) -> Header:
+        """As `read_header`; for several threads, too."""
+        header = read_header(path, *self._known)
+        others = [other for other in self._known if other.tensors is not header.tensors]
+        self._known = (header, *others[: _KINDS - 1])
+        return header
 
 
 def scan(path: Path, *like: Header) -> Header:

@@ -6,12 +6,13 @@ and no header is read again. Where a header is only likely the heads of what is 
     {"target": [path, rank, format],
      "names": [text, …], "kinds": [[element type, [shape]], …],
      "tensors": [name, kind, …],
-     "files": [[number, name from the root, bytes, [name, kind, offset, length, …], [[offset, head], …]], …],
+     "held": [[[name, kind, offset, length, …], [[offset, head], …]], …],
+     "files": [[number, name from the root, bytes, held], …],
      "alike": [[[name, kind, …], [source place, …], [target place, …]], …]}
 
 Names and kinds are told once, and are referred to by number; ranks of a stage are told all of both that any of them
-needs. Transfers that are cut alike are told together. A tensor of a file has an offset and a length for each of its
-segments.
+needs. Transfers that are cut alike are told together, and what is read of files is told once where it is the same. A
+tensor of a file has an offset and a length for each of its segments.
 
     place:   [file, start, stop, name in the file, view, computation], from its end without what is not there
     view:    [shape, start, stop, order]
@@ -131,26 +132,31 @@ class _Encoder:
             rows.append(f"[{tables.transfers(transfers)},{self._sources(sources)},{self._targets(targets)}]")
             for file, tensor in (file for place in sources for file in _tensors_of(place)):
                 read[file][(tensor,) if tensor else self._names(transfers)] = None
-        files = [self._file(number, tuple(read[number]), tables) for number in sorted(read)]
+        held, files = Numbers[str](), []
+        for number in sorted(read):
+            about = self._file(number)
+            files.append(f"[{about},{held[self._held(self._like[number], tuple(read[number]), tables)]}]")
         about = _dump([target.path, target.rank, target.format])
-        text = f'{{"target":{about},{tables.text()},"files":[{",".join(files)}],"alike":[{",".join(rows)}]}}'
+        lists = f'"held":[{",".join(held)}],"files":[{",".join(files)}],"alike":[{",".join(rows)}]'
+        text = f'{{"target":{about},{tables.text()},{lists}}}'
         return base64.b64encode(zlib.compress(text.encode("ascii"), 1)).decode("ascii")
 
-    def _file(self, number: int, names: tuple[tuple[str, ...], ...], tables: _Tables) -> str:
+    def _file(self, number: int) -> str:
+        """What is told of a file itself; from then on it is known which one it is like."""
         if number not in self._like:
             file = self._plan.sources[number]
             header = self._headers[number] = self._current(file)
-            self._about[number] = f"[{number},{_dump(name_from(self._root, file.path))},{file.size}"
+            self._about[number] = f"{number},{_dump(name_from(self._root, file.path))},{file.size}"
             places = id(header.tensors), id(header.frames) if header.is_likely else 0
             self._like[number] = self._first.setdefault(places, number)
-        return f"{self._about[number]},{self._held(self._like[number], names, tables)}]"
+        return self._about[number]
 
     def _held_text(self, number: int, names: tuple[tuple[str, ...], ...], tables: _Tables) -> str:
         """What is read of a file, and of those that are like it: where it is, and the heads to be compared."""
         header = self._headers[number]
         records = [header.tensors[name] for name in dict.fromkeys(chain.from_iterable(names))]
         heads = _dump(_heads_of(header, records)) if header.is_likely else "[]"
-        return f"{tables.records(records)},{heads}"
+        return f"[{tables.records(records)},{heads}]"
 
     def _current(self, file: SourceFile) -> Header:
         header = self._header_of(file.path)
@@ -191,10 +197,11 @@ def decode_rank(text: str, root: Path) -> RankPlan:
         kinds = [_kind(entry) for entry in list_of(body["kinds"])]
         headers: dict[int, Header] = {}
         numbers: dict[int, int] = {}
+        held = [_held(entry, names, kinds) for entry in list_of(body["held"])]
         for entry in list_of(body["files"]):
-            number, name, size, rows, heads = list_of(entry, 5)
+            number, name, size, which = list_of(entry, 4)
             position = numbers.setdefault(number_of(number), len(numbers))
-            headers[position] = _header(path_in(root, text_of(name)), size, _records(rows, names, kinds), heads)
+            headers[position] = _header(path_in(root, text_of(name)), number_of(size), held[number_of(which)])
         path, rank, format = list_of(body["target"], 3)
         specs = tuple(TensorSpec(names[name], *kinds[kind]) for name, kind in _rows(body["tensors"], 2))
         target = TargetFile(text_of(path), number_of(rank), text_of(format), specs)
@@ -245,10 +252,22 @@ def _records(rows: Any, names: Sequence[str], kinds: Sequence[_Kind]) -> dict[st
     return found
 
 
-def _header(path: Path, size: Any, tensors: dict[str, TensorRecord], told: Any) -> Header:
-    """Heads are those of a .ckpt file: any other one is read whole."""
+class _Held(NamedTuple):
+    """What is read of a file: where its tensors are in it, and the heads to be compared."""
+
+    tensors: dict[str, TensorRecord]
+    heads: tuple[tuple[int, bytes], ...]
+
+
+def _held(entry: Any, names: Sequence[str], kinds: Sequence[_Kind]) -> _Held:
+    rows, told = list_of(entry, 2)
     heads = [(number_of(offset), text_of(head).encode("latin-1")) for offset, head in map(list_of, list_of(told))]
-    return Header(path, "ckpt", number_of(size), tensors, {}, None, tuple(sorted(heads)), is_likely=bool(heads))
+    return _Held(_records(rows, names, kinds), tuple(sorted(heads)))
+
+
+def _header(path: Path, size: int, held: _Held) -> Header:
+    """Heads are those of a .ckpt file: any other one is read whole."""
+    return Header(path, "ckpt", size, held.tensors, {}, None, held.heads, is_likely=bool(held.heads))
 
 
 def name_from(root: Path, path: Path) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mindformers_ckpt.errors import PlanError, StrategyError, raise_problems
-from mindformers_ckpt.formats import Header, TensorRecord, TensorSpec, read_header
+from mindformers_ckpt.formats import Header, HeaderReader, TensorRecord, TensorSpec
 from mindformers_ckpt.formats.headers import sound_headers, wrong_headers
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.sources import checkpoint2, shards
@@ -31,7 +31,7 @@ class Checkpoint:
     strategy: Strategy
     names: Container[str] | None = None
     _headers: dict[Path, Header] = field(default_factory=dict)
-    _last: Header | None = None
+    _reader: HeaderReader = field(default_factory=HeaderReader)
     _tensors: dict[str, LogicalTensor] | None = None
     _by_rank: dict[int, Mapping[str, tuple[Path, TensorRecord]]] = field(default_factory=dict)
 
@@ -191,7 +191,7 @@ class Checkpoint:
     def header(self, path: Path) -> Header:
         """The header of one of the files, as it was when it was read first."""
         if path not in self._headers:
-            self._headers[path] = self._last = read_header(path, self._last)
+            self._headers[path] = self._reader.read(path)
         return self._headers[path]
 
     def unread(self) -> list[Path]:

@@ -130,7 +130,7 @@ def test_what_is_told_is_what_the_rank_would_plan(source: tuple[Checkpoint, dict
 def test_no_header_is_read_again(source: tuple[Checkpoint, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, _ = source
     own = decode_rank(texts_of(checkpoint)[1][0], checkpoint.files.root)
-    monkeypatch.setattr("mindformers_ckpt.engine.reader.read_header", None)
+    monkeypatch.setattr("mindformers_ckpt.formats.tensor_file.scan", None)
     assert len(list(read_direct(own.plan, lambda: None, own.headers))) == len(own.plan.targets[0].tensors)
 
 
@@ -207,9 +207,11 @@ def changed(text: str, change: Callable[[dict[str, Any]], None]) -> str:
         (lambda body: body["files"][0].__setitem__(1, "../../etc/passwd"), "is not one of"),
         (lambda body: body["files"][0].__setitem__(1, "/etc/passwd"), "is not one of"),
         (lambda body: body["files"][0].__setitem__(2, -1), "a number must stand"),
-        (lambda body: body["files"][0][3].append(1), "in rows of 4"),
-        (lambda body: body["files"][0][3].__setitem__(3, 1), "is not where it should be"),
-        (lambda body: body["files"][0][3].__setitem__(1, 10**6), "out of range"),
+        (lambda body: body["files"][0].__setitem__(3, 10**6), "out of range"),
+        (lambda body: body["files"][0].__setitem__(3, -1), "a number must stand"),
+        (lambda body: body["held"][0][0].append(1), "in rows of 4"),
+        (lambda body: body["held"][0][0].__setitem__(3, 1), "is not where it should be"),
+        (lambda body: body["held"][0][0].__setitem__(1, 10**6), "out of range"),
         (lambda body: body["alike"][0][0].__setitem__(0, True), "a number must stand"),
         (lambda body: body["alike"][0][0].__setitem__(0, -1), "a number must stand"),
         (lambda body: body["alike"][0][0].__setitem__(1, 10**6), "out of range"),

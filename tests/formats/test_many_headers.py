@@ -106,6 +106,21 @@ def test_headers_are_those_of_files_read_alone(wait: float, tmp_path: Path, monk
         assert (header.tensors, header.frames, header.size) == (alone.tensors, alone.frames, alone.size)
 
 
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+@pytest.mark.parametrize("kinds", [1, 2, 4])
+def test_files_of_several_kinds_in_turn(suffix: str, kinds: int, tmp_path: Path) -> None:
+    """Ranks have files of weights and of states, say: those of a kind share their tensors, and are parsed once."""
+    for number in range(FILES):
+        name = f"w{number % kinds}"
+        bits = np.full((64,), number, np.uint32)
+        write_tensors(tmp_path / f"file_{number:02}.{suffix}", {name: Tensor(by_name("float32"), bits)})
+    found = dict(read_headers(sorted(tmp_path.iterdir())))
+    headers = [header for header in found.values() if isinstance(header, Header)]
+    assert len(headers) == FILES
+    shared = {(name, id(header.tensors)) for header in headers for name in header.tensors}
+    assert sorted(name for name, _ in shared) == [f"w{kind}" for kind in range(kinds)]
+
+
 @pytest.mark.parametrize("wait", [0.0, 60.0])
 def test_all_damaged_files_are_reported_in_order(wait: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(headers_module, "_WAIT", wait)
