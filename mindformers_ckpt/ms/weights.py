@@ -212,8 +212,8 @@ def check_fit(parameters: Parameters, loaded: Mapping[str, Any], advice: str, la
     """
     types = []
     narrowed: dict[str, list[str]] = {}
-    read_apart = {name: own for name, own in parameters.items() if loaded.get(name) is not own}
-    owners = {name: own for name, own in read_apart.items() if hasattr(loaded.get(name), "dtype")}
+    apart = {name: value for name, value in loaded.items() if value is not parameters.get(name)}
+    owners = {name: own for name, own in parameters.items() if hasattr(apart.get(name), "dtype")}
     shapes = shape_faults({name: loaded[name].shape for name in owners}, {n: own.shape for n, own in owners.items()})
     for name, own in owners.items():
         found = loaded[name]
@@ -285,19 +285,20 @@ def load_into(parameters: Parameters, loaded: Mapping[str, Any]) -> dict[str, An
     (`decoder.scale` for `scale`), without a word.
     """
     # First, for a failure leaves the network as it is.
-    result = {name: as_parameter(name, value) for name, value in loaded.items() if name not in parameters}
-    for name in parameters:
-        value = loaded.get(name)
-        if value is not None and not isinstance(value, str):
-            for own in parameters.named(name):
+    others = {name: as_parameter(name, value) for name, value in loaded.items() if name not in parameters}
+    result = {**loaded, **others}
+    for name, value in loaded.items():
+        if name not in others and not isinstance(value, str):
+            named = parameters.named(name)
+            for own in named:
                 _set(own, value)
-            result[name] = parameters.named(name)[0]
-    surplus = {name for name, value in loaded.items() if name not in parameters and not isinstance(value, str)}
+            result[name] = named[0]
+    surplus = {name for name, value in others.items() if not isinstance(value, str)}
     if surplus - COUNTERS:
         log.warning("in the checkpoint, not found in the network: %s", shortened(sorted(surplus - COUNTERS), 8))
     if surplus & COUNTERS:
         log.info("counters in the checkpoint, not found in the network: %s", ", ".join(sorted(surplus & COUNTERS)))
-    return {name: result.get(name, value) for name, value in loaded.items()}
+    return result
 
 
 def check_loaded(parameters: Parameters, loaded: Mapping[str, Any]) -> None:
@@ -315,9 +316,9 @@ def _set(own: Parameter, found: Tensor) -> None:
 
     A parameter that was read into has them already.
     """
-    import mindspore
-
     if found is not own:
+        import mindspore
+
         if own.param_info.is_pipeline_shared_param:
             return  # another stage sends it
         if found.dtype != own.dtype:
