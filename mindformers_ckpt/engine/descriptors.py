@@ -11,8 +11,7 @@ import os
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from mindformers_ckpt.errors import TransferError
@@ -74,6 +73,22 @@ class _File:
         self.descriptor: Handle | None = None
 
 
+class _Loan:
+    """A file that is open for as long as the context lasts; one for every request, so it is made of little."""
+
+    __slots__ = ("_file", "_files", "_path")
+
+    def __init__(self, files: Descriptors, path: Path) -> None:
+        self._files, self._path = files, path
+
+    def __enter__(self) -> Handle:
+        self._file, descriptor = self._files.borrow(self._path)
+        return descriptor
+
+    def __exit__(self, *_: object) -> None:
+        self._files.give_back(self._path, self._file)
+
+
 class Descriptors:
     """Open file descriptors of one reader or sink, the least recently used ones closed beyond its share of the room.
 
@@ -95,23 +110,33 @@ class Descriptors:
         with self.borrowed(path) as descriptor:
             return descriptor
 
-    @contextmanager
-    def borrowed(self, path: Path) -> Iterator[Handle]:
-        """The descriptor of a file, which nobody closes meanwhile."""
+    def borrowed(self, path: Path) -> _Loan:
+        """The descriptor of a file, as a context: nobody closes it meanwhile."""
+        return _Loan(self, path)
+
+    def borrow(self, path: Path) -> tuple[_File, Handle]:
+        """A file with one user more, and its descriptor."""
         file = self._entry(path)
-        try:
-            if file.descriptor is None:
+        descriptor = file.descriptor
+        if descriptor is None:
+            try:
                 with file.lock:
                     if file.descriptor is None:
                         file.descriptor = self._opened(path)
-            yield file.descriptor
-        finally:
-            with self._changed:
-                file.users -= 1
-                if file.descriptor is None and not file.users:
-                    self._files.pop(path, None)
-                self._close_down_to(_room.share)
-                self._changed.notify_all()
+                    descriptor = file.descriptor
+            except BaseException:
+                self.give_back(path, file)
+                raise
+        return file, descriptor
+
+    def give_back(self, path: Path, file: _File) -> None:
+        """A file has one user less."""
+        with self._changed:
+            file.users -= 1
+            if file.descriptor is None and not file.users:
+                self._files.pop(path, None)
+            self._close_down_to(_room.share)
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Close all files; none is borrowed any more."""

@@ -8,7 +8,7 @@ thread waits for another one.
 
 One thread reads as long as it need not wait: on a warm disk more would only wait for each other, and what is in the
 page cache is read as such, however busy the machine is. Where reading has to wait there are 16 threads, and 64 where it
-waits for long.
+waits for long. After the first request that waited there are but 4: of a warm file the system may have given up pages.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import mmap
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # Of a piece that cannot be cut at any byte: small, so that a request is nearly full when the next does not fit.
 LEAST_BYTES = 256 << 10
-_THREADS, _MOST_THREADS = 16, 64
+_FEW_THREADS, _THREADS, _MOST_THREADS = 4, 16, 64
 # Memory is read in less than the one; behind a network most requests take longer than the other.
 _QUICK_SECONDS, _LONG_SECONDS = 500e-6, 4e-3
 _SECONDS_BETWEEN_CHECKS = 0.05
@@ -55,8 +55,8 @@ class Piece(NamedTuple):
 
     def cut(self, count: int) -> tuple[Piece, Piece]:
         """The first `count` bytes of a run, and the others."""
-        at = self.start + count
-        return self._replace(stop=at, target=self.target[:count]), self._replace(start=at, target=self.target[count:])
+        path, start, stop, target, _ = self
+        return Piece(path, start, start + count, target[:count]), Piece(path, start + count, stop, target[count:])
 
     def copy(self, memory: Array, at: int) -> None:
         """Copy to the target what is in `memory` from `at` on."""
@@ -67,10 +67,15 @@ class Piece(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What is read at once: pieces in the order of a file. Requests are numbered from 0."""
+    """What is read at once: pieces in the order of a file. Requests are numbered from 0.
+
+    Reading begins with a page, at `start`, and ends at `stop`.
+    """
 
     number: int
     pieces: list[Piece]
+    start: int
+    stop: int
 
     @property
     def path(self) -> Path:
@@ -80,15 +85,6 @@ class Request(NamedTuple):
     def size(self) -> int:
         """The bytes that go to targets, without what lies between them in the file."""
         return sum(piece.target.size for piece in self.pieces)
-
-    @property
-    def start(self) -> int:
-        """The page at which reading begins."""
-        return self.pieces[0].start // PAGE * PAGE
-
-    @property
-    def stop(self) -> int:
-        return max(piece.stop for piece in self.pieces)
 
     def parts(self, memory: Array) -> list[memoryview]:
         """Where the bytes from the first piece on may be read to: runs to their targets, what else there is to memory.
@@ -128,32 +124,32 @@ class Request(NamedTuple):
 def requests_of(pieces: Iterable[Piece]) -> Iterator[Request]:
     """Put pieces, in the order of their files, together to requests."""
     held: list[Piece] = []
-    needed = number = 0
+    begin = end = limit = needed = room = number = 0
     for piece in pieces:
         left: Piece | None = piece
         while left is not None:
-            size = left.stop - left.start
-            if held and not _is_next(held, needed, left, size):
-                room = 0
-            else:
-                room = (held[0] if held else left).start // PAGE * PAGE + request_bytes(left.path) - left.start
-            if held and (room <= 0 or (left.strides and size > room)):
-                yield Request(number, held)
-                held, needed, number = [], 0, number + 1
-                continue
-            now, left = (left, None) if left.strides or size <= room else left.cut(room)
+            path, start, stop, _, strides = left
+            size = stop - start
+            if held:
+                room = begin + limit - start if _is_next(held[-1], left, begin, needed + size) else 0
+                if room <= 0 or (strides and size > room):
+                    yield Request(number, held, begin, end)
+                    held, number = [], number + 1
+            if not held:
+                begin, end, limit, needed = start // PAGE * PAGE, 0, request_bytes(path), 0
+                room = begin + limit - start
+            now, left = (left, None) if strides or size <= room else left.cut(room)
             held.append(now)
-            needed += now.stop - now.start
+            end, needed = max(end, now.stop), needed + now.stop - start
     if held:
-        yield Request(number, held)
+        yield Request(number, held, begin, end)
 
 
-def _is_next(held: Sequence[Piece], needed: int, piece: Piece, size: int) -> bool:
-    """Whether a piece of `size` bytes is read with those that are held, which take `needed`: whether it is near."""
-    path, start = piece.path, piece.start
-    if (path is not held[0].path and path != held[0].path) or start < held[0].start // PAGE * PAGE:
+def _is_next(last: Piece, piece: Piece, begin: int, needed: int) -> bool:
+    """Whether a piece is read with those up to the last, from `begin` on, to get `needed` bytes: whether it is near."""
+    if (piece.path is not last.path and piece.path != last.path) or piece.start < begin:
         return False
-    return is_near(start - held[-1].stop, needed + size)
+    return is_near(piece.start - last.stop, needed)
 
 
 class _Filling:
@@ -165,6 +161,7 @@ class _Filling:
         self._threads: list[threading.Thread] = []
         self._failure: BaseException | None = None
         self._is_stopped = False
+        self._has_waited = False
 
     def run(self, check: Callable[[], None]) -> None:
         """Read all in this thread, and in others where reading has to wait."""
@@ -197,20 +194,20 @@ class _Filling:
             if time.monotonic() >= due:
                 check()
                 due = time.monotonic() + _SECONDS_BETWEEN_CHECKS
-            path, start, needed = request.path, request.start, request.stop - request.start
-            size = max(-(-needed // PAGE) * PAGE, request_bytes(path))
-            if memory is None or len(memory) < size:
-                memory = np.frombuffer(mmap.mmap(-1, size), np.uint8)  # from the beginning of a page
+            _, pieces, start, stop = request
+            path, needed = request.path, -(-(stop - start) // PAGE) * PAGE
+            if memory is None or len(memory) < needed:
+                memory = np.frombuffer(mmap.mmap(-1, max(needed, request_bytes(path))), np.uint8)  # whole pages
             parts = request.parts(memory)
-            is_copied = self._fetcher.scatter_warm(path, request.pieces[0].start, parts)
+            is_copied = self._fetcher.scatter_warm(path, pieces[0].start, parts)
             if not is_copied:
                 started, before = time.perf_counter(), waits()
-                is_copied = self._fetcher.scatter(path, request.pieces[0].start, parts)
+                is_copied = self._fetcher.scatter(path, pieces[0].start, parts)
                 if not is_copied:
-                    self._fetcher.fill(path, start, memory.data[: -(-needed // PAGE) * PAGE], needed)
+                    self._fetcher.fill(path, start, memory.data[:needed], stop - start)
                 if waits() > before:
-                    waited(time.perf_counter() - started, size)
-            for piece in request.pieces:
+                    waited(time.perf_counter() - started, len(memory))
+            for piece in pieces:
                 if piece.strides or not is_copied:
                     piece.copy(memory, piece.start - start)
             self._done(request)
@@ -228,7 +225,9 @@ class _Filling:
         """Have other threads read, too: a request of so many bytes had to wait."""
         if seconds < _QUICK_SECONDS:
             return
-        wanted = min(_MOST_THREADS if seconds > _LONG_SECONDS else _THREADS, AHEAD_BYTES // size)
+        most = _MOST_THREADS if seconds > _LONG_SECONDS else _THREADS
+        wanted = min(most if self._has_waited else _FEW_THREADS, AHEAD_BYTES // size)
+        self._has_waited = True
         while len(self._threads) < wanted - 1:
             thread = threading.Thread(target=self._help, name="reader")
             try:

@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 
 
 class _Cut(NamedTuple):
-    """A piece of a part: its box in bytes, and the bytes of the content that it is in."""
+    """A piece of a part: its box in bytes, the bytes of the content that it is in, and where it is in the part."""
 
     box: Box
     start: int
     length: int
     strides: tuple[int, ...]  # of its bytes in the content; none where they are one run there and in the array
+    slices: tuple[slice, ...]
 
 
 class Cuts(NamedTuple):
@@ -54,27 +55,33 @@ def pieces_of(path: Path, segments: Sequence[Segment], cuts: Cuts, out: Array) -
     `out` has the bytes of the part, with the shape that `in_bytes` gives it.
     """
     part, outer, found = cuts
-    for box, first, length, strides in found:
-        if strides:
+    for box, first, length, strides, slices in found:
+        ranges, target = file_ranges(segments, first, length), out[slices]
+        if not strides:
+            target = target.reshape(-1)
+        if len(ranges) == 1:  # as nearly always
+            start, count = ranges[0]
+            yield Piece(path, start, start + count, target, strides)
+        elif strides:
             for start, stop, inner in _in_file(segments, box, outer):
                 yield Piece(path, start, stop, out[inner.relative_to(part).slices()], strides)
-            continue
-        target = out[box.relative_to(part).slices()].reshape(-1)
-        for start, count in file_ranges(segments, first, length):
-            yield Piece(path, start, start + count, target[:count])
-            target = target[count:]
+        else:
+            for start, count in ranges:
+                yield Piece(path, start, start + count, target[:count])
+                target = target[count:]
 
 
 def _cuts(part: Box, outer: Box, out: Array) -> Iterator[_Cut]:
     """The pieces of a part (boxes of bytes) that goes into an array, in the order of the content."""
     for box in reads_of(part, outer, 1):
         first, length = span_in(box, outer)
-        if length == box.volume and out[box.relative_to(part).slices()].flags.c_contiguous:
-            yield _Cut(box, first, length, ())
+        slices = box.relative_to(part).slices()
+        if length == box.volume and out[slices].flags.c_contiguous:
+            yield _Cut(box, first, length, (), slices)
             continue
         strides = tuple(math.prod(outer.shape[axis:]) for axis in range(1, len(outer.shape) + 1))
         for block in blocks(box, max(1, LEAST_BYTES * box.volume // length)):
-            yield _Cut(block, *span_in(block, outer), strides)
+            yield _Cut(block, *span_in(block, outer), strides, block.relative_to(part).slices())
 
 
 def _in_file(segments: Sequence[Segment], block: Box, outer: Box) -> Iterator[tuple[int, int, Box]]:
