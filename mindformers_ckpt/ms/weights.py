@@ -138,9 +138,8 @@ def tensors_of(
     A parameter itself where the content is in the memory that it has given: nothing is to be set then.
     """
     loaded: dict[str, Any] = {}
-    given = {} if parameters is None else parameters.given
     for spec, content in contents:
-        if parameters is not None and given.get(spec.name) is content:
+        if parameters is not None and parameters.given.get(spec.name) is content:
             loaded[spec.name] = parameters[spec.name]
         elif spec.dtype.name == "str":
             loaded[spec.name] = content.tobytes().decode("utf-32-le").rstrip("\0")

@@ -45,7 +45,10 @@ def number_of(value: Any, least: int = 0) -> int:
 
 def numbers_of(value: Any) -> tuple[int, ...]:
     """A list of numbers, as a tuple."""
-    return tuple(map(number_of, list_of(value)))
+    values = list_of(value)
+    if set(map(type, values)) == {int} and min(values) >= 0 and max(values) <= LARGEST:  # as nearly always: quickly
+        return tuple(values)
+    return tuple(map(number_of, values))
 
 
 def entry_of(table: Sequence[Made], number: Any) -> Made:

@@ -152,6 +152,26 @@ def test_values_that_are_given_as_a_copy_are_set(tmp_path: Path, monkeypatch: py
     assert_holds(network, tensors)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_what_was_read_in_place_is_not_set(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = singles("a", "b", "c")
+    network = network_for(tensors)
+    source = write_tensors(tmp_path / "whole.ckpt", tensors)
+    found = []
+    real = mindspore.Parameter.set_data
+
+    def set_data(own: Any, *rest: Any) -> Any:
+        found.append(own.name)
+        return real(own, *rest)
+
+    monkeypatch.setattr(network.b, "asnumpy", lambda: np.zeros(SHAPE, np.float32), raising=False)
+    monkeypatch.setattr(mindspore.Parameter, "set_data", set_data)
+    load(tmp_path, source, network, **WAYS[way])
+    monkeypatch.undo()
+    assert found == ["b"]
+    assert_holds(network, tensors)
+
+
 def test_all_parameters_of_a_name_are_set(tmp_path: Path) -> None:
     tensors = singles("a", "b")
     cells = [network_for(tensors), network_for(tensors)]
