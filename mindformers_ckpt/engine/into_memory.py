@@ -161,7 +161,6 @@ class _Filling:
         self._threads: list[threading.Thread] = []
         self._failure: BaseException | None = None
         self._is_stopped = False
-        self._has_waited = False
 
     def run(self, check: Callable[[], None]) -> None:
         """Read all in this thread, and in others where reading has to wait."""
@@ -226,8 +225,7 @@ class _Filling:
         if seconds < _QUICK_SECONDS:
             return
         most = _MOST_THREADS if seconds > _LONG_SECONDS else _THREADS
-        wanted = min(most if self._has_waited else _FEW_THREADS, AHEAD_BYTES // size)
-        self._has_waited = True
+        wanted = min(most if self._threads else _FEW_THREADS, AHEAD_BYTES // size)
         while len(self._threads) < wanted - 1:
             thread = threading.Thread(target=self._help, name="reader")
             try:

@@ -23,7 +23,8 @@ from mindformers_ckpt.engine.likely_heads import LikelyHeads
 from mindformers_ckpt.engine.source_shares import SourceShares
 from mindformers_ckpt.engine.views import box_in_view, copy_transposed, in_view, reads_of, span_in
 from mindformers_ckpt.errors import FormatError, TransferError
-from mindformers_ckpt.formats import DType, Header, HeaderReader, Segment
+from mindformers_ckpt.formats import DType, Header, Segment
+from mindformers_ckpt.formats.headers import HeaderReader
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.planning.computations import Cast, Compute, Constant, Dequantise, Factor, Merge
 from mindformers_ckpt.planning.model import Place, SourceFile, View

@@ -8,7 +8,6 @@ from mindformers_ckpt.formats.dtypes import DType
 from mindformers_ckpt.formats.tensor_file import (
     FileLayout,
     Header,
-    HeaderReader,
     Segment,
     TensorRecord,
     TensorSpec,
@@ -21,7 +20,6 @@ __all__ = [
     "DType",
     "FileLayout",
     "Header",
-    "HeaderReader",
     "Segment",
     "TensorRecord",
     "TensorSpec",

@@ -16,7 +16,7 @@ from typing import TypeVar
 from mindformers_ckpt.disk.files import FileState
 from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.errors import FormatError, raise_problems
-from mindformers_ckpt.formats.tensor_file import Header, HeaderReader, read_header, scan
+from mindformers_ckpt.formats.tensor_file import Header, read_header, scan
 
 K = TypeVar("K")
 
@@ -26,13 +26,30 @@ _WAIT = 0.05
 _WAIT_QUICK = 0.002  # of one that is looked at quickly
 # Heads at which a file is compared with one of its size that was read whole; few where all are compared later.
 _SAMPLES, _FEW_SAMPLES = 16, 2
+_KINDS = 4  # headers that the next file is compared with
+
+
+class HeaderReader:
+    """Reads the headers of many files: each is compared with those of the last ones that differ from one another.
+
+    Ranks have files with equal tensors, one after the other, or some of each kind (weights, optimizer states).
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[Header, ...] = ()
+
+    def read(self, path: Path) -> Header:
+        """As `read_header`; for several threads, too."""
+        header = read_header(path, *self._known)
+        others = [other for other in self._known if other.tensors is not header.tensors]
+        self._known = (header, *others[: _KINDS - 1])
+        return header
 
 
 def read_headers(paths: Sequence[Path]) -> Generator[tuple[Path, Header | FormatError], None, None]:
     """Read the headers of files as `read_header` does, and yield each with its path, or what is wrong with the file.
 
-    They come in the order of `paths`. At most 8 files are open, with a request each. Files are compared with those
-    that were read last, which is cheap where many have equal tensors.
+    They come in the order of `paths`. At most 8 files are open, with a request each.
     """
     yield from zip(paths, each(_or_error(HeaderReader().read), paths, at_once=_AT_ONCE, patience=_WAIT))
 

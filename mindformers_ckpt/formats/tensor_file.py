@@ -23,7 +23,6 @@ _NO_METADATA: Mapping[str, str] = MappingProxyType({})
 
 # Headers of files that were read last, with the state of the file.
 _KEPT = 256
-_KINDS = 4  # of files, with one of which each is compared
 _recent: dict[Path, tuple[tuple[int, int, int], Header]] = {}
 
 _FOREIGN_FILES = (
@@ -131,23 +130,6 @@ def read_header(path: str | Path, *like: Header) -> Header:
         _recent.pop(oldest, None)
     _recent[path] = state, header
     return header
-
-
-class HeaderReader:
-    """Reads the headers of many files: each is compared with those of the last ones that differ from one another.
-
-    Ranks have files with equal tensors, one after the other, or some of each kind (weights, optimizer states).
-    """
-
-    def __init__(self) -> None:
-        self._known: tuple[Header, ...] = ()
-
-    def read(self, path: Path) -> Header:
-        """As `read_header`; for several threads, too."""
-        header = read_header(path, *self._known)
-        others = [other for other in self._known if other.tensors is not header.tensors]
-        self._known = (header, *others[: _KINDS - 1])
-        return header
 
 
 def scan(path: Path, *like: Header) -> Header:

@@ -36,7 +36,6 @@ class Parameters(Mapping[str, "Parameter"]):
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         self._found: dict[str, list[Parameter]] = {}
-        self.given: Mapping[str, np.ndarray[Any, np.dtype[np.uint8]]] = {}  # of `memory`, what is read into
         for cell in cells:
             for _, parameter in cell.parameters_and_names():
                 same = self._found.setdefault(parameter.name, [])
@@ -135,11 +134,11 @@ def tensors_of(
 ) -> dict[str, Any]:
     """Tensors by name; the text of `str` tensors as str, as `mindspore.load_checkpoint` gives it.
 
-    A parameter itself where the content is in the memory that it has given: nothing is to be set then.
+    A parameter itself where the content was read into its memory: nothing is to be set then.
     """
     loaded: dict[str, Any] = {}
     for spec, content in contents:
-        if parameters is not None and parameters.given.get(spec.name) is content:
+        if parameters is not None and parameters.memory.get(spec.name) is content:
             loaded[spec.name] = parameters[spec.name]
         elif spec.dtype.name == "str":
             loaded[spec.name] = content.tobytes().decode("utf-32-le").rstrip("\0")
@@ -168,8 +167,7 @@ def own_memory(parameters: Parameters, specs: Sequence[TensorSpec]) -> dict[str,
         if len(parameters.named(name)) == 1 and not own.param_info.is_pipeline_shared_param:
             wanted.append(name)
     memory = parameters.memory if wanted else {}
-    given = parameters.given = {name: memory[name] for name in wanted if name in memory}
-    return given
+    return {name: memory[name] for name in wanted if name in memory}
 
 
 @cache

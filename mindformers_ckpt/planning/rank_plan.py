@@ -116,9 +116,8 @@ class _Encoder:
     def __init__(self, plan: Plan, root: Path, header_of: Callable[[Path], Header]) -> None:
         self._plan, self._root, self._header_of = plan, root, header_of
         self._headers: dict[int, Header] = {}
-        self._about: dict[int, str] = {}
+        self._files: dict[int, tuple[str, int]] = {}
         self._first: dict[tuple[int, int], int] = {}  # of the files with the same tensors at the same places
-        self._like: dict[int, int] = {}  # that one, of each file
         # Ranks of a stage have these in common.
         self._tables, self._sources, self._targets = once(_Tables), once(_sources_text), once(_targets_text)
         self._names = once(_names_of)
@@ -134,22 +133,21 @@ class _Encoder:
                 read[file][(tensor,) if tensor else self._names(transfers)] = None
         held, files = Numbers[str](), []
         for number in sorted(read):
-            about = self._file(number)
-            files.append(f"[{about},{held[self._held(self._like[number], tuple(read[number]), tables)]}]")
-        about = _dump([target.path, target.rank, target.format])
+            about, like = self._file(number)
+            files.append(f"[{about},{held[self._held(like, tuple(read[number]), tables)]}]")
         lists = f'"held":[{",".join(held)}],"files":[{",".join(files)}],"alike":[{",".join(rows)}]'
-        text = f'{{"target":{about},{tables.text()},{lists}}}'
+        text = f'{{"target":{_dump([target.path, target.rank, target.format])},{tables.text()},{lists}}}'
         return base64.b64encode(zlib.compress(text.encode("ascii"), 1)).decode("ascii")
 
-    def _file(self, number: int) -> str:
-        """What is told of a file itself; from then on it is known which one it is like."""
-        if number not in self._like:
+    def _file(self, number: int) -> tuple[str, int]:
+        """What is told of a file itself, and the first file with the same tensors at the same places."""
+        if number not in self._files:
             file = self._plan.sources[number]
             header = self._headers[number] = self._current(file)
-            self._about[number] = f"{number},{_dump(name_from(self._root, file.path))},{file.size}"
             places = id(header.tensors), id(header.frames) if header.is_likely else 0
-            self._like[number] = self._first.setdefault(places, number)
-        return self._about[number]
+            about = f"{number},{_dump(name_from(self._root, file.path))},{file.size}"
+            self._files[number] = about, self._first.setdefault(places, number)
+        return self._files[number]
 
     def _held_text(self, number: int, names: tuple[tuple[str, ...], ...], tables: _Tables) -> str:
         """What is read of a file, and of those that are like it: where it is, and the heads to be compared."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mindformers_ckpt.errors import PlanError, StrategyError, raise_problems
-from mindformers_ckpt.formats import Header, HeaderReader, TensorRecord, TensorSpec
-from mindformers_ckpt.formats.headers import sound_headers, wrong_headers
+from mindformers_ckpt.formats import Header, TensorRecord, TensorSpec
+from mindformers_ckpt.formats.headers import HeaderReader, sound_headers, wrong_headers
 from mindformers_ckpt.geometry.layout import Layout
 from mindformers_ckpt.sources import checkpoint2, shards
 from mindformers_ckpt.sources.shards import LogicalTensor, Shard

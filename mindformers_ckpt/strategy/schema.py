@@ -92,33 +92,29 @@ class LayoutItems:
         if parts is not None:
             with suppress(UnicodeDecodeError):
                 return item[2:end].decode(), parts
-        message = _parsed(unread_item_class(), item)
+        message = unread_item_class()()
+        message.ParseFromString(item)
+        _check_complete(message, "item")
         parts = tuple(message.parallel_layouts)
         if begins_with_name and message.SerializeToString() == item:  # the name is there once, and nothing before it
             self._known[item[end:]] = parts
         return message.param_name, parts
 
 
-def _parsed(kind: Any, data: bytes) -> Any:
-    from google.protobuf.message import DecodeError
-
-    message = kind()
-    message.ParseFromString(data)
-    if not message.IsInitialized():
-        raise DecodeError("a required field is missing in the item of a parameter")
-    return message
-
-
 def read_layouts(parts: Sequence[bytes]) -> Any:
     """The message `ParallelLayouts` that was left unread. Raises protobuf's DecodeError."""
-    from google.protobuf.message import DecodeError
-
     message = _classes(True)["ParallelLayouts"]()
     for part in parts:
         message.MergeFromString(part)
-    if not parts or not message.IsInitialized():
-        raise DecodeError("a required field is missing in the layout of a parameter")
+    _check_complete(message, "layout")
     return message
+
+
+def _check_complete(message: Any, what: str) -> None:
+    from google.protobuf.message import DecodeError
+
+    if not message.IsInitialized():
+        raise DecodeError(f"a required field is missing in the {what} of a parameter")
 
 
 @cache

@@ -32,11 +32,11 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def load(folder: Path, source: Path, network: Net, **keys: Any) -> dict[str, Any]:
+def load(folder: Path, source: Path, *cells: Any, **keys: Any) -> dict[str, Any]:
     config = {"output_dir": folder / "output", "use_parallel": False, "load_checkpoint": source, **keys}
     hook = CheckpointHook(Config.from_mapping(config))
     hook.prepare()
-    return hook.load(network)
+    return hook.load(*cells)
 
 
 def singles(*names: str, shape: tuple[int, ...] = SHAPE) -> dict[str, Tensor]:
@@ -177,18 +177,7 @@ def test_all_parameters_of_a_name_are_set(tmp_path: Path) -> None:
     cells = [network_for(tensors), network_for(tensors)]
     specs = [TensorSpec(name, by_name("float32"), SHAPE) for name in tensors]
     assert own_memory(Parameters(cells), specs) == {}
-    hook = CheckpointHook(
-        Config.from_mapping(
-            {
-                "output_dir": tmp_path / "output",
-                "use_parallel": False,
-                "load_checkpoint": write_tensors(tmp_path / "whole.ckpt", tensors),
-                "auto_trans_ckpt": False,
-            }
-        )
-    )
-    hook.prepare()
-    hook.load(*cells)
+    load(tmp_path, write_tensors(tmp_path / "whole.ckpt", tensors), *cells, auto_trans_ckpt=False)
     for cell in cells:
         assert_holds(cell, tensors)
 
