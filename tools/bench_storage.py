@@ -66,6 +66,7 @@ import time
 from pathlib import Path
 import numpy as np
 from bench_transform import shapes, specs
+from mindformers_ckpt.disk.waiting import has_waited
 from mindformers_ckpt.job.direct import read_direct
 from mindformers_ckpt.planning.build import build_plan
 from mindformers_ckpt.sources.checkpoint import Checkpoint
@@ -77,6 +78,8 @@ print("ready", flush=True)
 sys.stdin.readline()
 used = time.process_time()
 checkpoint = Checkpoint(find_mindspore(sys.argv[1]), read_strategy(Path(sys.argv[2])))
+if has_waited():  # as mindformers_ckpt/job/reslice.py
+    checkpoint.look_quickly()
 plan = build_plan(checkpoint, Strategy.complete())
 weights = list(read_direct(plan, lambda: None, is_shared=False, given=lambda wanted: memory))
 assert all(content is memory[spec.name] for spec, content in weights)

@@ -52,6 +52,17 @@ def read_at_once(descriptor: int, parts: Sequence[Memory], start: int) -> int | 
         return os.preadv(descriptor, parts, start) if is_memory(descriptor) else None
 
 
+def mount_of(descriptor: int) -> int:
+    """A number of the mount that an open file is on. The state of a file has one, too, but may have to be waited for:
+    on a network disk it is asked for anew after the file was read.
+    """
+    try:
+        with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as lines:
+            return next(int(line.split()[1]) for line in lines if line.startswith("mnt_id:"))
+    except (OSError, StopIteration):  # no Linux
+        return os.fstat(descriptor).st_dev
+
+
 def is_memory(descriptor: int) -> bool:
     """Whether an open file is on a file system whose files are memory, as those of /dev/shm are."""
     if sys.platform != "linux":

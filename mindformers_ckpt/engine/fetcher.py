@@ -6,6 +6,7 @@ the page cache stays there. `is_shared` turns it off where other processes read 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +27,7 @@ AHEAD_BYTES = 72 << 20
 REQUEST_BYTES = 1 << 20
 _OBJECT_REQUEST_BYTES = 4 << 20
 _MOST_REQUESTS = 64
+_OPENED_EARLY = 32
 _MOST_PARTS = 1024  # IOV_MAX
 PAGE = 4096
 # Memory is read in less, a disk takes longer.
@@ -51,6 +53,7 @@ class Fetcher:
         self._direct = None if is_shared or not hasattr(os, "O_DIRECT") else Descriptors(os.O_RDONLY | os.O_DIRECT)
         self._readers = Readers(_MOST_REQUESTS)
         self._slow: set[Path] = set()
+        self._untold: set[Path] = set()  # of which nobody can say what is in memory
 
     def read(self, path: Path, start: int, memory: memoryview) -> None:
         """Fill memory with bytes of a file in the ordinary way. Raises TransferError when that fails."""
@@ -79,7 +82,7 @@ class Fetcher:
 
     def scatter_warm(self, path: Path, start: int, parts: Sequence[memoryview]) -> bool:
         """`scatter`, if all the bytes are in the page cache: nobody waits for a disk. False where they are not."""
-        return self._scattered(path, start, parts, read_at_once)
+        return path not in self._untold and self._scattered(path, start, parts, read_at_once)
 
     def _scattered(
         self,
@@ -94,7 +97,10 @@ class Fetcher:
             with self._plain.borrowed(path) as descriptor:
                 assert isinstance(descriptor, int)
                 _no_read_ahead(descriptor)
-                return read(descriptor, parts, start) == sum(map(len, parts))
+                count = read(descriptor, parts, start)
+                if count is None:
+                    self._untold.add(path)
+                return count == sum(map(len, parts))
         except (OSError, TransferError):  # whoever reads it in the ordinary way has a message
             return False
 
@@ -114,6 +120,13 @@ class Fetcher:
             for at in range(0, len(memory), size)
         ]
 
+    def open_early(self, paths: Sequence[Path]) -> None:
+        """Begin to open files that will be read soon: on a network disk each is a round trip, or two."""
+        for path in paths[:_OPENED_EARLY]:
+            for files in (self._plain, self._direct):
+                if files is not None and not isinstance(path, ObjectPath):
+                    self._readers.begin(partial(self._open, files, path))
+
     def has_to_wait(self, extents: Sequence[Extent]) -> bool:
         """Whether reading has to wait for a disk: whether the middle of the largest extent is not in memory."""
         if not extents:
@@ -123,12 +136,21 @@ class Fetcher:
         path, start, stop = max(extents, key=lambda extent: extent.stop - extent.start)
         if path not in self._slow:
             try:
+                opening = time.perf_counter()
                 with self._plain.borrowed(path) as descriptor:
+                    if self._direct is not None and time.perf_counter() - opening > _SECONDS_OF_MEMORY:
+                        self._readers.begin(partial(self._open, self._direct, path))  # meanwhile
                     if self._is_in_memory(descriptor, (start + stop) // 2, path):
                         return False
             except (OSError, TransferError):  # whoever reads it in the ordinary way has a message
                 return False
         return True
+
+    def _open(self, files: Descriptors, path: Path) -> int:
+        """Open a file that will be read; whoever reads it has the error."""
+        with contextlib.suppress(TransferError), files.borrowed(path):
+            return 0
+        return 0
 
     def _is_in_memory(self, descriptor: Handle, at: int, path: Path) -> bool:
         assert isinstance(descriptor, int)

@@ -7,12 +7,14 @@ copies while that is in the cache of its core. So requests are large also where 
 thread waits for another one.
 
 One thread reads as long as it need not wait: on a warm disk more would only wait for each other, and what is in the
-page cache is read as such, however busy the machine is. Where reading has to wait there are 16 threads, and 64 where it
-waits for long. After the first request that waited there are but 4: of a warm file the system may have given up pages.
+page cache is read as such, however busy the machine is. Where reading has to wait there are 16 threads, and up to 64
+the longer a request takes; more than are needed would only wait for the interpreter. After the first request that
+waited there are but 4, unless looking at the files had to wait, too: of a warm file the system may have given up pages.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import threading
 import time
@@ -20,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mindformers_ckpt.disk.waiting import waits
+from mindformers_ckpt.disk.waiting import has_waited, waits
 from mindformers_ckpt.engine.ahead import is_near
 from mindformers_ckpt.engine.fetcher import AHEAD_BYTES, PAGE, Fetcher, request_bytes
 
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
 # Of a piece that cannot be cut at any byte: small, so that a request is nearly full when the next does not fit.
 LEAST_BYTES = 256 << 10
 _FEW_THREADS, _THREADS, _MOST_THREADS = 4, 16, 64
-# Memory is read in less than the one; behind a network most requests take longer than the other.
-_QUICK_SECONDS, _LONG_SECONDS = 500e-6, 4e-3
+_QUICK_SECONDS = 500e-6  # memory is read in less
+_REQUESTS_PER_SECOND = 3000  # that threads are started for, by how long one takes
 _SECONDS_BETWEEN_CHECKS = 0.05
 
 
@@ -157,6 +159,8 @@ class _Filling:
 
     def __init__(self, fetcher: Fetcher, requests: Iterator[Request], done: Callable[[Request], None]) -> None:
         self._fetcher, self._requests, self._done = fetcher, requests, done
+        self._is_slow = has_waited()  # what was looked at last of the files
+        self._least = math.inf  # seconds of a request that had to wait
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._failure: BaseException | None = None
@@ -224,8 +228,11 @@ class _Filling:
         """Have other threads read, too: a request of so many bytes had to wait."""
         if seconds < _QUICK_SECONDS:
             return
-        most = _MOST_THREADS if seconds > _LONG_SECONDS else _THREADS
-        wanted = min(most if self._threads else _FEW_THREADS, AHEAD_BYTES // size)
+        wanted = _THREADS if self._is_slow else _FEW_THREADS
+        if self._threads:  # the first request may have waited for a file to be opened, too
+            self._least = min(self._least, seconds)
+            wanted = max(_THREADS, min(_MOST_THREADS, round(self._least * _REQUESTS_PER_SECOND)))
+        wanted = min(wanted, AHEAD_BYTES // size)
         while len(self._threads) < wanted - 1:
             thread = threading.Thread(target=self._help, name="reader")
             try:

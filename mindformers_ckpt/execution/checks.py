@@ -20,6 +20,8 @@ from mindformers_ckpt.publish.signature import check_key
 def check_apart(plan: Plan, destination: Path) -> None:
     """Refuse a destination that holds a source file: publishing would replace it."""
     real = destination.resolve()
+    if not real.exists():
+        return
     paths = [file.path for file in plan.sources]
     for path, found in zip(paths, each(lambda path: path.resolve(), paths)):
         if found.is_relative_to(real):

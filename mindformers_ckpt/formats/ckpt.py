@@ -69,7 +69,7 @@ def scan(path: Path, *like: Header) -> Header:
     `str` is its bytes (MindSpore ignores the dims of one). A file cut off exactly between two tensors
     cannot be told from a complete one. Raises FormatError.
     """
-    with open_to_read(path, scattered=True) as (handle, size), closing(Pieces(handle)) as pieces:
+    with open_to_read(path, scattered=True) as (handle, size), closing(Pieces(handle, size)) as pieces:
         scanner = _Scanner(path, pieces, size)
         for other in like:
             if scanner.has_heads_of(other):
@@ -96,7 +96,18 @@ _Head = tuple[str, _Form, int]  # the name of a record, what stands after it, an
 class _Scanner:
     """One pass over the records of an open file."""
 
-    __slots__ = ("_base", "_forms", "_last_good", "_path", "_pieces", "_position", "_size", "_window", "frames")
+    __slots__ = (
+        "_base",
+        "_forms",
+        "_last_good",
+        "_path",
+        "_pieces",
+        "_position",
+        "_size",
+        "_tail",
+        "_window",
+        "frames",
+    )
 
     def __init__(self, path: Path, pieces: Pieces, size: int) -> None:
         self._path = path
@@ -106,6 +117,7 @@ class _Scanner:
         self._base = 0
         self._position = 0
         self._last_good: str | None = None
+        self._tail = b""  # what stands in the place of a trailer, once it was read
         self._forms: dict[bytes, _Form] = {}
         self.frames: list[tuple[int, bytes]] = []
 
@@ -113,12 +125,14 @@ class _Scanner:
         """Whether the records begin as those of another file of the same size; then they count as read."""
         if (other.format, other.size) != ("ckpt", self._size):
             return False
+        end = self._size - (0 if other.crc is None else TRAILER_SIZE)
         spans = _spans(other.frames)
-        contents = self._pieces.read_all([(start, length) for start, length, _ in spans])
+        ranges = [(start, length) for start, length, _ in spans]
+        contents = self._pieces.read_all(ranges if other.crc is None else [*ranges, (end, TRAILER_SIZE)])
         for (_, _, heads), data in zip(spans, contents):
             if any(data[at : at + len(head)] != head for at, head in heads):
                 return False
-        end = self._size - (0 if other.crc is None else TRAILER_SIZE)
+        self._tail = next(contents, b"")
         if other.crc is not None and not self._is_trailer(end):
             return False
         self._position, self._last_good = end, next(reversed(other.tensors), None)
@@ -126,7 +140,7 @@ class _Scanner:
 
     def check_start(self) -> None:
         """Refuse encrypted and foreign files by their first bytes."""
-        start = self._pieces.read(0, _WINDOW)
+        start = self._window = self._pieces.read(0, _WINDOW)
         if start.startswith(_CIPHER_MARKS):
             raise FormatError(
                 f"{self._path}: the file is encrypted; load it with mindspore.load_checkpoint(..., "
@@ -173,8 +187,7 @@ class _Scanner:
         """The CRC-32 that stands after the records, None when the records fill the file."""
         if self._position == self._size:
             return None
-        stored = self._pieces.read(self._position, TRAILER_SIZE)[len(TRAILER_MARK) :]
-        crc = int.from_bytes(stored, "big")
+        crc = int.from_bytes(self._tail[len(TRAILER_MARK) :], "big")
         if crc >> 32:
             raise self._error("the CRC-32 in the trailer is over 32 bits")
         return crc
@@ -200,7 +213,8 @@ class _Scanner:
     def _is_trailer(self, position: int) -> bool:
         if self._size - position != TRAILER_SIZE:
             return False
-        return self._pieces.read(position, len(TRAILER_MARK)) == TRAILER_MARK
+        self._tail = self._tail or self._pieces.read(position, TRAILER_SIZE)
+        return self._tail.startswith(TRAILER_MARK)
 
     def _widen(self) -> None:
         """Read a window that begins at the position; a longer one when it begins there already."""

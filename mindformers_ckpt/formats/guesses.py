@@ -16,20 +16,23 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from mindformers_ckpt.disk.waiting import each, read_at_once, waits
+from mindformers_ckpt.disk.waiting import each, has_waited, mount_of, read_at_once, waits
 from mindformers_ckpt.objects.reading import Handle, pread
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
 _AT_ONCE = 64
+_GUESSES = 128  # heads that are on their way at once
 _TRIED = 32  # pieces after which it is known whether asking for them has an effect
 _CAN_ASK = hasattr(os, "posix_fadvise")
 # A guess may be wrong by a byte a record, where the numbers in names get longer.
 _BEFORE, _WINDOW = 256, 4096
+# Where nothing tells what comes next: records as long as the last one, so many in a row, or as one of those before it.
+_RUN, _LENGTHS = 8, 8
 # What is read of the chain itself, at least.
 _QUICK_BYTES, _SLOW_BYTES = 512, 16 << 10
 # A read that takes longer has waited for the disk. From the third one on it is worth while to read several at once.
@@ -91,6 +94,11 @@ class _FromDisk:
         if _CAN_ASK:
             os.posix_fadvise(self._descriptor, start, length, os.POSIX_FADV_WILLNEED)
 
+    def ask_all(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Have several ranges (start, length) read."""
+        for start, length in ranges:
+            self.ask(start, length)
+
     def get(self, start: int, length: int) -> bytes:
         """Bytes that were asked for."""
         return os.pread(self._descriptor, length, start)
@@ -105,9 +113,8 @@ class _FromDisk:
             if number == _TRIED and late > _TRIED // 2:  # asking has no effect, as on a mount that caches nothing
                 yield from each(lambda piece: self.get(*piece), ranges[number:], at_once=_AT_ONCE)
                 return
-            for later in ranges[max(asked, number) : number + _AT_ONCE]:
-                self.ask(*later)
-            asked = number + _AT_ONCE
+            self.ask_all(ranges[max(asked, number) : number + _GUESSES])
+            asked = number + _GUESSES
             data, is_late = _timed(self._descriptor, *piece)
             late += is_late
             yield data
@@ -172,13 +179,14 @@ _slow_devices: set[int] = set()  # on which reading had to wait
 class Pieces:
     """Reads small pieces of an open file. Those of an object storage always have to be waited for."""
 
-    def __init__(self, handle: Handle) -> None:
-        self._handle = handle
+    def __init__(self, handle: Handle, size: int = 0) -> None:
+        """`size`: bytes of the file, where records are met."""
+        self._handle, self._size = handle, size
         self._early: _FromDisk | _FromStorage
         if isinstance(handle, int):
-            self._early, self._device = _FromDisk(handle), os.fstat(handle).st_dev
+            self._early, self._device = _FromDisk(handle), mount_of(handle)
             # A file on a disk that was slow may be in memory all the same: its own first read decides.
-            self._waits = _WAITS - 1 if self._device in _slow_devices else 0
+            self._waits = _WAITS - 1 if self._device in _slow_devices or has_waited() else 0
         else:
             self._early, self._device, self._waits = _FromStorage(handle), _NO_DEVICE, _WAITS
         self._switches = waits()
@@ -187,7 +195,9 @@ class Pieces:
         self._met: deque[tuple[str, int, int, int]] = deque(maxlen=_REMEMBERED)
         self._small = 0  # records in a row
         self._kinds: dict[str, _Kind] = {}
+        self._first = ""
         self._last: tuple[str, ...] = ()
+        self._lengths: deque[int] = deque(maxlen=_LENGTHS)  # of records, those that differ from one another
         self._guessed: deque[int] = deque()
         self._next: tuple[str, int, int, int] | None = None
 
@@ -208,6 +218,8 @@ class Pieces:
 
     def read_all(self, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         """Bytes of several ranges (start, length), in their order."""
+        if self._waits and isinstance(self._early, _FromDisk):  # it is likely that they have to be waited for
+            self._early.ask_all(ranges[:_GUESSES])
         for number, piece in enumerate(ranges):
             if self.is_slow:
                 yield from self._early.read_all(ranges[number:])
@@ -252,15 +264,17 @@ class Pieces:
         """What was read early of the file from `position` on; nothing, where no guess was right."""
         while self._guessed:
             start = self._guessed[0]
-            if position < start:  # the guesses have gone astray
-                break
+            if position < start:
+                if self._next is None:  # it is what comes after this record that was tried
+                    return b""
+                break  # the guesses have gone astray
             if position < start + _WINDOW:
                 return self._early.get(start, _WINDOW)[position - start :]
             self._early.drop(self._guessed.popleft(), _WINDOW)
-        for start in self._guessed:
-            self._early.drop(start, _WINDOW)
-        self._guessed.clear()
+        self._forget()
         self._next = None
+        if self.is_slow:
+            self._try_lengths(position)
         return b""
 
     @property
@@ -274,6 +288,7 @@ class Pieces:
 
     def _learn(self, name: str, start: int, content: int, end: int) -> str:
         """Note how long a record is, and that it came after the one before it; its kind."""
+        self._first = self._first or name
         is_moment = name.partition(".")[2] in self._kinds
         kind = _NUMBER.sub("#", name) + "#"
         for last, this in zip(self._last, (name, kind)):
@@ -283,28 +298,62 @@ class Pieces:
             known = self._kinds.get(this)
             self._kinds[this] = _Kind(content - start, end - content, known.following if known else "")
         self._last = name, kind
+        if any(abs(end - start - length) < _BEFORE for length in self._lengths):
+            self._lengths.remove(next(length for length in self._lengths if abs(end - start - length) < _BEFORE))
+        self._lengths.append(end - start)
         return kind
 
     def _guess(self, name: str, kind: str, end: int) -> None:
-        """Have the heads read that are expected after a record."""
+        """Have the heads read that are expected after a record, which ends at `end`."""
+        if self._next is not None and not self._next[0] and end + _BEFORE > self._next[1]:
+            self._next = None  # this was the last one that was expected
         if self._next is None:
-            # The moments of `wq` are named `adam_m.wq`: what follows them is known from the weights.
-            likely = (name.partition(".")[2], kind, kind.partition(".")[2])
-            model = next((other for other in likely if other in self._kinds and self._kinds[other].following), None)
-            if model is None:
+            self._next = self._expected(name, kind, end)
+            if self._next is None:
+                self._try_lengths(end)
                 return
-            own, its = self._kinds[kind], self._kinds[model]
-            if own.content % max(its.content, 1):
-                return
-            self._next = model, end, own.content // max(its.content, 1), own.head - its.head
+            self._forget()
         model, position, factor, longer = self._next
-        while len(self._guessed) < _AT_ONCE and model:
-            start = max(0, position - _BEFORE)
+        while len(self._guessed) < _GUESSES and model and position < self._size:
             if not self._guessed or position + _BEFORE > self._guessed[-1] + _WINDOW:
-                self._early.ask(start, _WINDOW)
-                self._guessed.append(start)
-            model = self._kinds[model].following
+                self._ask(position)
+            model = self._kinds[model].following or (self._first if longer > 0 else "")  # the next moments are alike
             if model:
                 guessed = self._kinds[model]
                 position += guessed.head + longer + guessed.content * factor
         self._next = model, position, factor, longer
+
+    def _expected(self, name: str, kind: str, end: int) -> tuple[str, int, int, int] | None:
+        """What is known of the records that come after one, by its kind or that of the weight that it belongs to."""
+        # The moments of `wq` are named `adam_m.wq`: what follows them is known from the weights.
+        likely = (name.partition(".")[2], kind, kind.partition(".")[2])
+        model = next((other for other in likely if other in self._kinds and self._kinds[other].following), None)
+        if model is None:
+            return None
+        own, its = self._kinds[kind], self._kinds[model]
+        if own.content % max(its.content, 1):
+            return None
+        return model, end, own.content // max(its.content, 1), own.head - its.head
+
+    def _try_lengths(self, end: int) -> None:
+        """Have heads read after the next record, of which nothing is known: it may be as long as others were."""
+        lengths = {length * times for length in list(self._lengths)[-1:] for times in range(1, _RUN + 1)}
+        asked, self._guessed = self._guessed, deque()
+        for position in sorted(end + length for length in lengths.union(self._lengths) if end + length < self._size):
+            while asked and asked[0] < position:
+                self._guessed.append(asked.popleft())
+            if not self._guessed or position + _BEFORE > self._guessed[-1] + _WINDOW:
+                self._ask(position)
+        self._guessed.extend(asked)
+
+    def _ask(self, position: int) -> None:
+        """Have a head read that may begin at a position."""
+        start = max(0, position - _BEFORE)
+        self._early.ask(start, _WINDOW)
+        self._guessed.append(start)
+
+    def _forget(self) -> None:
+        """What was asked for early is not needed."""
+        for start in self._guessed:
+            self._early.drop(start, _WINDOW)
+        self._guessed.clear()

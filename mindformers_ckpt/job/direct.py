@@ -14,15 +14,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mindformers_ckpt.disk.files import FileState
+from mindformers_ckpt.disk.waiting import has_waited
 from mindformers_ckpt.engine.buffers import Given, nothing_given
 from mindformers_ckpt.engine.copier import Copier
-from mindformers_ckpt.engine.fetcher import Fetcher
+from mindformers_ckpt.engine.fetcher import PAGE, Fetcher
 from mindformers_ckpt.engine.into_memory import Fill, Piece, fill_arrays
 from mindformers_ckpt.engine.pieces import Cuts, cuts_into, pieces_of
 from mindformers_ckpt.engine.reader import Read, ShardReader
@@ -31,7 +32,7 @@ from mindformers_ckpt.engine.tasks import cut_into_tasks
 from mindformers_ckpt.engine.views import in_bytes
 from mindformers_ckpt.errors import TransferError
 from mindformers_ckpt.formats import Header, Segment, TensorSpec
-from mindformers_ckpt.formats.headers import wrong_headers
+from mindformers_ckpt.formats.headers import heads_by_content, wrong_headers
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
@@ -91,11 +92,16 @@ def read_direct(
     (target,) = plan.targets
     states = _states(plan.sources)
     sink = ArraySink(target, given)
+    known = {number: file.header for number, file in enumerate(plan.sources) if file.header is not None}
+    known.update(headers or {})
+    heads = _Heads(known)
     with closing(Fetcher(is_shared=is_shared)) as fetcher:
-        _fill_sink(plan, sink, fetcher, headers, check, fill)
-        wrong = wrong_headers(headers or {})  # after the contents: heads are in the page cache then
+        if has_waited():
+            fetcher.open_early([file.path for file in plan.sources])
+        _fill_sink(plan, sink, fetcher, known, heads, check, fill)
+        wrong = heads.wrong()  # after the contents, as most heads came with them
         if wrong:
-            _fill_sink(plan, sink, fetcher, {**(headers or {}), **wrong}, check, fill_arrays)
+            _fill_sink(plan, sink, fetcher, {**known, **wrong}, _Heads({}), check, fill_arrays)
     check_unchanged(states)
     for spec in target.tensors:
         yield spec, sink.contents.pop(spec.name)
@@ -105,7 +111,8 @@ def _fill_sink(
     plan: Plan,
     sink: ArraySink,
     fetcher: Fetcher,
-    headers: Mapping[int, Header] | None,
+    headers: Mapping[int, Header],
+    heads: _Heads,
     check: Callable[[], None],
     fill: Fill,
 ) -> None:
@@ -115,8 +122,50 @@ def _fill_sink(
     others: list[Transfer] = []
     for transfer in plan.transfers:
         (plain if is_plain[id(transfer.sources), id(transfer.targets)] else others).append(transfer)
-    fill(fetcher, _pieces(plain, plan.sources, ShardReader(plan.sources, fetcher, headers), sink), check)
+    fill(fetcher, _pieces(plain, plan.sources, ShardReader(plan.sources, fetcher, headers), sink, heads), check)
     _copy_others(replace(plan, transfers=tuple(others)), sink, ShardReader(plan.sources, fetcher, headers), check)
+
+
+class _Heads:
+    """The heads of what is read of files whose headers are only likely: most stand before the contents, and come with
+    these.
+    """
+
+    def __init__(self, headers: Mapping[int, Header]) -> None:
+        self._likely = {number: header for number, header in headers.items() if header.is_likely}
+        self._at = {number: heads_by_content(header.frames) for number, header in self._likely.items()}
+        self._needed: dict[int, set[tuple[int, bytes]]] = {number: set() for number in self._likely}
+        self._read: dict[int, list[tuple[tuple[int, bytes], Array]]] = {number: [] for number in self._likely}
+
+    def before(self, file: int, segments: Sequence[Segment], first: Piece) -> Iterator[Piece]:
+        """The head of the first segment of a tensor, if it is near to the first piece that is read."""
+        if file not in self._likely:
+            return
+        heads = [self._at[file][segment.offset] for segment in segments]
+        is_new, start = heads[0] not in self._needed[file], segments[0].offset
+        self._needed[file].update(heads)
+        if is_new and first.start - start <= PAGE:
+            import numpy as np
+
+            offset, head = heads[0]
+            memory = np.empty(len(head), np.uint8)
+            self._read[file].append((heads[0], memory))
+            yield Piece(first.path, offset, start, memory)
+
+    def wrong(self) -> dict[int, Header]:
+        """The true headers of files that have other heads: those that came are compared, the others are read now.
+
+        Raises FormatError where such a file cannot be read.
+        """
+        doubtful = {}
+        for number, header in self._likely.items():
+            read = self._read[number]
+            if all(memory.tobytes() == head for (_, head), memory in read):
+                left = self._needed[number].difference(found for found, _ in read)
+                header = replace(header, frames=tuple(sorted(left)))
+            if header.frames:
+                doubtful[number] = header
+        return wrong_headers(doubtful)
 
 
 def _states(files: Iterable[SourceFile]) -> dict[Path, FileState]:
@@ -137,9 +186,9 @@ def _is_plain(transfer: Transfer) -> bool:
 
 
 def _pieces(
-    transfers: Sequence[Transfer], files: Sequence[SourceFile], reader: ShardReader, sink: ArraySink
+    transfers: Sequence[Transfer], files: Sequence[SourceFile], reader: ShardReader, sink: ArraySink, heads: _Heads
 ) -> Iterator[Piece]:
-    """What transfers take of their sources, in the order of the files."""
+    """What transfers take of their sources, in the order of the files, and the heads before it."""
     known: dict[tuple[int, int, int], list[_Taken]] = {}  # of tensors that are cut alike
     reads: list[tuple[int, int, tuple[Segment, ...], _Taken, Array]] = []
     for name, dtype, _, sources, targets in transfers:
@@ -150,7 +199,11 @@ def _pieces(
             segments = reader.segments(Read(taken.place, name, dtype, taken.part))
             reads.append((taken.place.file, segments[0].offset if segments else 0, segments, taken, content))
     for file, _, segments, taken, content in sorted(reads, key=itemgetter(0, 1)):
-        yield from pieces_of(files[file].path, segments, taken.cuts, taken.array(content))
+        pieces = pieces_of(files[file].path, segments, taken.cuts, taken.array(content))
+        for first in islice(pieces, 1):
+            yield from heads.before(file, segments, first)
+            yield first
+        yield from pieces
 
 
 class _Taken(NamedTuple):

@@ -10,6 +10,7 @@ from functools import cached_property
 from itertools import repeat
 from pathlib import Path
 
+from mindformers_ckpt.disk.waiting import has_waited
 from mindformers_ckpt.execution.run import Run
 from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.job import MAIN_RANK
@@ -103,7 +104,8 @@ class Reslicing:
     def source(self) -> Checkpoint:
         """The source and its strategy. Raises PlanError or StrategyError when they do not fit together.
 
-        Most of many files are looked at quickly: whoever copies or reads one of them looks at all heads.
+        Most of many files, or of those on a slow disk, are looked at quickly: whoever copies or reads one of them looks
+        at all heads.
         """
         if self.found is not None:
             return self.found.only(self.names)
@@ -120,7 +122,7 @@ class Reslicing:
                     files.root,
                 )
         source = Checkpoint(files, files.strategy(strategy), self.names)
-        if len(files.files) >= _MANY_FILES:
+        if len(files.files) >= _MANY_FILES or has_waited():
             source.look_quickly()
         return source
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ckpt.checksums.digest import TensorChecksum, record_of
+from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.errors import ConfigError, PublishError
 
 RECORD_FILE, BUNDLE_FILE = "fingerprint.jsonl", "fingerprint.sig"
@@ -43,8 +44,8 @@ def sign(folder: Path, tensors: Iterable[TensorChecksum], key: Path) -> None:
 
 def find_bundle(file: Path) -> Path | None:
     """The bundle of the checkpoint that a file belongs to: in its folder, or in that of the rank folders."""
-    found = (folder / BUNDLE_FILE for folder in (file.parent, file.parent.parent))
-    return next((path for path in found if path.is_file()), None)
+    places = [folder / BUNDLE_FILE for folder in (file.parent, file.parent.parent)]
+    return next((path for path, is_there in zip(places, each(lambda path: path.is_file(), places)) if is_there), None)
 
 
 def take_over(bundle: Path, folder: Path, tensors: Iterable[TensorChecksum]) -> bool:

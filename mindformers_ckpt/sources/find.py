@@ -37,15 +37,23 @@ def find_source(
     Raises PlanError when there are none, they cannot be told apart, or one shard was given in place of the whole.
     """
     path = _checked(path)
-    if path.is_dir() and checkpoint2.is_checkpoint(listing := Listing(path)):
+    if path.is_dir():  # asked once: on a network disk the answer is a round trip
+        return _in_folder(Listing(path), step, resume=resume, weights_only=weights_only)
+    source = _file(path)
+    return at_step(source, step) if step else source
+
+
+def _in_folder(listing: Listing, step: str | None, *, resume: bool, weights_only: bool) -> Source:
+    """The source that a folder is."""
+    if checkpoint2.is_checkpoint(listing):
         _refuse_two_kinds(listing, "a checkpoint 2.0", "the folder of an iteration")
         return checkpoint2.read(listing, step, weights_only=weights_only)
-    distributed = _distributed(listing, weights_only) if path.is_dir() else None
+    distributed = _distributed(listing, weights_only)
     if distributed is not None:
         return _without_steps(distributed, step)
-    if path.is_dir() and listing.rank_folders:
+    if listing.rank_folders:
         return rank_folders.read_to_resume(listing) if resume and not step else rank_folders.read(listing, step)
-    source = _folder(listing) if path.is_dir() else _file(path)
+    source = _folder(listing)
     return at_step(source, step) if step else source
 
 
