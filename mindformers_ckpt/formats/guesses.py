@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
 _AT_ONCE = 64
-_GUESSES = 128  # heads that are on their way at once
+_GUESSES, _GUESSED_OBJECTS = 128, 64  # heads that are on their way at once; each of an object takes the processor, too
 _TRIED = 32  # pieces after which it is known whether asking for them has an effect
 _CAN_ASK = hasattr(os, "posix_fadvise")
 # A guess may be wrong by a byte a record, where the numbers in names get longer.
@@ -184,11 +184,12 @@ class Pieces:
         self._handle, self._size = handle, size
         self._early: _FromDisk | _FromStorage
         if isinstance(handle, int):
-            self._early, self._device = _FromDisk(handle), mount_of(handle)
+            self._early, self._device, self._most = _FromDisk(handle), mount_of(handle), _GUESSES
             # A file on a disk that was slow may be in memory all the same: its own first read decides.
             self._waits = _WAITS - 1 if self._device in _slow_devices or has_waited() else 0
         else:
-            self._early, self._device, self._waits = _FromStorage(handle), _NO_DEVICE, _WAITS
+            self._early, self._device, self._most = _FromStorage(handle), _NO_DEVICE, _GUESSED_OBJECTS
+            self._waits = _WAITS
         self._switches = waits()
         self._can_tell = isinstance(handle, int)  # what is in memory
         # What no guess was made of so far.
@@ -314,7 +315,7 @@ class Pieces:
                 return
             self._forget()
         model, position, factor, longer = self._next
-        while len(self._guessed) < _GUESSES and model and position < self._size:
+        while len(self._guessed) < self._most and model and position < self._size:
             if not self._guessed or position + _BEFORE > self._guessed[-1] + _WINDOW:
                 self._ask(position)
             model = self._kinds[model].following or (self._first if longer > 0 else "")  # the next moments are alike
