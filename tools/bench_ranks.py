@@ -97,7 +97,9 @@ def be_rank(rank: int, port: int, root: Path) -> tuple[float, dict[str, int]]:
     target = read_strategy(Path(os.path.realpath(root.parent / "data")) / "strategy" / "job" / rank_file_name(0))
     with Cluster.connect(rank, _JOB, Address("127.0.0.1", port), _SECONDS, node=f"node {rank}") as cluster:
         started = time.perf_counter()
-        own = Reslicing(Config.from_mapping(keys), cluster, cast(Any, None), target).own_plan()
+        reslicing = Reslicing(Config.from_mapping(keys), cluster, cast(Any, None), target)
+        reslicing.look()
+        own = reslicing.own_plan()
         assert own is not None
         seconds = time.perf_counter() - started
         (root / CONTROL).write_text("dump", encoding="ascii")

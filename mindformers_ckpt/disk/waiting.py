@@ -57,9 +57,13 @@ def mount_of(descriptor: int) -> int:
     on a network disk it is asked for anew after the file was read.
     """
     try:
-        with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as lines:
-            return next(int(line.split()[1]) for line in lines if line.startswith("mnt_id:"))
-    except (OSError, StopIteration):  # no Linux
+        about = os.open(f"/proc/self/fdinfo/{descriptor}", os.O_RDONLY)
+        try:
+            _, _, found = os.read(about, 4096).partition(b"mnt_id:")
+        finally:
+            os.close(about)
+        return int(found.split(maxsplit=1)[0])
+    except (OSError, ValueError, IndexError):  # no Linux
         return os.fstat(descriptor).st_dev
 
 

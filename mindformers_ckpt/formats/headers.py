@@ -73,7 +73,7 @@ def look_quickly(
             header = replace(scan(path, *(some for _, some in known)), modified=state.modified)
         else:
             header = read_header(path)  # which is not read again soon
-        own = header, _sampled(header, samples)
+        own = header, sampled(header, samples)
         like, some = next((pair for pair in known if pair[0].tensors is header.tensors), own)
         # The next file is mostly like this one. An entry that another thread makes now may be lost: it is read again.
         whole[path.suffix, state.size] = [(like, some), *(pair for pair in known if pair[0] is not like)]
@@ -131,7 +131,7 @@ def _or_error(read: Callable[[Path], Header]) -> Callable[[Path], Header | Forma
     return answer
 
 
-def _sampled(header: Header, count: int) -> Header:
+def sampled(header: Header, count: int) -> Header:
     """A header with so many of the frames alone, evenly spread; itself where it has no more."""
     frames = header.frames
     if len(frames) <= count:

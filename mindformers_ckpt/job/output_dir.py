@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from mindformers_ckpt.disk.files import remove
 from mindformers_ckpt.disk.locks import NO_LOCKS, Lock
+from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.errors import CheckpointError, ConfigError, PublishError, raise_problems
 from mindformers_ckpt.log import log
 from mindformers_ckpt.publish.replace import recover
@@ -56,10 +57,11 @@ class OutputDir:
         cleared = (self.strategy,) if strategy_only else (self.strategy, self.transformed)
         problems = []
         real = _Resolved()
+        files = list(files) if any(folder.exists() for folder in cleared) else []  # nothing is in what is not there
         for key, value in (("load_checkpoint", load_checkpoint), ("src_strategy_path_or_dir", src_strategy)):
             if value:
                 paths = {Path(value): Path(value).resolve()}
-                paths.update((file, real.path(file)) for file in (files if key == "load_checkpoint" else ()))
+                paths.update(real.paths(files) if key == "load_checkpoint" else {})
                 problems += [problem for folder in cleared for problem in self._overlap(key, value, paths, folder)]
         headline = "the source is in a folder that automatic conversion clears; nothing was touched"
         raise_problems(ConfigError, headline, problems)
@@ -243,6 +245,12 @@ class _Resolved:
 
     def __init__(self) -> None:
         self._known: dict[Path, Path] = {}
+
+    def paths(self, files: Sequence[Path]) -> dict[Path, Path]:
+        """What absolute paths lead to; several are asked for at once where the disk lets a reader wait."""
+        folders = list({file.parent: None for file in files})
+        self._known.update(zip(folders, each(self.path, folders)))
+        return dict(zip(files, each(self.path, files)))
 
     def path(self, path: Path) -> Path:
         """What an absolute path without ".." leads to."""

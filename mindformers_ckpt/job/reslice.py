@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
 
 from mindformers_ckpt.disk.waiting import has_waited
 from mindformers_ckpt.execution.run import Run
-from mindformers_ckpt.formats import read_header
+from mindformers_ckpt.formats import Header, read_header
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.job.direct import hand_out_plans
 from mindformers_ckpt.job.find import find_checkpoint
+from mindformers_ckpt.job.looking import look_together
 from mindformers_ckpt.job.output_dir import OutputDir
 from mindformers_ckpt.job.work import Work
 from mindformers_ckpt.log import log
@@ -47,6 +48,18 @@ class Reslicing:
     names: Container[str] | None = None
     found: Checkpoint | None = None
     check: Callable[[Plan], None] = lambda plan: None
+    _headers: Mapping[Path, Header] = field(default_factory=dict)
+
+    def look(self) -> None:
+        """Look at the source together, where it has many files; all ranks call it. Raises PlanError on the main rank.
+
+        Otherwise the main rank looks when it needs to.
+        """
+        config = self.config
+        resume = config.resume_training is True
+        looked = look_together(self.cluster, self._root, config.step_file, resume=resume)
+        if looked is not None:
+            self.found_files, self._headers = looked
 
     @contextmanager
     def resliced(self) -> Iterator[Path | None]:
@@ -122,6 +135,7 @@ class Reslicing:
                     files.root,
                 )
         source = Checkpoint(files, files.strategy(strategy), self.names)
+        source.take_headers(self._headers)
         if len(files.files) >= _MANY_FILES or has_waited():
             source.look_quickly()
         return source

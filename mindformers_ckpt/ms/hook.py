@@ -253,6 +253,8 @@ class CheckpointHook:
             reslicing = Reslicing(self.config, self.cluster, self._output, Strategy.complete())
             if self.cluster.rank == MAIN_RANK:
                 self._output.check_apart(config.load_checkpoint, config.src_strategy_path_or_dir)
+            reslicing.look()
+            if self.cluster.rank == MAIN_RANK:
                 source = self._source = reslicing.source
                 source.tensors()
                 files = [file for files in source.files.by_rank.values() for file in files]

@@ -202,6 +202,10 @@ class Checkpoint:
         """Read most headers at samples only; whoever reads contents has to check the headers that are likely."""
         self._headers.update(sound_headers(self.unread(), likely=True))
 
+    def take_headers(self, headers: Mapping[Path, Header]) -> None:
+        """Take headers that somebody has read of these files; they are as those of `look_quickly`."""
+        self._headers.update(headers)
+
     def look_closely(self) -> bool:
         """Compare all heads of the files that were looked at quickly; whether one was not what it was taken for."""
         likely = {path: header for path, header in self._headers.items() if header.is_likely}

@@ -57,6 +57,12 @@ def _in_folder(listing: Listing, step: str | None, *, resume: bool, weights_only
     return at_step(source, step) if step else source
 
 
+def holds_rank_folders(listing: Listing) -> bool:
+    """Whether a folder is a checkpoint in rank folders, and no other kind that may have some."""
+    others = (checkpoint2, dcp, dcp_safetensors)
+    return bool(listing.rank_folders) and not any(kind.is_checkpoint(listing) for kind in others)
+
+
 def _distributed(listing: Listing, weights_only: bool) -> Source | None:
     """The source of a folder whose files hold boxes of any sizes, and say which; None for another one."""
     kind = next((kind for kind in (dcp, dcp_safetensors) if kind.is_checkpoint(listing)), None)

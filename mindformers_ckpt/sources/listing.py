@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,22 +33,25 @@ class Listing:
     """
 
     folder: Path
-    _known: dict[str, bool] | None = field(default=None, compare=False, repr=False)
+    _known: Mapping[str, bool] | None = field(default=None, compare=False, repr=False)
+    # What others have found in folders of it: the name of such a folder -> its entries.
+    told: Mapping[str, Mapping[str, bool]] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
-    def _entries(self) -> dict[str, bool]:
+    def entries(self) -> Mapping[str, bool]:
+        """Name -> whether it is a folder."""
         # Whether the disk lets a reader wait is known from the first folder on.
         return next(each(_entries_of, [self.folder])) if self._known is None else self._known
 
     @property
     def names(self) -> list[str]:
         """The names of all entries."""
-        return list(self._entries)
+        return list(self.entries)
 
     @property
     def file_names(self) -> list[str]:
         """The names of what is no folder."""
-        return [name for name, is_folder in self._entries.items() if not is_folder]
+        return [name for name, is_folder in self.entries.items() if not is_folder]
 
     def weight_files(self, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
         """The files with the suffix of a checkpoint, without strategy files."""
@@ -59,7 +62,7 @@ class Listing:
     def almost_weights(self) -> list[str]:
         """What does not count, but has almost the name of a weight file: "x.CKPT", a folder "x.ckpt"."""
         found = []
-        for name, is_folder in self._entries.items():
+        for name, is_folder in self.entries.items():
             suffix = os.path.splitext(name)[1]
             if is_folder and suffix in SUFFIXES:
                 found.append(f"{name} (a folder)")
@@ -81,7 +84,7 @@ class Listing:
         """
         found: dict[int, Path] = {}
         problems = []
-        for name, is_folder in self._entries.items():
+        for name, is_folder in self.entries.items():
             if not is_folder:
                 continue
             match = _RANK_FOLDER.fullmatch(name)
@@ -102,9 +105,10 @@ class Listing:
     @cached_property
     def of_ranks(self) -> dict[int, Listing]:
         """Rank -> what its folder holds. Raises what `rank_folders` raises."""
-        folders = self.rank_folders
-        entries = each(_entries_of, list(folders.values()))
-        return {rank: Listing(folder, known) for (rank, folder), known in zip(folders.items(), entries)}
+        folders, told = self.rank_folders, self.told
+        own = [folder for folder in folders.values() if folder.name not in told]
+        found = {**told, **dict(zip((folder.name for folder in own), each(_entries_of, own)))}
+        return {rank: Listing(folder, found[folder.name]) for rank, folder in folders.items()}
 
     @cached_property
     def lost_ranks(self) -> dict[int, str]:
@@ -135,7 +139,10 @@ def is_strategy_file(name: str) -> bool:
 
 
 def _entries_of(folder: Path) -> dict[str, bool]:
-    """Name -> whether it is a folder, sorted by name; links count as what they lead to. Raises PlanError."""
+    """The entries of a folder: name -> whether it is one, too, sorted by name; links count as what they lead to.
+
+    Raises PlanError.
+    """
     with system_errors(PlanError, f"{folder}: cannot be read"):
         names = names_of(folder) if isinstance(folder, ObjectPath) else _names_on_disk(folder)
     return {name: is_folder for name, is_folder in sorted(names.items()) if not name.startswith(".")}

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from mindformers_ckpt.disk.waiting import each, has_waited
 from mindformers_ckpt.errors import FormatError, PlanError, raise_problems
-from mindformers_ckpt.formats.headers import read_headers
+from mindformers_ckpt.formats.headers import look_quickly, read_headers
 from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.parts import is_part
 from mindformers_ckpt.sources.source import Kind, Source
@@ -19,6 +20,7 @@ from mindformers_ckpt.sources.steps import Moment, SavedName, alike, matching, m
 from mindformers_ckpt.words import shortened
 
 _LISTED = 8
+_MANY_FILES = 64  # of which most are looked at at samples: a file that is cut off has another size
 _ATTEMPTS = 10  # steps that are tried when the last ones are not whole
 
 Choice = tuple[dict[int, Path], list[str]]  # a file for every rank that has one, and warnings
@@ -37,16 +39,17 @@ def choose(root: Path, held: Mapping[int, Sequence[Path]], wanted: str | None) -
     return _source(root, held, *_choice(root, held, wanted), wanted)
 
 
-def read_to_resume(listing: Listing) -> Source:
+def read_to_resume(listing: Listing, unreadable: Callable[[Mapping[int, Path]], str | None] | None = None) -> Source:
     """The source that a job resumes from: the last step that all ranks have saved whole.
 
     Where MindFormers wrote a meta.json into the rank folders its `last_ckpt_file` is believed, else the last by name is
     taken; where such a file is cut off, or ranks are at different steps, an earlier step is, with a warning.
+    `unreadable` says what keeps chosen files from being read, where that is not to be found out here.
     """
 
     def resumed(held: Mapping[int, Sequence[Path]]) -> Choice:
-        recorded = {rank: recorded_file(listing.rank_folders[rank], files) for rank, files in held.items()}
-        return _resumed(listing.folder, held, recorded, _unreadable)
+        found = each(lambda rank: recorded_file(listing.rank_folders[rank], held[rank]), list(held))
+        return _resumed(listing.folder, held, dict(zip(held, found)), unreadable or _unreadable)
 
     return _in_folders(listing, resumed)
 
@@ -171,7 +174,8 @@ def recorded_file(folder: Path, files: Sequence[Path]) -> Path | None:
 
 def _unreadable(chosen: Mapping[int, Path]) -> str | None:
     """What keeps one of the files from being read."""
-    headers = read_headers(list(chosen.values()))
+    files = list(chosen.values())
+    headers = look_quickly(files) if len(files) >= _MANY_FILES or has_waited() else read_headers(files)
     return next((str(found) for _, found in headers if isinstance(found, FormatError)), None)
 
 

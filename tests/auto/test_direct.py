@@ -20,6 +20,7 @@ from mindformers_ckpt.formats import Header, read_header
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.geometry.box import Box
 from mindformers_ckpt.job import direct, names
+from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.cluster.messages import Address
 from mindformers_ckpt.job.cluster.rendezvous import RankError
 from mindformers_ckpt.job.direct import hand_out_plans, read_direct
@@ -41,6 +42,20 @@ def test_every_rank_is_handed_its_own(address: Address) -> None:  # noqa: F811
         return [cluster.hand_out("own", values), cluster.gather("next", cluster.rank)]
 
     assert run_ranks(address, 3, work) == [[{"of": rank}, [0, 1, 2]] for rank in range(3)]
+
+
+def test_one_rank_collects(address: Address) -> None:  # noqa: F811
+    def work(cluster: Any) -> list[Any]:
+        return [cluster.collect("all", [cluster.rank], here=cluster.rank == 2), cluster.gather("next", cluster.rank)]
+
+    assert run_ranks(address, 3, work) == [[told, [0, 1, 2]] for told in (None, None, [[0], [1], [2]])]
+    with Cluster(0, 1, ("here",), 10, None) as alone:
+        assert alone.collect("all", (1, 2), here=True) == [[1, 2]]
+
+
+def test_two_ranks_cannot_collect_at_once(address: Address) -> None:  # noqa: F811
+    errors = run_ranks(address, 2, lambda cluster: cluster.collect("all", here=True))
+    assert all("a message of an unknown form" in str(error) for error in errors)
 
 
 def test_more_than_the_ranks_may_be_told_at_once_goes_in_rounds(

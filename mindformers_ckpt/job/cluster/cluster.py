@@ -185,6 +185,18 @@ class Cluster:
         self._send(self._meeting, {"kind": "gather", "step": step, "value": value})
         return self._values(self._meeting, step)
 
+    def collect(self, step: str, value: object = None, *, here: bool) -> list[Any] | None:
+        """As `gather`, but one rank alone gets the values: the one that calls it with `here`; the others get None.
+
+        For values that nobody else needs: thousands of ranks would be sent those of thousands.
+        """
+        self.check()
+        encoded = self._encoded(value, step, MAX_VALUES // self.size)
+        if self._meeting is None:
+            return [json.loads(encoded)]
+        self._send(self._meeting, {"kind": "collect" if here else "gather", "step": step, "value": value})
+        return self._values(self._meeting, step) if here else self._handed(self._meeting, step)
+
     def hand_out(self, step: str, values: Sequence[object] | None = None) -> Any:
         """Tell every rank a JSON value of its own: one rank gives `values`, in rank order, and each gets its own back.
 
@@ -198,10 +210,7 @@ class Cluster:
         if self._meeting is None:
             return None if values is None else json.loads(encoded)[0]
         self._send(self._meeting, message)
-        answer = self._receive(self._meeting, step)
-        if answer.get("kind") != "handed" or "value" not in answer:
-            raise self._announced(answer)
-        return answer["value"]
+        return self._handed(self._meeting, step)
 
     def _encoded(self, value: object, step: str, limit: int) -> str:
         """The JSON of what is to be sent. Raises RankError, on all ranks, where it is over the limit."""
@@ -311,6 +320,13 @@ class Cluster:
         if message.get("kind") != "gathered" or not isinstance(values, list) or len(values) != self.size:
             raise self._announced(message)
         return values
+
+    def _handed(self, meeting: Meeting, step: str) -> Any:
+        """What this rank alone is told at the step."""
+        answer = self._receive(meeting, step)
+        if answer.get("kind") != "handed" or "value" not in answer:
+            raise self._announced(answer)
+        return answer["value"]
 
     def _receive(self, meeting: Meeting, step: str) -> Message:
         """The coordinator's answer at the step."""

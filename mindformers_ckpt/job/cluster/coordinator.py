@@ -110,6 +110,7 @@ class Coordinator(threading.Thread):
         self._timer: asyncio.TimerHandle | None = None
         self._values: dict[int, Any] = {}
         self._handed: list[Any] | None = None  # one value for each rank, where the step is one at which they are told
+        self._collector: int | None = None  # the rank that alone gets the values
         self._failure: bytes | None = None
         self._lacks_files = False
         _allow_open_files(size + 4 * SPARE)
@@ -221,6 +222,9 @@ class Coordinator(threading.Thread):
         elif kind == "hand" and isinstance(step, str) and self._handed is None and self._is_for_all(message):
             self._handed = message["values"]
             self._arrive(rank, step, None)
+        elif kind == "collect" and isinstance(step, str) and self._collector is None and "value" in message:
+            self._collector = rank
+            self._arrive(rank, step, message["value"])
         elif kind == "failed" and isinstance(step, (str, type(None))) and isinstance(message.get("text"), str):
             self._fail(rank, step, message["text"])
         else:
@@ -314,12 +318,14 @@ class Coordinator(threading.Thread):
                 self._have_joined = True
                 self._door.close()
             values, handed = [self._values[rank] for rank in range(self._size)], self._handed
+            collector = self._collector
             self._close_step()
-            if handed is None:
+            if handed is None and collector is None:
                 self._broadcast(encode({"kind": "gathered", "values": values}))
                 return
             for rank, peer in self._peers.items():
-                peer.post(encode({"kind": "handed", "value": handed[rank]}))
+                own = {"kind": "handed", "value": None if handed is None else handed[rank]}
+                peer.post(encode({"kind": "gathered", "values": values} if rank == collector else own))
 
     def _expire(self) -> None:
         """The time of a step is over."""
@@ -340,7 +346,7 @@ class Coordinator(threading.Thread):
         if self._timer is not None:
             self._timer.cancel()
         self._step, self._timer = None, None
-        self._values, self._handed = {}, None
+        self._values, self._handed, self._collector = {}, None, None
 
     def _fail(self, rank: int | None, step: str | None, text: str) -> None:
         """Tell all ranks of a failure; the first one counts."""

@@ -3,12 +3,12 @@
 A connection begins with the proofs of `proof.py`. Then 4 bytes length, big endian, and a JSON object with a "kind":
 
     rank -> coordinator   hello {rank, node} | gather {step, value} | hand {step, values}
-                          | failed {step, text} | leave
+                          | collect {step, value} | failed {step, text} | leave
     coordinator -> rank   welcome {rank} | refused {text} | gathered {values} | handed {value}
                           | failed {rank, step, text}
 
 A step at which one rank hands out values, one for each rank, ends in `handed` and not in `gathered`: thousands of ranks
-are told a share each, which all of them together could not be told.
+are told a share each, which all of them together could not be told. Where one rank collects, it alone gets `gathered`.
 
 A hello counts as the arrival at the step "join", whose values are [name of the node, knows the secret].
 """
