@@ -7,14 +7,15 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from mindformers_ckpt.execution import copying
-from mindformers_ckpt.formats import headers
+from mindformers_ckpt.formats import Header
+from mindformers_ckpt.job import looking
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import Config
 from mindformers_ckpt.job.output_dir import OutputDir
@@ -68,16 +69,17 @@ def fill_the_disk(folder: Path) -> None:
 
 
 def amid_headers(action: Callable[[], object]) -> None:
-    """Have something happen when this rank has looked at ten files of the source."""
-    look = headers.look_quickly
+    """Have something happen when this rank has looked at ten files of its share of the source."""
+    look = looking._crc_if_like
+    looked: list[Path] = []
 
-    def read_some(paths: Sequence[Path], *samples: int) -> Iterator[Any]:
-        for number, found in enumerate(look(paths, *samples)):
-            if number == 10:
-                action()
-            yield found
+    def look_at(path: Path, model: Header) -> int | None:
+        looked.append(path)
+        if len(looked) == 10:
+            action()
+        return look(path, model)
 
-    headers.look_quickly = read_some  # type: ignore[assignment]
+    looking._crc_if_like = look_at
 
 
 def at_step(name: str, action: Callable[[], object]) -> Callable[..., None]:

@@ -120,19 +120,20 @@ def test_a_disk_that_fills(run: Any, source: Source, tmp_path: Path) -> None:
         subprocess.run(["umount", str(output)], check=True)
 
 
-@pytest.mark.parametrize("saved", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_killed_while_it_looks_at_the_source(run: Any, tmp_path: Path, saved: bool) -> None:
+@pytest.mark.parametrize(("saved", "rank"), [(True, 0), (False, 3), pytest.param(False, 0, marks=pytest.mark.slow)])
+def test_killed_while_it_looks_at_the_source(run: Any, tmp_path: Path, saved: bool, rank: int) -> None:
     source, output = many_ranks(tmp_path, 128), tmp_path / "output"
     before = old_results(output)
     keys = {**source.keys, "output_dir": output, "auto_trans_save": saved}
     began = time.monotonic()
-    outcomes = run(keys, nodes=TWO_NODES, faults={0: "looking"}).outcomes()
+    outcomes = run(keys, nodes=TWO_NODES, faults={rank: "looking"}).outcomes()
     assert time.monotonic() - began < TIMEOUT
-    assert outcomes[0].code == -signal.SIGKILL
-    for outcome in outcomes[1:]:
+    killed = outcomes.pop(rank)
+    assert killed.code == -signal.SIGKILL
+    for outcome in outcomes:
         assert outcome.code == 1
         (line,) = outcome.error.splitlines()
-        assert re.search(KILLED.format(0), line), line
+        assert re.search(KILLED.format(rank), line), line
     assert results(output) == before
     assert_loaded(run(keys, nodes=TWO_NODES).outcomes(), expected(TARGET, source.tensors))
     left = {path.name for path in output.iterdir()} - {".checkpoint_hook.lock"}
