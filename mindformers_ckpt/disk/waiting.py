@@ -13,6 +13,8 @@ from typing import TypeVar, Union
 
 _AT_ONCE = 32
 _PATIENCE = 0.0005
+# Threads that are worth while even so, and items per second that more are started for: they wait for the interpreter.
+_LEAST, _ITEMS_PER_SECOND = 8, 3000
 _TMPFS = 0x01021994
 
 _waited = 0.0  # seconds that the last item waited
@@ -94,9 +96,10 @@ def each(
 ) -> Generator[B, None, None]:
     """What `work` makes of each item, in their order; what it raises goes through.
 
-    Items are taken one after the other, and in threads, `at_once` at a time, as soon as one has waited for `patience`
-    seconds: on a network disk each of them is a round trip, on a quick disk threads would only wait for each other.
-    Where the last one of another call has waited so long, threads begin at once.
+    Items are taken one after the other, and in threads, at most `at_once` at a time, as soon as one has waited for
+    `patience` seconds, in more of them the longer it has: on a network disk each of them is a round trip, on a quick
+    disk threads would only wait for each other. Where the last one of another call has waited so long, threads begin at
+    once.
     """
 
     def timed(item: A) -> B:
@@ -116,5 +119,6 @@ def each(
         from concurrent.futures import ThreadPoolExecutor
 
         left.reverse()
-        with ThreadPoolExecutor(min(at_once, len(left)), "files") as pool:
+        needed = max(_LEAST, round(_waited * _ITEMS_PER_SECOND))
+        with ThreadPoolExecutor(min(at_once, needed, len(left)), "files") as pool:
             yield from pool.map(timed, left)
