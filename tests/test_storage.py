@@ -415,6 +415,23 @@ def test_few_guesses_are_wrong(tmp_path: Path, waited: list[int], monkeypatch: p
     assert len(wrong) <= guesses._GUESSES + 60  # of layers behind the last one, and of what was tried in the first
 
 
+def test_in_the_first_layer_records_are_tried_as_long_as_others(tmp_path: Path, waited: list[int]) -> None:
+    """Nothing is known of names; but four of seven matrices are as long as the one before, or as one before that."""
+    scan(write_heads(tmp_path / "a.ckpt", like_a_llama(60)[:9]))
+    assert len(waited) <= 7
+
+
+def test_trying_ends_where_it_is_of_no_use(tmp_path: Path, waited: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of tensors without a pattern."""
+    asked: list[int] = []
+    monkeypatch.setattr(guesses._FromDisk, "ask", lambda _, start, length: asked.append(start))
+    names = [f"{first}{second}" for first in "abcdefghijklmnop" for second in "abcdefghijklmnop"]
+    specs = [TensorSpec(f"{name}.w", by_name("float32"), (9000 + 1100 * at,)) for at, name in enumerate(names)]
+    scan(write_heads(tmp_path / "a.ckpt", specs))
+    assert len(waited) > 0.9 * len(names)
+    assert len(asked) <= 2 * guesses._TRIES  # those that happened to be right allowed some more
+
+
 @pytest.mark.parametrize("is_late", [False, True])
 def test_heads_that_are_compared_are_asked_for_in_time(
     is_late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

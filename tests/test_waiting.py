@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from mindformers_ckpt.disk import waiting
-from mindformers_ckpt.disk.waiting import each
+from mindformers_ckpt.disk.waiting import each, mount_of
 
 
 class Work:
@@ -64,3 +67,23 @@ def test_what_fails_is_told_in_its_turn_and_no_thread_is_left(seconds: float) ->
     assert [next(begun), next(begun)] == [0, -1]
     begun.close()
     assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="another mount is needed")
+def test_files_of_a_mount_have_its_number(tmp_path: Path) -> None:
+    with (
+        tempfile.TemporaryFile(dir="/dev/shm") as other,
+        tempfile.TemporaryFile(dir=tmp_path) as first,
+        (tmp_path / "second").open("wb") as second,
+    ):
+        assert mount_of(first.fileno()) == mount_of(second.fileno()) != mount_of(other.fileno())
+
+
+@pytest.mark.parametrize(("waited", "least", "most"), [(0.001, 2, 8), (0.006, 9, 18), (0.1, 19, 32)])
+def test_more_threads_the_longer_an_item_waits(
+    waited: float, least: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "_waited", waited)
+    work = Work(0.02)
+    list(each(work, range(20, 120)))
+    assert least <= len(work.threads) <= most

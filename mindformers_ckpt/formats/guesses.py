@@ -33,6 +33,8 @@ _CAN_ASK = hasattr(os, "posix_fadvise")
 _BEFORE, _WINDOW = 256, 4096
 # Where nothing tells what comes next: records as long as the last one, so many in a row, or as one of those before it.
 _RUN, _LENGTHS = 8, 8
+# Heads that are tried so in vain, at most; each that is right allows some more.
+_TRIES, _TRIES_MORE = 64, 16
 # What is read of the chain itself, at least.
 _QUICK_BYTES, _SLOW_BYTES = 512, 16 << 10
 # A read that takes longer has waited for the disk. From the third one on it is worth while to read several at once.
@@ -199,6 +201,7 @@ class Pieces:
         self._first = ""
         self._last: tuple[str, ...] = ()
         self._lengths: deque[int] = deque(maxlen=_LENGTHS)  # of records, those that differ from one another
+        self._tries = _TRIES
         self._guessed: deque[int] = deque()
         self._next: tuple[str, int, int, int] | None = None
 
@@ -270,6 +273,8 @@ class Pieces:
                     return b""
                 break  # the guesses have gone astray
             if position < start + _WINDOW:
+                if self._next is None:
+                    self._tries = min(_TRIES, self._tries + _TRIES_MORE)
                 return self._early.get(start, _WINDOW)[position - start :]
             self._early.drop(self._guessed.popleft(), _WINDOW)
         self._forget()
@@ -299,8 +304,8 @@ class Pieces:
             known = self._kinds.get(this)
             self._kinds[this] = _Kind(content - start, end - content, known.following if known else "")
         self._last = name, kind
-        if any(abs(end - start - length) < _BEFORE for length in self._lengths):
-            self._lengths.remove(next(length for length in self._lengths if abs(end - start - length) < _BEFORE))
+        for length in [known for known in self._lengths if abs(end - start - known) < _BEFORE]:
+            self._lengths.remove(length)
         self._lengths.append(end - start)
         return kind
 
@@ -343,7 +348,9 @@ class Pieces:
         for position in sorted(end + length for length in lengths.union(self._lengths) if end + length < self._size):
             while asked and asked[0] < position:
                 self._guessed.append(asked.popleft())
-            if not self._guessed or position + _BEFORE > self._guessed[-1] + _WINDOW:
+            is_new = not self._guessed or position + _BEFORE > self._guessed[-1] + _WINDOW
+            if is_new and self._tries > 0:
+                self._tries -= 1
                 self._ask(position)
         self._guessed.extend(asked)
 

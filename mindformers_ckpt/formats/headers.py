@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mindformers_ckpt.disk.files import FileState
-from mindformers_ckpt.disk.waiting import each
+from mindformers_ckpt.disk.waiting import each, has_waited
 from mindformers_ckpt.errors import FormatError, raise_problems
 from mindformers_ckpt.formats.tensor_file import Header, read_header, scan
 
@@ -26,6 +26,7 @@ _WAIT = 0.05
 _WAIT_QUICK = 0.002  # of one that is looked at quickly
 # Heads at which a file is compared with one of its size that was read whole; few where all are compared later.
 _SAMPLES, _FEW_SAMPLES = 16, 2
+MANY_FILES = 64  # whose heads, all of them, take longer than the rest of the planning
 _KINDS = 4  # headers that the next file is compared with
 
 
@@ -52,6 +53,11 @@ def read_headers(paths: Sequence[Path]) -> Generator[tuple[Path, Header | Format
     They come in the order of `paths`. At most 8 files are open, with a request each.
     """
     yield from zip(paths, each(_or_error(HeaderReader().read), paths, at_once=_AT_ONCE, patience=_WAIT))
+
+
+def are_sampled(paths: Sequence[Path]) -> bool:
+    """Whether files are better looked at quickly: because they are many, or looking at them had to wait."""
+    return len(paths) >= MANY_FILES or has_waited()
 
 
 def look_quickly(

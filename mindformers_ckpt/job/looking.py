@@ -23,7 +23,7 @@ from mindformers_ckpt.disk.files import FileState
 from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.errors import CheckpointError, FormatError, PlanError
 from mindformers_ckpt.formats import Header, read_header
-from mindformers_ckpt.formats.headers import look_quickly, sampled
+from mindformers_ckpt.formats.headers import MANY_FILES, look_quickly, sampled
 from mindformers_ckpt.formats.tensor_file import scan
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
@@ -33,7 +33,6 @@ from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.rank_folders import read, read_to_resume
 from mindformers_ckpt.sources.source import Source
 
-MANY_FOLDERS = 64  # that one rank alone should not look into
 _SAMPLES = 2  # heads that are compared; all are when contents are read
 _WAIT = 0.002  # seconds that one file is waited for before several are looked at at once
 
@@ -57,7 +56,7 @@ def look_together(cluster: Cluster, root: Path, step: str | None, *, resume: boo
         return _led(cluster, root, step, resume) if cluster.rank == MAIN_RANK else _followed(cluster, root)
     except CheckpointError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise PlanError(f"what another rank told of {root} cannot be read: {error}") from None
 
 
@@ -71,7 +70,7 @@ def _followed(cluster: Cluster, root: Path) -> Looked | None:
 def _led(cluster: Cluster, root: Path, step: str | None, resume: bool) -> Looked | None:
     folders = _rank_folders(root) if cluster.size > 1 else []
     looked = None
-    if len(folders) >= MANY_FOLDERS:
+    if len(folders) >= MANY_FILES:
         looking = _Looking(cluster, root, folders)
         listing = Listing(root, told=looking.entries())
         files = read_to_resume(listing, looking.fault_of) if resume and not step else read(listing, step)
@@ -103,7 +102,7 @@ class _Looking:
         found: dict[str, dict[str, bool]] = {}
         for folder, told in self._asked("list", {folder: folder for folder in self._looker}).items():
             if folder in self._looker:
-                entries, states = list_of(told, 2)
+                entries, states = map(_table, list_of(told, 2))
                 found[folder] = _entries(entries)
                 self._states.update((f"{folder}/{name}", state) for name, state in states.items())
         return found
@@ -219,9 +218,15 @@ def _crc_if_like(path: Path, model: Header) -> int | None:
     return (header.crc or 0) if header.tensors is model.tensors else None
 
 
-def _entries(found: Any) -> dict[str, bool]:
+def _table(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"a table must stand where {value!r:.80} does")
+    return value
+
+
+def _entries(found: Mapping[str, Any]) -> dict[str, bool]:
     """The entries of a folder, as another rank told them."""
-    if not isinstance(found, dict) or any("/" in name or type(kind) is not bool for name, kind in found.items()):
+    if any("/" in name or type(kind) is not bool for name, kind in found.items()):
         raise PlanError("another rank told of a folder what no folder holds")
     return dict(sorted(found.items()))
 

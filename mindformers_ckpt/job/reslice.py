@@ -10,9 +10,9 @@ from functools import cached_property
 from itertools import repeat
 from pathlib import Path
 
-from mindformers_ckpt.disk.waiting import has_waited
 from mindformers_ckpt.execution.run import Run
 from mindformers_ckpt.formats import Header, read_header
+from mindformers_ckpt.formats.headers import are_sampled
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
 from mindformers_ckpt.job.config import Config
@@ -29,8 +29,6 @@ from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.source import Kind, Source
 from mindformers_ckpt.strategy.files import read_strategy
 from mindformers_ckpt.strategy.model import Strategy
-
-_MANY_FILES = 64  # whose heads, all of them, take longer than the rest of the planning
 
 
 @dataclass
@@ -136,7 +134,7 @@ class Reslicing:
                 )
         source = Checkpoint(files, files.strategy(strategy), self.names)
         source.take_headers(self._headers)
-        if len(files.files) >= _MANY_FILES or has_waited():
+        if are_sampled(files.files):
             source.look_quickly()
         return source
 

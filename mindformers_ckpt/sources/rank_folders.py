@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from mindformers_ckpt.disk.waiting import each, has_waited
+from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.errors import FormatError, PlanError, raise_problems
-from mindformers_ckpt.formats.headers import look_quickly, read_headers
+from mindformers_ckpt.formats.headers import are_sampled, look_quickly, read_headers
 from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.parts import is_part
 from mindformers_ckpt.sources.source import Kind, Source
@@ -20,7 +20,6 @@ from mindformers_ckpt.sources.steps import Moment, SavedName, alike, matching, m
 from mindformers_ckpt.words import shortened
 
 _LISTED = 8
-_MANY_FILES = 64  # of which most are looked at at samples: a file that is cut off has another size
 _ATTEMPTS = 10  # steps that are tried when the last ones are not whole
 
 Choice = tuple[dict[int, Path], list[str]]  # a file for every rank that has one, and warnings
@@ -173,9 +172,9 @@ def recorded_file(folder: Path, files: Sequence[Path]) -> Path | None:
 
 
 def _unreadable(chosen: Mapping[int, Path]) -> str | None:
-    """What keeps one of the files from being read."""
+    """What keeps one of the files from being read. One that is cut off has another size than the others."""
     files = list(chosen.values())
-    headers = look_quickly(files) if len(files) >= _MANY_FILES or has_waited() else read_headers(files)
+    headers = look_quickly(files) if are_sampled(files) else read_headers(files)
     return next((str(found) for _, found in headers if isinstance(found, FormatError)), None)
 
 

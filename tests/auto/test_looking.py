@@ -180,6 +180,7 @@ def test_each_rank_asks_for_its_share_alone(tmp_path: Path, monkeypatch: pytest.
     ("answer", "message"),
     [
         ({"rank_1": 5}, "cannot be read: a list of 2 must stand where 5 does"),
+        ({"rank_1": [{}, 7]}, "a table must stand where 7 does"),
         ({"rank_1": [{"a/b.ckpt": False}, {}]}, "told of a folder what no folder holds"),
         ({"rank_1": [{"a.ckpt": 1}, {}]}, "told of a folder what no folder holds"),
         ({"rank_1": [{NAME: False}, {NAME: [1, -1]}]}, "a number must stand where -1 does"),
