@@ -9,6 +9,7 @@ that many ranks can run at once.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -98,8 +99,10 @@ def take_part(job: dict[str, Any]) -> int:
             name = rank_file_name(hook.cluster.rank)
             recorded = folder / name if (folder / name).exists() else next(folder.glob("ckpt_strategy_rank_*"))
             # Written aside: a mount may still take the name for the file that it was seconds ago, and is gone.
-            shutil.copy(recorded, hook.strategy_dir / f".{name}")
-            os.replace(hook.strategy_dir / f".{name}", hook.strategy_dir / name)
+            # Where another rank has failed meanwhile the folder is gone, too: `load` says so.
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copy(recorded, hook.strategy_dir / f".{name}")
+                os.replace(hook.strategy_dir / f".{name}", hook.strategy_dir / name)
         if job.get("pause"):
             print("prepared", flush=True)
             sys.stdin.readline()
