@@ -4,8 +4,8 @@ A thousand folders and their files take thousands of round trips of a network di
 folders, says what the files are that the main rank has chosen in them, and compares these at samples with a file of
 their size that the main rank has read. Such a header is likely: who reads the contents compares all heads.
 
-    main rank   hand_out "look": {"list": [folder, …]}, {"state": [file, …]} or {"compare": [[file, model], …],
-                "models": [[format, bytes, has a CRC, [[offset, head], …]], …]} to each rank, null at the end
+    main rank   hand_out "look": {"list": [folder, …]}, {"state": [file, …]} or {"compare": [[file, [format, bytes,
+                has a CRC, [[offset, head], …]]], …]} to each rank, null at the end
     others      collect "looked": {folder: [{name: is it a folder}, {file: [bytes, modified]}]} with the last files,
                 {file: [bytes, modified]} or {file: CRC}, null for what cannot be read or is not so: the main rank
                 looks itself, and has the message
@@ -13,21 +13,22 @@ their size that the main rank has read. Such a header is likely: who reads the c
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from mindformers_ckpt.disk.files import FileState
 from mindformers_ckpt.disk.waiting import each
 from mindformers_ckpt.errors import CheckpointError, FormatError, PlanError
-from mindformers_ckpt.formats import Header, read_header
+from mindformers_ckpt.formats import Header
 from mindformers_ckpt.formats.headers import MANY_FILES, look_quickly, sampled
 from mindformers_ckpt.formats.tensor_file import scan
 from mindformers_ckpt.job import MAIN_RANK
 from mindformers_ckpt.job.cluster.cluster import Cluster
-from mindformers_ckpt.planning.checked import entry_of, list_of, number_of, text_of
+from mindformers_ckpt.job.cluster.messages import MAX_VALUES
+from mindformers_ckpt.planning.checked import bytes_of, list_of, number_of, text_of
 from mindformers_ckpt.sources.find import holds_rank_folders
 from mindformers_ckpt.sources.listing import Listing
 from mindformers_ckpt.sources.rank_folders import read, read_to_resume
@@ -35,7 +36,6 @@ from mindformers_ckpt.sources.source import Source
 
 _SAMPLES = 2  # heads that are compared; all are when contents are read
 _WAIT = 0.002  # seconds that one file is waited for before several are looked at at once
-
 
 Answer = Mapping[str, Any]
 
@@ -63,7 +63,10 @@ def look_together(cluster: Cluster, root: Path, step: str | None, *, resume: boo
 def _followed(cluster: Cluster, root: Path) -> Looked | None:
     """Look at what the main rank asks for, until it needs no more."""
     while (task := cluster.hand_out("look")) is not None:
-        cluster.collect("looked", _answer(root, task), here=False)
+        answer = _answer(root, task)
+        # Of folders with thousands of files each: the main rank looks itself.
+        is_short = len(json.dumps(answer)) <= MAX_VALUES // cluster.size
+        cluster.collect("looked", answer if is_short else {}, here=False)
     return None
 
 
@@ -128,25 +131,23 @@ class _Looking:
         alike: dict[tuple[str, int], list[str]] = {}
         for name, state in states.items():
             alike.setdefault((files[name].suffix, state.size), []).append(name)
-        models: list[Header] = []
-        which: dict[str, int] = {}
-        for first, *others in alike.values():
-            model = self._known[files[first]] = _read(files[first])
+        firsts = [files[names[0]] for names in alike.values()]
+        self._known.update(look_quickly(firsts))  # several at once; each is the only one of its size
+        like: dict[str, Header] = {}
+        for first, names in zip(firsts, alike.values()):
+            model = self._known[first]
             if isinstance(model, Header):
-                which.update(dict.fromkeys(others, len(models)))
-                models.append(model)
-        pairs = {name: [name, number] for name, number in which.items()}
-        told = self._asked("compare", pairs, {"models": [_model(header) for header in models]})
-        for name, crc in told.items():
-            if name in which:
-                model, path = models[which[name]], files[name]
+                like.update(dict.fromkeys(names[1:], model))
+        for name, crc in self._asked("compare", {name: [name, _model(model)] for name, model in like.items()}).items():
+            if name in like:
+                model, path = like[name], files[name]
                 crc = number_of(crc) if model.crc is not None else None
                 is_likely = model.format == "ckpt"
                 self._known[path] = replace(
                     model, path=path, modified=states[name].modified, crc=crc, is_likely=is_likely
                 )
 
-    def _asked(self, kind: str, wanted: Mapping[str, Any], more: Answer = MappingProxyType({})) -> dict[str, Any]:
+    def _asked(self, kind: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """What the ranks say of names, each of those in its folders: what is `wanted` of them, by name.
 
         Without what a rank cannot say.
@@ -154,10 +155,10 @@ class _Looking:
         shares: list[list[Any]] = [[] for _ in range(self._cluster.size)]
         for name, about in wanted.items():
             shares[self._looker[name.partition("/")[0]]].append(about)
-        tasks = [{kind: share, **more} for share in shares]
-        self._cluster.hand_out("look", tasks)
-        told = self._cluster.collect("looked", _answer(self._root, tasks[MAIN_RANK]), here=True)
-        answers = [answer for answer in told or () if isinstance(answer, dict)]
+        self._cluster.hand_out("look", [{kind: share} for share in shares])
+        own = _answer(self._root, {kind: shares[MAIN_RANK]})
+        told = self._cluster.collect("looked", here=True)
+        answers = [own, *(answer for answer in told or () if isinstance(answer, dict))]
         return {name: found for answer in answers for name, found in answer.items() if found is not None}
 
 
@@ -175,9 +176,8 @@ class _State(NamedTuple):
 def _answer(root: Path, task: Answer) -> dict[str, Any]:
     """What this rank finds at names that it was told, in its own view of the checkpoint."""
     if "compare" in task:
-        models = [_from_model(model) for model in list_of(task["models"])]
         pairs = [list_of(pair, 2) for pair in list_of(task["compare"])]
-        like = {_path(root, name): entry_of(models, number) for name, number in pairs}
+        like = {_path(root, name): _from_model(model) for name, model in pairs}
         found = each(lambda path: _crc_if_like(path, like[path]), list(like), patience=_WAIT)
         return dict(zip((name for name, _ in pairs), found))
     look: Callable[[Path], Any] = _listed if "list" in task else _state
@@ -240,12 +240,5 @@ def _model(header: Header) -> list[Any]:
 def _from_model(told: Any) -> Header:
     """A header without tensors, for comparisons."""
     format, size, has_crc, heads = list_of(told, 4)
-    frames = tuple((number_of(offset), text_of(head).encode("latin-1")) for offset, head in map(list_of, heads))
+    frames = tuple((number_of(offset), bytes_of(head)) for offset, head in map(list_of, heads))
     return Header(Path(), text_of(format), number_of(size), {}, {}, 0 if has_crc else None, frames)
-
-
-def _read(path: Path) -> Header | FormatError:
-    try:
-        return read_header(path)
-    except FormatError as error:
-        return error

@@ -36,6 +36,13 @@ def text_of(value: Any) -> str:
     return value
 
 
+def bytes_of(value: Any) -> bytes:
+    """Any bytes, told as a text of as many characters (latin-1)."""
+    if not isinstance(value, str):
+        raise TypeError(f"bytes must stand where {value!r:.80} does")
+    return value.encode("latin-1")
+
+
 def number_of(value: Any, least: int = 0) -> int:
     """A whole number of 63 bits."""
     if type(value) is not int or not least <= value <= LARGEST:  # True is not a number here

@@ -37,7 +37,16 @@ from mindformers_ckpt.formats import DType, Header, Segment, TensorRecord, Tenso
 from mindformers_ckpt.formats.dtypes import by_name
 from mindformers_ckpt.formats.headers import heads_by_content
 from mindformers_ckpt.formats.tensor_file import Malformed
-from mindformers_ckpt.planning.checked import DecodeError, box_of, list_of, number_of, numbers_of, spec_of, text_of
+from mindformers_ckpt.planning.checked import (
+    DecodeError,
+    box_of,
+    bytes_of,
+    list_of,
+    number_of,
+    numbers_of,
+    spec_of,
+    text_of,
+)
 from mindformers_ckpt.planning.computations import Cast, Compute, Constant, Dequantise
 from mindformers_ckpt.planning.model import Alike, Numbers, Place, Plan, SourceFile, TargetFile, Transfer, View, once
 from mindformers_ckpt.text_files import parse_json
@@ -259,7 +268,7 @@ class _Held(NamedTuple):
 
 def _held(entry: Any, names: Sequence[str], kinds: Sequence[_Kind]) -> _Held:
     rows, told = list_of(entry, 2)
-    heads = [(number_of(offset), text_of(head).encode("latin-1")) for offset, head in map(list_of, list_of(told))]
+    heads = [(number_of(offset), bytes_of(head)) for offset, head in map(list_of, list_of(told))]
     return _Held(_records(rows, names, kinds), tuple(sorted(heads)))
 
 

@@ -60,7 +60,7 @@ def _in_folder(listing: Listing, step: str | None, *, resume: bool, weights_only
 def holds_rank_folders(listing: Listing) -> bool:
     """Whether a folder is a checkpoint in rank folders, and no other kind that may have some."""
     others = (checkpoint2, dcp, dcp_safetensors)
-    return bool(listing.rank_folders) and not any(kind.is_checkpoint(listing) for kind in others)
+    return not any(kind.is_checkpoint(listing) for kind in others) and bool(listing.rank_folders)
 
 
 def _distributed(listing: Listing, weights_only: bool) -> Source | None:

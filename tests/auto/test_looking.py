@@ -7,6 +7,7 @@ import os
 import threading
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from recorded import random_model, write_tensors
 from test_own_files import on_ranks
 
+from mindformers_ckpt.disk import waiting
 from mindformers_ckpt.errors import CheckpointError
 from mindformers_ckpt.formats import read_header
 from mindformers_ckpt.geometry.layout import Layout
@@ -24,6 +26,9 @@ from mindformers_ckpt.job.direct import read_direct
 from mindformers_ckpt.job.looking import Looked, look_together
 from mindformers_ckpt.job.output_dir import OutputDir
 from mindformers_ckpt.job.reslice import Reslicing
+from mindformers_ckpt.planning.build import build_plan
+from mindformers_ckpt.planning.rank_plan import decode_rank, encode_ranks
+from mindformers_ckpt.sources.checkpoint import Checkpoint
 from mindformers_ckpt.sources.find import find_source
 from mindformers_ckpt.strategy.files import write_strategy
 from mindformers_ckpt.strategy.model import Strategy
@@ -146,6 +151,48 @@ def test_a_file_that_is_not_like_the_others_of_its_size(tmp_path: Path) -> None:
     assert "x.w" in found.headers[file].tensors  # type: ignore[union-attr]
 
 
+def test_headers_may_hold_any_bytes(tmp_path: Path) -> None:
+    """A scalar as MindSpore writes it has a dimension of 0; of a .safetensors file a digest is told."""
+    root = tmp_path / "ck"
+    record = b"\n\x10\n\x01s\x12\x0b\x08\x00\x12\x04Bool\x1a\x01\x01"
+    for rank in range(FOLDERS):
+        (root / f"rank_{rank}").mkdir(parents=True)
+        (root / f"rank_{rank}" / f"a_{rank}.ckpt").write_bytes(record)
+    found = look(root)
+    assert_as_alone(found, root)
+    assert sum(header.is_likely for header in found.headers.values()) == FOLDERS - 1  # type: ignore[union-attr]
+    checkpoint = Checkpoint(find_source(root), Strategy.of_stages(({"s": Layout.on({"dp": FOLDERS})},), "dp"))
+    plan = build_plan(checkpoint, Strategy.complete())
+    (text,) = encode_ranks(plan, root, lambda path: replace(checkpoint.header(path), is_likely=True))
+    own = decode_rank(text, root)
+    assert [content.tobytes() for _, content in read_direct(own.plan, lambda: None, own.headers)] == [b"\1"]
+    for number in range(100):
+        file = write_tensors(tmp_path / "one.safetensors", random_model({f"w{number}": (2, 2)}))
+        if b"\0" in read_header(file).frames[0][1]:
+            break
+    for rank in range(FOLDERS):
+        write_tensors(tmp_path / "st" / f"rank_{rank}" / "a.safetensors", random_model({f"w{number}": (2, 2)}))
+    assert_as_alone(look(tmp_path / "st"), tmp_path / "st")
+
+
+def test_what_is_too_long_to_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = saved(tmp_path / "ck")
+    monkeypatch.setattr(looking, "MAX_VALUES", 1000)
+    assert_as_alone(look(root), root)
+
+
+def test_files_of_as_many_sizes_as_there_are(tmp_path: Path) -> None:
+    for rank in range(FOLDERS):
+        write_tensors(tmp_path / f"rank_{rank}" / "a.ckpt", random_model({"w": (rank + 1, 3)}))
+    assert_as_alone(look(tmp_path), tmp_path)
+
+
+def test_names_that_are_no_unicode(tmp_path: Path) -> None:
+    for rank in range(FOLDERS):
+        write_tensors(tmp_path / f"rank_{rank}" / "m\udce9.ckpt", FIRST)
+    assert_as_alone(look(tmp_path), tmp_path)
+
+
 def test_ranks_that_do_not_see_the_checkpoint(tmp_path: Path) -> None:
     root = saved(tmp_path / "ck")
     assert_as_alone(look(root, others=tmp_path / "elsewhere"), root)
@@ -168,6 +215,9 @@ def test_each_rank_asks_for_its_share_alone(tmp_path: Path, monkeypatch: pytest.
 
     for name in ("scandir", "open", "stat", "preadv"):
         counted(name)
+    # All ranks are threads of this process; where one of them waits, it is for the others.
+    monkeypatch.setattr(waiting, "_waits_and_work", lambda: (0, 0.0))
+    monkeypatch.setattr(waiting, "_waited", 0.0)
     found = on_ranks(FOLDERS, lambda cluster: look_together(cluster, root, None, resume=False))
     assert isinstance(found[0], Looked)
     assert len(asked) == FOLDERS
